@@ -1,0 +1,27 @@
+PYTHON ?= python3.11
+NPROC ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test lint types format clean
+
+train: $(VENV)/.installed-examples
+	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.installed-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

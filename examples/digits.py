@@ -1,0 +1,65 @@
+"""Handwritten digits (scikit-learn's, 8 by 8 pixels) with a small convolutional network. The default example."""
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import Dataset
+
+import ddparity as dp
+
+
+class Digits(Dataset):
+    """1,797 digits; every fifth is held out. Training images are shifted by up to a pixel, anew each epoch."""
+
+    def __init__(self, split: str) -> None:
+        digits = load_digits()
+        held_out = torch.arange(len(digits.target)) % 5 == 0
+        chosen = held_out if split == "test" else ~held_out
+        self.images = torch.tensor(digits.images, dtype=torch.float32)[chosen].unsqueeze(1) / 16
+        self.targets = torch.tensor(digits.target)[chosen]
+        self.shifts = split == "train"
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = self.images[index]
+        if self.shifts:
+            down, right = torch.randint(-1, 2, (2,)).tolist()
+            image = F.pad(image, (1, 1, 1, 1))[:, 1 + down : 9 + down, 1 + right : 9 + right]
+        return image, self.targets[index]
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.25),
+        nn.Linear(64 * 4 * 4, 10),
+    )
+
+
+def loss(model: nn.Module, data: list[torch.Tensor]) -> torch.Tensor:
+    images, targets = data
+    return F.cross_entropy(model(images), targets)
+
+
+def accuracy(logits: torch.Tensor, dataset: Digits) -> dict[str, float]:
+    return {"accuracy": (logits.argmax(1).cpu() == dataset.targets).double().mean().item()}
+
+
+digits = dp.Task(
+    model=net,
+    dataset=Digits,
+    loss=loss,
+    optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
+    global_batch=64,
+    micro_batch=8,
+    epochs=15,
+    metric=accuracy,
+)

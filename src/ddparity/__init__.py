@@ -1,0 +1,46 @@
+"""Train on one process or on a thousand, and get the same model."""
+
+from .accumulate import accumulate
+from .batches import LoadedMicroBatch, Step
+from .checkpoint import load_checkpoint, save_checkpoint
+from .console import setup_logging
+from .errors import DDParityError, RankFailure, RendezvousError, SampleError
+from .fingerprint import fingerprint
+from .gather import gather
+from .launch import launch
+from .loader import Loader
+from .order import first
+from .plan import BatchPlan, MicroBatch
+from .predict import predict
+from .replicate import replicate
+from .sampling import ShardSampler
+from .seeds import seed_everything
+from .task import Task
+from .world import World, world
+
+__all__ = [
+    "BatchPlan",
+    "DDParityError",
+    "LoadedMicroBatch",
+    "Loader",
+    "MicroBatch",
+    "RankFailure",
+    "RendezvousError",
+    "SampleError",
+    "ShardSampler",
+    "Step",
+    "Task",
+    "World",
+    "accumulate",
+    "fingerprint",
+    "first",
+    "gather",
+    "launch",
+    "load_checkpoint",
+    "predict",
+    "replicate",
+    "save_checkpoint",
+    "seed_everything",
+    "setup_logging",
+    "world",
+]

@@ -1,0 +1,5 @@
+"""`python -m ddparity`."""
+
+from .cli import main
+
+main()

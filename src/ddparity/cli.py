@@ -1,0 +1,155 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+
+from .environment import find_placement
+from .launch import run_command
+from .task import Task, check_task, load_task
+from .train import predict_task
+from .train import train as train_task
+
+app = typer.Typer(
+    help="Train on one process or on a thousand, and get the same model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="`file.py:name` or `package.module:name`; the name may be left out where there is one Task.",
+    ),
+]
+Nproc = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc", "-n", metavar="N", help="Processes on this machine. Default: one a GPU, or one.", show_default=False
+    ),
+]
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def run(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python script; what follows are its arguments.")],
+    nproc: Nproc = None,
+) -> None:
+    """Run any script on N processes, on torch's elastic agent.
+
+    The exit code is the failed rank's own, or 128 + n where a signal n ended it.
+    """
+    if not Path(script).is_file():
+        _refuse(f"there is no script {script}")
+    _launch([script, *context.args], nproc)
+
+
+@app.command()
+def train(
+    task: TaskName,
+    nproc: Nproc = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the checkpoint goes. Default: runs/NAME/checkpoint.safetensors.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers of each process.")] = 0,
+) -> None:
+    """Train a TASK: one progress display, exact accuracy after each epoch, a checkpoint and a table at the end."""
+    loaded, count = _checked(task, nproc)
+    target = checkpoint or Path("runs") / _title(task) / "checkpoint.safetensors"
+    if _launches(count):
+        _launch(["-m", "ddparity", "train", task, "--checkpoint", str(target), "--workers", str(workers)], count)
+    _in_this_process(lambda: train_task(loaded, target, workers, _title(task)))
+
+
+@app.command()
+def predict(
+    task: TaskName,
+    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="A checkpoint that `ddparity train` wrote.")],
+    nproc: Nproc = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the outputs there, with torch.save.", show_default=False)
+    ] = None,
+) -> None:
+    """Predict the held-out set of a TASK: each sample once, in order."""
+    loaded, count = _checked(task, nproc)
+    if not checkpoint.is_file():
+        _refuse(f"there is no checkpoint at {checkpoint}: train one with `ddparity train {task}`")
+    if _launches(count):
+        to = ["--out", str(out)] if out is not None else []
+        _launch(["-m", "ddparity", "predict", task, "--checkpoint", str(checkpoint), *to], count)
+    _in_this_process(lambda: predict_task(loaded, checkpoint, out))
+
+
+def _checked(spec: str, nproc: int | None) -> tuple[Task, int]:
+    try:
+        task, count = load_task(spec), _count(nproc)
+        check_task(task, count)
+    except (ValueError, TypeError) as error:
+        _refuse(str(error))
+    return task, count
+
+
+def _count(nproc: int | None) -> int:
+    if nproc is None:
+        return max(1, torch.cuda.device_count())
+    if nproc < 1:
+        raise ValueError(f"--nproc {nproc}: start at least 1 process")
+    return nproc
+
+
+def _launches(count: int) -> bool:
+    """Whether to start processes: not for one, and not inside a job that a launcher started."""
+    return count > 1 and find_placement() is None
+
+
+def _launch(arguments: list[str], nproc: int | None) -> NoReturn:
+    try:
+        count = _count(nproc)
+        placement = find_placement()
+    except ValueError as error:
+        _refuse(str(error))
+    if placement is not None:
+        _refuse(
+            f"{placement.engine} started this process already, as rank {placement.rank} of {placement.world_size}: "
+            f"run the script itself"
+        )
+    raise SystemExit(run_command(arguments, count))
+
+
+def _in_this_process(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("ddparity: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _title(spec: str) -> str:
+    place, _, name = spec.partition(":")
+    return name or Path(place).stem.rpartition(".")[2]
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"ddparity: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,74 @@
+"""The one place that knows what differs between torch versions (2.6 and later) and what torch keeps private."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:  # torch.distributed exports these in a way that type checkers do not see
+    from torch._C._distributed_c10d import GradBucket, PrefixStore, Store, TCPStore
+else:
+    from torch.distributed import GradBucket, PrefixStore, Store, TCPStore
+
+__all__ = ["GradBucket", "PrefixStore", "Store", "TCPStore"]
+
+
+def all_gather_single(
+    output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> Any:
+    """All-gather into one tensor. torch 2.13 renamed `all_gather_into_tensor`, which earlier versions have alone."""
+    gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, value, group=group, async_op=async_op)
+
+
+def default_store() -> Store:
+    """The key-value store of the default process group."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def append(store: Store, key: str, text: str) -> None:
+    """Append to a key of a store, at once for all ranks (the method is missing in torch's type stubs)."""
+    store.append(key, text)  # type: ignore[attr-defined]
+
+
+def forward_collectives(model: DistributedDataParallel) -> None:
+    """Run the collectives of DDP's next forward now, so that a rank without a forward takes part in them.
+
+    They are the broadcast of a new bucket order (once, after the first reduction) and of the buffers (in the first
+    forward after a reduction). The forwards that follow, under `no_sync`, then run none.
+    """
+    model.reducer._rebuild_buckets()
+    if model.will_sync_module_buffers():
+        model._sync_buffers()
+    model.require_forward_param_sync = False
+
+
+def forward_collectives_due(model: DistributedDataParallel) -> None:
+    """Let the next forward synchronise buffers again, as after a backward that reduced."""
+    model.require_forward_param_sync = True
+
+
+def comm_hooks(model: DistributedDataParallel) -> list[Any]:
+    """The communication hooks registered on a DDP module."""
+    return [hook for hook, _ in getattr(model, "_comm_hooks", [])]
+
+
+def seed_cpu_generator(seed: int) -> None:
+    """Seed torch's CPU stream in 2 µs; `torch.manual_seed` takes 280, for devices that may not be there."""
+    torch.default_generator.manual_seed(seed)
+
+
+def seed_cuda_generator(index: int, seed: int) -> None:
+    """Seed the stream of one CUDA device that is in use."""
+    torch.cuda.default_generators[index].manual_seed(seed)
+
+
+def shutdown_timeout(config_class: type, seconds: int) -> dict[str, Any]:
+    """`LaunchConfig`'s option for the grace period at the end, where the version has it (2.13 and later)."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {"shutdown_timeout": seconds} if "shutdown_timeout" in names else {}

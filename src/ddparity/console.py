@@ -1,0 +1,246 @@
+"""Output of N processes that reads like the output of one: logging, warnings, progress."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import rich
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from .environment import find_placement
+from .meeting import store_root
+
+_FORMAT = "%(levelname)s %(name)s: %(message)s"
+
+
+def setup_logging(level: int | str = logging.INFO, others: int | str = logging.WARNING) -> None:
+    """Let rank 0 speak from `level` up, the other ranks only from `others` up, prefixed by their rank.
+
+    Call it once on every rank, in or before `world()`. Handlers that exist, on the root logger or on a library's, stay
+    and obey from now on; log files (`FileHandler`) are left alone. Without a handler on the root logger, one that
+    writes to standard error is added. Python's `warnings` go through logging, and one that several ranks raise appears
+    once. The progress bars of tqdm and of rich's shared console are silent on the other ranks.
+
+    Collectives: none; one store request for each distinct warning.
+
+    Raises:
+        ValueError: a level's name is unknown.
+    """
+    rank = _rank()
+    level, others = _level(level), _level(others)
+    threshold = level if rank == 0 else others
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(_StandardError())
+        root.handlers[0].setFormatter(logging.Formatter(_FORMAT))
+    root.setLevel(threshold)
+    for handler in _terminal_handlers():
+        handler.filters = [old for old in handler.filters if not isinstance(old, _Speaks)]
+        handler.addFilter(_Speaks(rank, threshold))
+        formatter = handler.formatter.plain if isinstance(handler.formatter, _Prefixed) else handler.formatter
+        handler.setFormatter(_Prefixed(rank, formatter) if rank else formatter)
+    logging.captureWarnings(True)
+    if rank:
+        _silence_progress_bars()
+
+
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to whatever sys.stderr is at the moment, so that a live display or a notebook can redirect it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
+class _Speaks(logging.Filter):
+    """Passes records from a threshold up, and each Python warning from the first rank that raises it."""
+
+    def __init__(self, rank: int, threshold: int) -> None:
+        super().__init__()
+        self._rank = rank
+        self._threshold = threshold
+        self._pid = os.getpid()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < self._threshold:
+            return False
+        return record.name != "py.warnings" or self._first_to_warn(record)
+
+    def _first_to_warn(self, record: logging.LogRecord) -> bool:
+        marks = vars(record)
+        if "first_to_warn" not in marks:  # once a record, however many handlers ask
+            marks["first_to_warn"] = self._claim(record.getMessage())
+        return bool(marks["first_to_warn"])
+
+    def _claim(self, message: str) -> bool:
+        if os.getpid() != self._pid:  # a forked data-loader worker must not use the parent's connection
+            return self._rank == 0
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self._rank == 0
+        try:
+            key = f"warnings/{' '.join(message.split())[:500]}"
+            return bool(store_root().compare_set(key, "", str(self._rank)) == str(self._rank).encode())
+        except RuntimeError:  # the store is gone, at the end of a run: better twice than lost
+            return True
+
+
+class _Prefixed(logging.Formatter):
+    def __init__(self, rank: int, plain: logging.Formatter | None) -> None:
+        super().__init__()
+        self.plain = plain
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"[rank {self._rank}] {(self.plain or logging.Formatter(_FORMAT)).format(record)}"
+
+
+def _terminal_handlers() -> list[logging.Handler]:
+    """Every handler of the root logger, and the handlers of other loggers that write to a stream; no log files."""
+    handlers = list(logging.getLogger().handlers)
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):
+            handlers += [handler for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]
+    return [handler for handler in handlers if not isinstance(handler, logging.FileHandler)]
+
+
+def _silence_progress_bars() -> None:
+    """tqdm reads its defaults from variables when it is imported; one that is imported already is told otherwise."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    tqdm = sys.modules.get("tqdm.std")
+    if tqdm is not None and not hasattr(tqdm.tqdm.__init__, "silenced"):
+        loud = tqdm.tqdm.__init__
+
+        def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+            loud(self, *args, **{**kwargs, "disable": True})
+
+        silent.silenced = True  # type: ignore[attr-defined]
+        tqdm.tqdm.__init__ = silent
+    rich.get_console().quiet = True
+
+
+def _rank() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    placement = find_placement()
+    return placement.rank if placement is not None else 0
+
+
+def _level(level: int | str) -> int:
+    if isinstance(level, str):
+        names = logging.getLevelNamesMapping()
+        if level.upper() not in names:
+            raise ValueError(f"unknown logging level {level!r}: use one of {', '.join(names)}")
+        return names[level.upper()]
+    return level
+
+
+class Progress(Protocol):
+    """One display for all ranks: `update` after a step for which it is `due`, `say` for a line that stays."""
+
+    def due(self, steps: int) -> bool: ...
+    def update(self, steps: int, samples: int, loss: float) -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+@contextmanager
+def progress(total_steps: int, rank: int, title: str) -> Iterator[Progress]:
+    """The live display on rank 0: steps, samples a second, loss, time left. Plain lines where there is no terminal."""
+    if rank:
+        yield _Silent()
+        return
+    console = Console()
+    if not console.is_terminal:
+        yield _Lines(total_steps, title)
+        return
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps · {task.fields[rate]:,.0f} samples/s · loss {task.fields[loss]:.4f} ·"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Bars(*columns, console=console, refresh_per_second=5) as bars:
+        yield _Live(bars, total_steps, title)
+
+
+def show_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """A table of names and values on standard output, as wide as its longest row where that is no terminal."""
+    table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+class _Silent:
+    def due(self, steps: int) -> bool:
+        return False
+
+    def update(self, steps: int, samples: int, loss: float) -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+class _Timed:
+    """Due every `period_s` and at the last step; keeps the rate and the time left."""
+
+    def __init__(self, total_steps: int, title: str, period_s: float) -> None:
+        self.total_steps = total_steps
+        self.title = title
+        self._period_s = period_s
+        self._start = self._updated = time.monotonic()
+
+    def due(self, steps: int) -> bool:
+        return steps == self.total_steps or time.monotonic() - self._updated >= self._period_s
+
+    def elapsed_s(self) -> float:
+        self._updated = time.monotonic()
+        return max(self._updated - self._start, 1e-9)
+
+
+class _Live(_Timed):
+    def __init__(self, bars: Bars, total_steps: int, title: str) -> None:
+        super().__init__(total_steps, title, period_s=0.2)
+        self._bars = bars
+        self._task = bars.add_task(title, total=total_steps, rate=0.0, loss=float("nan"))
+
+    def update(self, steps: int, samples: int, loss: float) -> None:
+        self._bars.update(self._task, completed=steps, rate=samples / self.elapsed_s(), loss=loss)
+
+    def say(self, line: str) -> None:
+        self._bars.console.print(line, highlight=False)
+
+
+class _Lines(_Timed):
+    """Lines for files and pipes."""
+
+    def __init__(self, total_steps: int, title: str) -> None:
+        super().__init__(total_steps, title, period_s=5.0)
+
+    def update(self, steps: int, samples: int, loss: float) -> None:
+        elapsed_s = self.elapsed_s()
+        left_s = elapsed_s / steps * (self.total_steps - steps)
+        self.say(
+            f"{self.title}: {steps}/{self.total_steps} steps, {samples / elapsed_s:,.0f} samples/s, loss {loss:.4f}, "
+            f"{left_s:.0f} s left"
+        )
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)

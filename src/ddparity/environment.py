@@ -1,0 +1,172 @@
+"""What a launcher says about this process: one table of variables an engine, read once."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The names of the variables that one launcher sets. None: it does not say."""
+
+    name: str
+    rank: str
+    world_size: str
+    local_rank: str | None
+    local_world_size: str | None
+    node_rank: str | None
+
+
+# First match wins: torchrun inside a Slurm or MPI job is still torchrun.
+ENGINES = (
+    Engine("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    # A PyTorchJob sets no LOCAL_RANK: a pod is a node with one process.
+    Engine("PyTorchJob", "RANK", "WORLD_SIZE", None, None, None),
+    Engine(
+        "Open MPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        None,  # OMPI_COMM_WORLD_NODE_RANK is the rank within the node, over all jobs
+    ),
+    Engine("Slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None, "SLURM_NODEID"),
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This process's place in a launched job. None: the launcher does not say, the ranks find out together."""
+
+    engine: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int | None
+    node_rank: int | None
+    master_addr: str
+    master_port: int
+
+
+def find_placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
+    """Read the launcher's variables; None where no launcher started this process.
+
+    Raises:
+        ValueError: a variable is missing beside the others or has no sensible value.
+    """
+    engine = _detect(environ)
+    if engine is None:
+        return None
+    rank = _integer(environ, engine.rank, engine)
+    world_size = _integer(environ, engine.world_size, engine)
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"{engine.rank}={rank} and {engine.world_size}={world_size} contradict each other: "
+            f"a rank is at least 0 and below the world size. {engine.name} sets both; was one set by hand?"
+        )
+    local_rank = _integer(environ, engine.local_rank, engine) if engine.local_rank else 0
+    local_world_size = _optional(environ, engine.local_world_size, engine)
+    node_rank = _optional(environ, engine.node_rank, engine)
+    if engine.name == "PyTorchJob":
+        local_world_size, node_rank = 1, rank
+    elif engine.name == "Slurm":
+        local_world_size = _slurm_tasks_on_node(environ, node_rank)
+    if local_rank < 0 or (local_world_size is not None and local_rank >= local_world_size):
+        raise ValueError(
+            f"local rank {local_rank} does not fit {local_world_size} processes on this node "
+            f"({engine.name}'s {engine.local_rank} and its companions)"
+        )
+    address, port = _master(environ, engine, world_size, local_world_size)
+    return Placement(engine.name, rank, world_size, local_rank, local_world_size, node_rank, address, port)
+
+
+def _detect(environ: Mapping[str, str]) -> Engine | None:
+    torchrun, pytorch_job, open_mpi, slurm = ENGINES
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return torchrun if "LOCAL_RANK" in environ else pytorch_job
+    if open_mpi.rank in environ:
+        return open_mpi
+    # `srun --pty bash` puts its variables into an interactive shell, where no other task will ever come.
+    interactive = environ.get("SLURM_JOB_NAME") in ("bash", "sh", "zsh", "interactive")
+    if slurm.rank in environ and not interactive:
+        return slurm
+    for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if present in environ:
+            raise ValueError(
+                f"{present}={environ[present]} is set but {absent} is not. torchrun and PyTorchJob set both: "
+                f"set {absent} too, or unset {present} to run as a single process."
+            )
+    return None
+
+
+def _integer(environ: Mapping[str, str], name: str, engine: Engine) -> int:
+    if name not in environ:
+        raise ValueError(f"{name} is not set, though {engine.name} started this process and sets it")
+    try:
+        return int(environ[name])
+    except ValueError:
+        raise ValueError(f"{name}={environ[name]!r} is not an integer ({engine.name} sets it)") from None
+
+
+def _optional(environ: Mapping[str, str], name: str | None, engine: Engine) -> int | None:
+    return _integer(environ, name, engine) if name is not None and name in environ else None
+
+
+def _master(
+    environ: Mapping[str, str], engine: Engine, world_size: int, local_world_size: int | None
+) -> tuple[str, int]:
+    """The address and port of rank 0. MASTER_ADDR and MASTER_PORT win over what the engine implies."""
+    address = environ.get("MASTER_ADDR")
+    port = _optional(environ, "MASTER_PORT", engine)
+    if engine.name == "Slurm":
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+        address = address or (first_host(nodes) if nodes else None)
+        if port is None:
+            port = _port_of_job(f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}")
+    elif engine.name == "Open MPI" and local_world_size == world_size:  # all on this machine
+        address = address or "127.0.0.1"
+        if port is None:
+            port = _port_of_job(environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or os.getppid())
+    missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if value is None]
+    if missing:
+        raise ValueError(
+            f"{engine.name} started {world_size} processes, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: export the address and a free port of the machine of "
+            f"rank 0 to every process (Open MPI: mpirun -x MASTER_ADDR -x MASTER_PORT)"
+        )
+    assert address is not None and port is not None
+    if not 0 < port < 65536:
+        raise ValueError(f"MASTER_PORT={port} is not a port: 1 to 65535")
+    return address, port
+
+
+def _port_of_job(job: object) -> int:
+    """A port that all ranks of a job derive alike and two jobs on a machine rarely share, below the ephemeral range."""
+    return 12_000 + zlib.crc32(str(job).encode()) % 20_000
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `first_host("gpu[003-005,9],login")` is "gpu003"."""
+    first = re.split(r",(?![^\[]*\])", nodelist.strip())[0]
+    host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+    if not host or "[" in host or "]" in host:
+        raise ValueError(f"cannot read the Slurm node list {nodelist!r}: set MASTER_ADDR to the host of rank 0")
+    return host
+
+
+def _slurm_tasks_on_node(environ: Mapping[str, str], node_rank: int | None) -> int | None:
+    """Slurm gives the tasks of each node as "2(x3),1"."""
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
+    if tasks is None or node_rank is None:
+        return None
+    counts: list[int] = []
+    for part in tasks.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ValueError(f"cannot read SLURM_TASKS_PER_NODE={tasks!r}: expected a list like '2(x3),1'")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[node_rank] if node_rank < len(counts) else None

@@ -1,0 +1,67 @@
+"""A data set whose random streams are keyed by what is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from .errors import SampleError
+from .seeds import seed_streams
+
+
+class Fetch(list[int]):
+    """What a worker is asked to load as a whole: data-set indices, and the key of the streams while it loads them."""
+
+    def __init__(self, samples: list[int], seed: int) -> None:
+        super().__init__(samples)
+        self.seed = seed
+
+    def __reduce__(self) -> tuple[type[Fetch], tuple[list[int], int]]:
+        return Fetch, (list(self), self.seed)
+
+
+class KeyedDataset:
+    """Gives a DataLoader whole micro-batches of `dataset`, seeding Python's, NumPy's and torch's streams before each.
+
+    The collate function runs after it in the same worker, and draws from the same streams. A `worker_init_fn` finds
+    the user's data set as `get_worker_info().dataset.dataset`.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, fetch: Fetch) -> list[Any]:
+        seed_streams(fetch.seed)
+        together = getattr(self.dataset, "__getitems__", None)
+        if together is not None:
+            try:
+                return together(list(fetch))  # type: ignore[no-any-return]
+            except Exception as error:
+                raise SampleError(_message(f"one of the indices {list(fetch)}", error)) from error
+        items = []
+        for index in fetch:
+            try:
+                items.append(self.dataset[index])
+            except Exception as error:
+                raise SampleError(_message(f"index {index}", error)) from error
+        return items
+
+
+def _message(where: str, error: Exception) -> str:
+    return f"the data set failed at {where}: {type(error).__name__}: {error}"
+
+
+def sized_length(dataset: Any, user: str) -> int:
+    """The length of a map-style data set.
+
+    Raises:
+        TypeError: it is iterable only, or has no length.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"{user} got a {type(dataset).__name__}, which cannot be asked for sample i: what a step has would "
+            f"depend on the number of processes and workers. Give a map-style data set (__len__ and __getitem__), for "
+            f"example by writing the stream's items to a file with an index first"
+        )
+    return len(dataset)

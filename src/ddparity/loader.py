@@ -1,0 +1,146 @@
+"""The loader: a torch DataLoader that loads a plan's micro-batches, each whole, with random streams of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from .batches import LoadedMicroBatch, Step
+from .keyed import Fetch, KeyedDataset, sized_length
+from .plan import BatchPlan, MicroBatch, share
+from .seeds import derive
+
+# The plan decides these.
+_DECIDED = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "in_order")
+
+
+class Loader:
+    """Loads the steps of a `BatchPlan`, on this rank its share of each.
+
+    One worker loads a micro-batch as a whole, after seeding Python's, NumPy's and torch's streams from the
+    micro-batch's key: augmentation is the same for any number of workers and processes.
+
+    Args:
+        dataset: map-style, of `plan.num_samples` samples.
+        plan: what each step consumes.
+        num_workers, collate_fn, dataloader_options: of torch.utils.data.DataLoader. Workers are persistent unless
+            `persistent_workers=False`, and memory is pinned where CUDA is, unless `pin_memory=False`.
+
+    Attributes:
+        plan: the plan. dataloader: the torch DataLoader inside.
+
+    Collectives: none.
+
+    Raises:
+        TypeError: an iterable data set, or an option that the plan decides.
+        ValueError: the data set's length is not the plan's.
+
+    Source: https://pytorch.org/docs/stable/data.html
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        plan: BatchPlan,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **dataloader_options: Any,
+    ) -> None:
+        length = sized_length(dataset, "Loader")
+        if length != plan.num_samples:
+            raise ValueError(
+                f"the data set has {length} samples and the plan {plan.num_samples}: make the plan with "
+                f"BatchPlan(len(dataset), …)"
+            )
+        if decided := [name for name in _DECIDED if name in dataloader_options]:
+            raise TypeError(f"Loader() got {', '.join(decided)}: the plan decides that, see BatchPlan")
+        self.plan = plan
+        self._order = _Order(plan)
+        self.dataloader: DataLoader[Any] = DataLoader(
+            KeyedDataset(dataset),  # type: ignore[arg-type]
+            batch_sampler=self._order,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            # A generator of its own: the DataLoader draws a seed from it each epoch.
+            **{
+                "persistent_workers": num_workers > 0,
+                "pin_memory": torch.cuda.is_available(),
+                "generator": torch.Generator(),
+                **dataloader_options,
+            },
+        )
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
+        """The steps of an epoch, from `start_step` on. Starting another epoch ends the iterator before.
+
+        Raises:
+            ValueError: more ranks than micro-batches in a step, or no such step.
+            SampleError: while iterating; the data set failed, and the message names the data-set index.
+        """
+        joined = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        check_world_size(self.plan, world_size)
+        if not 0 <= start_step <= len(self):
+            raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {len(self)} steps")
+        self._order.restart(epoch, start_step, rank, world_size)
+        return self._steps(self._order.run, epoch, start_step, rank, world_size)
+
+    def _steps(self, run: int, epoch: int, start_step: int, rank: int, world_size: int) -> Iterator[Step]:
+        plan, batches, issued = self.plan, iter(self.dataloader), self._order.issued
+
+        def load_next() -> LoadedMicroBatch:
+            if self._order.run != run:
+                raise RuntimeError(f"epoch {epoch} of this Loader has ended: another one was started")
+            data = next(batches)
+            micro = issued.popleft()
+            return LoadedMicroBatch(data, micro.weight, micro.index, micro.seed)
+
+        for number in range(start_step, len(self)):
+            count = plan.micro_batches_in(number)
+            size = len(share(count, rank, world_size))
+            seed = derive(plan.seed, "after", epoch, number)
+            step = Step(epoch, number, size, load_next, count < world_size, seed)
+            yield step
+            if size:
+                step.load(size - 1)  # what was not taken is not the next step's
+
+
+class _Order:
+    """A DataLoader's batch sampler: a rank's micro-batches of an epoch, noting each as it is issued."""
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self._plan = plan
+        self.run = 0
+        self.issued: deque[MicroBatch] = deque()
+        self._range = (0, 0, 0, 1)
+
+    def restart(self, epoch: int, start_step: int, rank: int, world_size: int) -> None:
+        self.run += 1
+        self.issued = deque()
+        self._range = (epoch, start_step, rank, world_size)
+
+    def __iter__(self) -> Iterator[Fetch]:
+        epoch, start_step, rank, world_size = self._range
+        issued = self.issued
+        for number in range(start_step, self._plan.steps_per_epoch):
+            for micro in self._plan.step(epoch, number, rank, world_size):
+                issued.append(micro)
+                yield Fetch(micro.samples.tolist(), derive(micro.seed, "data"))
+
+
+def check_world_size(plan: BatchPlan, world_size: int) -> None:
+    """Refuse more ranks than micro-batches."""
+    if world_size > plan.micro_batches_per_step:
+        raise ValueError(
+            f"{world_size} ranks but only {plan.micro_batches_per_step} micro-batches in a step (global batch "
+            f"{plan.global_batch}, micro-batch {plan.micro_batch}): some ranks would never have work. Start at most "
+            f"{plan.micro_batches_per_step} processes, or make the micro-batch smaller"
+        )

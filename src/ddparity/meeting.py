@@ -1,0 +1,156 @@
+"""Points where ranks agree: all arrive, or all learn who failed. Kept in the group's store, so no collective runs.
+
+A store serves any subset of ranks and any device, is not bound to the group's time-out for collectives, and can be
+polled between batches. Its weakness is a process that dies without a word; processes of the same machine notice that
+by the process table, and a launcher ends the job on other machines.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import psutil
+import torch.distributed as dist
+
+from .compat import PrefixStore, Store, append, default_store
+from .errors import RankFailure
+
+_POLL_S = (0.001, 0.05)  # first and longest pause between two looks at the store
+_LIVENESS_S = 0.5  # between two looks at the process table
+
+
+class Meeting:
+    """One agreement of the ranks `ranks`, under a key that all of them name alike.
+
+    Each rank calls `arrive` or `fail`; `wait` returns when all have arrived, and raises `RankFailure` as soon as one
+    has failed or died. `poll` looks without waiting. Traffic: three short store requests a rank, two a poll.
+    """
+
+    def __init__(self, store: Store, key: str, rank: int, ranks: Sequence[int], what: str) -> None:
+        self._root = store
+        self._store = PrefixStore(key, store)
+        self._rank = rank
+        self._ranks = ranks
+        self._what = what
+        _register(store, rank)
+
+    def arrive(self) -> None:
+        if self._store.add("arrived", 1) == len(self._ranks):
+            self._store.set("done", "arrived")
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others of this rank's exception; the first to tell is the one that is named."""
+        text = "".join(traceback.format_exception(error)).rstrip()
+        self._report(self._rank, f"{type(error).__name__}: {error}", text)
+
+    def same(self, name: str, value: object) -> None:
+        """Raise ValueError where `value` is not what the first rank to come here gave."""
+        theirs = self._store.compare_set(f"same/{name}", "", repr(value)).decode()
+        if theirs != repr(value):
+            raise ValueError(f"{name} differs between ranks: {value!r} on rank {self._rank}, {theirs} on another")
+
+    def poll(self) -> bool:
+        """Whether all have arrived. Raises `RankFailure` where one has failed."""
+        if not self._store.check(["done"]):
+            return False
+        if self._store.get("done") != b"failed":
+            return True
+        rank, message, text = json.loads(self._store.get("failure"))
+        failure = RankFailure(f"rank {rank} failed in {self._what}: {message}", rank)
+        if text:
+            failure.add_note(f"On rank {rank}:\n{text}")
+        raise failure
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for all. Raises `RankFailure` where one has failed, died, or is not there after `timeout_s`."""
+        start = looked = time.monotonic()
+        pause = _POLL_S[0]
+        try:
+            while not self.poll():
+                now = time.monotonic()
+                if now - looked > _LIVENESS_S:
+                    looked = now
+                    self._look_for_the_dead()
+                if timeout_s is not None and now - start > timeout_s:
+                    raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s for the others in {self._what}")
+                time.sleep(pause)
+                pause = min(2 * pause, _POLL_S[1])
+        except dist.DistNetworkError as error:
+            raise RankFailure(
+                f"rank {self._rank} lost the connection to the store in {self._what}: the process that holds it, "
+                f"rank 0 or its launcher, is gone ({str(error).splitlines()[0]})",
+                0,
+            ) from error
+
+    def _report(self, rank: int, message: str, text: str) -> None:
+        self._store.compare_set("failure", "", json.dumps([rank, message, text]))
+        self._store.set("done", "failed")
+
+    def _look_for_the_dead(self) -> None:
+        waited_for = set(self._ranks)
+        for rank, pid in _neighbours(self._root):
+            if rank in waited_for and rank != self._rank and not _alive(pid) and not self._store.check(["done"]):
+                self._report(rank, f"its process {pid} on {socket.gethostname()} died", "")
+
+
+def _register(store: Store, rank: int) -> None:
+    """Enter this process, once, into its machine's list."""
+    if store.add(f"registered/{rank}", 1) == 1:
+        append(store, f"machine/{_machine()}", f"{rank} {os.getpid()}\n")
+
+
+def _neighbours(store: Store) -> list[tuple[int, int]]:
+    """(rank, process id) of the registered processes of this machine."""
+    lines = store.get(f"machine/{_machine()}").decode().splitlines()
+    return [(int(rank), int(pid)) for rank, pid in (line.split() for line in lines)]
+
+
+@functools.cache
+def _machine() -> str:
+    """Names this machine and its process table: containers on one host have tables of their own."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def store_root() -> Store:
+    """Where all of the library's keys stand in the default group's store."""
+    return PrefixStore("ddparity", default_store())
+
+
+@contextmanager
+def agreed(what: str) -> Iterator[Meeting | None]:
+    """Run the body on every rank of the default group; an exception in one is raised on all.
+
+    Every rank must come here, in the same order. Yields the meeting, whose `poll` tells a long body early of another
+    rank's failure; None in a world of one.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield None
+        return
+    rank, store = dist.get_rank(), store_root()
+    call = store.add(f"agreed/{rank}", 1)
+    meeting = Meeting(store, f"agreed/call{call}", rank, range(dist.get_world_size()), what)
+    try:
+        yield meeting
+    except BaseException as error:
+        meeting.fail(error)
+        raise
+    meeting.arrive()
+    meeting.wait()

@@ -1,0 +1,5 @@
+"""Distributed inference: the batches of one process, shared out whole, each sample once and in order."""
+
+from .predict import predict
+
+__all__ = ["predict"]

@@ -1,0 +1,93 @@
+"""How gradients and small numbers are summed over the ranks."""
+
+# No `from __future__ import annotations`: DDP reads the hook's annotations as objects.
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .compat import GradBucket, all_gather_single
+
+# Gloo's all-reduce takes milliseconds even when it is tiny; an all-gather with a local sum sends more bytes but waits
+# less, and wins as long as all ranks' copies together stay below this (benchmarks/collectives.py).
+GATHERED_BYTES = 2**20
+
+
+def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A DDP communication hook that sums a bucket over the ranks, where DDP's own path averages.
+
+    One collective a bucket: an all-gather of the bucket where that is the faster one, else an all-reduce; the bucket's
+    bytes either way. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
+    """
+    buffer = bucket.buffer()
+    if _gathers(buffer, group):
+        # Waiting here overlaps nothing, but a small bucket has nothing to overlap with, and a callback costs more.
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(_gathered_sum(buffer, group))
+        return future
+    work = dist.all_reduce(buffer, group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum of a tensor over the ranks, on every rank; one collective of its bytes. All ranks call it."""
+    if _gathers(tensor, group):
+        return _gathered_sum(tensor, group)
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    """Sum the gradients over the ranks, in place, where DDP's backward did not: not every rank ran one.
+
+    One collective for each pair of dtype and device, of the gradients' bytes and a number for each parameter, which
+    says whether any rank has a gradient: one that none has stays None. All ranks call it.
+    """
+
+    def kind(parameter: nn.Parameter) -> tuple[str, str]:
+        return str(parameter.dtype), str(parameter.device)
+
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for _, members in itertools.groupby(sorted(trained, key=kind), key=kind):
+        _sum_flat(list(members), group)
+
+
+def _sum_flat(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise TypeError(
+                f"a parameter of shape {tuple(parameter.shape)} has a {parameter.grad.layout} gradient, which cannot "
+                f"be reduced in a step that leaves a rank without a micro-batch: use sparse=False, or drop_last=True"
+            )
+    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    flat = torch.cat(
+        [present.to(parameters[0])]
+        + [
+            parameter.grad.reshape(-1) if parameter.grad is not None else parameter.new_zeros(parameter.numel())
+            for parameter in parameters
+        ]
+    )
+    total = sum_over_ranks(flat, group)
+    exists, *sums = total.split([len(parameters)] + [parameter.numel() for parameter in parameters])
+    for parameter, some, values in zip(parameters, exists.tolist(), sums, strict=True):
+        if some and parameter.grad is not None:
+            parameter.grad.copy_(values.view_as(parameter))
+        elif some:
+            parameter.grad = values.view_as(parameter).clone(memory_format=torch.preserve_format)
+
+
+def _gathers(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return False
+    return tensor.numel() * tensor.element_size() * dist.get_world_size(group) <= GATHERED_BYTES
+
+
+def _gathered_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The sum in rank order, the same bits on every rank."""
+    copies = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
+    all_gather_single(copies.view(-1), tensor.reshape(-1), group=group)
+    return copies.sum(0)

@@ -1,0 +1,152 @@
+"""The whole training of a Task, at one look."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .accumulate import accumulate
+from .checkpoint import load_checkpoint, save_checkpoint
+from .console import Progress, progress, setup_logging, show_table
+from .fingerprint import fingerprint
+from .loader import Loader
+from .order import first
+from .predict import predict
+from .replicate import replicate
+from .seeds import seed_everything
+from .task import Task, check_task
+from .world import world
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended. `metrics`: of the held-out set. `train_s`: without evaluation."""
+
+    metrics: dict[str, float]
+    total_s: float
+    train_s: float
+    samples_per_second: float
+    fingerprint: str
+    checkpoint: Path
+
+
+def train(task: Task, checkpoint: Path, num_workers: int = 0, title: str = "train") -> Result:
+    """Train a Task on the processes that a launcher started, or on this one. Every rank calls it.
+
+    Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end; writes a
+    checkpoint after each epoch.
+
+    Collectives: those of `replicate`, `accumulate` and `predict`.
+    """
+    start = time.monotonic()
+    with world() as here:
+        setup_logging()
+        check_task(task, here.world_size)
+        with first("node"):
+            train_set, test_set = task.dataset("train"), task.dataset("test")
+        seed_everything(task.seed)
+        model = replicate(task.model().to(here.device))
+        optimizer = task.optimizer(model.parameters())
+        loader = Loader(train_set, task.plan(len(train_set)), num_workers, task.collate_fn)
+        if len(loader) == 0:
+            raise ValueError("the training set is empty: there is nothing to train on")
+
+        train_s, metrics = 0.0, {}
+        with progress(task.epochs * len(loader), here.rank, title) as display:
+            for epoch in range(task.epochs):
+                began = time.monotonic()
+                _train_epoch(task, model, optimizer, loader, epoch, display)
+                train_s += time.monotonic() - began
+                metrics = evaluate(task, model, test_set)
+                display.say(f"epoch {epoch + 1}/{task.epochs}: {shown(metrics)}")
+                save_checkpoint(checkpoint, model=model, optimizer=optimizer)
+
+        samples = task.epochs * len(train_set)
+        result = Result(
+            metrics, time.monotonic() - start, train_s, samples / train_s, fingerprint(model), checkpoint.resolve()
+        )
+        if here.rank == 0:
+            _show(result, here.world_size, str(here.device.type))
+        return result
+
+
+def _train_epoch(
+    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, epoch: int, display: Progress
+) -> None:
+    model.train()
+    for step in loader.epoch(epoch):
+        loss_sum, weight_sum = torch.zeros(()), 0.0
+        for micro in accumulate(model, step):
+            loss = task.loss(model, micro.data)
+            (loss * micro.weight).backward()
+            loss_sum, weight_sum = loss_sum + loss.detach() * micro.weight, weight_sum + micro.weight
+        optimizer.step()
+        optimizer.zero_grad()
+        done = epoch * len(loader) + step.number + 1
+        samples = epoch * loader.plan.num_samples + min((step.number + 1) * task.global_batch, loader.plan.num_samples)
+        if display.due(done):  # reading the loss waits for the device
+            display.update(done, samples, float(loss_sum) / weight_sum if weight_sum else math.nan)
+
+
+def evaluate(task: Task, model: nn.Module, dataset: Any) -> dict[str, float]:
+    """The metric of a data set, each sample counted once; on rank 0, empty on the others. Every rank calls it."""
+    if task.metric is None:
+        return {}
+    return _metrics(task, _outputs(task, model, dataset), dataset)
+
+
+def predict_task(task: Task, checkpoint: Path, out: Path | None) -> None:
+    """Predict a Task's held-out set with a checkpoint's weights; rank 0 shows the metric and saves the outputs."""
+    with world() as here:
+        setup_logging()
+        with first("node"):
+            test_set = task.dataset("test")
+        model = task.model().to(here.device)
+        load_checkpoint(checkpoint, model=model)
+        outputs = _outputs(task, model, test_set)
+        if here.rank != 0:
+            return
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(outputs, out)
+        rows = [(name, number(name, value)) for name, value in _metrics(task, outputs, test_set).items()]
+        saved = str(out.resolve()) if out is not None else "not saved: give --out FILE"
+        show_table("predictions", [("samples", f"{len(test_set):,}"), *rows, ("outputs", saved)])
+
+
+def _outputs(task: Task, model: nn.Module, dataset: Any) -> Any:
+    return predict(model, dataset, task.micro_batch, inputs=task.inputs, seed=task.seed, collate_fn=task.collate_fn)
+
+
+def _metrics(task: Task, outputs: Any, dataset: Any) -> dict[str, float]:
+    if outputs is None or task.metric is None:
+        return {}
+    value = task.metric(outputs, dataset)
+    return {name: float(one) for name, one in (value if isinstance(value, dict) else {"metric": value}).items()}
+
+
+def shown(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {number(name, value)}" for name, value in metrics.items()) or "no metric"
+
+
+def number(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.6g}"
+
+
+def _show(result: Result, world_size: int, device: str) -> None:
+    show_table(
+        f"trained on {world_size} {'process' if world_size == 1 else 'processes'} ({device})",
+        [
+            *[(name, number(name, value)) for name, value in result.metrics.items()],
+            ("time", f"{result.total_s:.1f} s, of which training {result.train_s:.1f} s"),
+            ("samples a second", f"{result.samples_per_second:,.0f}"),
+            ("fingerprint", result.fingerprint),
+            ("checkpoint", str(result.checkpoint)),
+        ],
+    )

@@ -1,0 +1,228 @@
+"""Values of any nesting, taken apart into a description and flat tensors, and put together from several parts.
+
+A description is JSON: what `gather` sends ahead of the data, so that nothing on the wire is a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Node = dict[str, Any]
+Build = Callable[[], Any]
+
+
+def take_apart(value: Any) -> tuple[Node, list[torch.Tensor]]:
+    """A value's description and its tensors, in order. Numbers, strings and None travel in byte tensors.
+
+    Raises:
+        TypeError: names the place and the type of what cannot travel.
+    """
+    leaves: list[torch.Tensor] = []
+    return _describe(value, leaves, "value"), leaves
+
+
+def _describe(value: Any, leaves: list[torch.Tensor], path: str) -> Node:
+    if isinstance(value, torch.Tensor):
+        return _describe_tensor(value, leaves, path)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return {**_describe_tensor(_from_numpy(np.asarray(value), path), leaves, path), "kind": "array"}
+    if _is_plain(value):
+        return _describe_plain([value], leaves, "plain")
+    if isinstance(value, list):
+        if all(map(_is_plain, value)):
+            return _describe_plain(value, leaves, "plain list")
+        return {"kind": "list", "items": [_describe(item, leaves, f"{path}[{i}]") for i, item in enumerate(value)]}
+    named = _parts(value, path)
+    items = [_describe(item, leaves, f"{path}{place}") for place, item in named["parts"]]
+    return {"kind": named["kind"], "type": named["type"], "keys": named["keys"], "items": items}
+
+
+def _parts(value: Any, path: str) -> Node:
+    """The parts of a value whose structure is the same on every rank."""
+    if isinstance(value, Mapping):
+        if bad := [key for key in value if not isinstance(key, (str, int)) or isinstance(key, bool)]:
+            raise TypeError(
+                f"{path} has the key {bad[0]!r}, a {type(bad[0]).__name__}: keys must be strings or integers"
+            )
+        parts = [(f"[{key!r}]", item) for key, item in value.items()]
+        return {"kind": "dict", "type": None, "keys": list(value), "parts": parts}
+    if isinstance(value, tuple):
+        kind = "record" if hasattr(value, "_fields") else "tuple"
+        parts = [(f"[{i}]", item) for i, item in enumerate(value)]
+        return {
+            "kind": kind,
+            "type": _type_name(value) if kind == "record" else None,
+            "keys": len(value),
+            "parts": parts,
+        }
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        parts = [(f".{name}", getattr(value, name)) for name in names]
+        return {"kind": "fields", "type": _type_name(value), "keys": names, "parts": parts}
+    raise TypeError(
+        f"{path} is a {type(value).__name__}, which cannot travel between processes: use tensors, arrays, numbers, "
+        f"strings or None, in dicts, lists, tuples or dataclasses"
+    )
+
+
+def _describe_tensor(tensor: torch.Tensor, leaves: list[torch.Tensor], path: str) -> Node:
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+        raise TypeError(
+            f"{path} is a {kind} tensor, which cannot travel: make it dense, with .dequantize() or .to_dense()"
+        )
+    rows = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
+    leaves.append(rows.contiguous())
+    return {
+        "kind": "tensor",
+        "leaf": len(leaves) - 1,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(rows.shape),
+        "device": tensor.device.type,
+        "scalar": tensor.ndim == 0,
+    }
+
+
+def _describe_plain(values: list[Any], leaves: list[torch.Tensor], kind: str) -> Node:
+    text = json.dumps([{"complex": [v.real, v.imag]} if isinstance(v, complex) else v for v in values]).encode()
+    leaves.append(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    return {"kind": kind, "leaf": len(leaves) - 1, "dtype": "uint8", "shape": [len(text)]}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, float, complex, str)
+
+
+def _from_numpy(array: np.ndarray[Any, Any], path: str) -> torch.Tensor:
+    try:
+        # Copied where torch would refuse or warn: read-only, negative strides, foreign byte order.
+        native = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
+        return torch.from_numpy(native)
+    except TypeError:
+        raise TypeError(
+            f"{path} is an array of {array.dtype}, which cannot travel: use a numeric or bool array"
+        ) from None
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
+def put_together(
+    nodes: Sequence[Node], new: Callable[[Node], torch.Tensor]
+) -> tuple[Build, list[dict[int, torch.Tensor]]]:
+    """Plan the concatenation, in order, of the values that `nodes` describe.
+
+    Tensors and arrays are concatenated along their first dimension, 0-d ones stacked; lists are joined; numbers,
+    strings and None become a list with one entry a part; dicts, tuples and dataclasses keep their structure.
+
+    Args:
+        new: gives an uninitialised tensor for a node's dtype, shape and device.
+
+    Returns:
+        A function that gives the value, once the data is there, and for each part the tensors to write its data into.
+
+    Raises:
+        ValueError: the parts do not fit together; says where.
+    """
+    targets: list[dict[int, torch.Tensor]] = [{} for _ in nodes]
+    return _joined(list(nodes), targets, new, "value"), targets
+
+
+def _joined(
+    nodes: list[Node], targets: list[dict[int, torch.Tensor]], new: Callable[[Node], torch.Tensor], path: str
+) -> Build:
+    kinds = ["list" if node["kind"] == "plain list" else node["kind"] for node in nodes]
+    head = nodes[0]
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"{path} is a {kinds[0]} in one part and a {next(k for k in kinds if k != kinds[0])} in another"
+        )
+    if kinds[0] in ("tensor", "array"):
+        return _joined_tensor(nodes, targets, new, path)
+    if kinds[0] in ("list", "plain"):
+        builds = [_single(node, target, new) for node, target in zip(nodes, targets, strict=True)]
+        if kinds[0] == "plain":
+            return lambda: [build() for build in builds]
+        return lambda: [item for build in builds for item in build()]
+    for node in nodes:
+        if (node["type"], node["keys"]) != (head["type"], head["keys"]):
+            what = "keys" if kinds[0] == "dict" else "entries"
+            raise ValueError(f"{path} has the {what} {head['keys']} in one part and {node['keys']} in another")
+    columns = zip(*(node["items"] for node in nodes), strict=True)
+    items = [_joined(list(column), targets, new, f"{path}[{i}]") for i, column in enumerate(columns)]
+    return lambda: _assembled(head, [item() for item in items])
+
+
+def _joined_tensor(
+    nodes: list[Node], targets: list[dict[int, torch.Tensor]], new: Callable[[Node], torch.Tensor], path: str
+) -> Build:
+    head = nodes[0]
+    for node in nodes:
+        if (node["dtype"], node["shape"][1:]) != (head["dtype"], head["shape"][1:]):
+            raise ValueError(
+                f"{path} has shape {tuple(head['shape'])} and dtype {head['dtype']} in one part, "
+                f"{tuple(node['shape'])} and {node['dtype']} in another, and cannot be concatenated along the first "
+                f"dimension: give a list with one tensor an entry instead"
+            )
+    whole = new({**head, "shape": [sum(node["shape"][0] for node in nodes), *head["shape"][1:]]})
+    start = 0
+    for node, target in zip(nodes, targets, strict=True):
+        target[node["leaf"]] = whole[start : start + node["shape"][0]]
+        start += node["shape"][0]
+    return lambda: _as_described(head, whole)
+
+
+def _single(node: Node, target: dict[int, torch.Tensor], new: Callable[[Node], torch.Tensor]) -> Build:
+    """The value of one part, as it was."""
+    if "leaf" in node:
+        tensor = target[node["leaf"]] = new(node)
+        if node["kind"] in ("plain", "plain list"):
+            return lambda: _plain_values(tensor) if node["kind"] == "plain list" else _plain_values(tensor)[0]
+        return lambda: _as_described(node, tensor[0] if node["scalar"] else tensor)
+    items = [_single(item, target, new) for item in node["items"]]
+    if node["kind"] == "list":
+        return lambda: [item() for item in items]
+    return lambda: _assembled(node, [item() for item in items])
+
+
+def _plain_values(tensor: torch.Tensor) -> list[Any]:
+    values = json.loads(bytes(tensor.cpu().numpy()).decode())
+    return [complex(*value["complex"]) if isinstance(value, dict) else value for value in values]
+
+
+def _as_described(node: Node, tensor: torch.Tensor) -> Any:
+    return tensor.cpu().numpy() if node["kind"] == "array" else tensor
+
+
+def _assembled(node: Node, items: list[Any]) -> Any:
+    if node["kind"] == "dict":
+        return dict(zip(node["keys"], items, strict=True))
+    if node["kind"] == "tuple":
+        return tuple(items)
+    module, _, name = node["type"].partition(":")
+    cls: Any = importlib.import_module(module)
+    for part in name.split("."):
+        cls = getattr(cls, part)
+    return cls(*items) if node["kind"] == "record" else cls(**dict(zip(node["keys"], items, strict=True)))
+
+
+def concatenate(values: Sequence[Any]) -> Any:
+    """Join local values as `gather` joins those of ranks."""
+    apart = [take_apart(value) for value in values]
+    build, targets = put_together([node for node, _ in apart], new_tensor)
+    for (_, leaves), target in zip(apart, targets, strict=True):
+        for number, leaf in enumerate(leaves):
+            target[number].copy_(leaf)
+    return build()
+
+
+def new_tensor(node: Node) -> torch.Tensor:
+    return torch.empty(node["shape"], dtype=getattr(torch, node["dtype"]), device=node.get("device", "cpu"))
