@@ -39,11 +39,13 @@ class Meeting:
         self._rank = rank
         self._ranks = ranks
         self._what = what
-        _register(store, rank)
+        with reaching_store(what):
+            _register(store, rank)
 
     def arrive(self) -> None:
-        if self._store.add("arrived", 1) == len(self._ranks):
-            self._store.set("done", "arrived")
+        with reaching_store(self._what):
+            if self._store.add("arrived", 1) == len(self._ranks):
+                self._store.set("done", "arrived")
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of this rank's exception; the first to tell is the one that is named."""
@@ -72,7 +74,7 @@ class Meeting:
         """Wait for all. Raises `RankFailure` where one has failed, died, or is not there after `timeout_s`."""
         start = looked = time.monotonic()
         pause = _POLL_S[0]
-        try:
+        with reaching_store(self._what):
             while not self.poll():
                 now = time.monotonic()
                 if now - looked > _LIVENESS_S:
@@ -82,22 +84,30 @@ class Meeting:
                     raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s for the others in {self._what}")
                 time.sleep(pause)
                 pause = min(2 * pause, _POLL_S[1])
-        except dist.DistNetworkError as error:
-            raise RankFailure(
-                f"rank {self._rank} lost the connection to the store in {self._what}: the process that holds it, "
-                f"rank 0 or its launcher, is gone ({str(error).splitlines()[0]})",
-                0,
-            ) from error
 
     def _report(self, rank: int, message: str, text: str) -> None:
-        self._store.compare_set("failure", "", json.dumps([rank, message, text]))
-        self._store.set("done", "failed")
+        with reaching_store(self._what):
+            self._store.compare_set("failure", "", json.dumps([rank, message, text]))
+            self._store.set("done", "failed")
 
     def _look_for_the_dead(self) -> None:
         waited_for = set(self._ranks)
         for rank, pid in _neighbours(self._root):
             if rank in waited_for and rank != self._rank and not _alive(pid) and not self._store.check(["done"]):
                 self._report(rank, f"its process {pid} on {socket.gethostname()} died", "")
+
+
+@contextmanager
+def reaching_store(what: str) -> Iterator[None]:
+    """Say what it means when the store cannot be reached any more."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise RankFailure(
+            f"lost the connection to the store in {what}: the process that holds it, rank 0 or the launcher, is gone "
+            f"({str(error).splitlines()[0]})",
+            0,
+        ) from error
 
 
 def _register(store: Store, rank: int) -> None:
@@ -145,7 +155,8 @@ def agreed(what: str) -> Iterator[Meeting | None]:
         yield None
         return
     rank, store = dist.get_rank(), store_root()
-    call = store.add(f"agreed/{rank}", 1)
+    with reaching_store(what):
+        call = store.add(f"agreed/{rank}", 1)
     meeting = Meeting(store, f"agreed/call{call}", rank, range(dist.get_world_size()), what)
     try:
         yield meeting

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from .meeting import Meeting, store_root
+from .meeting import Meeting, reaching_store, store_root
 from .roster import roster
 
 # The turn of the `first` that this code runs inside of: its key, and the ranks that run at the same time.
@@ -47,12 +47,14 @@ def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
         yield True
         return
 
+    what = f'first("{scope}")'
     rank, store = dist.get_rank(), store_root()
-    nodes = [0 if scope == "world" else card.node_rank for card in roster(store)]
+    with reaching_store(what):
+        nodes = [0 if scope == "world" else card.node_rank for card in roster(store)]
+        call = store.add(f"{prefix}/calls/{rank}", 1)
     firsts = tuple(sorted({nodes[other]: other for other in reversed(active)}.values()))  # the lowest of each node
     others = tuple(other for other in active if other not in firsts)
-    call = store.add(f"{prefix}/calls/{rank}", 1)
-    key, what = f"{prefix}/{call}", f'first("{scope}")'
+    key = f"{prefix}/{call}"
     before = Meeting(store, f"{key}/before", rank, firsts, what)
     after = Meeting(store, f"{key}/after", rank, active, what)
 

@@ -77,9 +77,9 @@ def world(
     joined, store = _join(placement, backend, device, _seconds(timeout))
     try:
         yield joined
-        _leave_last(store, joined)
     finally:
         dist.destroy_process_group()
+        _leave_last(store, joined)
 
 
 def _existing(backend: str | None, device: torch.device | str | None) -> World:
@@ -186,7 +186,7 @@ def _bind(device: torch.device | str | None, local_rank: int, local_world_size: 
 def _leave_last(store: Store, joined: World) -> None:
     """The store may live in rank 0's process, which leaves when nobody can still be asking it something.
 
-    No barrier: a rank that leaves early closes its connections, so that a peer that still waits for it fails at once.
+    No barrier: the group is destroyed before, so that a peer that still waits for this rank fails at once.
     """
     left = PrefixStore("ddparity/left", store)
     try:

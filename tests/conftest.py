@@ -1,0 +1,41 @@
+"""Every test leaves the process as it was: no process group, variable, child process or changed mode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+# pytest writes its own.
+_OWN_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> Iterator[None]:
+    before = _variables()
+    yield
+    assert not dist.is_initialized(), "the test left a process group"
+    assert _variables() == before, "the test left changed environment variables"
+    left = [child.cmdline() for child in psutil.Process().children() if not _is_server(child)]
+    assert not left, f"the test left processes: {left}"
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
+
+
+def _is_server(process: psutil.Process) -> bool:
+    """multiprocessing's own: the fork server and the resource tracker."""
+    command = " ".join(process.cmdline())
+    return "forkserver" in command or "resource_tracker" in command

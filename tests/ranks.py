@@ -1,0 +1,154 @@
+"""Runs a function on real processes over Gloo. They are forked from a server that has imported torch: 0.1 s each."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+import ddparity as dp
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["ddparity", "tests.ranks"])
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How one rank ended. `error`: "Type: message", with notes, where it raised. `exitcode`: negative for a signal."""
+
+    value: Any = None
+    error: str | None = None
+    trace: str = ""
+    exitcode: int | None = None
+    seconds: float = 0.0
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    env: Callable[[int], dict[str, str]] | None = None,
+    timeout_s: float = 60,
+) -> list[Any]:
+    """Each rank's result of `function(*args)` inside `world(device="cpu")`; fails with the first rank's traceback."""
+    ended = outcomes(function, world_size, *args, env=env, timeout_s=timeout_s)
+    for rank, outcome in enumerate(ended):
+        if outcome.error or outcome.exitcode:
+            others = [f"rank {r}: {o.error or o.exitcode}" for r, o in enumerate(ended)]
+            raise AssertionError(f"rank {rank} failed\n{outcome.trace}\n" + "\n".join(others))
+    return [outcome.value for outcome in ended]
+
+
+def outcomes(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    env: Callable[[int], dict[str, str]] | None = None,
+    in_world: bool = True,
+    timeout_s: float = 60,
+) -> list[Outcome]:
+    """How each rank ended, exceptions and kills included. What is left after `timeout_s` is killed, and the test fails.
+
+    Without `env`, ranks get torchrun's variables, and this process holds the store as torchrun's agent does. `seconds`
+    counts from when all have started.
+    """
+    store = None
+    if env is None:
+        store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
+        env = torchrun_env(world_size, store.port, agent_store=True)
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = _context.Pipe()
+        process = _context.Process(target=_main, args=(theirs, env(rank), function, args, in_world), daemon=False)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    ended = [Outcome() for _ in range(world_size)]
+    start, deadline = time.monotonic(), time.monotonic() + timeout_s
+    open_pipes: dict[Connection, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while open_pipes and time.monotonic() < deadline:
+        for pipe in wait(list(open_pipes), timeout=deadline - time.monotonic()):
+            rank = open_pipes.pop(pipe)
+            try:
+                ended[rank] = pipe.recv()
+            except EOFError:  # it was killed
+                pass
+            ended[rank].seconds = time.monotonic() - start
+    hung = sorted(open_pipes.values())
+    for process in processes:
+        if not hung:
+            process.join(10)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    for rank, process in enumerate(processes):
+        ended[rank].exitcode = process.exitcode
+        pipes[rank].close()
+    assert not hung, f"ranks {hung} had not ended after {timeout_s} s; the others: {[o.error for o in ended]}"
+    return ended
+
+
+def torchrun_env(
+    world_size: int, port: int, agent_store: bool = False, nodes: int = 1
+) -> Callable[[int], dict[str, str]]:
+    """What torchrun sets on each rank; `nodes` of equal size."""
+    local = world_size // nodes
+
+    def env(rank: int) -> dict[str, str]:
+        variables = {
+            "RANK": rank,
+            "WORLD_SIZE": world_size,
+            "LOCAL_RANK": rank % local,
+            "LOCAL_WORLD_SIZE": local,
+            "GROUP_RANK": rank // local,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        if agent_store:
+            variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        return {name: str(value) for name, value in variables.items()}
+
+    return env
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _main(
+    pipe: Connection, env: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...], in_world: bool
+) -> None:
+    os.environ.update(env)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    outcome = Outcome()
+    try:
+        if in_world:
+            with dp.world(device="cpu"):
+                outcome.value = function(*args)
+        else:
+            outcome.value = function(*args)
+    except BaseException as error:
+        notes = "\n".join(getattr(error, "__notes__", []))
+        outcome = Outcome(error=f"{type(error).__name__}: {error}\n{notes}".rstrip(), trace=traceback.format_exc())
+    pipe.send(outcome)
+    pipe.close()
+
+
+def kill_self() -> None:
+    """Die as from the kernel's out-of-memory killer."""
+    os.kill(os.getpid(), signal.SIGKILL)
