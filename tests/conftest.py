@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-# pytest writes its own.
-_OWN_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION")
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+# pytest's own, and what torch sets when its compiler is first imported.
+_OWN_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _leaves_nothing() -> Iterator[None]:
     before = _variables()
     yield
+    gc.collect()  # loaders end their workers when they go
     assert not dist.is_initialized(), "the test left a process group"
     assert _variables() == before, "the test left changed environment variables"
     left = [child.cmdline() for child in psutil.Process().children() if not _is_server(child)]

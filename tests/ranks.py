@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import time
@@ -20,7 +22,8 @@ from torch.distributed import TCPStore
 import ddparity as dp
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ddparity", "tests.ranks"])
+# torch._dynamo: an optimizer imports it in its first step, in a second or two.
+_context.set_forkserver_preload(["ddparity", "torch._dynamo", "tests.ranks"])
 
 
 @dataclasses.dataclass
@@ -81,10 +84,8 @@ def outcomes(
     while open_pipes and time.monotonic() < deadline:
         for pipe in wait(list(open_pipes), timeout=deadline - time.monotonic()):
             rank = open_pipes.pop(pipe)
-            try:
-                ended[rank] = pipe.recv()
-            except EOFError:  # it was killed
-                pass
+            with contextlib.suppress(EOFError):  # it was killed
+                ended[rank] = pickle.loads(pipe.recv_bytes())
             ended[rank].seconds = time.monotonic() - start
     hung = sorted(open_pipes.values())
     for process in processes:
@@ -135,6 +136,7 @@ def _main(
     os.environ.update(env)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for data-loader workers, as in a script on Linux
     outcome = Outcome()
     try:
         if in_world:
@@ -145,7 +147,7 @@ def _main(
     except BaseException as error:
         notes = "\n".join(getattr(error, "__notes__", []))
         outcome = Outcome(error=f"{type(error).__name__}: {error}\n{notes}".rstrip(), trace=traceback.format_exc())
-    pipe.send(outcome)
+    pipe.send_bytes(pickle.dumps(outcome))  # not `send`: torch would share tensors' memory with a process that ends
     pipe.close()
 
 

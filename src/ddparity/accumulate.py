@@ -55,7 +55,8 @@ def accumulate(
 
     Raises:
         TypeError: a plain module in a world of several processes, or a batch whose units cannot be counted.
-        ValueError: no rank has a unit, or a count is negative or not finite.
+        ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
+            not one micro-batch.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -95,6 +96,11 @@ def _accumulate(
         size, micros = len(weighted), iter(weighted)
     if replicated is None:
         flat = False
+    elif replicated.static_graph and (size > 1 or flat):
+        raise ValueError(
+            f"accumulate() got {size} micro-batches for a DDP module with static_graph=True, whose backwards must "
+            f"all reduce: leave static_graph out, or give each rank one micro-batch a step"
+        )
     # DDP's own path divides by the world size; our sum of flat gradients does not.
     scale = dist.get_world_size(group) if replicated is not None and not flat and averages(replicated) else 1
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from .meeting import agreed
 from .replicate import unwrapped
-from .trees import Node, new_tensor, put_together, take_apart
+from .trees import Node, named_types, new_tensor, put_together, take_apart
 
 _FORMAT = "ddparity 1"
 
@@ -67,7 +67,11 @@ def _stateful(name: str, value: Any) -> Any:
 
 
 def _write(path: Path, states: dict[str, Any]) -> None:
-    node, leaves = take_apart(states)
+    node, leaves = take_apart([states])  # in a list, whose entries come back as they were
+    if types := named_types(node):
+        raise TypeError(
+            f"a state_dict has a {types[0]}: states are of tensors, numbers, strings, lists, tuples and dicts"
+        )
     # Tied weights share memory, which the format refuses: each leaf is a copy of its own.
     tensors = {str(number): leaf.detach().cpu().clone() for number, leaf in enumerate(leaves)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,10 +102,12 @@ def _read(path: Path) -> dict[str, Any]:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} is no checkpoint of ddparity: its format is {metadata.get('format')!r}")
             node: Node = json.loads(metadata["states"])
+            if types := named_types(node):  # importing them would run code that the file chooses
+                raise ValueError(f"{path} names the type {types[0]}, which no checkpoint of ddparity does")
             build, (targets,) = put_together([node], lambda described: new_tensor({**described, "device": "cpu"}))
             for number, target in targets.items():
                 target.copy_(file.get_tensor(str(number)))
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no whole checkpoint: {error}") from error
-    states: dict[str, Any] = build()
-    return states
+    (states,) = build()
+    return states  # type: ignore[no-any-return]

@@ -73,7 +73,7 @@ def train(
     """Train a TASK: one progress display, exact accuracy after each epoch, a checkpoint and a table at the end."""
     loaded, count = _checked(task, nproc)
     target = checkpoint or Path("runs") / _title(task) / "checkpoint.safetensors"
-    if _launches(count):
+    if count > 1:
         _launch(["-m", "ddparity", "train", task, "--checkpoint", str(target), "--workers", str(workers)], count)
     _in_this_process(lambda: train_task(loaded, target, workers, _title(task)))
 
@@ -91,19 +91,20 @@ def predict(
     loaded, count = _checked(task, nproc)
     if not checkpoint.is_file():
         _refuse(f"there is no checkpoint at {checkpoint}: train one with `ddparity train {task}`")
-    if _launches(count):
+    if count > 1:
         to = ["--out", str(out)] if out is not None else []
         _launch(["-m", "ddparity", "predict", task, "--checkpoint", str(checkpoint), *to], count)
     _in_this_process(lambda: predict_task(loaded, checkpoint, out))
 
 
 def _checked(spec: str, nproc: int | None) -> tuple[Task, int]:
+    """The Task, and how many processes to start: one, this one, inside a job that a launcher started."""
     try:
-        task, count = load_task(spec), _count(nproc)
-        check_task(task, count)
+        task, count, placement = load_task(spec), _count(nproc), find_placement()
+        check_task(task, count if placement is None else placement.world_size)
     except (ValueError, TypeError) as error:
         _refuse(str(error))
-    return task, count
+    return task, count if placement is None else 1
 
 
 def _count(nproc: int | None) -> int:
@@ -112,11 +113,6 @@ def _count(nproc: int | None) -> int:
     if nproc < 1:
         raise ValueError(f"--nproc {nproc}: start at least 1 process")
     return nproc
-
-
-def _launches(count: int) -> bool:
-    """Whether to start processes: not for one, and not inside a job that a launcher started."""
-    return count > 1 and find_placement() is None
 
 
 def _launch(arguments: list[str], nproc: int | None) -> NoReturn:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, Protocol
 
-import rich
 import torch.distributed as dist
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from .compat import Store
 from .environment import find_placement
 from .meeting import store_root
 
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
+_PLAIN = logging.Formatter()  # what a handler without a formatter does
+_CONNECT_S = 5.0
 
 
 def setup_logging(level: int | str = logging.INFO, others: int | str = logging.WARNING) -> None:
@@ -29,9 +36,10 @@ def setup_logging(level: int | str = logging.INFO, others: int | str = logging.W
     Call it once on every rank, in or before `world()`. Handlers that exist, on the root logger or on a library's, stay
     and obey from now on; log files (`FileHandler`) are left alone. Without a handler on the root logger, one that
     writes to standard error is added. Python's `warnings` go through logging, and one that several ranks raise appears
-    once. The progress bars of tqdm and of rich's shared console are silent on the other ranks.
+    once; before `world()`, where ranks cannot ask each other, rank 0 shows its own. The progress bars of tqdm and of
+    rich are silent on the other ranks.
 
-    Collectives: none; one store request for each distinct warning.
+    Collectives: none; one store request a distinct warning and rank; one connection a data-loader worker that warns.
 
     Raises:
         ValueError: a level's name is unknown.
@@ -43,7 +51,7 @@ def setup_logging(level: int | str = logging.INFO, others: int | str = logging.W
     if not root.handlers:
         root.addHandler(_StandardError())
         root.handlers[0].setFormatter(logging.Formatter(_FORMAT))
-    root.setLevel(threshold)
+    root.setLevel(min(level, others))  # log files take the same records on every rank
     for handler in _terminal_handlers():
         handler.filters = [old for old in handler.filters if not isinstance(old, _Speaks)]
         handler.addFilter(_Speaks(rank, threshold))
@@ -66,13 +74,14 @@ class _StandardError(logging.StreamHandler[Any]):
 
 
 class _Speaks(logging.Filter):
-    """Passes records from a threshold up, and each Python warning from the first rank that raises it."""
+    """Passes records from a threshold up, and each Python warning from the first process that raises it."""
 
     def __init__(self, rank: int, threshold: int) -> None:
         super().__init__()
         self._rank = rank
         self._threshold = threshold
         self._pid = os.getpid()
+        self._own_store: Store | None = None  # of a forked process
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < self._threshold:
@@ -86,15 +95,24 @@ class _Speaks(logging.Filter):
         return bool(marks["first_to_warn"])
 
     def _claim(self, message: str) -> bool:
-        if os.getpid() != self._pid:  # a forked data-loader worker must not use the parent's connection
-            return self._rank == 0
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self._rank == 0
         try:
-            key = f"warnings/{' '.join(message.split())[:500]}"
-            return bool(store_root().compare_set(key, "", str(self._rank)) == str(self._rank).encode())
-        except RuntimeError:  # the store is gone, at the end of a run: better twice than lost
+            key = f"warnings/{hashlib.blake2b(message.encode(), digest_size=16).hexdigest()}"
+            name = f"rank {self._rank}, process {os.getpid()}"
+            return self._store().compare_set(key, "", name).decode() == name
+        except (RuntimeError, AttributeError):  # no store at the end of a run, no clone: better twice than lost
             return True
+
+    def _store(self) -> Store:
+        """The group's store; a forked data-loader worker must not use its parent's connection, and opens its own."""
+        if os.getpid() == self._pid:
+            return store_root()
+        if self._own_store is None:
+            store = store_root()
+            store.set_timeout(timedelta(seconds=_CONNECT_S))  # of this process's copy; no request
+            self._own_store = store.clone()
+        return self._own_store
 
 
 class _Prefixed(logging.Formatter):
@@ -104,31 +122,40 @@ class _Prefixed(logging.Formatter):
         self._rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"[rank {self._rank}] {(self.plain or logging.Formatter(_FORMAT)).format(record)}"
+        return f"[rank {self._rank}] {(self.plain or _PLAIN).format(record)}"
+
+
+_TO_TERMINALS = (logging.StreamHandler, RichHandler)
 
 
 def _terminal_handlers() -> list[logging.Handler]:
-    """Every handler of the root logger, and the handlers of other loggers that write to a stream; no log files."""
+    """Every handler of the root logger, and the handlers of other loggers that write to a terminal; no log files."""
     handlers = list(logging.getLogger().handlers)
     for logger in list(logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):
-            handlers += [handler for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]
+            handlers += [handler for handler in logger.handlers if isinstance(handler, _TO_TERMINALS)]
     return [handler for handler in handlers if not isinstance(handler, logging.FileHandler)]
 
 
 def _silence_progress_bars() -> None:
-    """tqdm reads its defaults from variables when it is imported; one that is imported already is told otherwise."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    tqdm = sys.modules.get("tqdm.std")
-    if tqdm is not None and not hasattr(tqdm.tqdm.__init__, "silenced"):
-        loud = tqdm.tqdm.__init__
+    """Their consoles stay, for what a program prints and logs there."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # for processes that this one starts
+    _silence(Bars)
+    with suppress(ImportError):
+        _silence(importlib.import_module("tqdm.std").tqdm)
 
+
+def _silence(bar: Any) -> None:
+    """Make a class of progress bars, and its children, as with `disable=True`, also where a library passes False."""
+    if not hasattr(bar.__init__, "silenced"):
+        loud = bar.__init__
+
+        @functools.wraps(loud)
         def silent(self: Any, *args: Any, **kwargs: Any) -> None:
             loud(self, *args, **{**kwargs, "disable": True})
 
         silent.silenced = True  # type: ignore[attr-defined]
-        tqdm.tqdm.__init__ = silent
-    rich.get_console().quiet = True
+        bar.__init__ = silent
 
 
 def _rank() -> int:

@@ -62,23 +62,30 @@ def find_placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
     if engine is None:
         return None
     rank = _integer(environ, engine.rank, engine)
-    world_size = _integer(environ, engine.world_size, engine)
+    size_name = engine.world_size
+    if engine.name == "Slurm" and "SLURM_STEP_NUM_TASKS" in environ:  # SLURM_NTASKS may still be the whole job's
+        size_name = "SLURM_STEP_NUM_TASKS"
+    world_size = _integer(environ, size_name, engine)
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
-            f"{engine.rank}={rank} and {engine.world_size}={world_size} contradict each other: "
+            f"{engine.rank}={rank} and {size_name}={world_size} contradict each other: "
             f"a rank is at least 0 and below the world size. {engine.name} sets both; was one set by hand?"
         )
     local_rank = _integer(environ, engine.local_rank, engine) if engine.local_rank else 0
     local_world_size = _optional(environ, engine.local_world_size, engine)
     node_rank = _optional(environ, engine.node_rank, engine)
+    if node_rank is not None and node_rank < 0:
+        raise ValueError(f"{engine.node_rank}={node_rank} is not the number of a node: at least 0")
     if engine.name == "PyTorchJob":
         local_world_size, node_rank = 1, rank
     elif engine.name == "Slurm":
-        local_world_size = _slurm_tasks_on_node(environ, node_rank)
-    if local_rank < 0 or (local_world_size is not None and local_rank >= local_world_size):
+        local_world_size = _slurm_tasks_on_node(environ, node_rank, world_size)
+    here = world_size if local_world_size is None else local_world_size
+    if not 0 <= local_rank < here <= world_size:
         raise ValueError(
-            f"local rank {local_rank} does not fit {local_world_size} processes on this node "
-            f"({engine.name}'s {engine.local_rank} and its companions)"
+            f"{engine.local_rank}={local_rank} does not fit {here} processes on this node, of "
+            f"{size_name}={world_size}. {engine.name} sets {engine.local_rank} and "
+            f"{engine.local_world_size or 'the number of processes'}; was one set by hand?"
         )
     address, port = _master(environ, engine, world_size, local_world_size)
     return Placement(engine.name, rank, world_size, local_rank, local_world_size, node_rank, address, port)
@@ -90,9 +97,10 @@ def _detect(environ: Mapping[str, str]) -> Engine | None:
         return torchrun if "LOCAL_RANK" in environ else pytorch_job
     if open_mpi.rank in environ:
         return open_mpi
-    # `srun --pty bash` puts its variables into an interactive shell, where no other task will ever come.
+    # `srun --pty bash` puts its variables into an interactive shell, where no other task will ever come. An `srun` from
+    # there inherits the job's name (Lightning#20776), but its step has several tasks.
     interactive = environ.get("SLURM_JOB_NAME") in ("bash", "sh", "zsh", "interactive")
-    if slurm.rank in environ and not interactive:
+    if slurm.rank in environ and not (interactive and environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"):
         return slurm
     for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if present in environ:
@@ -109,7 +117,7 @@ def _integer(environ: Mapping[str, str], name: str, engine: Engine) -> int:
     try:
         return int(environ[name])
     except ValueError:
-        raise ValueError(f"{name}={environ[name]!r} is not an integer ({engine.name} sets it)") from None
+        raise ValueError(f"{name}={environ[name]!r} is not an integer ({engine.name} started this process)") from None
 
 
 def _optional(environ: Mapping[str, str], name: str | None, engine: Engine) -> int | None:
@@ -120,7 +128,7 @@ def _master(
     environ: Mapping[str, str], engine: Engine, world_size: int, local_world_size: int | None
 ) -> tuple[str, int]:
     """The address and port of rank 0. MASTER_ADDR and MASTER_PORT win over what the engine implies."""
-    address = environ.get("MASTER_ADDR")
+    address = environ.get("MASTER_ADDR") or None
     port = _optional(environ, "MASTER_PORT", engine)
     if engine.name == "Slurm":
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
@@ -158,8 +166,8 @@ def first_host(nodelist: str) -> str:
     return host
 
 
-def _slurm_tasks_on_node(environ: Mapping[str, str], node_rank: int | None) -> int | None:
-    """Slurm gives the tasks of each node as "2(x3),1"."""
+def _slurm_tasks_on_node(environ: Mapping[str, str], node_rank: int | None, world_size: int) -> int | None:
+    """Slurm gives the tasks of each node as "2(x3),1". None where these are not the tasks of this step."""
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     if tasks is None or node_rank is None:
         return None
@@ -169,4 +177,4 @@ def _slurm_tasks_on_node(environ: Mapping[str, str], node_rank: int | None) -> i
         if match is None:
             raise ValueError(f"cannot read SLURM_TASKS_PER_NODE={tasks!r}: expected a list like '2(x3),1'")
         counts += [int(match[1])] * int(match[2] or 1)
-    return counts[node_rank] if node_rank < len(counts) else None
+    return counts[node_rank] if node_rank < len(counts) and sum(counts) == world_size else None

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .trees import byte_view
+
 # What DDP, torch.compile and activation checkpointing put into the names of a state dict.
 _WRAPPERS_ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _WRAPPERS_IN_FRONT = ("module.",)
@@ -54,7 +56,7 @@ def _feed(digest: Any, name: str, value: Any) -> None:
         dense = value.detach().cpu().contiguous()
         header = [name, str(dense.dtype), list(dense.shape)]
         digest.update(json.dumps(header).encode() + b"\0")
-        digest.update(dense.reshape(-1).view(torch.uint8).numpy())
+        digest.update(byte_view(dense).numpy())
     elif isinstance(value, Mapping):
         digest.update(json.dumps([name, "mapping", len(value)]).encode() + b"\0")
         for key in sorted(value, key=str):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from .compat import all_gather_single
 from .errors import RankFailure
-from .trees import Node, new_tensor, put_together, take_apart
+from .trees import Node, byte_view, new_tensor, put_together, take_apart
 
 _CHUNK_BYTES = 64 * 2**20
 # What a rank passes that has nothing to give, not even a structure.
@@ -112,7 +112,7 @@ def _move(leaf: torch.Tensor | None, target: torch.Tensor, source: int, rank: in
     staged = data if data.device.type == wire.type else data.new_empty(data.shape, device=wire)
     if leaf is not None and staged is not leaf:
         staged.copy_(leaf)
-    for chunk in _bytes_of(staged).split(_CHUNK_BYTES):
+    for chunk in byte_view(staged).split(_CHUNK_BYTES):
         if to == "all":
             dist.broadcast(chunk, source)
         elif rank == source:
@@ -121,10 +121,6 @@ def _move(leaf: torch.Tensor | None, target: torch.Tensor, source: int, rank: in
             dist.recv(chunk, source)
     if leaf is None and staged is not target:
         target.copy_(staged)
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _wire_device() -> torch.device:

@@ -14,7 +14,9 @@ from .compat import Store
 from .environment import Placement, find_placement
 from .errors import RankFailure
 
-_POLL_S = 0.005
+_POLL_S = (0.001, 0.1)  # first and longest pause between two looks at the store
+_GRACE_S = 1.0  # from the deadline, for rank 0's word on who is missing to reach the others
+_HOLD_S = 5.0  # how long rank 0 keeps the store for ranks that have not read an error
 
 
 @dataclass(frozen=True)
@@ -36,44 +38,69 @@ def own_card(placement: Placement | None) -> Card:
 
 
 def call_roll(store: Store, rank: int, world_size: int, card: Card, deadline: float) -> list[Card]:
-    """Every rank's card, complete, on every rank. All ranks call it; two store requests a rank, `world_size` on rank 0.
+    """Every rank's card, complete, on every rank. All ranks call it; two store requests a rank and a poll.
 
     Raises:
-        TimeoutError: ranks are missing at `deadline` (of `time.monotonic`); names them where it can.
+        TimeoutError: ranks are missing at `deadline` (of `time.monotonic`); names them where rank 0 came.
         RankFailure: a rank's card carries an error.
         ValueError: two ranks claim the same place or the same GPU.
     """
     store.set(f"roster/{rank}", json.dumps(asdict(card)))
     if rank == 0:
-        keys = [f"roster/{other}" for other in range(world_size)]
-        missing = list(range(world_size))
-        while missing := [other for other in missing if not store.check([keys[other]])]:
-            if time.monotonic() > deadline:
-                raise TimeoutError(_numbers("rank", missing) + " did not come")
-            time.sleep(_POLL_S)
+        _answer(store, world_size, deadline)
+    return _read(store, rank, deadline + _GRACE_S)
+
+
+def _answer(store: Store, world_size: int, deadline: float) -> None:
+    """Rank 0 posts the roster, or why there is none."""
+    keys = [f"roster/{rank}" for rank in range(world_size)]
+    missing: list[int] = []
+    if not _appear(store, keys, deadline):
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+    answer: dict[str, object]
+    if missing:
+        answer = {"missing": _numbers("rank", missing) + " did not come"}
+    else:
         cards = [Card(**json.loads(value)) for value in store.multi_get(keys)]
         try:
-            answer: dict[str, object] = {"cards": [asdict(card) for card in complete(cards)]}
+            answer = {"cards": [asdict(card) for card in complete(cards)]}
         except ValueError as error:
-            failed = next((other for other, card in enumerate(cards) if card.error), -1)
+            failed = next((rank for rank, card in enumerate(cards) if card.error), -1)
             answer = {"error": str(error), "rank": failed}
-        store.set("roster", json.dumps(answer))
-        # The store may end with this process: on an error, the others read it first.
-        while "error" in answer and store.add("roster/read", 0) < world_size - 1 and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-    return _read(store, deadline)
+    store.set("roster", json.dumps(answer))
+    if "cards" not in answer:
+        # The store may end with this process: those who came read the answer first.
+        others = [f"roster/{rank}/read" for rank in range(1, world_size) if rank not in missing]
+        _appear(store, others, time.monotonic() + (_GRACE_S if missing else _HOLD_S))
 
 
-def _read(store: Store, deadline: float) -> list[Card]:
-    while not store.check(["roster"]):
+def _appear(store: Store, keys: list[str], deadline: float) -> bool:
+    """Wait for keys of the store; False where one is missing at the deadline."""
+    pause = _POLL_S[0]
+    while keys and not store.check(keys):
         if time.monotonic() > deadline:
-            raise TimeoutError("rank 0 did not report that all ranks came")
-        time.sleep(_POLL_S)
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _POLL_S[1])
+    return True
+
+
+def _read(store: Store, rank: int, deadline: float) -> list[Card]:
+    if not _appear(store, ["roster"], deadline):
+        raise TimeoutError("rank 0 did not report that all ranks came")
     answer = json.loads(store.get("roster"))
+    if "cards" not in answer:
+        store.set(f"roster/{rank}/read", "")
+    if "missing" in answer:
+        raise TimeoutError(answer["missing"])
     if "error" in answer:
-        store.add("roster/read", 1)
         raise RankFailure(answer["error"], answer["rank"])
     return [Card(**card) for card in answer["cards"]]
+
+
+def publish(store: Store, cards: list[Card]) -> None:
+    """Put a complete roster where `roster` finds it. Every rank does, before it asks: one request, the same value."""
+    store.set("roster", json.dumps({"cards": [asdict(card) for card in cards]}))
 
 
 def roster(store: Store, timeout_s: float = 60.0) -> list[Card]:
@@ -84,7 +111,7 @@ def roster(store: Store, timeout_s: float = 60.0) -> list[Card]:
         ours = placement is not None and (placement.rank, placement.world_size) == (rank, world_size)
         card = own_card(placement if ours else None)
         return call_roll(store, rank, world_size, card, time.monotonic() + timeout_s)
-    return _read(store, time.monotonic())
+    return _read(store, dist.get_rank(), time.monotonic())
 
 
 def complete(cards: list[Card]) -> list[Card]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import random
 from collections.abc import Iterator
@@ -15,13 +16,15 @@ from .compat import seed_cpu_generator, seed_cuda_generator
 
 
 def derive(*key: int | str) -> int:
-    """A 63-bit seed from a key of integers and words; different keys give unrelated seeds.
+    """A 63-bit seed from a key of integers and words; different keys give unrelated seeds, (1, "a") and ("1", "a") too.
 
     Example:
         >>> derive(0, "data", 3) == derive(0, "data", 3) != derive(0, "data", 4)
         True
     """
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    # repr quotes words, so that no two keys read alike; int() makes one of NumPy's integers and Python's.
+    exact = tuple(part if isinstance(part, str) else int(part) for part in key)
+    digest = hashlib.blake2b(repr(exact).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -57,12 +60,16 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         deterministic: also demand deterministic algorithms; an operator that has none then raises.
 
     Raises:
+        TypeError: `seed` is no integer.
         ValueError: `seed` is out of range.
 
     Source: https://pytorch.org/docs/stable/notes/randomness.html
     """
-    if isinstance(seed, bool) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed_everything({seed!r}): the seed must be an integer from 0 to 2**64 - 1")
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed_everything({seed!r}): the seed must be an integer, not a {type(seed).__name__}")
+    seed = operator.index(seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed_everything({seed}): the seed must be an integer from 0 to 2**64 - 1")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

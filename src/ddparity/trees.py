@@ -207,11 +207,25 @@ def _assembled(node: Node, items: list[Any]) -> Any:
         return dict(zip(node["keys"], items, strict=True))
     if node["kind"] == "tuple":
         return tuple(items)
-    module, _, name = node["type"].partition(":")
-    cls: Any = importlib.import_module(module)
-    for part in name.split("."):
-        cls = getattr(cls, part)
+    cls = _named_type(node["type"])
     return cls(*items) if node["kind"] == "record" else cls(**dict(zip(node["keys"], items, strict=True)))
+
+
+def _named_type(name: str) -> Any:
+    """A named tuple or dataclass that another rank's description names; it is a type of this program on both."""
+    module, _, path = name.partition(":")
+    cls: Any = importlib.import_module(module)
+    for part in path.split("."):
+        cls = getattr(cls, part)
+    if not (isinstance(cls, type) and (hasattr(cls, "_fields") or dataclasses.is_dataclass(cls))):
+        raise TypeError(f"{name} is no named tuple or dataclass")
+    return cls
+
+
+def named_types(node: Node) -> list[str]:
+    """The types that a description would import to be put together."""
+    here = [node["type"]] if node["kind"] in ("record", "fields") else []
+    return here + [name for item in node.get("items", []) for name in named_types(item)]
 
 
 def concatenate(values: Sequence[Any]) -> Any:
@@ -226,3 +240,8 @@ def concatenate(values: Sequence[Any]) -> Any:
 
 def new_tensor(node: Node) -> torch.Tensor:
     return torch.empty(node["shape"], dtype=getattr(torch, node["dtype"]), device=node.get("device", "cpu"))
+
+
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's bytes, 1-D; strides of dimensions of size 0 and 1, which may be anything, do not matter."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

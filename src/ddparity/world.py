@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -18,9 +22,14 @@ from .compat import PrefixStore, Store, TCPStore
 from .environment import Placement, find_placement
 from .errors import RankFailure, RendezvousError
 from .meeting import store_root
-from .roster import Card, call_roll, own_card, roster
+from .roster import Card, call_roll, own_card, publish, roster
 
 _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
+
+# The connection to the store outlives a world: the next one of this process meets there again, while the others may
+# still speak to it. Each world of a process has a part of the store of its own.
+_stores: dict[tuple[str, int], Store] = {}
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,8 @@ def world(
         timeout: seconds or timedelta, for the rendezvous and for each collective; None: torch's default.
 
     Raises:
-        ValueError: the launcher's variables contradict each other, or more local ranks than GPUs (on every rank).
+        ValueError: an argument is wrong, the launcher's variables contradict each other, or this local rank has no GPU.
+        RankFailure: another rank has no GPU, or two ranks claim the same one; on every rank.
         RendezvousError: the others could not be reached within the time-out.
 
     Collectives: none but those of `init_process_group`; the roster goes through the store.
@@ -65,32 +75,45 @@ def world(
         ...     w.rank, w.world_size
         (0, 1)
     """
+    backend, timeout_s = _known(backend), _seconds(timeout)
     if dist.is_available() and dist.is_initialized():
         yield _existing(backend, device)
         return
     placement = find_placement()
     if placement is None:
-        if backend is not None and backend not in dist.Backend.backend_list:
-            raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(dist.Backend.backend_list)}")
         yield World(0, 0, 1, 1, 0, _bind(device, 0, 1), None)
         return
-    joined, store = _join(placement, backend, device, _seconds(timeout))
+    joined, store = _join(placement, backend, device, timeout_s)
     try:
         yield joined
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         _leave_last(store, joined)
+
+
+def _known(backend: str | None) -> str | None:
+    """Refuse a wrong name before anybody waits for this rank. torch's own form "cpu:gloo,cuda:nccl" is right, too."""
+    if backend is None:
+        return None
+    names = [name for name in dist.Backend.backend_list if name != "undefined"]
+    if any(part.rpartition(":")[2] not in names for part in backend.lower().split(",")):
+        raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(names)}")
+    return backend.lower()
 
 
 def _existing(backend: str | None, device: torch.device | str | None) -> World:
     """The world of a process group that somebody else made."""
     rank, size, actual = dist.get_rank(), dist.get_world_size(), str(dist.get_backend())
+    if actual == "undefined":  # init_process_group without a backend makes one a device
+        actual = dist.get_backend_config()
     if backend is not None and backend != actual:
         raise ValueError(f"world(backend={backend!r}), but the process group that exists uses {actual!r}")
     card = roster(store_root())[rank] if size > 1 else Card(socket.gethostname(), 0, 1, 0)
     assert card.local_rank is not None and card.local_world_size is not None and card.node_rank is not None
     if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in actual else torch.device("cpu")
+        on_gpu = "nccl" in actual and torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return World(rank, card.local_rank, size, card.local_world_size, card.node_rank, torch.device(device), actual)
 
 
@@ -106,14 +129,16 @@ def _join(
         bound = _bind(device, placement.local_rank, placement.local_world_size or 1)
         if bound.type == "cuda":
             card = replace(card, gpu=str(getattr(torch.cuda.get_device_properties(bound), "uuid", bound)))
-    except ValueError as error:  # told to the others, who would wait for this rank
+    except Exception as error:  # told to the others, who would wait for this rank
         problem = error
         card = replace(card, error=str(error))
     try:
-        store = _connect(placement, limit, deadline)
+        store = PrefixStore(f"world{next(_numbers)}", _connect(placement, limit, deadline))
         cards = call_roll(PrefixStore("ddparity", store), rank, size, card, deadline)
-        assert bound is not None
+        assert bound is not None, "the roster refuses a card with an error"
         chosen = backend or ("nccl" if bound.type == "cuda" else "gloo")
+        if len({card.host for card in cards}) > 1:
+            _leave_loopback(placement.master_addr)
         dist.init_process_group(
             chosen,
             store=store,
@@ -122,11 +147,17 @@ def _join(
             timeout=limit if timeout_s is not None else None,
             device_id=bound if chosen == "nccl" else None,
         )
+        publish(store_root(), cards)
     except RankFailure:
         if problem is not None:
             raise problem from None
         raise
     except (dist.DistError, TimeoutError, OSError, RuntimeError) as error:
+        _stores.pop((placement.master_addr, placement.master_port), None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if problem is not None:
+            raise problem from None
         raise RendezvousError(_unreachable(placement, time.monotonic() - start, error)) from error
     mine = cards[rank]
     assert mine.local_rank is not None and mine.local_world_size is not None and mine.node_rank is not None
@@ -134,34 +165,85 @@ def _join(
 
 
 def _connect(placement: Placement, limit: timedelta, deadline: float) -> Store:
-    """The store at rank 0, or the one that torchrun's agent holds for its workers.
-
-    A client first knocks with a plain socket: torch's own waits longer than its time-out and prints C++ frames.
-    """
-    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    """The store at rank 0, or the one that torchrun's agent holds for its workers."""
     address = (placement.master_addr, placement.master_port)
-    serves = placement.rank == 0 and not agent_store
-    if not serves:
-        _knock(address, deadline)
-    store: Store = TCPStore(*address, placement.world_size, serves, limit, wait_for_workers=False)
-    if agent_store:  # it outlives a restart of the workers
+    if address not in _stores:
+        if _serves(placement.rank):
+            _stores[address] = _serve(placement.master_port, placement.world_size, limit)
+        else:
+            _find_store(address, deadline)
+            _stores[address] = TCPStore(*address, placement.world_size, False, limit, wait_for_workers=False)
+    store = _stores[address]
+    store.set_timeout(limit)
+    if _agent_holds_store():  # it outlives a restart of the workers
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"/worker/attempt_{attempt}", store)
+        return PrefixStore(f"/worker/attempt_{attempt}", store)
     return store
 
 
-def _knock(address: tuple[str, int], deadline: float) -> None:
-    pause = 0.02
+def _agent_holds_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _serves(rank: int) -> bool:
+    return rank == 0 and not _agent_holds_store()
+
+
+def _serve(port: int, world_size: int, limit: timedelta) -> Store:
+    """The store, for the others on all of this machine's addresses; this process speaks to it through the loopback."""
+    try:
+        return TCPStore("127.0.0.1", port, world_size, True, limit, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise OSError(f"port {port} is taken on this machine{_holder(port)}") from None
+
+
+def _holder(port: int) -> str:
+    with suppress(psutil.Error):  # other users' processes cannot be seen
+        for connection in psutil.net_connections("tcp"):
+            here = connection.laddr and connection.laddr.port == port
+            if here and connection.status == psutil.CONN_LISTEN and connection.pid:
+                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ""
+
+
+def _find_store(address: tuple[str, int], deadline: float) -> None:
+    """Wait until a store answers. torch's own client waits for longer than its time-out and prints C++ frames.
+
+    Raises:
+        TimeoutError: at the deadline, with the reason.
+    """
+    pause, patience_s = 0.02, 1.0
     while True:
-        remaining = deadline - time.monotonic()
         try:
-            socket.create_connection(address, timeout=max(remaining, 0.1)).close()
-            return
+            if _is_store(address, max(min(patience_s, deadline - time.monotonic()), 0.1)) or not _can_tell_stores():
+                return
+            reason = "another program holds that port, or a store too busy to answer"
         except OSError as error:
-            if time.monotonic() + pause > deadline:
-                raise TimeoutError(str(error)) from error
+            reason = str(error)
+        if time.monotonic() + pause > deadline:
+            raise TimeoutError(reason)
         time.sleep(pause)
-        pause = min(2 * pause, 0.5)
+        pause, patience_s = min(2 * pause, 0.5), 2 * patience_s
+
+
+def _is_store(address: tuple[str, int], timeout_s: float) -> bool:
+    """Whether it is torch's store that listens there: it sends the number in a client's first two messages back."""
+    validate, magic, ping, number = 0, 0x3C85F7CE, 13, os.getpid()
+    with socket.create_connection(address, timeout_s) as connection:
+        try:
+            connection.sendall(struct.pack("=BIBI", validate, magic, ping, number))
+            return connection.recv(4) == struct.pack("=I", number)
+        except (TimeoutError, ConnectionError):
+            return False
+
+
+@functools.cache
+def _can_tell_stores() -> bool:
+    """Whether this torch's own store answers like that, which no documentation promises."""
+    own = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=10), wait_for_workers=False)
+    return _is_store(("127.0.0.1", own.port), 10.0)
 
 
 def _bind(device: torch.device | str | None, local_rank: int, local_world_size: int) -> torch.device:
@@ -174,9 +256,10 @@ def _bind(device: torch.device | str | None, local_rank: int, local_world_size: 
         # A scheduler may show each process one GPU, its own: index 0. The roster finds two that share one.
         count = torch.cuda.device_count()
         if local_rank >= count and count != 1:
+            fewer = f"start at most {count} processes a node (--nproc {count}), or " if count else ""
             raise ValueError(
-                f"local rank {local_rank} of {local_world_size} has no GPU: this machine shows {count}. Start at most "
-                f'{count} processes a node (--nproc {count}), or train on the CPU with world(device="cpu")'
+                f"local rank {local_rank} of {local_world_size} has no GPU: this machine shows {count}. To go on, "
+                f'{fewer}train on the CPU with world(device="cpu")'
             )
         device = torch.device("cuda", local_rank if local_rank < count else 0)
     torch.cuda.set_device(device)
@@ -184,7 +267,7 @@ def _bind(device: torch.device | str | None, local_rank: int, local_world_size: 
 
 
 def _leave_last(store: Store, joined: World) -> None:
-    """The store may live in rank 0's process, which leaves when nobody can still be asking it something.
+    """Where the store lives in rank 0's process, that leaves when nobody can still be asking it something.
 
     No barrier: the group is destroyed before, so that a peer that still waits for this rank fails at once.
     """
@@ -192,7 +275,7 @@ def _leave_last(store: Store, joined: World) -> None:
     try:
         left.add("count", 1)
         deadline = time.monotonic() + _LEAVE_S
-        while joined.rank == 0 and left.add("count", 0) < joined.world_size and time.monotonic() < deadline:
+        while _serves(joined.rank) and left.add("count", 0) < joined.world_size and time.monotonic() < deadline:
             time.sleep(0.001)
     except dist.DistError:
         pass  # rank 0 has gone: it waited long enough
@@ -216,8 +299,9 @@ def _unreachable(placement: Placement, waited_s: float, error: Exception) -> str
 def _route(host: str, port: int) -> tuple[str, str]:
     """The own address and interface from which `host` is reached; nothing is sent."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, port))
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
             source = probe.getsockname()[0]
     except OSError as error:
         return f"no address (no route to {host}: {error})", os.environ.get("GLOO_SOCKET_IFNAME", "unknown")
@@ -227,10 +311,26 @@ def _route(host: str, port: int) -> tuple[str, str]:
     return source, os.environ.get("GLOO_SOCKET_IFNAME") or (interfaces[0] if interfaces else "unknown")
 
 
+def _leave_loopback(master_addr: str) -> None:
+    """Let Gloo listen where other machines reach it, unless the user's GLOO_SOCKET_IFNAME says where.
+
+    It listens at the hostname's address, which on many systems is the loopback's. The variable stays set: groups that
+    are made later need it as well.
+    """
+    with suppress(OSError):
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return
+    for host in (master_addr, "192.0.2.1"):  # a documentation address: where the default route goes
+        source, interface = _route(host, 1)
+        if interface != "unknown" and not source.startswith("127."):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            return
+
+
 def _seconds(timeout: float | timedelta | None) -> float | None:
     if timeout is None:
         return None
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
-    if not seconds > 0:
+    if not 0 < seconds < math.inf:
         raise ValueError(f"world(timeout={timeout!r}): give a positive number of seconds")
     return seconds

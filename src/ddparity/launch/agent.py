@@ -72,13 +72,12 @@ def _agent(nproc: int) -> Iterator[LaunchConfig]:
     """An agent's configuration, with what it needs around it, put back at the end."""
     if nproc < 1:
         raise ValueError(f"nproc={nproc}: start at least 1 process")
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
-    added = {name: value for name, value in threads.items() if name not in os.environ}
+    before = dict(os.environ)
     elastic = logging.getLogger("torch.distributed.elastic")
     level = elastic.level
     with tempfile.TemporaryDirectory(prefix="ddparity-") as errors:
         try:
-            os.environ.update(added)
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
             elastic.setLevel(logging.CRITICAL)  # its 30 lines say less than our one
             yield LaunchConfig(
                 min_nodes=1,
@@ -95,8 +94,8 @@ def _agent(nproc: int) -> Iterator[LaunchConfig]:
             )
         finally:
             elastic.setLevel(level)
-            for name in added:
-                os.environ.pop(name, None)
+            for name in os.environ.keys() - before.keys():  # the agent sets some of its own, too
+                del os.environ[name]
 
 
 def _culprit(error: ChildFailedError) -> tuple[int, ProcessFailure]:
@@ -127,7 +126,14 @@ def _users_frames(trace: str) -> str:
     """A traceback without the launcher's and runpy's frames on top."""
     lines = trace.splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
-    ours = ("launch/worker.py", "<frozen runpy>", "elastic/multiprocessing/errors/__init__.py")
+    ours = (
+        "ddparity/launch/worker.py",
+        "ddparity/__main__.py",
+        "ddparity/cli.py",
+        "/typer/",
+        "<frozen runpy>",
+        "elastic/multiprocessing/errors/__init__.py",
+    )
     for number in frames:
         if not any(part in lines[number] for part in ours):
             return "\n".join([lines[0], *lines[number:]])

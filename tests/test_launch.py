@@ -1,0 +1,159 @@
+"""`ddparity run` and `launch`: real processes on torch's elastic agent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+import ddparity as dp
+
+CHEAP = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+
+
+def _script(folder: Path, body: str) -> str:
+    path = folder / "script.py"
+    path.write_text(CHEAP + textwrap.dedent(body))
+    return str(path)
+
+
+@contextmanager
+def _started(*arguments: str) -> Iterator[subprocess.Popen]:
+    """`ddparity run ARGUMENTS`, ended with all that it started at the end of the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddparity", "run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    family: list[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+        for child in family:
+            child.kill()
+        process.communicate()
+
+
+def _run(*arguments: str) -> tuple[int, str, str]:
+    with _started(*arguments) as process:
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_a_script_gets_its_arguments_and_variables(tmp_path: Path) -> None:
+    body = """
+        print(f"{rank} of {os.environ['WORLD_SIZE']}: {sys.argv[1:]} {__name__} {sys.path[0]}\\n", end="")
+        print(f"threads {os.environ['OMP_NUM_THREADS']}\\n", end="")
+    """
+    script = _script(tmp_path, body)
+    code, out, err = _run("--nproc", "2", script, "--nproc", "9", "-x", "a b")
+    assert (code, err) == (0, "")
+    lines = sorted(out.splitlines())
+    expected = f"['--nproc', '9', '-x', 'a b'] __main__ {tmp_path}"
+    assert [line for line in lines if "of" in line] == [f"0 of 2: {expected}", f"1 of 2: {expected}"]
+    assert lines[-2:] == [f"threads {os.environ.get('OMP_NUM_THREADS', 1)}"] * 2
+
+
+def test_a_ranks_exception_is_the_end_of_the_output(tmp_path: Path) -> None:
+    body = """
+        def deep():
+            print(time.time(), flush=True)
+            raise OSError("disk full")
+        if rank == 1:
+            deep()
+        time.sleep(60)
+    """
+    script = _script(tmp_path, body)
+    code, out, err = _run("--nproc", "2", script)
+    assert code == 1
+    assert time.time() - float(out) < 10  # from the fault, starts of processes not counted
+    end = err[err.index("ddparity: rank 1 failed") :].splitlines()
+    assert end[0] == "ddparity: rank 1 failed: OSError: disk full"
+    assert end[-1] == "OSError: disk full"
+    assert any(f'File "{script}", line 6, in deep' in line for line in end)
+    assert not any("runpy" in line or "launch/worker" in line for line in end)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("sys.exit(42 * rank)", 42, "rank 1 failed: exit code 42"),
+        ("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)", 137, "rank 1 failed: ended by SIGKILL"),
+        ("os.kill(os.getpid(), signal.SIGSEGV) if rank else time.sleep(60)", 139, "rank 1 failed: ended by SIGSEGV"),
+    ],
+)
+def test_the_exit_code_is_the_failed_ranks(tmp_path: Path, body: str, code: int, said: str) -> None:
+    found, _, err = _run("--nproc", "2", _script(tmp_path, body))
+    assert found == code
+    assert said in err
+
+
+WAITS = """
+    import torch, torch.distributed as dist
+    from torch.utils.data import DataLoader
+    if __name__ == "__main__":
+        dist.init_process_group("gloo")
+        workers = iter(DataLoader(range(1000), num_workers=2, persistent_workers=True))
+        next(workers)
+        dist.barrier()
+        print(f"ready {rank}", flush=True)
+        if rank == 0:
+            dist.recv(torch.zeros(1), 1)  # stuck in C++
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_everything_within_five_seconds(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    with _started("--nproc", "2", _script(tmp_path, WAITS)) as process:
+        assert process.stdout is not None
+        assert sorted(process.stdout.readline() for _ in range(2)) == ["ready 0\n", "ready 1\n"]
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 6  # two ranks with two workers each
+        begin = time.monotonic()
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=20)
+        # An orphan that has ended may stay as a zombie where the first process of a container does not reap.
+        ends = psutil.wait_procs(family, timeout=max(0.0, begin + 5 - time.monotonic()))
+        assert all(child.status() == psutil.STATUS_ZOMBIE for child in ends[1])
+        assert process.returncode == code
+        assert err.splitlines()[-1] == f"ddparity: ended all processes on {sent.name}"
+        assert "Traceback" not in err
+
+
+def _where() -> tuple[int, int]:
+    with dp.world(device="cpu") as world:
+        return world.rank, world.world_size
+
+
+def _fails(rank: int) -> None:
+    if int(os.environ["RANK"]) == rank:
+        raise OSError("disk full")
+
+
+def test_launch_returns_each_ranks_result() -> None:
+    assert dp.launch(_where, nproc=2) == [(0, 2), (1, 2)]
+
+
+def test_launch_raises_what_a_rank_raised() -> None:
+    with pytest.raises(dp.RankFailure, match="rank 1 failed in _fails: OSError: disk full") as caught:
+        dp.launch(_fails, 1, nproc=2)
+    assert caught.value.rank == 1
+    assert "in _fails" in "".join(caught.value.__notes__)
+    with pytest.raises(ValueError, match="nproc=0"):
+        dp.launch(_where, nproc=0)

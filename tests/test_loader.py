@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+import ddparity as dp
+from tests.ranks import outcomes, run_ranks
+
+
+class Mosaic(Dataset):
+    """Each sample is drawn together with three random others, as mosaic augmentation does."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index, *random.sample(range(40), 3)])
+
+
+class Noise(Dataset):
+    """One number from each global stream; NumPy's is the one that workers famously repeat."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index, np.random.rand(), random.random(), torch.rand(()).item()], dtype=torch.float64)
+
+
+class NoiseTogether(Noise):
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        assert type(indices) is list
+        return [super(NoiseTogether, self).__getitem__(index) for index in indices]
+
+
+def _epochs(dataset: Dataset, num_workers: int, epochs: int = 2) -> list[tuple[int, int, int, list]]:
+    """(epoch, step, micro-batch, data) of this rank."""
+    loader = dp.Loader(dataset, dp.BatchPlan(40, 12, 3, seed=5), num_workers)
+    return [
+        (epoch, step.number, micro.index, micro.data.tolist())
+        for epoch in range(epochs)
+        for step in loader.epoch(epoch)
+        for micro in step
+    ]
+
+
+@pytest.mark.parametrize("dataset", [Mosaic(), Noise(), NoiseTogether()], ids=["mosaic", "noise", "together"])
+def test_augmentation_is_the_same_for_any_workers_and_world_size(dataset: Dataset) -> None:
+    alone = run_ranks(_epochs, 1, dataset, 0)[0]
+    for world_size, num_workers in ((1, 1), (1, 4), (2, 0), (2, 2), (3, 1)):
+        parts = run_ranks(_epochs, world_size, dataset, num_workers)
+        assert sorted(part for rank in parts for part in rank) == alone, (world_size, num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmentation_never_repeats(num_workers: int) -> None:
+    parts = [part for rank in run_ranks(_epochs, 2, Noise(), num_workers, 3) for part in rank]
+    rows = np.array([row for *_, data in parts for row in data])
+    assert len(rows) == 3 * 40
+    for column in (1, 2, 3):
+        assert len(np.unique(rows[:, column])) == 3 * 40
+
+
+def _direct_draws(num_workers: int) -> list[float]:
+    loader = dp.Loader(Noise(), dp.BatchPlan(40, 12, 3), num_workers)
+    return [torch.rand(()).item() + random.random() + np.random.rand() for step in loader.epoch(0) for _ in step]
+
+
+def test_draws_outside_of_accumulate_do_not_depend_on_workers() -> None:
+    drawn = _direct_draws(0)
+    assert drawn == _direct_draws(2)
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_step_is_a_sequence() -> None:
+    loader = dp.Loader(range(10), dp.BatchPlan(10, 4, 2, shuffle=False))
+    first, second, last = loader.epoch(0)
+    assert [len(step) for step in (first, second, last)] == [2, 2, 2]
+    assert len(loader) == 3
+    # Out of order, and after the steps that follow were asked for.
+    assert second[1].data.tolist() == [6, 7]
+    assert second[0].data.tolist() == [4, 5]
+    assert [micro.data.tolist() for micro in second[:]] == [[4, 5], [6, 7]]
+    assert second[-1].index == 1
+    assert [micro.weight for micro in last] == [0.5, 0.5]
+    assert [micro.data.tolist() for micro in first] == [[0, 1], [2, 3]]
+    with pytest.raises(IndexError, match="micro-batch 2 of a step that has 2"):
+        second[2]
+
+
+def test_start_step_seeks() -> None:
+    loader = dp.Loader(Noise(), dp.BatchPlan(40, 12, 3))
+    whole = [[micro.data.tolist() for micro in step] for step in loader.epoch(1)]
+    assert [[micro.data.tolist() for micro in step] for step in loader.epoch(1, start_step=2)] == whole[2:]
+    assert list(loader.epoch(1, start_step=4)) == []
+    with pytest.raises(ValueError, match="start_step=5"):
+        loader.epoch(1, start_step=5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_leaving_an_epoch_early_leaves_the_next_whole(num_workers: int) -> None:
+    loader = dp.Loader(range(40), dp.BatchPlan(40, 12, 3, shuffle=False), num_workers)
+    early = loader.epoch(0)
+    next(early)
+    whole = [sample for step in loader.epoch(1) for micro in step for sample in micro.data.tolist()]
+    assert whole == list(range(40))
+    with pytest.raises(RuntimeError, match="epoch 0 of this Loader has ended"):
+        list(early)
+
+
+def test_steps_that_are_skipped_are_not_the_next_steps() -> None:
+    loader = dp.Loader(range(10), dp.BatchPlan(10, 4, 2, shuffle=False))
+    numbers = [step[0].data.tolist() for step in loader.epoch(0) if step.number > 0]
+    assert numbers == [[4, 5], [8]]
+
+
+def test_the_users_objects_stay_theirs() -> None:
+    def collate(items: list) -> tuple[list, int | None]:
+        worker = get_worker_info()
+        return items, None if worker is None else worker.dataset.dataset.marker
+
+    dataset = Noise()
+    dataset.marker = 7
+    loader = dp.Loader(dataset, dp.BatchPlan(40, 12, 3), 1, collate, prefetch_factor=4, timeout=30)
+    assert isinstance(loader.dataloader, torch.utils.data.DataLoader)
+    assert loader.dataloader.prefetch_factor == 4
+    assert loader.dataloader.persistent_workers
+    items, marker = next(loader.epoch(0))[0].data
+    assert isinstance(items, list)
+    assert marker == 7
+
+
+class Broken(Noise):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 17:
+            raise OSError("truncated file")
+        return super().__getitem__(index)
+
+
+class BrokenTogether(Broken):
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_failing_sample_is_named(num_workers: int) -> None:
+    loader = dp.Loader(Broken(), dp.BatchPlan(40, 12, 3), num_workers)
+    with pytest.raises(dp.SampleError, match="index 17: OSError: truncated file"):
+        list(loader.epoch(0))
+    together = dp.Loader(BrokenTogether(), dp.BatchPlan(40, 12, 3, shuffle=False), num_workers)
+    with pytest.raises(dp.SampleError, match=r"one of the indices \[15, 16, 17\]: OSError: truncated file"):
+        list(together.epoch(0))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(10))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "error", "message"),
+    [
+        (Stream(), {}, TypeError, "Stream.*Give a map-style data set"),
+        (iter([1]), {}, TypeError, "list_iterator.*Give a map-style data set"),
+        (range(9), {}, ValueError, r"9 samples and the plan 10.*BatchPlan\(len\(dataset\)"),
+        (range(10), {"shuffle": True}, TypeError, "shuffle: the plan decides"),
+        (range(10), {"batch_size": 3, "sampler": None}, TypeError, "batch_size, sampler: the plan decides"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(dataset, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        dp.Loader(dataset, dp.BatchPlan(10, 4, 2), **options)
+
+
+def _too_many_ranks() -> None:
+    dp.Loader(range(10), dp.BatchPlan(10, 4, 2)).epoch(0)
+
+
+def test_more_ranks_than_micro_batches_are_refused_on_every_rank() -> None:
+    for outcome in outcomes(_too_many_ranks, 3):
+        assert "ValueError: 3 ranks but only 2 micro-batches" in outcome.error
+        assert outcome.seconds < 10
+
+
+def test_an_empty_data_set_has_no_steps() -> None:
+    assert list(dp.Loader([], dp.BatchPlan(0, 4, 2)).epoch(0)) == []

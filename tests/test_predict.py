@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import os
+import random
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+import ddparity as dp
+from tests.ranks import kill_self, outcomes, run_ranks
+
+Pair = namedtuple("Pair", "a b")
+
+
+class Numbers(Dataset):
+    """(input, target) pairs; sample 3 stands in it twice."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor([float(3 if index == 4 else index), 1.0]), -index
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def _sizes(cases: list[tuple[int, int]]) -> list[torch.Tensor | None]:
+    model = dp.replicate(Net())
+    return [dp.predict(model, Numbers(length), batch_size) for length, batch_size in cases]
+
+
+CASES = [(length, batch_size) for length in (0, 1, 2, 3, 7, 16, 17) for batch_size in (1, 4, 16)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_outputs_are_those_of_one_process_bit_for_bit(world_size: int) -> None:
+    model = Net().eval()
+    with torch.no_grad():
+        expected = [
+            torch.cat([model(torch.stack([Numbers(n)[i][0] for i in range(n)][s : s + b])) for s in range(0, n, b)])
+            if n
+            else torch.empty(0)
+            for n, b in CASES
+        ]
+    received, *others = run_ranks(_sizes, world_size, CASES)
+    for ours, oracle, case in zip(received, expected, CASES, strict=True):
+        assert torch.equal(ours, oracle), case
+    assert all(output is None for rank in others for output in rank)
+
+
+def _structures(to: Any) -> Any:
+    def model(batch: list[torch.Tensor]) -> dict[str, Any]:
+        x, targets = batch
+        return {"sum": x.sum(1), "both": (x.to(torch.bfloat16), targets), "pair": Pair(targets > -3, x[:, :0])}
+
+    result = dp.predict(model, Numbers(7), 2, to)
+    if result is None:
+        return None
+    assert type(result["pair"]) is Pair
+    assert result["pair"].b.shape == (7, 0)
+    assert result["both"][0].dtype == torch.bfloat16
+    return result["sum"].tolist(), result["both"][1].tolist(), result["pair"].a.tolist()
+
+
+EXPECTED = ([1, 2, 3, 4, 4, 6, 7], [0, -1, -2, -3, -4, -5, -6], [True] * 3 + [False] * 4)
+
+
+@pytest.mark.parametrize(
+    ("to", "world_size", "receivers"),
+    [(0, 1, [0]), (0, 3, [0]), (2, 3, [2]), ("all", 3, [0, 1, 2]), ("all", 4, [0, 1, 2, 3]), (3, 4, [3])],
+)
+def test_dicts_and_tuples_go_where_they_are_wanted(to: Any, world_size: int, receivers: list[int]) -> None:
+    results = run_ranks(_structures, world_size, to)
+    assert results == [EXPECTED if rank in receivers else None for rank in range(world_size)]
+
+
+def _generates(num_workers: int) -> torch.Tensor | None:
+    class Noisy(Numbers):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])
+
+    return dp.predict(lambda x: torch.cat([x, torch.rand(len(x), 1)], 1), Noisy(11), 3, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_random_streams_do_not_depend_on_processes_or_workers(world_size: int, num_workers: int) -> None:
+    expected = _generates(0)
+    assert len(expected.unique()) == 44
+    assert torch.equal(run_ranks(_generates, world_size, num_workers)[0], expected)
+
+
+def test_a_models_state_is_left_alone() -> None:
+    model = Net()
+    model.layers[1].eval()  # a frozen batch norm inside of a training model
+    modes = [module.training for module in model.modules()]
+    before, streams = dp.fingerprint(model), (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
+
+    seen = []
+    model.layers[0].register_forward_hook(lambda *_: seen.append((model.training, torch.is_inference_mode_enabled())))
+    outputs = dp.predict(model, Numbers(5), 2)
+    assert seen == [(False, True)] * 3
+    assert not outputs.is_inference()
+
+    model.layers[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(dp.DDParityError, match="indices 0 to 1: ZeroDivisionError"):
+        dp.predict(model, Numbers(5), 2)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert dp.fingerprint(model) == before
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert (random.getstate(), str(np.random.get_state())) == streams[1:]
+
+
+def _between_steps() -> None:
+    """DDP would broadcast buffers in a forward: with uneven shares that would hang."""
+    model = dp.replicate(Net())
+    for _ in range(2):
+        for micro in dp.accumulate(model, [torch.randn(4, 2), torch.randn(4, 2)]):
+            (model(micro.data).mean() * micro.weight).backward()
+        model.zero_grad()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            dp.predict(model, Numbers(3), 1)
+        found = {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
+        assert found == {"gloo:all_gather": 2, ["gloo:recv", "gloo:send"][dist.get_rank()]: 1}
+
+
+def test_it_runs_between_training_steps_with_the_collectives_it_states() -> None:
+    run_ranks(_between_steps, 2)
+
+
+def _fails_on(index: int, how: str) -> None:
+    def model(batch: list[torch.Tensor]) -> torch.Tensor:
+        if -index in batch[1].tolist():
+            if how == "kill":
+                kill_self()
+            raise OSError("lost")
+        return batch[0]
+
+    dp.predict(model, Numbers(12), 2)
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize(("index", "rank"), [(0, 0), (9, 2)])
+def test_a_failure_reaches_every_rank(index: int, rank: int, how: str) -> None:
+    ended = outcomes(_fails_on, 3, index, how)
+    first = index // 2 * 2
+    for other, outcome in enumerate(ended):
+        assert outcome.seconds < 10
+        if other != rank:
+            assert f"RankFailure: rank {rank} failed in predict" in outcome.error
+            assert how == "kill" or f"indices {first} to {first + 1}: OSError: lost" in outcome.error
+        elif how == "raise":
+            expected = f"DDParityError: the model failed for the data-set indices {first} to {first + 1}: OSError: lost"
+            assert outcome.error == expected
+
+
+class BrokenSample(Numbers):
+    def __getitem__(self, index: int) -> Any:
+        if index == 5:
+            raise OSError("truncated file")
+        return super().__getitem__(index)
+
+
+def _broken_sample(num_workers: int) -> None:
+    dp.predict(lambda batch: batch[0], BrokenSample(8), 2, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_failing_sample_is_named_on_every_rank(num_workers: int) -> None:
+    for outcome in outcomes(_broken_sample, 2, num_workers):
+        assert "the data set failed at index 5: OSError: truncated file" in outcome.error
+        assert outcome.seconds < 10
+
+
+def _uneven_lengths() -> None:
+    dp.predict(lambda batch: batch[0], Numbers(8 + dist.get_rank()), 2)
+
+
+def test_data_sets_of_different_length_are_refused() -> None:
+    assert any(
+        "ValueError: the data set's length differs between ranks" in o.error for o in outcomes(_uneven_lengths, 2)
+    )
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "options", "error", "message"),
+    [
+        (nn.Identity(), range(4), {"batch_size": 0}, ValueError, "batch_size=0"),
+        (nn.Identity(), range(4), {"batch_size": 2.0}, TypeError, "batch_size=2.0 is a float"),
+        (nn.Identity(), range(4), {"batch_size": 2, "to": 1}, ValueError, "to=1 receives nothing"),
+        (nn.Identity(), Stream(), {"batch_size": 2}, TypeError, "Stream.*map-style"),
+        (lambda x: x.sum(), range(4), {"batch_size": 2}, ValueError, r"indices 0 to 1 has shape \(\) for a batch of 2"),
+        (lambda x: x.repeat(2), range(4), {"batch_size": 2}, ValueError, r"shape \(4,\) for a batch of 2 samples"),
+        (lambda x: {"a": ["s"]}, range(4), {"batch_size": 2}, TypeError, r"\['a'\] is a list: predict\(\) collects"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(model, dataset, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        dp.predict(model, dataset, **options)
+
+
+def test_what_a_module_is_called_with() -> None:
+    identity = nn.Identity()
+    assert dp.predict(identity, Numbers(2), 2).shape == (2, 2)
+    assert dp.predict(identity, Numbers(2), 2, inputs=lambda batch: batch[1]).tolist() == [0, -1]
+    assert dp.predict(lambda batch: batch[1], Numbers(2), 2).tolist() == [0, -1]
+    assert os.environ.get("RANK") is None
