@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -154,6 +156,19 @@ def test_a_failing_sample_is_named(num_workers: int) -> None:
     together = dp.Loader(BrokenTogether(), dp.BatchPlan(40, 12, 3, shuffle=False), num_workers)
     with pytest.raises(dp.SampleError, match=r"one of the indices \[15, 16, 17\]: OSError: truncated file"):
         list(together.epoch(0))
+
+
+class Killed(Noise):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 17:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_killed_worker_is_named() -> None:
+    loader = dp.Loader(Killed(), dp.BatchPlan(40, 12, 3), 1)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* \d+\).*(is killed by signal: Killed|exited)"):
+        list(loader.epoch(0))
 
 
 class Stream(IterableDataset):

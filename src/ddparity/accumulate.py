@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -106,15 +105,20 @@ def _accumulate(
 
     if replicated is not None and flat:
         forward_collectives(replicated)
+    target = device if device is not None and device.type != "cpu" else None
     position = -1
     try:
         for position, micro in enumerate(micros):
-            reduces = position == size - 1 and not flat
-            with nullcontext() if replicated is None or reduces else replicated.no_sync():
-                if micro.seed is not None:
-                    seed_streams(micro.seed)
-                data = micro.data if device is None else to_device(micro.data, device)
-                yield LoadedMicroBatch(data, micro.weight * scale, micro.index, micro.seed)
+            if micro.seed is not None:
+                seed_streams(micro.seed)
+            if target is not None or scale != 1:
+                data = to_device(micro.data, target) if target is not None else micro.data
+                micro = LoadedMicroBatch(data, micro.weight * scale, micro.index, micro.seed)
+            if replicated is None or (position == size - 1 and not flat):
+                yield micro
+            else:
+                with replicated.no_sync():
+                    yield micro
         if replicated is not None and flat:
             sum_gradients(replicated.module.parameters(), group)
         if step is not None:
@@ -146,7 +150,7 @@ def _weighted(
     if equal_counts:
         if not micros:
             raise ValueError("accumulate(equal_counts=True) got no batches")
-        return [_reweighted(micro, 1 / (len(micros) * world_size)) for micro in micros], False
+        return _reweighted(micros, [1 / (len(micros) * world_size)] * len(micros)), False
     # A rank that cannot count tells the others by a NaN, since they would wait for it.
     problem: Exception | None = None
     counts: list[float] = []
@@ -167,12 +171,16 @@ def _weighted(
         raise ValueError(
             "accumulate(): no batch on any rank has a unit to take the mean over; skip this step on all ranks"
         )
-    weighted = [_reweighted(micro, units_i / units) for micro, units_i in zip(micros, counts, strict=True) if units_i]
-    return weighted, ranks_without > 0
+    return _reweighted(micros, [own / units for own in counts]), ranks_without > 0
 
 
-def _reweighted(micro: LoadedMicroBatch, weight: float) -> LoadedMicroBatch:
-    return LoadedMicroBatch(micro.data, weight, micro.index, micro.seed)
+def _reweighted(micros: list[LoadedMicroBatch], weights: list[float]) -> list[LoadedMicroBatch]:
+    """The micro-batches that weigh something, with these weights."""
+    return [
+        LoadedMicroBatch(micro.data, weight, micro.index, micro.seed)
+        for micro, weight in zip(micros, weights, strict=True)
+        if weight
+    ]
 
 
 def _checked_count(value: float, index: int) -> float:

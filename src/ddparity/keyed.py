@@ -13,8 +13,10 @@ from .seeds import seed_streams
 class Fetch(list[int]):
     """What a worker is asked to load as a whole: data-set indices, and the key of the streams while it loads them."""
 
+    __slots__ = ("seed",)
+
     def __init__(self, samples: list[int], seed: int) -> None:
-        super().__init__(samples)
+        self[:] = samples
         self.seed = seed
 
     def __reduce__(self) -> tuple[type[Fetch], tuple[list[int], int]]:

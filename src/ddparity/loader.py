@@ -15,6 +15,8 @@ from .keyed import Fetch, KeyedDataset, sized_length
 from .plan import BatchPlan, MicroBatch, share
 from .seeds import derive
 
+# Sets the streams of loading apart from those of the model; any constant would do.
+_DATA = 0x1D872B41C2E6A5F3
 # The plan decides these.
 _DECIDED = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "in_order")
 
@@ -130,10 +132,10 @@ class _Order:
     def __iter__(self) -> Iterator[Fetch]:
         epoch, start_step, rank, world_size = self._range
         issued = self.issued
-        for number in range(start_step, self._plan.steps_per_epoch):
-            for micro in self._plan.step(epoch, number, rank, world_size):
+        for step in self._plan.steps(epoch, start_step, None, rank, world_size):
+            for micro in step:
                 issued.append(micro)
-                yield Fetch(micro.samples.tolist(), derive(micro.seed, "data"))
+                yield Fetch(micro.samples.tolist(), micro.seed ^ _DATA)
 
 
 def check_world_size(plan: BatchPlan, world_size: int) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 from .compat import GradBucket, all_gather_single
 
 # Gloo's all-reduce takes milliseconds even when it is tiny; an all-gather with a local sum sends more bytes but waits
-# less, and wins as long as all ranks' copies together stay below this (benchmarks/collectives.py).
-GATHERED_BYTES = 2**20
+# less, and wins as long as a rank's bytes, and all ranks' together, stay below these (benchmarks/collectives.py).
+GATHERED_BYTES = 2**17
+GATHERED_BYTES_OF_ALL = 2**21
 
 
 def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -28,8 +29,8 @@ def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Futu
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         future.set_result(_gathered_sum(buffer, group))
         return future
-    work = dist.all_reduce(buffer, group=group, async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+    # DDP takes the first tensor of the work's own future; a Python callback would wait for the interpreter lock.
+    return dist.all_reduce(buffer, group=group, async_op=True).get_future()
 
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -83,7 +84,8 @@ def _sum_flat(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -
 def _gathers(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return False
-    return tensor.numel() * tensor.element_size() * dist.get_world_size(group) <= GATHERED_BYTES
+    own = tensor.numel() * tensor.element_size()
+    return own <= GATHERED_BYTES and own * dist.get_world_size(group) <= GATHERED_BYTES_OF_ALL
 
 
 def _gathered_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

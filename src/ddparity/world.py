@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 import socket
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from .compat import PrefixStore, Store, TCPStore
 from .environment import Placement, find_placement
 from .errors import RankFailure, RendezvousError
-from .meeting import store_root
+from .meeting import Meeting, store_root
 from .roster import Card, call_roll, own_card, publish, roster
 
 _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
@@ -29,7 +28,6 @@ _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
 # The connection to the store outlives a world: the next one of this process meets there again, while the others may
 # still speak to it. Each world of a process has a part of the store of its own.
 _stores: dict[tuple[str, int], Store] = {}
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,8 @@ def _join(
         problem = error
         card = replace(card, error=str(error))
     try:
-        store = PrefixStore(f"world{next(_numbers)}", _connect(placement, limit, deadline))
+        held = _connect(placement, limit, deadline)
+        store = PrefixStore(f"world{held.add(f'worlds/{rank}', 1)}", held)
         cards = call_roll(PrefixStore("ddparity", store), rank, size, card, deadline)
         assert bound is not None, "the roster refuses a card with an error"
         chosen = backend or ("nccl" if bound.type == "cuda" else "gloo")
@@ -148,7 +147,13 @@ def _join(
             device_id=bound if chosen == "nccl" else None,
         )
         publish(store_root(), cards)
+        # Nobody goes on, and perhaps leaves, while a peer still connects to this process.
+        joining = Meeting(store_root(), "joining", rank, range(size), "joining the world")
+        joining.arrive()
+        joining.wait(max(deadline - time.monotonic(), 0.0))
     except RankFailure:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         if problem is not None:
             raise problem from None
         raise

@@ -1,0 +1,178 @@
+"""What chooses `GATHERED_BYTES` in src/ddparity/reduction.py, and how the hook waits.
+
+python benchmarks/collectives.py [--rounds 15] [--quick]
+
+First: the sum of a buffer over the ranks by Gloo's all-reduce, and by an all-gather with a local sum in rank order, in
+turn, over sizes and numbers of processes. Second: the whole training step of a small DDP with hooks that differ in how
+they sum and wait. `--quick` only tries that everything runs: it writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import ddparity as dp
+from ddparity.compat import all_gather_single
+from ddparity.reduction import GATHERED_BYTES, sum_hook
+from results import machine, spread, table, write_section
+from step_overhead import MICRO_BATCH, MODELS, RATE
+
+SIZES = (100, 1_000, 3_000, 10_000, 30_000, 65_536, 100_000, 131_072, 200_000, 300_000, 1_000_000, 3_000_000)
+Times = dict[Any, list[float]]
+
+
+def _turns(contenders: dict[Any, Callable[[], Any]], rounds: int, repeats: int) -> Times:
+    """Milliseconds of one call of each contender in each round; the order rotates."""
+    times: Times = {name: [] for name in contenders}
+    order = list(contenders)
+    for call in contenders.values():
+        call()
+    for number in range(rounds):
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                contenders[name]()
+            times[name].append((time.perf_counter() - start) * 1e3 / repeats)
+    return times
+
+
+def sums(sizes: tuple[int, ...], rounds: int) -> dict[int, Times]:
+    """On each rank: for each number of floats, milliseconds of each way to sum them."""
+    torch.set_num_threads(1)
+    with dp.world(device="cpu"):
+        return {size: _turns(_ways(torch.ones(size)), rounds, 10 if size <= 300_000 else 2) for size in sizes}
+
+
+def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
+    # The sum of zeros stays zero, however often it is taken.
+    buffer.zero_()
+
+    def gathered() -> torch.Tensor:
+        copies = buffer.new_empty(dist.get_world_size(), *buffer.shape)
+        all_gather_single(copies.view(-1), buffer)
+        return copies.sum(0)
+
+    return {"all-reduce": lambda: dist.all_reduce(buffer), "all-gather": gathered}
+
+
+# DDP reads a hook's annotations as objects, and they are words in this file: the hooks go without.
+def _gather_then(group, bucket):  # type: ignore[no-untyped-def]
+    """As `sum_hook`, but does not wait: DDP waits for the future, in which a callback sums."""
+    buffer: torch.Tensor = bucket.buffer()
+    copies = buffer.new_empty(dist.get_world_size(group), *buffer.shape)
+    work = all_gather_single(copies.view(-1), buffer, group=group, async_op=True)
+    return work.get_future().then(lambda _: copies.sum(0))
+
+
+def _reduce_then(group, bucket):  # type: ignore[no-untyped-def]
+    """An all-reduce at any size."""
+    return dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+HOOKS: dict[str, Any] = {
+    "DDP's own": None,
+    "sum_hook": sum_hook,
+    "all-gather, not waiting": _gather_then,
+    "all-reduce, not waiting": _reduce_then,
+}
+
+
+def hooks(model: str, rounds: int) -> Times:
+    """On each rank: milliseconds of a step with each hook."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with dp.world(device="cpu"):
+        first = MODELS[model]()
+        x, y = torch.randn(MICRO_BATCH, 1, 8, 8), torch.randint(10, (MICRO_BATCH,))
+        return _turns({name: _step(copy.deepcopy(first), hook, x, y) for name, hook in HOOKS.items()}, rounds, 20)
+
+
+def _step(module: nn.Module, hook: Any, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    if hook is not None:
+        model.register_comm_hook(model.process_group, hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+
+    def step() -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def suggestion(measured: dict[int, dict[int, Times]]) -> str:
+    """For each number of processes, the largest buffer for which the all-gather takes less time."""
+    parts = []
+    for nproc, sizes in measured.items():
+        wins = max((size for size, times in sizes.items() if np.median(_ratios(times)) < 1), default=0)
+        parts.append(f"{nproc} processes: {4 * wins:,} bytes of one rank's buffer, {4 * wins * nproc:,} of all copies")
+    return "; ".join(parts)
+
+
+def _ratios(times: Times) -> list[float]:
+    return [gather / reduce for gather, reduce in zip(times["all-gather"], times["all-reduce"], strict=True)]
+
+
+def report(facts: str, measured: dict[int, dict[int, Times]], steps: dict[str, Times], rounds: int) -> str:
+    rows = []
+    for size in next(iter(measured.values())):
+        cells = [f"{size:,}"]
+        for sizes in measured.values():
+            reduce, gather = (sizes[size][way] for way in ("all-reduce", "all-gather"))
+            cells += [f"{np.median(reduce):.3f}", f"{np.median(gather):.3f}", spread(_ratios(sizes[size]))]
+        rows.append(cells)
+    head = ["floats"]
+    for nproc in measured:
+        head += [f"{nproc} processes: all-reduce, ms", "all-gather, ms", "all-gather / all-reduce"]
+    step_rows = []
+    for model, times in steps.items():
+        cells = [model]
+        for name in HOOKS:
+            cells.append(spread([a / b for a, b in zip(times[name], times["DDP's own"], strict=True)]))
+        cells[1] = spread(times["DDP's own"])
+        step_rows.append(cells)
+    return "\n\n".join(
+        [
+            "## Summing over the ranks",
+            facts,
+            f"`collectives.py`, Gloo, medians of {rounds} interleaved rounds, of ratios with quartiles. The largest "
+            f"buffer for which an all-gather with a local sum is faster: {suggestion(measured)}. Now "
+            f"`GATHERED_BYTES` is {GATHERED_BYTES:,} of all copies.",
+            table(head, rows),
+            f"The whole step of a DDP on 2 processes, one micro-batch of {MICRO_BATCH}: milliseconds with DDP's own "
+            f"reduction, then the time with each hook over it in the same round.",
+            table(["", "DDP's own, ms", *list(HOOKS)[1:]], step_rows),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="two rounds of few sizes, printed only")
+    options = parser.parse_args()
+    sizes, rounds = (SIZES[:3], 2) if options.quick else (SIZES, options.rounds)
+    facts = machine()
+    measured = {nproc: dp.launch(sums, sizes, rounds, nproc=nproc)[0] for nproc in (2, 3, 4)}
+    steps = {model: dp.launch(hooks, model, rounds, nproc=2)[0] for model in MODELS}
+    text = report(facts, measured, steps, rounds)
+    print(text)
+    if not options.quick:
+        write_section("collectives", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""What a whole training step costs: DDP written by hand, ddparity, Accelerate and Lightning Fabric.
+
+python benchmarks/step_overhead.py [--rounds 20] [--steps 30] [--quick]
+
+All contenders live in the same processes, each with its own copy of one model, and take turns: a round runs a number
+of steps of each, in an order that rotates from round to round. A contender's ratio is its time over that of plain DDP
+in the same round, so that what slows the machine for longer than a round slows both. Plain DDP runs twice: the second
+copy against the first shows the noise. `--quick` only tries that everything runs: it writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import itertools
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import ddparity as dp
+from results import machine, spread, table, write_section
+
+MICRO_BATCH = 32
+RATE = 1e-3
+Data = list[torch.Tensor]
+Epoch = Callable[[int], nn.Module]  # trains one epoch, of as many steps as a round has, and returns the model
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 60), nn.ReLU(), nn.Linear(60, 10))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
+
+
+MODELS = {"MLP": mlp, "CNN": cnn}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `micro_batches`: of a step on each rank. `loads`: the step includes the loader."""
+
+    model: str
+    micro_batches: int
+    loads: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every contender gets: a model of its own, the same data, the same sizes.
+
+    `batches`: this rank's micro-batches of an epoch, in memory; empty where the loader is measured.
+    """
+
+    case: Case
+    steps: int
+    rank: int
+    world_size: int
+    model: nn.Module
+    dataset: TensorDataset
+    batches: list[Data] = field(default_factory=list)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=RATE)
+
+
+def plain(job: Job) -> Epoch:
+    """By hand. In a world of one, without DDP, which an expert leaves out there."""
+    count, alone = job.case.micro_batches, job.world_size == 1
+    # gradient_as_bucket_view saves the copies between gradients and buckets, at these sizes within the noise.
+    model = job.model if alone else DistributedDataParallel(job.model, gradient_as_bucket_view=True)
+    optimizer = job.optimizer(model)
+    sampler = DistributedSampler(job.dataset, job.world_size, job.rank)
+    loader = DataLoader(job.dataset, batch_size=MICRO_BATCH, sampler=sampler)
+
+    def epoch(number: int) -> nn.Module:
+        sampler.set_epoch(number)
+        for done, (x, y) in enumerate(job.batches or loader, start=1):
+            last = done % count == 0
+            with nullcontext() if alone or last else model.no_sync():
+                (F.cross_entropy(model(x), y) / count).backward()
+            if last:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return model
+
+    return epoch
+
+
+def ddparity(job: Job) -> Epoch:
+    count = job.case.micro_batches
+    model = dp.replicate(job.model)
+    optimizer = job.optimizer(model)
+    plan = dp.BatchPlan(len(job.dataset), count * MICRO_BATCH * job.world_size, MICRO_BATCH)
+    loader = dp.Loader(job.dataset, plan)
+
+    def epoch(number: int) -> nn.Module:
+        steps: Iterable[Any]
+        if job.batches:
+            steps = (job.batches[first : first + count] for first in range(0, len(job.batches), count))
+        else:
+            steps = loader.epoch(number)
+        for step in steps:
+            for micro in dp.accumulate(model, step, equal_counts=bool(job.batches)):
+                x, y = micro.data
+                (F.cross_entropy(model(x), y) * micro.weight).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    return epoch
+
+
+def accelerate(job: Job) -> Epoch:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=job.case.micro_batches)
+    assert accelerator.num_processes == job.world_size, "Accelerate did not join the group"
+    loader = DataLoader(job.dataset, batch_size=MICRO_BATCH, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(job.model, job.optimizer(job.model), loader)
+
+    def epoch(number: int) -> nn.Module:
+        for x, y in job.batches or loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+        return model
+
+    return epoch
+
+
+def fabric(job: Job) -> Epoch:
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+
+    count = job.case.micro_batches
+    several = DDPStrategy(process_group_backend="gloo")
+    fabric = Fabric(accelerator="cpu", devices=job.world_size, strategy=several if job.world_size > 1 else "auto")
+    fabric.launch()
+    assert fabric.world_size == job.world_size, "Fabric did not join the group"
+    model, optimizer = fabric.setup(job.model, job.optimizer(job.model))
+    loader = fabric.setup_dataloaders(DataLoader(job.dataset, batch_size=MICRO_BATCH, shuffle=True))
+
+    def epoch(number: int) -> nn.Module:
+        for done, (x, y) in enumerate(job.batches or loader, start=1):
+            last = done % count == 0
+            with fabric.no_backward_sync(model, enabled=not last):
+                fabric.backward(F.cross_entropy(model(x), y) / count)
+            if last:
+                optimizer.step()
+                optimizer.zero_grad()
+        return model
+
+    return epoch
+
+
+CONTENDERS: dict[str, Callable[[Job], Epoch]] = {
+    "plain": plain,
+    "plain again": plain,
+    "ddparity": ddparity,
+    "Accelerate": accelerate,
+    "Fabric": fabric,
+}
+
+
+def measure(cases: list[Case], rounds: int, steps: int) -> list[dict[str, list[float]]]:
+    """On each rank: for each case, each contender's milliseconds a step in each round."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # the other libraries' advice on numbers of workers
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        # One process is a plain `python train.py`, where nobody joins a group or wraps a model in DDP.
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR"):
+            os.environ.pop(name, None)
+    with dp.world(device="cpu") as world:
+        return [_measured(case, rounds, steps, world) for case in cases]
+
+
+def _measured(case: Case, rounds: int, steps: int, world: dp.World) -> dict[str, list[float]]:
+    torch.manual_seed(0)
+    a_rank = steps * case.micro_batches
+    samples = a_rank * MICRO_BATCH * world.world_size
+    images, targets = torch.randn(samples, 1, 8, 8), torch.randint(10, (samples,))
+    batches: list[Data] = []
+    if not case.loads:
+        every = list(zip(images.split(MICRO_BATCH), targets.split(MICRO_BATCH), strict=True))
+        batches = [list(batch) for batch in every[world.rank :: world.world_size]]
+    first = MODELS[case.model]()
+    runs = {
+        name: make(
+            Job(
+                case, steps, world.rank, world.world_size, copy.deepcopy(first), TensorDataset(images, targets), batches
+            )
+        )
+        for name, make in CONTENDERS.items()
+    }
+    models = {name: run(0) for name, run in runs.items()}  # also warms up: DDP orders its buckets in the first steps
+    if not case.loads:
+        _check_same_work(models)
+    gc.collect()
+    gc.freeze()  # what stands is no longer looked through, so that a collection costs each contender its own garbage
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for number in range(rounds):
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            if world.world_size > 1:
+                dist.barrier()
+            start = time.perf_counter()
+            runs[name](number + 1)
+            times[name].append((time.perf_counter() - start) * 1e3 / steps)
+    gc.unfreeze()
+    return times
+
+
+def _check_same_work(models: dict[str, nn.Module]) -> None:
+    """Without a loader, all have trained on the same batches: equal weights show that all did the same work."""
+    expected = list(models["plain"].parameters())
+    for name, model in models.items():
+        for mine, theirs in zip(expected, model.parameters(), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6), f"{name} trains another model than plain DDP"
+
+
+def report(
+    facts: str, measured: dict[int, list[dict[str, list[float]]]], cases: list[Case], rounds: int, steps: int
+) -> str:
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in make().parameters()):,}" for name, make in MODELS.items())
+    parts = [
+        "## Cost of a training step",
+        facts,
+        f"`step_overhead.py`, medians of {rounds} interleaved rounds with quartiles; a round is an epoch of {steps} "
+        f"steps. Milliseconds a step of DDP written by hand, then each contender's time over its in the same round; "
+        f"“plain again” is a second copy of the first column, and shows the noise. Micro-batches of {MICRO_BATCH}, "
+        f"K of them a step on each rank, Gloo, SGD; parameters: {sizes}. In one process nothing is wrapped in DDP.",
+    ]
+    for loads, title in ((True, "Loader included"), (False, "Batches in memory")):
+        rows = []
+        for nproc, results in measured.items():
+            for case, times in zip(cases, results, strict=True):
+                if case.loads == loads:
+                    cells = [f"{case.model}, {nproc} process{'es' if nproc > 1 else ''}, K = {case.micro_batches}"]
+                    cells.append(spread(times["plain"]))
+                    for name in itertools.islice(CONTENDERS, 1, None):
+                        cells.append(spread([a / b for a, b in zip(times[name], times["plain"], strict=True)]))
+                    rows.append(cells)
+        parts += [f"### {title}", table(["", "plain, ms", *itertools.islice(CONTENDERS, 1, None)], rows)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=30, help="of a round")
+    parser.add_argument("--nproc", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--quick", action="store_true", help="two short rounds, printed only")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.steps = 2, 3
+    cases = [Case(model, count, loads) for model in MODELS for count in (1, 4) for loads in (True, False)]
+    facts, start = machine("accelerate", "lightning-fabric"), time.monotonic()
+    measured = {
+        nproc: dp.launch(measure, cases, options.rounds, options.steps, nproc=nproc)[0] for nproc in options.nproc
+    }
+    text = report(facts, measured, cases, options.rounds, options.steps)
+    print(text)
+    print(f"\n{time.monotonic() - start:.0f} s")
+    if not options.quick:
+        write_section("step_overhead", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The README's script is run as it stands; the pages' examples are doctests."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddparity as dp
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def _script(nproc: int, folder: Path) -> str:
+    (folder / "train.py").write_text(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1])
+    command = [sys.executable, "-m", "ddparity", "run", "--nproc", str(nproc), "train.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readmes_script_gives_the_same_accuracy_on_one_and_two_processes(tmp_path: Path) -> None:
+    outputs = [_script(nproc, tmp_path) for nproc in (1, 2)]
+    accuracies = [float(re.fullmatch(r"accuracy (0\.\d+), \d processes\n", output)[1]) for output in outputs]
+    assert accuracies[0] == accuracies[1] > 0.85
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_every_page_is_reachable_from_the_readme(page: str) -> None:
+    assert f"(docs/{page})" in README
+
+
+def test_every_public_name_is_documented() -> None:
+    pages = README + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    # Types that other names give or raise are in their docstrings.
+    given = {"DDParityError", "LoadedMicroBatch", "MicroBatch", "Step", "World"}
+    assert not [name for name in dp.__all__ if name not in given and name not in pages]
+    assert not [name for name in dp.__all__ if not getattr(dp, name).__doc__]
