@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -57,7 +56,7 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     served, folder = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("work")
     downloads: list[str] = []
     images, sums = _write_archive(served)
@@ -88,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
             server.shutdown()
             thread.join(10)
     assert ended.returncode == 0, ended.stderr
-    yield Trained(folder, ended.stdout, images, downloads)
+    return Trained(folder, ended.stdout, images, downloads)
 
 
 class _Handler(SimpleHTTPRequestHandler):

@@ -78,13 +78,13 @@ def test_the_comparison_can_fail(one_process) -> None:
 
 
 def _train_with_a_wrong_weight() -> tuple[list[torch.Tensor], list[float]]:
-    original = dp.BatchPlan.step
+    original = dp.BatchPlan.steps
 
-    def wrong(self, epoch, step, rank=0, world_size=1):
-        micros = original(self, epoch, step, rank, world_size)
-        if rank == 1 and step == 0:
-            micros[-1].samples = np.append(micros[-1].samples, 0)
-        return micros
+    def wrong(self, epoch, start=0, stop=None, rank=0, world_size=1):
+        for step in original(self, epoch, start, stop, rank, world_size):
+            if rank == 1 and step:
+                step[-1].samples = np.append(step[-1].samples, 0)
+            yield step
 
-    dp.BatchPlan.step = wrong
+    dp.BatchPlan.steps = wrong
     return _train(0)

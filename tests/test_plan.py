@@ -81,6 +81,24 @@ def test_seeds_never_repeat() -> None:
     assert len(set(seeds)) == len(seeds) == 3 * 20 * 20 * 4
 
 
+def test_seeds_of_a_training_never_repeat_in_32_bits() -> None:
+    """torch's CPU generator takes no more, and hashes of that size would repeat here, two times on average."""
+    plan = dp.BatchPlan(13, 4, 1, seed=9)
+    micros = [micro.seed for epoch in range(6000) for step in plan.steps(epoch) for micro in step]
+    after = [plan.seed_after(epoch, step) for epoch in range(6000) for step in range(4)]
+    low = {seed & 0xFFFFFFFF for seed in (*micros, *(seed + 1 for seed in micros), *after)}
+    assert len(low) == 6000 * (13 + 13 + 4)
+
+
+@given(plan=plans, rank=st.integers(0, 3), start=st.integers(0, 9))
+def test_steps_are_what_step_gives(plan: dp.BatchPlan, rank: int, start: int) -> None:
+    for number, step in enumerate(plan.steps(2, start, None, rank, 4), start=start):
+        single = plan.step(2, number, rank, 4)
+        assert [(m.index, m.seed, m.weight, m.samples.tolist()) for m in step] == [
+            (m.index, m.seed, m.weight, m.samples.tolist()) for m in single
+        ]
+
+
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         return dp.BatchPlan(50, 50, 50, seed=seed).step(epoch, 0)[0].samples.tolist()

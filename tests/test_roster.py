@@ -122,7 +122,7 @@ def test_rank_0_names_the_missing_to_all(store: TCPStore) -> None:
     cards = [Card("a", rank) for rank in range(4)]
     for outcome in outcomes(_called, 2, store.port, cards, 1.0, env=_even_places, in_world=False):
         assert outcome.error == "TimeoutError: ranks 1, 3 did not come"
-        assert outcome.seconds < 4
+        assert outcome.seconds < 10
 
 
 def test_without_rank_0_the_others_say_so(store: TCPStore) -> None:

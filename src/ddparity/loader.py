@@ -13,10 +13,7 @@ from torch.utils.data import DataLoader
 from .batches import LoadedMicroBatch, Step
 from .keyed import Fetch, KeyedDataset, sized_length
 from .plan import BatchPlan, MicroBatch, share
-from .seeds import derive
 
-# Sets the streams of loading apart from those of the model; any constant would do.
-_DATA = 0x1D872B41C2E6A5F3
 # The plan decides these.
 _DECIDED = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "in_order")
 
@@ -108,8 +105,7 @@ class Loader:
         for number in range(start_step, len(self)):
             count = plan.micro_batches_in(number)
             size = len(share(count, rank, world_size))
-            seed = derive(plan.seed, "after", epoch, number)
-            step = Step(epoch, number, size, load_next, count < world_size, seed)
+            step = Step(epoch, number, size, load_next, count < world_size, plan.seed_after(epoch, number))
             yield step
             if size:
                 step.load(size - 1)  # what was not taken is not the next step's
@@ -135,7 +131,7 @@ class _Order:
         for step in self._plan.steps(epoch, start_step, None, rank, world_size):
             for micro in step:
                 issued.append(micro)
-                yield Fetch(micro.samples.tolist(), micro.seed ^ _DATA)
+                yield Fetch(micro.samples.tolist(), micro.seed + 1)
 
 
 def check_world_size(plan: BatchPlan, world_size: int) -> None:

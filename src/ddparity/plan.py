@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .permutation import permute
-from .seeds import derive
+from .seeds import derive, numbered
 
 _SAMPLES_AT_ONCE = 4096  # of a rank, in `steps`: 80 kB while they are computed
 
@@ -22,7 +22,7 @@ class MicroBatch:
     """One micro-batch of a step: the atom of loading, randomness, execution and reduction.
 
     `index`: its number within the step, over all ranks. `samples`: 1-D int64 data-set indices. `seed`: keys its random
-    streams. `weight`: its share of the step's samples.
+    streams, `seed + 1` those while it is loaded. `weight`: its share of the step's samples.
     """
 
     index: int
@@ -106,6 +106,7 @@ class BatchPlan:
     ) -> Iterator[list[MicroBatch]]:
         """As `step` for each step from `start` to `stop`, faster: the order is computed for several at once."""
         stop = self.steps_per_epoch if stop is None else min(stop, self.steps_per_epoch)
+        key = _key(self.seed)
         at_once = max(1, _SAMPLES_AT_ONCE * world_size // self.global_batch)
         for begin in range(start, stop, at_once):
             numbers = range(begin, min(begin + at_once, stop))
@@ -124,12 +125,25 @@ class BatchPlan:
                     MicroBatch(
                         first + place,
                         samples[shift + low : shift + high],
-                        derive(self.seed, "micro-batch", epoch, step, first + place),
+                        numbered(key, self._number(epoch, step, first + place)),
                         (high - low) / self.samples_in(step),
                     )
                     for place, (low, high) in enumerate(itertools.pairwise(bounds))
                 ]
                 taken += bounds[-1] - bounds[0]
+
+    def seed_after(self, epoch: int, step: int) -> int:
+        """Keys the random streams between a step and the next, the same on every rank."""
+        return numbered(_key(self.seed), self._number(epoch, step, self.micro_batches_per_step))
+
+    def _number(self, epoch: int, step: int, micro_batch: int) -> int:
+        """Counts the keys of a training: one for each micro-batch, and one after each step."""
+        return (epoch * self.steps_per_epoch + step) * (self.micro_batches_per_step + 1) + micro_batch
+
+
+@functools.lru_cache(maxsize=16)
+def _key(seed: int) -> int:
+    return derive(seed, "micro-batches")
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,6 +14,8 @@ import torch
 
 from .compat import seed_cpu_generator, seed_cuda_generator
 
+_LOW = 2**31 - 1
+
 
 def derive(*key: int | str) -> int:
     """A 63-bit seed from a key of integers and words; different keys give unrelated seeds, (1, "a") and ("1", "a") too.
@@ -26,6 +28,18 @@ def derive(*key: int | str) -> int:
     exact = tuple(part if isinstance(part, str) else int(part) for part in key)
     digest = hashlib.blake2b(repr(exact).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def numbered(key: int, number: int) -> int:
+    """The seed of thing `number` among those of `key` (63 bits): an even number, so that the one above it is free.
+
+    Its low 32 bits, all that torch's CPU generator and NumPy's take, are a keyed permutation of the number's:
+    2**31 things in a row have streams of their own, where hashes of that size would repeat after some 50,000.
+    """
+    word = (number ^ key) & _LOW
+    for factor in (0x05EBCA6B, 0x42B2AE35):  # multiplying by an odd factor, and a shift, can be undone
+        word = (word ^ word >> 15) * factor & _LOW
+    return key >> 32 << 32 | (word ^ word >> 16) << 1
 
 
 def seed_streams(seed: int) -> None:

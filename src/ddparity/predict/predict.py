@@ -19,7 +19,7 @@ from ..keyed import Fetch, KeyedDataset, sized_length
 from ..meeting import Meeting, agreed
 from ..plan import checked_integer, share
 from ..replicate import unwrapped
-from ..seeds import derive, kept_streams, seed_streams
+from ..seeds import derive, kept_streams, numbered, seed_streams
 from ..trees import concatenate
 from .outputs import check_rows, rows
 
@@ -79,16 +79,17 @@ def predict(
         length = sized_length(dataset, "predict")
         if meeting is not None:
             meeting.same("the data set's length", length)
+        key = derive(seed, "predict")
         mine = share(-(-length // size), rank, world_size)
         batches = [range(b * size, min(b * size + size, length)) for b in mine]
         loader: DataLoader[Any] = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]
-            batch_sampler=[Fetch(list(batch), derive(seed, "predict data", batch.start)) for batch in batches],
+            batch_sampler=[Fetch(list(batch), numbered(key, batch.start) + 1) for batch in batches],
             num_workers=num_workers,
             collate_fn=collate_fn,
             **{"pin_memory": torch.cuda.is_available(), "generator": torch.Generator(), **dataloader_options},
         )
-        outputs = _run(model, inputs, seed, loader, batches, meeting)
+        outputs = _run(model, inputs, key, loader, batches, meeting)
         local = concatenate(outputs) if outputs else NOTHING
     collected = gather_present(local, to)
     if to not in ("all", rank):
@@ -103,7 +104,7 @@ def predict(
 def _run(
     model: nn.Module | Callable[[Any], Any],
     inputs: Callable[[Any], Any] | None,
-    seed: int,
+    key: int,
     loader: DataLoader[Any],
     batches: list[range],
     meeting: Meeting | None,
@@ -113,7 +114,7 @@ def _run(
     looked = time.monotonic()
     with kept_streams(), _evaluating(model), torch.inference_mode():
         for batch, data in zip(batches, loader, strict=True):
-            seed_streams(derive(seed, "predict", batch.start))
+            seed_streams(numbered(key, batch.start))
             where = f"data-set indices {batch.start} to {batch.stop - 1}"
             try:
                 output = call(data if device is None else to_device(data, device))
