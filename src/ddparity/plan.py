@@ -110,27 +110,24 @@ class BatchPlan:
         at_once = max(1, _SAMPLES_AT_ONCE * world_size // self.global_batch)
         for begin in range(start, stop, at_once):
             numbers = range(begin, min(begin + at_once, stop))
-            cuts = [_cut(self.samples_in(step), self.micro_batches_in(step), rank, world_size) for step in numbers]
+            cuts = [_cut(self.samples_in(step), self.micro_batches_per_step, rank, world_size) for step in numbers]
             positions = [
                 np.arange(step * self.global_batch + bounds[0], step * self.global_batch + bounds[-1], dtype=np.int64)
-                for step, (_, bounds) in zip(numbers, cuts, strict=True)
+                for step, (_, bounds, _) in zip(numbers, cuts, strict=True)
             ]
             samples = np.concatenate(positions)
             if self.shuffle and samples.size:
                 samples = permute(samples, self.num_samples, self.seed, "order", epoch)
             taken = 0
-            for step, (first, bounds) in zip(numbers, cuts, strict=True):
-                shift = taken - bounds[0]
-                yield [
-                    MicroBatch(
-                        first + place,
-                        samples[shift + low : shift + high],
-                        numbered(key, self._number(epoch, step, first + place)),
-                        (high - low) / self.samples_in(step),
-                    )
-                    for place, (low, high) in enumerate(itertools.pairwise(bounds))
-                ]
-                taken += bounds[-1] - bounds[0]
+            for step, (first, bounds, weights) in zip(numbers, cuts, strict=True):
+                low, micros = taken, []
+                index, number = first, self._number(epoch, step, first)
+                for start_of_next, weight in zip(bounds[1:], weights, strict=True):
+                    high = taken + start_of_next - bounds[0]
+                    micros.append(MicroBatch(index, samples[low:high], numbered(key, number), weight))
+                    low, index, number = high, index + 1, number + 1
+                yield micros
+                taken = low
 
     def seed_after(self, epoch: int, step: int) -> int:
         """Keys the random streams between a step and the next, the same on every rank."""
@@ -147,10 +144,15 @@ def _key(seed: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _cut(size: int, count: int, rank: int, world_size: int) -> tuple[int, tuple[int, ...]]:
-    """A rank's first micro-batch of a step of `size` samples in `count`, and where its micro-batches begin and end."""
+def _cut(size: int, most: int, rank: int, world_size: int) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
+    """A rank's share of a step of `size` samples in at most `most` micro-batches.
+
+    Its first micro-batch; where its micro-batches begin, and the last ends; their weights.
+    """
+    count = min(most, size)
     numbers = share(count, rank, world_size)
-    return numbers.start, tuple(part_start(size, number, count) for number in range(numbers.start, numbers.stop + 1))
+    bounds = tuple(part_start(size, number, count) for number in range(numbers.start, numbers.stop + 1))
+    return numbers.start, bounds, tuple((high - low) / size for low, high in itertools.pairwise(bounds))
 
 
 def share(count: int, rank: int, world_size: int) -> range:
