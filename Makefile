@@ -3,7 +3,7 @@ NPROC ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint types format clean
+.PHONY: train test format clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)

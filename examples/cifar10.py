@@ -68,7 +68,7 @@ def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def decay(sgd: torch.optim.Optimizer, *_: Any) -> None:
-    """A tenth of the learning rate every 5,000 steps; the rate is part of the optimizer's own state."""
+    """To a tenth of the learning rate in 5,000 steps; it is part of the optimizer's own state, and of a checkpoint."""
     for group in sgd.param_groups:
         group["lr"] *= 0.1 ** (1 / 5000)
 

@@ -1,6 +1,7 @@
 """Handwritten digits (scikit-learn's, 8 by 8 pixels) with a small convolutional network. The default example."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,15 @@ def accuracy(logits: torch.Tensor, dataset: Digits) -> dict[str, float]:
 
 def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     # With the default eps of 1e-8 a gradient that is all rounding still moves its weight by a whole step.
-    return torch.optim.AdamW(parameters, lr=5e-3, eps=1e-5)
+    adam = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-5)
+    adam.register_step_post_hook(decay)
+    return adam
+
+
+def decay(adam: torch.optim.Optimizer, *_: Any) -> None:
+    """Lower the learning rate after a step; it is part of the optimizer's own state, and so of a checkpoint."""
+    for group in adam.param_groups:
+        group["lr"] *= 0.997
 
 
 digits = dp.Task(
@@ -69,6 +78,6 @@ digits = dp.Task(
     optimizer=optimizer,
     global_batch=64,
     micro_batch=8,
-    epochs=20,
+    epochs=25,
     metric=accuracy,
 )

@@ -117,7 +117,7 @@ def test_the_mean_may_be_over_tokens(world_size: int, loader: bool) -> None:
 
 
 def _steps(make: Callable[[], nn.Module], options: dict) -> list:
-    """Five steps over 21 samples, 8 a step, 4 micro-batches: the last step leaves ranks 5 samples in 4."""
+    """Three epochs of 17 samples, 8 a step in 4 micro-batches: the last step has one sample for all ranks."""
     dp.seed_everything(0)
     model = dp.replicate(make(), **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -365,9 +365,31 @@ def _cannot_count(rank: int) -> None:
 
 def test_a_batch_that_cannot_be_counted_fails_every_rank() -> None:
     ended = outcomes(_cannot_count, 2, 1)
-    assert "ValueError: accumulate(): another rank could not count" in ended[0].error
+    assert "ValueError: accumulate(): another rank could not load or count" in ended[0].error
     assert "TypeError: accumulate() cannot count the samples of a str" in ended[1].error
     assert max(outcome.seconds for outcome in ended) < 10
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 7:
+            raise OSError("truncated file")
+        return X[index]
+
+
+def _cannot_load() -> None:
+    model = dp.replicate(_net())
+    step = next(dp.Loader(_Broken(), dp.BatchPlan(8, 8, 2, shuffle=False)).epoch(0))
+    list(dp.accumulate(model, step, count=len))
+
+
+def test_a_sample_that_cannot_be_loaded_fails_every_rank() -> None:
+    ended = outcomes(_cannot_load, 2)
+    assert "ValueError: accumulate(): another rank could not load or count" in ended[0].error
+    assert "SampleError: the data set failed at index 7" in ended[1].error
 
 
 @pytest.mark.parametrize(

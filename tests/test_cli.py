@@ -103,6 +103,9 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
     result = CliRunner().invoke(app, ["run", "t.py"])
     assert result.exit_code == 2
     assert "torchrun started this process already, as rank 1 of 2" in result.stderr
+    (folder / "t.py").write_text(ONE)
+    result = CliRunner().invoke(app, ["train", "t.py", "--nproc", "2"])
+    assert (result.exit_code, result.stderr) == (2, "ddparity: --nproc 2: torchrun started 2 processes already\n")
 
 
 @pytest.mark.parametrize(("command", "words"), [

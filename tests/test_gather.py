@@ -153,6 +153,26 @@ def _cannot_travel(rank: int) -> None:
     dp.gather({"ok": 1, "bad": [object()] if dist.get_rank() == rank else [1]})
 
 
+def _views() -> None:
+    x = torch.tensor([1 + 2j, 3 - 1j])
+    found = dp.gather({"conj": x.conj(), "imag": x.conj().imag}, to="all")
+    assert found["conj"].tolist() == [1 - 2j, 3 + 1j] * 2
+    assert found["imag"].tolist() == [-2, 1] * 2
+
+
+def test_conjugate_and_negative_views() -> None:
+    run_ranks(_views, 2)
+    x = torch.tensor([1 + 2j])
+    assert dp.fingerprint({"x": x.conj()}) == dp.fingerprint({"x": torch.tensor([1 - 2j])})
+
+
+def test_a_type_inside_of_a_function_is_refused() -> None:
+    local = namedtuple("local", "a")
+    local.__qualname__ = "f.<locals>.local"
+    with pytest.raises(TypeError, match=r"f.<locals>.local is defined inside of a function"):
+        dp.gather(local(1))
+
+
 def test_what_cannot_travel_is_named_on_every_rank() -> None:
     ended = outcomes(_cannot_travel, 2, 1)
     assert ended[1].error.startswith("TypeError: value['bad'][0] is a object, which cannot travel")

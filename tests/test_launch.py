@@ -103,6 +103,18 @@ def test_the_exit_code_is_the_failed_ranks(tmp_path: Path, body: str, code: int,
     assert said in err
 
 
+def test_the_culprit_is_named_and_not_its_victims(tmp_path: Path) -> None:
+    body = """
+        import ddparity as dp
+        with dp.world(device="cpu"), dp.first():
+            if rank == 1:
+                raise OSError("the cause")
+    """
+    code, _, err = _run("--nproc", "2", _script(tmp_path, body))
+    assert code == 1
+    assert err[err.index("ddparity: ") :].startswith("ddparity: rank 1 failed: OSError: the cause")
+
+
 WAITS = """
     import torch, torch.distributed as dist
     from torch.utils.data import DataLoader

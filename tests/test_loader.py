@@ -114,6 +114,14 @@ def test_leaving_an_epoch_early_leaves_the_next_whole(num_workers: int) -> None:
         list(early)
 
 
+def test_an_epoch_that_was_not_begun_ends_with_the_next() -> None:
+    loader = dp.Loader(range(8), dp.BatchPlan(8, 4, 2, shuffle=False))
+    early, late = loader.epoch(0), loader.epoch(1)
+    assert next(late)[0].data.tolist() == [0, 1]
+    with pytest.raises(RuntimeError, match="epoch 0 of this Loader has ended"):
+        next(early)
+
+
 def test_steps_that_are_skipped_are_not_the_next_steps() -> None:
     loader = dp.Loader(range(10), dp.BatchPlan(10, 4, 2, shuffle=False))
     numbers = [step[0].data.tolist() for step in loader.epoch(0) if step.number > 0]

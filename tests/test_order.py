@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 
 import pytest
@@ -72,6 +74,27 @@ def test_the_holder_of_the_store_killed_inside_fails_the_others() -> None:
     for outcome in ended[1:]:
         assert outcome.seconds < 10
         assert "RankFailure" in outcome.error
+
+
+def _leaves_early(rank: int) -> None:
+    """Its process goes on: only its word tells the others."""
+    with contextlib.suppress(OSError), dp.world(device="cpu") as world:
+        if world.rank == rank:
+            raise OSError("lost")
+        with dp.first():
+            pass
+    if int(os.environ["RANK"]) == rank:
+        threading.Event().wait(10)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_left_the_world_is_not_waited_for(rank: int) -> None:
+    ended = outcomes(_leaves_early, 3, rank, in_world=False)
+    for other, outcome in enumerate(ended):
+        if other != rank:
+            assert f"RankFailure: rank {rank} failed in first" in outcome.error
+            assert "it left the world without coming here" in outcome.error
+            assert outcome.seconds < 8
 
 
 def _nested(log: str) -> None:

@@ -91,7 +91,7 @@ def _accumulate(
         size, flat = len(step), step.ranks_without
         micros = map(step.load, range(size))
     else:
-        weighted, flat = _weighted(_listed(batches), count or first_dimension, replicated, device, equal_counts)
+        weighted, flat = _weighted(batches, count or first_dimension, replicated, device, equal_counts)
         size, micros = len(weighted), iter(weighted)
     if replicated is None:
         flat = False
@@ -139,7 +139,7 @@ def _listed(batches: Iterable[Any]) -> list[LoadedMicroBatch]:
 
 
 def _weighted(
-    micros: list[LoadedMicroBatch],
+    batches: Iterable[Any],
     count: Callable[[Any], float],
     replicated: DistributedDataParallel | None,
     device: torch.device | None,
@@ -148,13 +148,15 @@ def _weighted(
     """The micro-batches that have units, weighted over all ranks, and whether some rank has none."""
     world_size = dist.get_world_size(replicated.process_group) if replicated is not None else 1
     if equal_counts:
+        micros = _listed(batches)
         if not micros:
             raise ValueError("accumulate(equal_counts=True) got no batches")
         return _reweighted(micros, [1 / (len(micros) * world_size)] * len(micros)), False
-    # A rank that cannot count tells the others by a NaN, since they would wait for it.
+    # A rank that cannot load or count tells the others by a NaN, since they would wait for it.
     problem: Exception | None = None
-    counts: list[float] = []
+    micros, counts = [], []
     try:
+        micros = _listed(batches)
         counts = [_checked_count(count(micro.data), micro.index) for micro in micros]
         total = [sum(counts), float(not any(counts))]
     except Exception as error:
@@ -166,7 +168,7 @@ def _weighted(
         raise problem
     units, ranks_without = total
     if units != units:
-        raise ValueError("accumulate(): another rank could not count the units of a batch; its own error says why")
+        raise ValueError("accumulate(): another rank could not load or count its batches; its own error says why")
     if units == 0:
         raise ValueError(
             "accumulate(): no batch on any rank has a unit to take the mean over; skip this step on all ranks"

@@ -101,6 +101,8 @@ def _checked(spec: str, nproc: int | None) -> tuple[Task, int]:
     """The Task, and how many processes to start: one, this one, inside a job that a launcher started."""
     try:
         task, count, placement = load_task(spec), _count(nproc), find_placement()
+        if placement is not None and nproc is not None:
+            raise ValueError(f"--nproc {nproc}: {placement.engine} started {placement.world_size} processes already")
         check_task(task, count if placement is None else placement.world_size)
     except (ValueError, TypeError) as error:
         _refuse(str(error))
@@ -133,6 +135,8 @@ def _in_this_process(work: Callable[[], object]) -> None:
     try:
         work()
     except KeyboardInterrupt:
+        if find_placement() is not None:  # the launcher says it, once for all ranks
+            raise
         print("ddparity: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 

@@ -53,7 +53,7 @@ def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _feed(digest: Any, name: str, value: Any) -> None:
     if isinstance(value, torch.Tensor):
-        dense = value.detach().cpu().contiguous()
+        dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         header = [name, str(dense.dtype), list(dense.shape)]
         digest.update(json.dumps(header).encode() + b"\0")
         digest.update(byte_view(dense).numpy())

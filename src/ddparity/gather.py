@@ -47,13 +47,13 @@ def gather_present(value: Any, to: int | Literal["all"]) -> Any:
     joined = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     check_receiver(to, world_size)
-    problem: TypeError | None = None
+    problem: Exception | None = None
     node: Node | None = None
     leaves: list[torch.Tensor] = []
     try:
         if value is not NOTHING:
             node, leaves = take_apart(value)
-    except TypeError as error:
+    except Exception as error:
         problem, node = error, {"error": str(error)}
     nodes = _exchange(node, world_size)
     if problem is not None:

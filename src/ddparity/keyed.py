@@ -41,12 +41,12 @@ class KeyedDataset:
                 return together(list(fetch))  # type: ignore[no-any-return]
             except Exception as error:
                 raise SampleError(_message(f"one of the indices {list(fetch)}", error)) from error
-        items = []
-        for index in fetch:
-            try:
-                items.append(self.dataset[index])
-            except Exception as error:
-                raise SampleError(_message(f"index {index}", error)) from error
+        dataset, items, index = self.dataset, [], None
+        try:
+            for index in fetch:
+                items.append(dataset[index])
+        except Exception as error:
+            raise SampleError(_message(f"index {index}", error)) from error
         return items
 
 

@@ -93,15 +93,18 @@ class Loader:
         return self._steps(self._order.run, epoch, start_step, rank, world_size)
 
     def _steps(self, run: int, epoch: int, start_step: int, rank: int, world_size: int) -> Iterator[Step]:
-        plan, batches, issued = self.plan, iter(self.dataloader), self._order.issued
-
-        def load_next() -> LoadedMicroBatch:
+        def check_current() -> None:
             if self._order.run != run:
                 raise RuntimeError(f"epoch {epoch} of this Loader has ended: another one was started")
+
+        def load_next() -> LoadedMicroBatch:
+            check_current()
             data = next(batches)
             micro = issued.popleft()
             return LoadedMicroBatch(data, micro.weight, micro.index, micro.seed)
 
+        check_current()
+        plan, batches, issued = self.plan, iter(self.dataloader), self._order.issued
         for number in range(start_step, len(self)):
             count = plan.micro_batches_in(number)
             size = len(share(count, rank, world_size))

@@ -30,7 +30,8 @@ class Meeting:
     """One agreement of the ranks `ranks`, under a key that all of them name alike.
 
     Each rank calls `arrive` or `fail`; `wait` returns when all have arrived, and raises `RankFailure` as soon as one
-    has failed or died. `poll` looks without waiting. Traffic: three short store requests a rank, two a poll.
+    has failed, died or left the world. `poll` looks without waiting. Traffic: three short store requests a rank, two a
+    poll.
     """
 
     def __init__(self, store: Store, key: str, rank: int, ranks: Sequence[int], what: str) -> None:
@@ -95,6 +96,10 @@ class Meeting:
         for rank, pid in _neighbours(self._root):
             if rank in waited_for and rank != self._rank and not _alive(pid) and not self._store.check(["done"]):
                 self._report(rank, f"its process {pid} on {socket.gethostname()} died", "")
+        # A rank that had come here leaves only when all have: "done" is set before, and looked at last.
+        for rank in departed(self._root):
+            if rank in waited_for and rank != self._rank and not self._store.check(["done"]):
+                self._report(rank, "it left the world without coming here", "")
 
 
 @contextmanager
@@ -108,6 +113,15 @@ def reaching_store(what: str) -> Iterator[None]:
             f"({str(error).splitlines()[0]})",
             0,
         ) from error
+
+
+def depart(store: Store, rank: int) -> None:
+    """Leave word that this rank comes to no meeting any more."""
+    append(store, "departed", f"{rank}\n")
+
+
+def departed(store: Store) -> list[int]:
+    return [int(rank) for rank in store.get("departed").split()] if store.check(["departed"]) else []
 
 
 def _register(store: Store, rank: int) -> None:

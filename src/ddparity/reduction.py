@@ -13,7 +13,7 @@ from .compat import GradBucket, all_gather_single
 
 # Gloo's all-reduce takes milliseconds even when it is tiny; an all-gather with a local sum sends more bytes but waits
 # less, and wins as long as a rank's bytes, and all ranks' together, stay below these (benchmarks/collectives.py).
-GATHERED_BYTES = 2**17
+GATHERED_BYTES = 2**19
 GATHERED_BYTES_OF_ALL = 2**21
 
 
@@ -24,20 +24,20 @@ def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Futu
     bytes either way. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
     """
     buffer = bucket.buffer()
-    if _gathers(buffer, group):
-        # Waiting here overlaps nothing, but a small bucket has nothing to overlap with, and a callback costs more.
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        future.set_result(_gathered_sum(buffer, group))
-        return future
-    # DDP takes the first tensor of the work's own future; a Python callback would wait for the interpreter lock.
-    return dist.all_reduce(buffer, group=group, async_op=True).get_future()
+    if not bucket.is_last() and not _gathers(buffer, group):
+        work = dist.all_reduce(buffer, group=group, async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+    # Waiting here costs less than a callback. The last bucket has no backward left to overlap with, and small ones are
+    # sooner sent than overlapped.
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(sum_over_ranks(buffer, group))
+    return future
 
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The sum of a tensor over the ranks, on every rank; one collective of its bytes. All ranks call it."""
+    """The sum of a tensor over the ranks, perhaps in place; one collective of its bytes. All ranks call it."""
     if _gathers(tensor, group):
         return _gathered_sum(tensor, group)
-    tensor = tensor.clone()
     dist.all_reduce(tensor, group=group)
     return tensor
 

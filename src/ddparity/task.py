@@ -59,6 +59,8 @@ class Task:
             number = checked_integer(getattr(self, name), name)
             if number < 1:
                 raise ValueError(f"Task({name}={number}): must be at least 1")
+        if not 0 <= checked_integer(self.seed, "seed") < 2**64:
+            raise ValueError(f"Task(seed={self.seed}): must be from 0 to 2**64 - 1")
 
     def plan(self, num_samples: int) -> BatchPlan:
         return BatchPlan(num_samples, self.global_batch, self.micro_batch, self.seed)

@@ -16,6 +16,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .console import Progress, progress, setup_logging, show_table
 from .fingerprint import fingerprint
 from .loader import Loader
+from .meeting import agreed
 from .order import first
 from .predict import predict
 from .replicate import replicate
@@ -50,12 +51,16 @@ def train(task: Task, checkpoint: Path, num_workers: int = 0, title: str = "trai
         check_task(task, here.world_size)
         with first("node"):
             train_set, test_set = task.dataset("train"), task.dataset("test")
-        seed_everything(task.seed)
-        model = replicate(task.model().to(here.device))
+        with agreed("preparing the training") as meeting:
+            if meeting is not None:
+                meeting.same("the training set's length", len(train_set))
+            if len(train_set) == 0:
+                raise ValueError("the training set is empty: there is nothing to train on")
+            seed_everything(task.seed)
+            net = task.model().to(here.device)
+            loader = Loader(train_set, task.plan(len(train_set)), num_workers, task.collate_fn)
+        model = replicate(net)
         optimizer = task.optimizer(model.parameters())
-        loader = Loader(train_set, task.plan(len(train_set)), num_workers, task.collate_fn)
-        if len(loader) == 0:
-            raise ValueError("the training set is empty: there is nothing to train on")
 
         train_s, metrics = 0.0, {}
         with progress(task.epochs * len(loader), here.rank, title) as display:
@@ -98,7 +103,9 @@ def evaluate(task: Task, model: nn.Module, dataset: Any) -> dict[str, float]:
     """The metric of a data set, each sample counted once; on rank 0, empty on the others. Every rank calls it."""
     if task.metric is None:
         return {}
-    return _metrics(task, _outputs(task, model, dataset), dataset)
+    outputs = _outputs(task, model, dataset)
+    with agreed("the metric"):
+        return _metrics(task, outputs, dataset)
 
 
 def predict_task(task: Task, checkpoint: Path, out: Path | None) -> None:
@@ -110,14 +117,15 @@ def predict_task(task: Task, checkpoint: Path, out: Path | None) -> None:
         model = task.model().to(here.device)
         load_checkpoint(checkpoint, model=model)
         outputs = _outputs(task, model, test_set)
-        if here.rank != 0:
-            return
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(outputs, out)
-        rows = [(name, number(name, value)) for name, value in _metrics(task, outputs, test_set).items()]
-        saved = str(out.resolve()) if out is not None else "not saved: give --out FILE"
-        show_table("predictions", [("samples", f"{len(test_set):,}"), *rows, ("outputs", saved)])
+        with agreed("the metric and the outputs' file"):
+            metrics = _metrics(task, outputs, test_set)
+            if out is not None and here.rank == 0:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(outputs, out)
+        if here.rank == 0:
+            rows = [(name, number(name, value)) for name, value in metrics.items()]
+            saved = str(out.resolve()) if out is not None else "not saved: give --out FILE"
+            show_table("predictions", [("samples", f"{len(test_set):,}"), *rows, ("outputs", saved)])
 
 
 def _outputs(task: Task, model: nn.Module, dataset: Any) -> Any:

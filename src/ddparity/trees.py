@@ -64,6 +64,8 @@ def _parts(value: Any, path: str) -> Node:
         }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
+        if late := [field.name for field in dataclasses.fields(value) if not field.init]:
+            raise TypeError(f"{path} is a {type(value).__name__} whose field {late[0]} has init=False: give a dict")
         parts = [(f".{name}", getattr(value, name)) for name in names]
         return {"kind": "fields", "type": _type_name(value), "keys": names, "parts": parts}
     raise TypeError(
@@ -79,7 +81,7 @@ def _describe_tensor(tensor: torch.Tensor, leaves: list[torch.Tensor], path: str
             f"{path} is a {kind} tensor, which cannot travel: make it dense, with .dequantize() or .to_dense()"
         )
     rows = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
-    leaves.append(rows.contiguous())
+    leaves.append(rows.resolve_conj().resolve_neg().contiguous())
     return {
         "kind": "tensor",
         "leaf": len(leaves) - 1,
@@ -112,7 +114,13 @@ def _from_numpy(array: np.ndarray[Any, Any], path: str) -> torch.Tensor:
 
 
 def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}:{type(value).__qualname__}"
+    name = type(value).__qualname__
+    if "<locals>" in name:
+        raise TypeError(
+            f"{name} is defined inside of a function, where another process cannot find it: define it at the "
+            f"top of a module, or give a dict or a tuple"
+        )
+    return f"{type(value).__module__}:{name}"
 
 
 def put_together(

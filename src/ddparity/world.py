@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import socket
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -17,10 +16,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from .compat import PrefixStore, Store, TCPStore
+from .compat import PrefixStore, Store, TCPStore, can_tell_stores, is_store
 from .environment import Placement, find_placement
 from .errors import RankFailure, RendezvousError
-from .meeting import Meeting, store_root
+from .meeting import Meeting, depart, store_root
 from .roster import Card, call_roll, own_card, publish, roster
 
 _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
@@ -28,6 +27,8 @@ _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
 # The connection to the store outlives a world: the next one of this process meets there again, while the others may
 # still speak to it. Each world of a process has a part of the store of its own.
 _stores: dict[tuple[str, int], Store] = {}
+# The world that this code runs inside of.
+_current: ContextVar[World | None] = ContextVar("world", default=None)
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,31 @@ def world(
         (0, 1)
     """
     backend, timeout_s = _known(backend), _seconds(timeout)
+    outer = _current.get()
+    if outer is not None and device is None and backend in (None, outer.backend):
+        yield outer
+        return
     if dist.is_available() and dist.is_initialized():
         yield _existing(backend, device)
         return
     placement = find_placement()
     if placement is None:
-        yield World(0, 0, 1, 1, 0, _bind(device, 0, 1), None)
+        alone = World(0, 0, 1, 1, 0, _bind(device, 0, 1), None)
+        token = _current.set(alone)
+        try:
+            yield alone
+        finally:
+            _current.reset(token)
         return
     joined, store = _join(placement, backend, device, timeout_s)
+    token = _current.set(joined)
     try:
         yield joined
     finally:
+        _current.reset(token)
         if dist.is_initialized():
+            with suppress(dist.DistError):  # the store may have ended with rank 0
+                depart(store_root(), joined.rank)
             dist.destroy_process_group()
         _leave_last(store, joined)
 
@@ -97,6 +111,8 @@ def _known(backend: str | None) -> str | None:
     names = [name for name in dist.Backend.backend_list if name != "undefined"]
     if any(part.rpartition(":")[2] not in names for part in backend.lower().split(",")):
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(names)}")
+    if missing := [name for name in names if name in backend.lower() and not dist.is_backend_available(name)]:
+        raise ValueError(f"backend {backend!r}: this build of torch has no {missing[0]}")
     return backend.lower()
 
 
@@ -150,7 +166,10 @@ def _join(
         # Nobody goes on, and perhaps leaves, while a peer still connects to this process.
         joining = Meeting(store_root(), "joining", rank, range(size), "joining the world")
         joining.arrive()
-        joining.wait(max(deadline - time.monotonic(), 0.0))
+        try:
+            joining.wait(max(deadline - time.monotonic(), 0.0))
+        except RankFailure as error:
+            raise TimeoutError(str(error)) from error
     except RankFailure:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -222,7 +241,7 @@ def _find_store(address: tuple[str, int], deadline: float) -> None:
     pause, patience_s = 0.02, 1.0
     while True:
         try:
-            if _is_store(address, max(min(patience_s, deadline - time.monotonic()), 0.1)) or not _can_tell_stores():
+            if is_store(address, max(min(patience_s, deadline - time.monotonic()), 0.1)) or not can_tell_stores():
                 return
             reason = "another program holds that port, or a store too busy to answer"
         except OSError as error:
@@ -231,24 +250,6 @@ def _find_store(address: tuple[str, int], deadline: float) -> None:
             raise TimeoutError(reason)
         time.sleep(pause)
         pause, patience_s = min(2 * pause, 0.5), 2 * patience_s
-
-
-def _is_store(address: tuple[str, int], timeout_s: float) -> bool:
-    """Whether it is torch's store that listens there: it sends the number in a client's first two messages back."""
-    validate, magic, ping, number = 0, 0x3C85F7CE, 13, os.getpid()
-    with socket.create_connection(address, timeout_s) as connection:
-        try:
-            connection.sendall(struct.pack("=BIBI", validate, magic, ping, number))
-            return connection.recv(4) == struct.pack("=I", number)
-        except (TimeoutError, ConnectionError):
-            return False
-
-
-@functools.cache
-def _can_tell_stores() -> bool:
-    """Whether this torch's own store answers like that, which no documentation promises."""
-    own = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=10), wait_for_workers=False)
-    return _is_store(("127.0.0.1", own.port), 10.0)
 
 
 def _bind(device: torch.device | str | None, local_rank: int, local_world_size: int) -> torch.device:

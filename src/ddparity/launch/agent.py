@@ -11,17 +11,20 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..compat import shutdown_timeout
 from ..errors import RankFailure
 
 _GRACE_S = 3  # from a signal to SIGKILL
+# What a rank says that was well until another one failed.
+_CONSEQUENCES = ("RankFailure:", "DistNetworkError:", "Connection closed by peer", "Connection reset by peer")
 
 
 def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any]:
@@ -34,14 +37,15 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any
     Example (in a file, behind `if __name__ == "__main__":`):
         results = launch(train, "config.toml", nproc=4)
     """
-    with _agent(nproc) as config:
+    with _agent(nproc) as (config, folder):
         try:
             results = elastic_launch(config, function)(*args)
         except ChildFailedError as error:
-            rank, failure = _culprit(error)
-            problem = RankFailure(f"rank {rank} failed in {function.__name__}: {_ending(failure)}", rank)
-            if trace := _recorded(failure)[1]:
-                problem.add_note(f"On rank {rank}:\n{trace}")
+            failure = _culprit(error, folder)
+            message = f"rank {failure.rank} failed in {function.__name__}: {failure.ending()}"
+            problem = RankFailure(message, failure.rank)
+            if failure.trace:
+                problem.add_note(f"On rank {failure.rank}:\n{failure.trace}")
             raise problem from None
     return [results[rank] for rank in range(nproc)]
 
@@ -52,14 +56,13 @@ def run_command(arguments: Sequence[str], nproc: int) -> int:
     Returns the exit code: 0, the failed rank's own, 128 + n for a signal n. What failed is the last thing said on
     standard error.
     """
-    with _agent(nproc) as config:
+    with _agent(nproc) as (config, folder):
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "ddparity.launch.worker", *arguments)
         except ChildFailedError as error:
-            rank, failure = _culprit(error)
-            _, trace = _recorded(failure)
-            said = f"\n{trace.rstrip()}" if trace else ""
-            print(f"ddparity: rank {rank} failed: {_ending(failure)}{said}", file=sys.stderr)
+            failure = _culprit(error, folder)
+            said = f"\n{failure.trace.rstrip()}" if failure.trace else ""
+            print(f"ddparity: rank {failure.rank} failed: {failure.ending()}{said}", file=sys.stderr)
             return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         except SignalException as error:
             print(f"ddparity: ended all processes on {signal.Signals(error.sigval).name}", file=sys.stderr)
@@ -68,8 +71,8 @@ def run_command(arguments: Sequence[str], nproc: int) -> int:
 
 
 @contextmanager
-def _agent(nproc: int) -> Iterator[LaunchConfig]:
-    """An agent's configuration, with what it needs around it, put back at the end."""
+def _agent(nproc: int) -> Iterator[tuple[LaunchConfig, Path]]:
+    """An agent's configuration and the folder of its ranks' records; what it needs around it is put back at the end."""
     if nproc < 1:
         raise ValueError(f"nproc={nproc}: start at least 1 process")
     before = dict(os.environ)
@@ -79,7 +82,7 @@ def _agent(nproc: int) -> Iterator[LaunchConfig]:
         try:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
             elastic.setLevel(logging.CRITICAL)  # its 30 lines say less than our one
-            yield LaunchConfig(
+            config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
                 nproc_per_node=nproc,
@@ -92,30 +95,50 @@ def _agent(nproc: int) -> Iterator[LaunchConfig]:
                 logs_specs=DefaultLogsSpecs(log_dir=errors),
                 **shutdown_timeout(LaunchConfig, _GRACE_S),
             )
+            yield config, Path(errors)
         finally:
             elastic.setLevel(level)
             for name in os.environ.keys() - before.keys():  # the agent sets some of its own, too
                 del os.environ[name]
 
 
-def _culprit(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """The first failure that is no consequence of another: one that the agent ended itself comes last."""
-    ended_by_agent = (-signal.SIGTERM, -signal.SIGINT)
-    return min(error.failures.items(), key=lambda item: (item[1].exitcode in ended_by_agent, item[1].timestamp))
+@dataclass(frozen=True)
+class _Failure:
+    """How one rank ended. `message` and `trace`: of its exception; empty where it left none."""
+
+    rank: int
+    exitcode: int
+    message: str
+    trace: str
+
+    def ending(self) -> str:
+        if self.exitcode < 0:
+            name = signal.Signals(-self.exitcode).name
+            return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        return self.message or f"exit code {self.exitcode}"
+
+    def consequence(self) -> tuple[bool, bool]:
+        """Sorts causes first: what another failure brought about, and before it what the agent ended itself, last."""
+        return self.exitcode in (-signal.SIGTERM, -signal.SIGINT), any(word in self.message for word in _CONSEQUENCES)
 
 
-def _ending(failure: ProcessFailure) -> str:
-    message, _ = _recorded(failure)
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return message or f"exit code {failure.exitcode}"
+def _culprit(error: ChildFailedError, folder: Path) -> _Failure:
+    """The first failure that is no consequence of another.
+
+    The agent knows the ranks that had ended when it looked. One that raised and had not ended yet left its record: a
+    victim may well end before the rank that failed.
+    """
+    ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    times = {rank: failure.timestamp for rank, failure in error.failures.items()}
+    records = {int(path.parent.name): _recorded(path) for path in folder.rglob("error.json")}
+    failures = [_Failure(rank, ended.get(rank, 1), *records.get(rank, ("", ""))) for rank in sorted({*ended, *records})]
+    return min(failures, key=lambda failure: (*failure.consequence(), times.get(failure.rank, 0)))
 
 
-def _recorded(failure: ProcessFailure) -> tuple[str, str]:
+def _recorded(path: Path) -> tuple[str, str]:
     """The exception and the traceback that a rank left, the latter without the frames that started it."""
     try:
-        message = json.loads(Path(failure.error_file).read_text())["message"]
+        message = json.loads(path.read_text())["message"]
         trace: str = message["extraInfo"]["py_callstack"]
         return message["message"], _users_frames(trace)
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ddparity as dp
+from ddparity.train import predict_task, train
+from tests.ranks import outcomes
+
+
+def _task(**parts: object) -> dp.Task:
+    standard = {
+        "model": lambda: nn.Linear(2, 1),
+        "dataset": lambda split: torch.ones(8, 2),
+        "loss": lambda model, data: model(data).square().mean(),
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "global_batch": 4,
+        "micro_batch": 2,
+        "metric": lambda outputs, dataset: outputs.mean(),
+    }
+    return dp.Task(**{**standard, **parts})
+
+
+def _raise(*_: object) -> float:
+    raise OSError("lost")
+
+
+def _fails(part: str, folder: str) -> None:
+    lengths = {"dataset": lambda split: torch.ones(8 if dist.get_rank() == 0 else 6, 2)}
+    empty = {"dataset": lambda split: torch.ones(0, 2)}
+    parts = {"lengths": lengths, "empty": empty}.get(part, {part: _raise})
+    train(_task(**parts), Path(folder) / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("part", "messages"),
+    [
+        ("lengths", ["the training set's length differs between ranks"] * 2),
+        ("empty", ["the training set is empty"] * 2),
+        ("dataset", ["OSError: lost"] * 2),
+        ("model", ["OSError: lost"] * 2),
+        ("metric", ["OSError: lost", "rank 0 failed in the metric: OSError: lost"]),
+    ],
+)
+def test_what_fails_on_a_rank_fails_on_all_by_name(part: str, messages: list[str], tmp_path: Path) -> None:
+    for outcome, message in zip(outcomes(_fails, 2, part, str(tmp_path)), messages, strict=True):
+        assert message in outcome.error
+        assert outcome.seconds < 10
+
+
+def test_a_world_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train(_task(epochs=2), tmp_path / "c")
+    assert result.checkpoint == tmp_path / "c"
+    assert set(result.metrics) == {"metric"}
+    out = capsys.readouterr().out
+    assert "epoch 2/2: metric" in out
+    assert result.fingerprint in out
+    predict_task(_task(), tmp_path / "c", tmp_path / "out.pt")
+    assert torch.load(tmp_path / "out.pt").shape == (8, 1)
+    assert f"{result.metrics['metric']:.6g}" in capsys.readouterr().out
