@@ -33,12 +33,16 @@ def _leaves_nothing() -> Iterator[None]:
     gc.collect()  # loaders end their workers when they go
     assert not dist.is_initialized(), "the test left a process group"
     assert _variables() == before, "the test left changed environment variables"
-    left = [child.cmdline() for child in psutil.Process().children() if not _is_server(child)]
+    left = [child.cmdline() for child in psutil.Process().children() if _is_alive(child) and not _is_server(child)]
     assert not left, f"the test left processes: {left}"
 
 
 def _variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def _is_server(process: psutil.Process) -> bool:

@@ -35,7 +35,6 @@ def _started(*arguments: str) -> Iterator[subprocess.Popen]:
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     family: list[psutil.Process] = []
     try:

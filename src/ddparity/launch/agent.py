@@ -58,7 +58,7 @@ def run_command(arguments: Sequence[str], nproc: int) -> int:
     """
     with _agent(nproc) as (config, folder):
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "ddparity.launch.worker", *arguments)
+            elastic_launch(config, sys.executable)("-m", "ddparity.launch.worker", *arguments)
         except ChildFailedError as error:
             failure = _culprit(error, folder)
             said = f"\n{failure.trace.rstrip()}" if failure.trace else ""

@@ -6,6 +6,7 @@ python -m ddparity.launch.worker -m MODULE ARGS...
 
 from __future__ import annotations
 
+import io
 import os
 import runpy
 import sys
@@ -16,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 @record
 def main() -> None:
     arguments = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # at once, and in whole lines: N ranks share one pipe
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
