@@ -18,7 +18,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 def main() -> None:
     arguments = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # at once, and in whole lines: N ranks share one pipe
+        # At once, and in whole lines, also with PYTHONUNBUFFERED: N ranks share one pipe.
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
