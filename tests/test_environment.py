@@ -23,6 +23,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_COMM_WORLD_NODE_RANK": "1",  # the rank within the node, over all jobs: not the number of the node
 }
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 MASTER = {"MASTER_ADDR": "head", "MASTER_PORT": "4000"}
 # Task 4 of `srun --ntasks 5` on three nodes, in a job that has eight tasks.
 SLURM = {
@@ -54,7 +55,9 @@ def _placement(variables: dict[str, str]) -> Placement:
         (TORCHRUN, Placement("torchrun", 5, 8, 1, 4, 1, "10.0.0.1", 29500)),
         (PYTORCH_JOB, Placement("PyTorchJob", 3, 4, 0, 1, 3, "job-master-0", 23456)),
         (OPEN_MPI | MASTER, Placement("Open MPI", 3, 4, 1, 2, None, "head", 4000)),
+        (MPICH | MASTER, Placement("MPICH", 3, 4, 1, 2, None, "head", 4000)),
         (SLURM | MASTER, Placement("Slurm", 4, 5, 0, 1, 2, "head", 4000)),
+        (SLURM | MPICH | MASTER, Placement("Slurm", 4, 5, 0, 1, 2, "head", 4000)),  # srun --mpi=pmi2
         # torchrun inside a job of a scheduler is torchrun; mpirun inside a Slurm job is Open MPI.
         (SLURM | OPEN_MPI | TORCHRUN, Placement("torchrun", 5, 8, 1, 4, 1, "10.0.0.1", 29500)),
         (SLURM | OPEN_MPI | MASTER, Placement("Open MPI", 3, 4, 1, 2, None, "head", 4000)),

@@ -35,7 +35,10 @@ ENGINES = (
         None,  # OMPI_COMM_WORLD_NODE_RANK is the rank within the node, over all jobs
     ),
     Engine("Slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None, "SLURM_NODEID"),
+    # Last: `srun --mpi=pmi2` sets PMI_RANK, too.
+    Engine("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", None),  # and Intel MPI
 )
+_MPI = ("Open MPI", "MPICH")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def find_placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
 
 
 def _detect(environ: Mapping[str, str]) -> Engine | None:
-    torchrun, pytorch_job, open_mpi, slurm = ENGINES
+    torchrun, pytorch_job, open_mpi, slurm, mpich = ENGINES
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return torchrun if "LOCAL_RANK" in environ else pytorch_job
     if open_mpi.rank in environ:
@@ -102,6 +105,8 @@ def _detect(environ: Mapping[str, str]) -> Engine | None:
     interactive = environ.get("SLURM_JOB_NAME") in ("bash", "sh", "zsh", "interactive")
     if slurm.rank in environ and not (interactive and environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"):
         return slurm
+    if mpich.rank in environ and not (interactive and environ.get(mpich.world_size, "1") == "1"):
+        return mpich
     for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if present in environ:
             raise ValueError(
@@ -135,7 +140,7 @@ def _master(
         address = address or (first_host(nodes) if nodes else None)
         if port is None:
             port = _port_of_job(f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}")
-    elif engine.name == "Open MPI" and local_world_size == world_size:  # all on this machine
+    elif engine.name in _MPI and local_world_size == world_size:  # all on this machine
         address = address or "127.0.0.1"
         if port is None:
             port = _port_of_job(environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or os.getppid())
@@ -144,7 +149,8 @@ def _master(
         raise ValueError(
             f"{engine.name} started {world_size} processes, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not set: export the address and a free port of the machine of "
-            f"rank 0 to every process (Open MPI: mpirun -x MASTER_ADDR -x MASTER_PORT)"
+            f"rank 0 to every process (Open MPI: mpirun -x MASTER_ADDR -x MASTER_PORT; MPICH: mpiexec "
+            f"-genvlist MASTER_ADDR,MASTER_PORT)"
         )
     assert address is not None and port is not None
     if not 0 < port < 65536:

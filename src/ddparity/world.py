@@ -52,9 +52,9 @@ def world(
 ) -> Iterator[World]:
     """Join the process group that the launcher describes, and leave it at the end, also on an exception.
 
-    Understands torchrun, Slurm, Kubernetes PyTorchJob and Open MPI by their variables. Without a launcher this is a
-    world of one, without a process group. Inside another `world()`, or where a process group exists, that one is used
-    and left alone. On CUDA each process is bound to its own GPU.
+    Understands torchrun, Slurm, PyTorchJob, Open MPI and MPICH by their variables. Without a launcher this is
+    a world of one, without a process group. Inside another `world()`, or where a process group exists, that one is
+    used and left alone. On CUDA each process is bound to its own GPU.
 
     Args:
         backend: of `torch.distributed.init_process_group`; None: "nccl" on CUDA, "gloo" on the CPU.
