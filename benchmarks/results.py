@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+README = Path(__file__).parent.parent / "README.md"
 _HEAD = "# Measured\n\nWritten by the scripts of this folder, each its own section.\n"
 
 

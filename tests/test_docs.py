@@ -40,3 +40,10 @@ def test_every_public_name_is_documented() -> None:
     given = {"DDParityError", "LoadedMicroBatch", "MicroBatch", "Step", "World"}
     assert not [name for name in dp.__all__ if name not in given and name not in pages]
     assert not [name for name in dp.__all__ if not getattr(dp, name).__doc__]
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    shown = re.search(r"<!-- step_overhead -->\n(.*?)<!-- /step_overhead -->", README, re.DOTALL)[1].splitlines()
+    assert len(shown) == 6  # head, rule, two models with K = 1 and 4
+    assert not [line for line in shown if line not in results]
