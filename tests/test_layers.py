@@ -13,7 +13,7 @@ LAYERS = {
     0: ["errors", "compat", "environment", "roster", "meeting", "world", "order", "console"],
     1: [
         "permutation", "plan", "seeds", "batches", "trees", "sampling",
-        "reduction", "replicate", "accumulate", "gather", "fingerprint",
+        "reduction", "batchnorm", "replicate", "accumulate", "gather", "fingerprint",
     ],
     2: ["keyed", "loader", "predict", "checkpoint"],
     3: ["task", "train"],

@@ -2,6 +2,7 @@
 
 from .accumulate import accumulate
 from .batches import LoadedMicroBatch, Step
+from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm, sync_moments
 from .checkpoint import load_checkpoint, save_checkpoint
 from .console import setup_logging
 from .errors import DDParityError, RankFailure, RendezvousError, SampleError
@@ -29,9 +30,11 @@ __all__ = [
     "SampleError",
     "ShardSampler",
     "Step",
+    "SyncBatchNorm",
     "Task",
     "World",
     "accumulate",
+    "convert_sync_batchnorm",
     "fingerprint",
     "first",
     "gather",
@@ -39,8 +42,10 @@ __all__ = [
     "load_checkpoint",
     "predict",
     "replicate",
+    "revert_sync_batchnorm",
     "save_checkpoint",
     "seed_everything",
     "setup_logging",
+    "sync_moments",
     "world",
 ]

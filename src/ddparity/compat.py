@@ -95,3 +95,29 @@ def shutdown_timeout(config_class: type, seconds: int) -> dict[str, Any]:
     """`LaunchConfig`'s option for the grace period at the end, where the version has it (2.13 and later)."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return {"shutdown_timeout": seconds} if "shutdown_timeout" in names else {}
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """In which statistics are kept: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def is_plain_tensor(x: torch.Tensor) -> bool:
+    """Whether the tensor is nothing but its memory: no subclass, and not wrapped by a torch.func transform."""
+    plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward here: a forward then recomputes what activation checkpointing dropped."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def group_of_name(name: str) -> dist.ProcessGroup:
+    """The process group of this name: what is compiled into a graph is a name."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+
+
+def group_name(group: dist.ProcessGroup) -> str:
+    """The same on all ranks of the group; different for each group."""
+    return str(group.group_name)

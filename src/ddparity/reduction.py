@@ -42,6 +42,13 @@ def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     return tensor
 
 
+def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The ranks' tensors, of one shape and dtype, as (world size, *shape); one all-gather. All ranks call it."""
+    copies = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
+    all_gather_single(copies.view(-1), tensor.reshape(-1), group=group)
+    return copies
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
     """Sum the gradients over the ranks, in place, where DDP's backward did not: not every rank ran one.
 
@@ -90,6 +97,4 @@ def _gathers(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
 
 def _gathered_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The sum in rank order, the same bits on every rank."""
-    copies = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    all_gather_single(copies.view(-1), tensor.reshape(-1), group=group)
-    return copies.sum(0)
+    return copies_of_ranks(tensor, group).sum(0)

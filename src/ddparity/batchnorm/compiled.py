@@ -1,0 +1,87 @@
+"""The layer as one operator that torch.compile takes whole into its graph: the collectives are inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..compat import group_name, group_of_name
+from .function import check_channels, input_gradients, normalised, update
+from .layout import dense
+
+
+@torch.library.custom_op(
+    "ddparity::sync_batch_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, str group) -> (Tensor, Tensor)",
+)
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    return normalised(dense(x), weight, bias, eps, group_of_name(group))
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dense(x)), x.new_empty(3 * x.size(1) + 1, dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    "ddparity::sync_batch_norm_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor? weight, Tensor stats, float eps, str group) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, d_weight, d_bias = input_gradients(dy, dense(x), weight, stats, eps, group_of_name(group))
+    return dx, d_weight, d_bias
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(dense(x)), stats.new_empty(x.size(1)), stats.new_empty(x.size(1))
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, ctx.eps, ctx.group_name = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Any) -> Any:
+    x, weight, stats = ctx.saved_tensors
+    dx, d_weight, d_bias = torch.ops.ddparity.sync_batch_norm_backward(dy, x, weight, stats, ctx.eps, ctx.group_name)
+    d_weight = None if weight is None else d_weight.to(weight.dtype)
+    return dx, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def compiled_batch_norm(
+    x: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """`function.sync_batch_norm` for a traced graph, of which the update of the running statistics is a part."""
+    if running is not None:
+        check_channels(x, running_mean=running[0], running_var=running[1])
+    check_channels(x, weight=weight, bias=bias)
+    y: Tensor
+    y, stats = torch.ops.ddparity.sync_batch_norm(x, weight, bias, eps, _name(group))
+    if running is not None:
+        update(*running, stats.detach(), momentum)
+    return y
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _name(group: dist.ProcessGroup) -> str:
+    return group_name(group)

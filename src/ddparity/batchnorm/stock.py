@@ -1,0 +1,129 @@
+"""The layer's passes over memory with torch's own operators: for every device and dtype, and no compiler.
+
+Both this module and `fused` have these five functions. Statistics are float64:
+
+    payload  [mean (C), sum of squared deviations (C), count]                  what a rank sends
+    stats    [mean (C), 1/sqrt(biased variance + eps) (C), unbiased variance (C), total count]    of all ranks
+    sums     [sum of dy (C), sum of dy * (x - mean) (C)]                       what the backward adds up
+
+float32 sums would lose digits on two ways: where the mean is large against the deviation, so every sum runs around a
+shift near the mean; and in the mean's own rounding, so a mean is used in two parts, high and low.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import statistics_dtype
+
+
+def moments(x: Tensor) -> tuple[Tensor, Any]:
+    """The payload of this rank's input, and what `normalise` can use of the work: the shifted input and its shift."""
+    channels = x.size(1)
+    count = x.numel() // channels
+    payload = x.new_zeros(2 * channels + 1, dtype=statistics_dtype(x.device))
+    if count == 0:
+        return payload, None
+    # Around the mean of the first sample or samples, so that neither cancels.
+    plane = count // x.size(0)
+    values = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    shift = values[: 1 + 15 // plane].mean(_dims(x))
+    shifted = values - _over(shift, x)
+    mean, m2 = payload[:channels], payload[channels:-1]
+    # A run of one channel at a time: these reductions are much faster than those over several dimensions.
+    runs = shifted.flatten(2) if _has_planes(x) else _rows(shifted)
+    dim = -1 if runs.dim() == 3 else 0
+    torch.sum(runs.sum(dim).to(payload.dtype).view(-1, channels), 0, out=mean)
+    if dim == -1:
+        squares = torch.linalg.vector_norm(runs, dim=dim).to(payload.dtype).square_().view(-1, channels)
+        torch.sum(squares, 0, out=m2)
+    else:
+        m2.copy_((runs * runs).sum(dim))
+    mean /= count
+    m2.addcmul_(mean, mean, value=-count).clamp_(min=0)
+    mean += shift
+    payload[-1] = count
+    return payload, (shifted, shift)
+
+
+def join(gathered: Tensor, eps: float) -> Tensor:
+    """Join the payloads (W, 2C + 1) of all ranks, weighted by counts: Chan, Golub and LeVeque, 1979."""
+    channels = gathered.size(1) // 2
+    means, m2s, counts = gathered.split([channels, channels, 1], 1)
+    total = counts.sum()
+    mean = (means * (counts / total.clamp(min=1))).sum(0)
+    m2 = (m2s + counts * (means - mean).square()).sum(0)
+    invstd = (m2 / total.clamp(min=1) + eps).rsqrt()
+    return torch.cat([mean, invstd, m2 / (total - 1).clamp(min=1), total.view(1)])
+
+
+def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x - mean) * invstd * weight + bias, in the dtype and the layout of x."""
+    if kept is None:  # nothing to normalise
+        return torch.empty_like(x)
+    shifted, shift = kept
+    mean, invstd = stats[: x.size(1)], stats[x.size(1) : 2 * x.size(1)]
+    kind = shifted.dtype
+    planes = _has_planes(x)  # torch's kernel would move other layouts than these and rows of 2 dimensions
+    y = torch.batch_norm(
+        shifted if planes else _rows(shifted),
+        None if weight is None else weight.to(kind),
+        None if bias is None else bias.to(kind),
+        (mean - shift).to(kind),
+        invstd.pow(-2).to(kind),
+        False,
+        0.0,
+        0.0,
+        False,
+    )
+    if not planes:
+        y = y.view(shifted.movedim(1, -1).shape).movedim(-1, 1)
+    return y.to(x.dtype)
+
+
+def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
+    channels = x.size(1)
+    if x.numel() == 0:
+        return stats.new_zeros(2 * channels)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, invstd = stats[:channels], stats[channels : 2 * channels]
+    high = mean.to(kind)
+    _, scaled, sum_dy = torch.ops.aten.native_batch_norm_backward(
+        dy.to(kind), x.to(kind), None, high, invstd.pow(-2).to(kind), None, None, False, 0.0, [False, True, True]
+    )
+    sums = torch.cat([sum_dy, scaled]).to(stats.dtype)
+    sums[channels:].div_(invstd.to(kind)).addcmul_(sums[:channels], mean - high, value=-1)
+    return sums
+
+
+def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+    """(dy - sum_dy / n - (x - mean) * invstd² * sum_dy_xmu / n) * invstd * weight"""
+    channels = x.size(1)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, invstd, total = stats[:channels], stats[channels : 2 * channels], stats[-1].clamp(min=1)
+    scale = invstd if weight is None else invstd * weight
+    slope = -scale * invstd.square() * sums[channels:] / total
+    high = mean.to(kind)
+    shift = -scale * sums[:channels] / total - slope * (mean - high)
+    dx = (x.to(kind) - _over(high, x)).mul_(_over(slope.to(kind), x)).addcmul_(dy.to(kind), _over(scale.to(kind), x))
+    return dx.add_(_over(shift.to(kind), x)).to(x.dtype)
+
+
+def _dims(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _over(values: Tensor, x: Tensor) -> Tensor:
+    """Values a channel, to be broadcast over x."""
+    return values.view([1, -1] + [1] * (x.dim() - 2))
+
+
+def _has_planes(x: Tensor) -> bool:
+    return x.dim() > 2 and x.is_contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).reshape(-1, x.size(1))
