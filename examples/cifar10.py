@@ -1,8 +1,10 @@
 """CIFAR-10 (torchvision's) with a ResNet-20: `ddparity train examples/cifar10.py --nproc 2`. Needs the extra `vision`.
 
-The data set lies in ./data, and is downloaded there (170 MB) if it does not.
+The data set lies in ./data, and is downloaded there (170 MB) if it does not. The same as a script, with the command's
+options: `python examples/cifar10.py --nproc 2 --sync-batchnorm`.
 """
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 import ddparity as dp
+from ddparity.cli import main
 
 DATA = Path("data")
 
@@ -87,3 +90,7 @@ cifar10 = dp.Task(
     epochs=30,
     metric=accuracy,
 )
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["train", __file__]
+    main()

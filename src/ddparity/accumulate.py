@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .batches import LoadedMicroBatch, Step, to_device
+from .batchnorm import synchronises
 from .compat import forward_collectives, forward_collectives_due
 from .reduction import sum_gradients, sum_over_ranks
 from .replicate import averages
@@ -49,13 +50,13 @@ def accumulate(
         Micro-batches with `.data` (on the model's device), `.weight` and `.index`.
 
     Collectives: the gradients once, in DDP's buckets, overlapped with the last backward, or in one flat collective
-    where a rank has no micro-batch. For foreign batches, or with `count`, one of 16 bytes more, before the first
+    where a rank has no micro-batch. For foreign batches, or with `count`, one of 32 bytes more, before the first
     micro-batch; none with `equal_counts`. Every rank must call it and run a backward for each micro-batch.
 
     Raises:
         TypeError: a plain module in a world of several processes, or a batch whose units cannot be counted.
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
-            not one micro-batch.
+            not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -88,10 +89,10 @@ def _accumulate(
     device = next((parameter.device for parameter in model.parameters()), None)
     step = batches if isinstance(batches, Step) else None
     if step is not None and count is None:
-        size, flat = len(step), step.ranks_without
+        size, flat, even = len(step), step.ranks_without, step.even
         micros = map(step.load, range(size))
     else:
-        weighted, flat = _weighted(batches, count or first_dimension, replicated, device, equal_counts)
+        weighted, flat, even = _weighted(batches, count or first_dimension, replicated, device, equal_counts)
         size, micros = len(weighted), iter(weighted)
     if replicated is None:
         flat = False
@@ -99,6 +100,12 @@ def _accumulate(
         raise ValueError(
             f"accumulate() got {size} micro-batches for a DDP module with static_graph=True, whose backwards must "
             f"all reduce: leave static_graph out, or give each rank one micro-batch a step"
+        )
+    if not even and synchronises(model):
+        raise ValueError(
+            f"accumulate(): this rank has {size} micro-batches in this step and others have more or fewer, but the "
+            f"model has synchronised batch norms, which every rank must run equally often: give each rank as many "
+            f"micro-batches (a BatchPlan's short last step is left out with drop_last=True)"
         )
     # DDP's own path divides by the world size; our sum of flat gradients does not.
     scale = dist.get_world_size(group) if replicated is not None and not flat and averages(replicated) else 1
@@ -144,36 +151,39 @@ def _weighted(
     replicated: DistributedDataParallel | None,
     device: torch.device | None,
     equal_counts: bool,
-) -> tuple[list[LoadedMicroBatch], bool]:
-    """The micro-batches that have units, weighted over all ranks, and whether some rank has none."""
+) -> tuple[list[LoadedMicroBatch], bool, bool]:
+    """The micro-batches that have units, weighted over all ranks; whether some rank has none, and all equally many."""
     world_size = dist.get_world_size(replicated.process_group) if replicated is not None else 1
     if equal_counts:
         micros = _listed(batches)
         if not micros:
             raise ValueError("accumulate(equal_counts=True) got no batches")
-        return _reweighted(micros, [1 / (len(micros) * world_size)] * len(micros)), False
+        return _reweighted(micros, [1 / (len(micros) * world_size)] * len(micros)), False, True
     # A rank that cannot load or count tells the others by a NaN, since they would wait for it.
     problem: Exception | None = None
     micros, counts = [], []
     try:
         micros = _listed(batches)
         counts = [_checked_count(count(micro.data), micro.index) for micro in micros]
-        total = [sum(counts), float(not any(counts))]
+        number = sum(map(bool, counts))
+        total = [sum(counts), float(number == 0), float(number), float(number**2)]
     except Exception as error:
-        problem, total = error, [float("nan"), 0.0]
+        problem, total = error, [float("nan"), 0.0, 0.0, 0.0]
     if replicated is not None:
         sums = sum_over_ranks(torch.tensor(total, dtype=torch.float64, device=device), replicated.process_group)
         total = sums.tolist()
     if problem is not None:
         raise problem
-    units, ranks_without = total
+    units, ranks_without, numbers, squares = total
     if units != units:
         raise ValueError("accumulate(): another rank could not load or count its batches; its own error says why")
     if units == 0:
         raise ValueError(
             "accumulate(): no batch on any rank has a unit to take the mean over; skip this step on all ranks"
         )
-    return _reweighted(micros, [own / units for own in counts]), ranks_without > 0
+    # Numbers are all equal where the mean of their squares is the square of their mean.
+    even = world_size * squares == numbers**2
+    return _reweighted(micros, [own / units for own in counts]), ranks_without > 0, even
 
 
 def _reweighted(micros: list[LoadedMicroBatch], weights: list[float]) -> list[LoadedMicroBatch]:

@@ -69,13 +69,17 @@ def train(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers of each process.")] = 0,
+    sync_batchnorm: Annotated[
+        bool, typer.Option("--sync-batchnorm", help="Batch-norm statistics over all processes.")
+    ] = False,
 ) -> None:
     """Train a TASK: one progress display, exact accuracy after each epoch, a checkpoint and a table at the end."""
     loaded, count = _checked(task, nproc)
     target = checkpoint or Path("runs") / _title(task) / "checkpoint.safetensors"
     if count > 1:
-        _launch(["-m", "ddparity", "train", task, "--checkpoint", str(target), "--workers", str(workers)], count)
-    _in_this_process(lambda: train_task(loaded, target, workers, _title(task)))
+        options = ["--checkpoint", str(target), "--workers", str(workers), *["--sync-batchnorm"] * sync_batchnorm]
+        _launch(["-m", "ddparity", "train", task, *options], count)
+    _in_this_process(lambda: train_task(loaded, target, workers, _title(task), sync_batchnorm))
 
 
 @app.command()

@@ -108,7 +108,8 @@ class Loader:
         for number in range(start_step, len(self)):
             count = plan.micro_batches_in(number)
             size = len(share(count, rank, world_size))
-            step = Step(epoch, number, size, load_next, count < world_size, plan.seed_after(epoch, number))
+            even = count % world_size == 0
+            step = Step(epoch, number, size, load_next, count < world_size, even, plan.seed_after(epoch, number))
             yield step
             if size:
                 step.load(size - 1)  # what was not taken is not the next step's
@@ -145,3 +146,16 @@ def check_world_size(plan: BatchPlan, world_size: int) -> None:
             f"{plan.global_batch}, micro-batch {plan.micro_batch}): some ranks would never have work. Start at most "
             f"{plan.micro_batches_per_step} processes, or make the micro-batch smaller"
         )
+
+
+def check_even_shares(plan: BatchPlan, world_size: int) -> None:
+    """Refuse a plan with a step in which some ranks have more micro-batches than others."""
+    for step in {0, plan.steps_per_epoch - 1} if plan.steps_per_epoch else ():  # all but the last are like the first
+        count = plan.micro_batches_in(step)
+        if count % world_size:
+            raise ValueError(
+                f"step {step} of an epoch has {count} micro-batches (of {plan.samples_in(step)} samples), which "
+                f"{world_size} ranks cannot share evenly, but the model has synchronised batch norms, which every rank "
+                f"must run equally often: start another number of processes, change the batch sizes, or leave out the "
+                f"short last step with drop_last=True"
+            )

@@ -93,13 +93,13 @@ class Meeting:
 
     def _look_for_the_dead(self) -> None:
         waited_for = set(self._ranks)
-        for rank, pid in _neighbours(self._root):
-            if rank in waited_for and rank != self._rank and not _alive(pid) and not self._store.check(["done"]):
-                self._report(rank, f"its process {pid} on {socket.gethostname()} died", "")
         # A rank that had come here leaves only when all have: "done" is set before, and looked at last.
         for rank in departed(self._root):
             if rank in waited_for and rank != self._rank and not self._store.check(["done"]):
                 self._report(rank, "it left the world without coming here", "")
+        for rank, pid in _neighbours(self._root):
+            if rank in waited_for and rank != self._rank and not _alive(pid) and not self._store.check(["done"]):
+                self._report(rank, f"its process {pid} on {socket.gethostname()} died", "")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class Task:
     `loss(model, data)` gives the mean loss of a micro-batch, whose data is on the model's device.
     `optimizer(parameters)` gives a torch optimizer.
     `metric(outputs, dataset)` gives a number, or a dict of numbers by name, from the outputs for the held-out set.
-    `global_batch`, `micro_batch`: samples; `epochs`; `seed`.
+    `global_batch`, `micro_batch`: samples; `epochs`; `seed`; `drop_last`: leave out an epoch's short last step.
     `inputs(batch)`: what the model is called with to predict, see `predict`; None: its first entry.
     `collate_fn`: of the DataLoader.
 
@@ -44,6 +44,7 @@ class Task:
     epochs: int = 1
     metric: Callable[[Any, Any], Any] | None = None
     seed: int = 0
+    drop_last: bool = False
     inputs: Callable[[Any], Any] | None = None
     collate_fn: Callable[[list[Any]], Any] | None = None
 
@@ -63,7 +64,7 @@ class Task:
             raise ValueError(f"Task(seed={self.seed}): must be from 0 to 2**64 - 1")
 
     def plan(self, num_samples: int) -> BatchPlan:
-        return BatchPlan(num_samples, self.global_batch, self.micro_batch, self.seed)
+        return BatchPlan(num_samples, self.global_batch, self.micro_batch, self.seed, drop_last=self.drop_last)
 
 
 def check_task(task: Task, nproc: int) -> None:

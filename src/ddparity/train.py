@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from .accumulate import accumulate
+from .batchnorm import convert_sync_batchnorm, synchronises
 from .checkpoint import load_checkpoint, save_checkpoint
 from .console import Progress, progress, setup_logging, show_table
 from .fingerprint import fingerprint
-from .loader import Loader
+from .loader import Loader, check_even_shares
 from .meeting import agreed
 from .order import first
 from .predict import predict
@@ -37,8 +38,13 @@ class Result:
     checkpoint: Path
 
 
-def train(task: Task, checkpoint: Path, num_workers: int = 0, title: str = "train") -> Result:
+def train(
+    task: Task, checkpoint: Path, num_workers: int = 0, title: str = "train", sync_batchnorm: bool = False
+) -> Result:
     """Train a Task on the processes that a launcher started, or on this one. Every rank calls it.
+
+    `sync_batchnorm`: its batch norms take their statistics over the micro-batches that run at the same time on all
+    ranks, so the result depends on the number of processes.
 
     Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end; writes a
     checkpoint after each epoch.
@@ -59,6 +65,8 @@ def train(task: Task, checkpoint: Path, num_workers: int = 0, title: str = "trai
             seed_everything(task.seed)
             net = task.model().to(here.device)
             loader = Loader(train_set, task.plan(len(train_set)), num_workers, task.collate_fn)
+            if sync_batchnorm and synchronises(convert_sync_batchnorm(net)):
+                check_even_shares(loader.plan, here.world_size)
         model = replicate(net)
         optimizer = task.optimizer(model.parameters())
 

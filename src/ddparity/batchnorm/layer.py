@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat import in_backward
@@ -132,10 +132,10 @@ class SyncBatchNorm(_BatchNorm):
             assert group is not None, "no recomputation in a graph"
             return compiled_batch_norm(input, running, weight, bias, momentum, eps, group)
         self.__dict__["_ran"] = True
-        if in_backward():
-            running = None
+        if in_backward() and running is not None:  # recomputed: move copies, since what is saved must be alike
+            running = running[0].clone(), running[1].clone()
         if group is None:
-            return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+            return F.batch_norm(input, *(running or (None, None)), weight, bias, True, float(momentum), eps)
         announce: Announce | None = None
         if not self._agreed:
             announce = functools.partial(_agree, group, self._path, input.size(1))
@@ -163,6 +163,18 @@ class SyncBatchNorm(_BatchNorm):
         memo[id(self.process_group)] = self.process_group
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+
+def synchronises(model: nn.Module) -> bool:
+    """Whether the model has batch norms, ours or torch's, whose forward in training waits for other ranks."""
+    return any(
+        isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) and module.training and _is_shared(module.process_group)
+        for module in model.modules()
+    )
+
+
+def _is_shared(process_group: dist.ProcessGroup | None) -> bool:
+    return dist.is_initialized() and dist.get_world_size(process_group) > 1
 
 
 def in_backward_of_eager() -> bool:
