@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_however_a_batch_is_spread_the_result_is_that_of_one_process(
     cases = []
     for number, cut in enumerate(cuts):
         ends = [0, *cut[: world_size - 1], samples]
-        shapes = tuple((end - start, channels, 2, 3) for start, end in zip(ends, ends[1:], strict=False))
+        shapes = tuple((end - start, channels, 2, 3) for start, end in itertools.pairwise(ends))
         cases.append(Case(f"{shapes}", shapes, layout=("contiguous", "channels_last")[number % 2], steps=2))
     of_ranks = run_ranks(_run_all, world_size, cases)
     for number, case in enumerate(cases):

@@ -49,7 +49,7 @@ def _close(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-# --- collectives ---------------------------------------------------------------------------------------------------
+# --- collectives ---
 
 
 def _gloo(work: Callable[[], Any]) -> dict[str, int]:
@@ -120,7 +120,7 @@ def test_no_value_is_read_from_the_device() -> None:
     assert run_ranks(_reads_nothing, 2) == [True, True]
 
 
-# --- training under DDP --------------------------------------------------------------------------------------------
+# --- training under DDP ---
 
 DDP_OPTIONS = [
     {},
@@ -227,7 +227,7 @@ def test_join_raises_on_all_ranks_when_one_runs_out_of_batches() -> None:
         assert "exhausted" in outcome.error and outcome.seconds < 10
 
 
-# --- two forwards, derivatives, torch.func -----------------------------------------------------------------------------
+# --- two forwards, derivatives, torch.func ---
 
 
 def _gan(options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -309,7 +309,7 @@ def test_a_rank_may_leave_its_output_out_of_the_loss_with_a_factor_of_zero() -> 
     _close([a + b for a, b in zip(*got, strict=True)], _gradients(model))
 
 
-# --- groups --------------------------------------------------------------------------------------------------------------
+# --- groups ---
 
 
 def _grouped(broadcast_buffers: bool) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -373,7 +373,7 @@ def test_a_group_without_this_rank_is_refused() -> None:
     assert "rank 1 is not in the process group" in ended[1].error
 
 
-# --- activation checkpointing -----------------------------------------------------------------------------------------
+# --- activation checkpointing ---
 
 
 def _checkpointed(reentrant: bool | None) -> tuple[list[Tensor], dict[str, Tensor], int]:
@@ -412,7 +412,7 @@ def test_recomputation_updates_nothing_without_a_group() -> None:
         _close(_checkpointed(reentrant)[:2], expected[:2], 0)
 
 
-# --- torch.compile -------------------------------------------------------------------------------------------------------
+# --- torch.compile ---
 
 
 def _compiled(backend: str | None, momentum: float | None) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
@@ -436,7 +436,7 @@ def test_torch_compile_takes_the_whole_graph(momentum: float | None) -> None:
         _close(got, wanted)
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------------
+# --- copies ---
 
 
 def _copied() -> tuple[bool, bool, bool, str]:
@@ -452,11 +452,11 @@ def _copied() -> tuple[bool, bool, bool, str]:
     return same, twin.process_group is group, loaded.process_group is None, type(loaded).__name__
 
 
-def test_copies_keep_the_group_and_files_do_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_keep_the_group_and_files_do_not() -> None:
     assert run_ranks(_copied, 2) == [(True, True, True, "SyncBatchNorm")] * 2
 
 
-# --- ranks that disagree ----------------------------------------------------------------------------------------------
+# --- ranks that disagree ---
 
 
 def _other_channels() -> None:
@@ -507,7 +507,7 @@ def test_a_rank_that_does_not_come_is_an_error(function: Callable[[], None], mes
     assert time.monotonic() - start < 15
 
 
-# --- sync_moments ---------------------------------------------------------------------------------------------------------
+# --- sync_moments ---
 
 MOMENTS = [
     ((4, 3, 5), (0, 2), (0, 2)),
@@ -594,7 +594,7 @@ def test_wrong_arguments_of_sync_moments(x: Tensor, dims: Any, error: type[Excep
         dp.sync_moments(x, dims)
 
 
-# --- on a GPU ------------------------------------------------------------------------------------------------------------
+# --- on a GPU ---
 
 
 @pytest.mark.gpu

@@ -70,7 +70,8 @@ def convert_sync_batchnorm(model: Model, process_group: dist.ProcessGroup | None
         state["process_group"] = process_group or state.get("process_group")
         state["_path"] = path or None
         converted += 1
-    logger.info("convert_sync_batchnorm: %d batch norms synchronise over the ranks", converted)
+    norms = "batch norm synchronises" if converted == 1 else "batch norms synchronise"
+    logger.info("convert_sync_batchnorm: %d %s over the ranks", converted, norms)
     if left:
         logger.warning("convert_sync_batchnorm left alone what looks like a batch norm: %s", ", ".join(left))
     return model
@@ -185,16 +186,18 @@ def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         counted = self.num_batches_tracked.clone() if recomputes and self.num_batches_tracked is not None else None
         self.__dict__["_ran"] = False
-        with _Route(self, group):
-            result = forward(self, *args, **kwargs)
+        try:
+            with _Route(self, group):
+                result = forward(self, *args, **kwargs)
+        finally:  # a recomputation ends by an exception where all that the backward needs is there
+            if counted is not None and self.num_batches_tracked is not None:
+                self.num_batches_tracked.copy_(counted)
         if not self._ran:
             raise RuntimeError(
                 f"{self._path or type(self).__name__}: the forward of {self._plain_class} calls neither "
                 f"torch.nn.functional.batch_norm nor the forward of its base class, so its statistics are not "
                 f"synchronised: write it with ddparity.sync_moments, or leave it out of the conversion"
             )
-        if counted is not None and self.num_batches_tracked is not None:
-            self.num_batches_tracked.copy_(counted)
         return result
 
     return synchronised

@@ -135,7 +135,8 @@ class SyncBatchNorm(_BatchNorm):
         if in_backward() and running is not None:  # recomputed: move copies, since what is saved must be alike
             running = running[0].clone(), running[1].clone()
         if group is None:
-            return F.batch_norm(input, *(running or (None, None)), weight, bias, True, float(momentum), eps)
+            mean, var = running or (None, None)
+            return F.batch_norm(input, mean, var, weight, bias, True, float(momentum), eps)
         announce: Announce | None = None
         if not self._agreed:
             announce = functools.partial(_agree, group, self._path, input.size(1))
