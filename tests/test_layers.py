@@ -10,7 +10,7 @@ import ddparity
 SOURCE = Path(ddparity.__file__).parent
 
 LAYERS = {
-    0: ["errors", "compat", "environment", "roster", "meeting", "world", "order", "console"],
+    0: ["errors", "compat", "environment", "roster", "meeting", "scheduling", "world", "order", "console"],
     1: [
         "permutation", "plan", "seeds", "batches", "trees", "sampling",
         "reduction", "batchnorm", "replicate", "accumulate", "gather", "fingerprint",

@@ -439,3 +439,21 @@ def test_machines_meet_off_the_loopback(own: str | None) -> None:
     env = torchrun_env(2, free_port(), nodes=2)
     ended = outcomes(_two_hosts, 2, own, env=lambda rank: env(rank) | {"MASTER_ADDR": address}, in_world=False)
     assert [outcome.value for outcome in ended] == [(own or names[0], 2.0)] * 2, ended
+
+
+def _policy() -> int:
+    return os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's")
+def test_over_gloo_threads_are_scheduled_as_batch_work_until_the_world_ends() -> None:
+    assert run_ranks(_policy, 2) == [os.SCHED_BATCH] * 2
+    ended = outcomes(_policies, 1, in_world=False)[0].value
+    assert ended == [os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_OTHER]
+
+
+def _policies() -> list[int]:
+    found = [_policy()]
+    with dp.world(device="cpu"):
+        found.append(_policy())
+    return [*found, _policy()]

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,6 +21,7 @@ from .environment import Placement, find_placement
 from .errors import RankFailure, RendezvousError
 from .meeting import Meeting, depart, store_root
 from .roster import Card, call_roll, own_card, publish, roster
+from .scheduling import batch_scheduling
 
 _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
 
@@ -54,7 +55,8 @@ def world(
 
     Understands torchrun, Slurm, PyTorchJob, Open MPI and MPICH by their variables. Without a launcher this is
     a world of one, without a process group. Inside another `world()`, or where a process group exists, that one is
-    used and left alone. On CUDA each process is bound to its own GPU.
+    used and left alone. On CUDA each process is bound to its own GPU; over Gloo its threads are scheduled as batch
+    work (SCHED_BATCH), which makes small collectives several times faster.
 
     Args:
         backend: of `torch.distributed.init_process_group`; None: "nccl" on CUDA, "gloo" on the CPU.
@@ -91,17 +93,25 @@ def world(
         finally:
             _current.reset(token)
         return
-    joined, store = _join(placement, backend, device, timeout_s)
-    token = _current.set(joined)
-    try:
-        yield joined
-    finally:
-        _current.reset(token)
-        if dist.is_initialized():
-            with suppress(dist.DistError):  # the store may have ended with rank 0
-                depart(store_root(), joined.rank)
-            dist.destroy_process_group()
-        _leave_last(store, joined)
+    with batch_scheduling() if _is_on_cpu(backend, device) else nullcontext():
+        joined, store = _join(placement, backend, device, timeout_s)
+        token = _current.set(joined)
+        try:
+            yield joined
+        finally:
+            _current.reset(token)
+            if dist.is_initialized():
+                with suppress(dist.DistError):  # the store may have ended with rank 0
+                    depart(store_root(), joined.rank)
+                dist.destroy_process_group()
+            _leave_last(store, joined)
+
+
+def _is_on_cpu(backend: str | None, device: torch.device | str | None) -> bool:
+    """Whether this process will exchange over Gloo."""
+    if backend is not None:
+        return "gloo" in backend
+    return str(device) == "cpu" if device is not None else not torch.cuda.is_available()
 
 
 def _known(backend: str | None) -> str | None:

@@ -71,6 +71,16 @@ static void join_moments(const double *gathered, ssize_t W, ssize_t C, double ep
     stats[3 * C] = total;
 }
 
+/* Moves running statistics, float32 or float64, towards those of the batch. */
+static void move_running(int wide, void *running, const double *target, ssize_t C, double part)
+{
+    for (ssize_t c = 0; c < C; c++)
+        if (wide)
+            ((double *)running)[c] += part * (target[c] - ((double *)running)[c]);
+        else
+            ((float *)running)[c] = (float)(((float *)running)[c] + part * (target[c] - ((float *)running)[c]));
+}
+
 static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected, ssize_t *out)
 {
     if (given != expected) {
@@ -139,8 +149,18 @@ static PyObject *join(PyObject *self, PyObject *const *args, Py_ssize_t n)
     Py_RETURN_NONE;
 }
 
+static PyObject *move(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    ssize_t a[4];
+    double part = n == 5 ? PyFloat_AsDouble(args[4]) : 0;
+    if (PyErr_Occurred() || numbers(args, n - 1, 4, a))
+        return NULL;
+    move_running((int)a[0], (void *)a[1], D(2), a[3], part);
+    Py_RETURN_NONE;
+}
+
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
-static PyMethodDef methods[] = {METHOD(moments), METHOD(join), METHOD(normalise), METHOD(backward_sums),
+static PyMethodDef methods[] = {METHOD(moments), METHOD(join), METHOD(move), METHOD(normalise), METHOD(backward_sums),
                                 METHOD(backward_input), {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_fused", NULL, 0, methods, NULL, NULL, NULL, NULL};
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..compat import group_name, group_of_name
-from .function import check_channels, input_gradients, normalised, update
+from .function import check_channels, input_gradients, normalised
 from .layout import dense
+from .stock import update
 
 
 @torch.library.custom_op(

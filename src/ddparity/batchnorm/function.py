@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,8 @@ class _SyncBatchNorm(Function):
             announce("forward")
         y, stats = normalised(x, weight, bias, eps, group)
         if running_mean is not None and running_var is not None:
-            update(running_mean, running_var, stats, momentum)
+            passes = fused if fused.handles(stats, running_mean, running_var) else stock
+            passes.update(running_mean, running_var, stats, momentum)
         return y, stats
 
     @staticmethod
@@ -108,6 +110,10 @@ class _SyncBatchNorm(Function):
         )
 
 
+# torch looks the signature up in every call of `apply`, which takes longer than one of the passes.
+_SyncBatchNorm.forward.__signature__ = inspect.signature(_SyncBatchNorm.forward)  # type: ignore[attr-defined]
+
+
 def normalised(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
@@ -122,14 +128,6 @@ def normalised(
             f"all {dist.get_world_size(group)} ranks together"
         )
     return passes.normalise(x, kept, stats, weight, bias), stats
-
-
-def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor) -> None:
-    """Move the running statistics towards those of the batch, with the unbiased variance. An empty batch moves none."""
-    channels = running_mean.numel()
-    part = stats[-1].clamp(max=1) * momentum
-    for running, new in ((running_mean, stats[:channels]), (running_var, stats[2 * channels : 3 * channels])):
-        running.copy_(torch.lerp(running.to(stats.dtype), new, part.to(stats.dtype)))
 
 
 def input_gradients(

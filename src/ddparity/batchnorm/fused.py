@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..compat import is_plain_tensor
+from . import stock
 
 try:
     from . import _fused
@@ -80,6 +81,18 @@ def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: 
         torch.get_num_threads(),
     )
     return y
+
+
+def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor) -> None:
+    both, channels = (running_mean, running_var), running_mean.numel()
+    if any(running.dtype not in _WIDE or not running.is_contiguous() for running in both):
+        stock.update(running_mean, running_var, stats, momentum)
+        return
+    part = float(momentum) * min(1.0, float(stats[-1]))  # an empty batch moves none
+    for running, offset in zip(both, (0, 2 * channels), strict=True):
+        target = stats.data_ptr() + offset * _DOUBLE
+        _fused.move(_WIDE[running.dtype], running.data_ptr(), target, channels, part)
+    torch.autograd.graph.increment_version(both)
 
 
 def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The layer's passes over memory with torch's own operators: for every device and dtype, and no compiler.
 
-Both this module and `fused` have these five functions. Statistics are float64:
+Both this module and `fused` have these six functions. Statistics are float64:
 
     payload  [mean (C), sum of squared deviations (C), count]                  what a rank sends
     stats    [mean (C), 1/sqrt(biased variance + eps) (C), unbiased variance (C), total count]    of all ranks
@@ -82,6 +82,14 @@ def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: 
     if not planes:
         y = y.view(shifted.movedim(1, -1).shape).movedim(-1, 1)
     return y.to(x.dtype)
+
+
+def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor) -> None:
+    """Move the running statistics towards those of the batch, with the unbiased variance. An empty batch moves none."""
+    channels = running_mean.numel()
+    part = stats[-1].clamp(max=1) * momentum
+    for running, new in ((running_mean, stats[:channels]), (running_var, stats[2 * channels : 3 * channels])):
+        running.copy_(torch.lerp(running.to(stats.dtype), new, part.to(stats.dtype)))
 
 
 def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
