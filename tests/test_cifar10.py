@@ -143,6 +143,40 @@ def test_it_trains_on_two_processes(trained: Trained) -> None:
         assert not value.equal(untrained[name]), name
 
 
+def _weights(folder: Path, *options: str) -> dict[str, torch.Tensor]:
+    """Trained again on the data set that lies there."""
+    target = folder / f"{len(options)}.safetensors"
+    command = [sys.executable, "-m", "ddparity", "train", "small.py", "--checkpoint", str(target), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    model = runpy.run_path(str(EXAMPLE))["cifar10"].model()
+    dp.load_checkpoint(target, model=model)
+    return model.state_dict()
+
+
+def test_it_trains_with_synchronised_batch_norms(trained: Trained) -> None:
+    model = runpy.run_path(str(EXAMPLE))["cifar10"].model()
+    dp.load_checkpoint(trained.folder / "runs/small/checkpoint.safetensors", model=model)
+    local = model.state_dict()
+    synchronised = _weights(trained.folder, "--nproc", "2", "--sync-batchnorm")
+    assert all(value.isfinite().all() for value in synchronised.values())
+    assert not torch.equal(synchronised["1.running_mean"], local["1.running_mean"])
+
+
+def test_synchronised_batch_norms_refuse_uneven_shares(trained: Trained) -> None:
+    command = [sys.executable, "-m", "ddparity", "train", "small.py", "--nproc", "3", "--sync-batchnorm"]
+    done = subprocess.run(command, cwd=trained.folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "step 0 of an epoch has 4 micro-batches (of 128 samples), which 3 ranks cannot share evenly" in done.stderr
+
+
+def test_the_example_is_a_script_with_the_commands_options() -> None:
+    command = [sys.executable, str(EXAMPLE), "--sync-batchnorm", "--nproc", "9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "9 ranks but only 4 micro-batches in a step" in done.stderr
+
+
 def test_one_process_downloads(trained: Trained) -> None:
     assert trained.downloads == [f"/{CIFAR10.filename}"]
     assert (trained.folder / "data" / CIFAR10.base_folder / "test_batch").is_file()
