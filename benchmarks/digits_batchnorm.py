@@ -84,7 +84,7 @@ def plot(curves: dict[str, np.ndarray], nproc: int, path: Path) -> None:
     axes.set_ylabel("held-out accuracy, %")
     axes.set_title(f"Digits, {nproc} processes, {SAMPLES} samples a process")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", title=f"batch norm (mean and range of {len(values)} seeds)")
+    axes.legend(loc="center right", title=f"batch norm (mean and range of {len(values)} seeds)")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
