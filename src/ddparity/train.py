@@ -104,7 +104,8 @@ def _train_epoch(
         done = epoch * len(loader) + step.number + 1
         samples = epoch * loader.plan.num_samples + min((step.number + 1) * task.global_batch, loader.plan.num_samples)
         if display.due(done):  # reading the loss waits for the device
-            display.update(done, samples, float(loss_sum) / weight_sum if weight_sum else math.nan)
+            mean = float(loss_sum) / weight_sum if weight_sum else math.nan
+            display.update(done, samples, f"loss {mean:.4f}")
 
 
 def evaluate(task: Task, model: nn.Module, dataset: Any) -> dict[str, float]:
