@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch.utils.data import DataLoader
 
-from ..keyed import Fetch, KeyedDataset, sized_length
+from ..keyed import Fetch, KeyedDataset, loaded, sized_length
 from ..plan import checked_integer, share
 from ..seeds import derive, numbered
 
@@ -51,7 +51,8 @@ class Batches:
         dataloader_options: dict[str, Any],
     ) -> None:
         self.dataset = dataset
-        self.length = sized_length(dataset, "predict")
+        streams = "; or a stream that has num_shards and shard(num_shards=, index=)"
+        self.length = sized_length(dataset, "predict", streams)
         self.batch_size = checked_batch_size(batch_size)
         self.given_seed = seed
         self._key = derive(seed, "predict")
@@ -78,7 +79,7 @@ class Batches:
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
         """The batches of these ranges of batch numbers: their samples, and what the collate function made of them."""
         issued = self._order.restart(chunks)
-        for data in self._dataloader:
+        for data in loaded(self._dataloader):
             yield issued.popleft(), data
 
     def where(self, samples: range) -> str:

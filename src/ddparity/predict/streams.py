@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..errors import SampleError
+from ..keyed import loaded
 from ..plan import share
 from ..seeds import derive, seed_streams
 from ..wire import exchange
@@ -26,7 +27,7 @@ def is_stream(dataset: Any) -> bool:
     whole; as datasets.IterableDataset does.
     """
     return (
-        not hasattr(dataset, "__getitem__")
+        (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"))
         and callable(getattr(dataset, "shard", None))
         and isinstance(_shards_of(dataset), int)
     )
@@ -74,7 +75,7 @@ class Shards:
 
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
         """This rank's batches; `chunks` is its contiguous share of the shards, as the data loader's workers know."""
-        for start, size, data in self._dataloader:
+        for start, size, data in loaded(self._dataloader):
             yield range(start, start + size), data
 
     def where(self, samples: range) -> str:
