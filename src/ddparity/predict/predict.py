@@ -146,6 +146,7 @@ class Predictor:
         **dataloader_options: Any,
     ) -> None:
         check_balance(balance)
+        self.dataset = dataset
         self._balance = balance
         make: Callable[..., Source] = Shards if is_stream(dataset) else Batches
         if make is Shards and balance == "dynamic":
