@@ -18,7 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddparity.predict.columns import check_like, describe, flatten, from_table, schema_of, to_table
+from ddparity.predict.columns import from_table, schema_of, to_table
+from ddparity.predict.description import check_like, describe, flatten
 
 Boxes = namedtuple("Boxes", "corners scores")
 

@@ -18,6 +18,8 @@ from .outputs import Rows, Schema, on_device
 from .source import Source
 
 _PIECE_BYTES = 4 * 2**20  # of the small batches that are sent together
+_BLOCK_BYTES = 2**26  # the C library gives memory of this size back, and takes it from the system as it is written
+_ALIGNED_BYTES = 64
 
 Targets = dict[int, torch.Tensor]
 Finish = Callable[[], None]
@@ -158,6 +160,7 @@ class Memory:
         self._held: deque[Rows] = deque()
         self._ran: list[range] = []
         self._nodes: dict[str, Node] = {}
+        self._copies = _Copies()
 
     def take(self, samples: range, where: str, output: Any, batch: Any) -> None:
         node, leaves = self._schema.check(output, samples, where)
@@ -167,10 +170,8 @@ class Memory:
         if self._result is not None:
             self._result.add(Rows(samples.start, len(samples), node, leaves))
             return
-        # One description of all batches that are alike. The tensors are copied: a model may write its next output into
-        # the same memory, and a view would keep more than itself.
-        node = self._nodes.setdefault(json.dumps(node), node)
-        kept = [leaf.clone() if self._device is None else leaf.to(self._device, copy=True) for leaf in leaves]
+        node = self._nodes.setdefault(json.dumps(node), node)  # one description of all batches that are alike
+        kept = [self._copies.of(leaf if self._device is None else leaf.to(self._device)) for leaf in leaves]
         self._held.append(Rows(samples.start, len(samples), node, kept))
 
     def finish(self) -> Any:
@@ -183,6 +184,28 @@ class Memory:
             result.add(self._held.popleft())
         bring_together(result, self._held, ran, length, self._to)
         return result.value() if self._receives else None
+
+
+class _Copies:
+    """Copies of tensors: a model may write its next output into the same memory, and a view would keep more than itself.
+
+    On the CPU they lie side by side in large blocks. Each on its own, between what the model takes and frees, would
+    leave holes that together are as large as the outputs (benchmarks/RESULTS.md, "Distributed inference").
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        size = -(-tensor.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        if tensor.device.type != "cpu" or size > _BLOCK_BYTES:
+            return tensor.clone()
+        if self._used + size > self._block.numel():
+            self._block, self._used = torch.empty(_BLOCK_BYTES, dtype=torch.uint8), 0
+        room = self._block[self._used : self._used + tensor.nbytes]
+        self._used += size
+        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def bring_together(result: Collected, held: deque[Rows], ran: Sequence[range], length: int, to: Receiver) -> None:

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from ..files import draft_of, publish, replacing
 from ..plan import checked_integer
-from .columns import INDEX, check_like, describe, schema_of, to_table
+from .columns import schema_of, to_table
+from .description import INDEX, check_like, describe
 from .outputs import check_rows
 from .reading import DESCRIPTION, RUN, SCHEMA, Run, file_of, files_of, is_whole, rows_of
 from .source import Batches
