@@ -191,6 +191,36 @@ def test_a_failing_sample_is_named_on_every_rank(num_workers: int) -> None:
         assert outcome.seconds < 10
 
 
+def _collates(samples: list[Any]) -> Any:
+    if any(index == -5 for _, index in samples):
+        raise OSError("not an image")
+    return samples
+
+
+def _killed(samples: list[Any]) -> Any:
+    if any(index == -5 for _, index in samples):
+        kill_self()
+    return samples
+
+
+def _broken_collate(collate: Any, num_workers: int) -> None:
+    dp.predict(lambda samples: [x for x, _ in samples], Numbers(8), 2, num_workers=num_workers, collate_fn=collate)
+
+
+@pytest.mark.parametrize(
+    ("collate", "num_workers", "said"),
+    [
+        (_collates, 0, "OSError: not an image"),
+        (_collates, 1, "OSError"),
+        (_killed, 1, "RuntimeError: DataLoader worker"),
+    ],
+)
+def test_a_collate_function_and_a_worker_that_fail_name_the_samples(collate: Any, num_workers: int, said: str) -> None:
+    for outcome in outcomes(_broken_collate, 2, collate, num_workers):
+        assert f"the data loader failed for the data-set indices 4 to 5: {said}" in outcome.error
+        assert outcome.seconds < 10
+
+
 def _uneven_lengths() -> None:
     dp.predict(lambda batch: batch[0], Numbers(8 + dist.get_rank()), 2)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections import namedtuple
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -256,3 +258,44 @@ def test_outputs_can_be_kept_elsewhere() -> None:
     outputs = dp.predict(nn.Linear(2, 3).double(), torch.ones(5, 2, dtype=torch.float64), 2, device="cpu")
     assert outputs.shape == (5, 3) and not outputs.requires_grad and not outputs.is_inference()
     outputs.requires_grad_().sum().backward()  # of use in a training
+
+
+def _nothing_pickled() -> Any:
+    refuse = mock.Mock(side_effect=AssertionError("something was pickled"))
+    with (
+        mock.patch("pickle.dumps", refuse),
+        mock.patch("pickle.Pickler", refuse),
+        mock.patch("torch.distributed.distributed_c10d._object_to_tensor", refuse),
+    ):
+        return [dp.predict(_everything, torch.tensor(SAMPLES), 3, to) is None for to in (0, "all")]
+
+
+def test_nothing_is_pickled() -> None:
+    assert run_ranks(_nothing_pickled, 2) == [[False, False], [True, False]]
+
+
+def _grown(to: Any) -> tuple[float, float]:
+    """How far this process's memory grew at most, and what its result takes, in MB."""
+    small = torch.arange(8)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x[:, None].float().expand(-1, 2**19).contiguous()  # 2 MB a sample
+
+    def resident(field: str) -> float:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) / 1e3 for line in file if line.startswith(field))
+
+    dp.predict(model, small, 1, to)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak
+    before = resident("VmRSS")
+    result = dp.predict(model, torch.arange(96), 1, to)
+    return resident("VmHWM") - before, 0.0 if result is None else result.nbytes / 1e6
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's account of memory")
+def test_memory_is_that_of_the_result_or_of_the_share() -> None:
+    (received, result), (sent, _) = run_ranks(_grown, 2, 0)
+    assert result > 200
+    assert received < result + 40  # of them 4 + 16 for messages and 2 of the model's
+    assert sent < 1.1 * result / 2 + 20

@@ -187,7 +187,7 @@ class Memory:
 
 
 class _Copies:
-    """Copies of tensors: a model may write its next output into the same memory, and a view would keep more than itself.
+    """Copies of tensors: a model may write its next output into the same memory; a view would keep more than itself.
 
     On the CPU they lie side by side in large blocks. Each on its own, between what the model takes and frees, would
     leave holes that together are as large as the outputs (benchmarks/RESULTS.md, "Distributed inference").

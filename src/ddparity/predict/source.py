@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch.utils.data import DataLoader
 
+from ..errors import SampleError
 from ..keyed import Fetch, KeyedDataset, loaded, sized_length
 from ..plan import checked_integer, share
 from ..seeds import derive, numbered
@@ -77,9 +78,23 @@ class Batches:
         return numbered(self._key, samples.start)
 
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
-        """The batches of these ranges of batch numbers: their samples, and what the collate function made of them."""
+        """The batches of these ranges of batch numbers: their samples, and what the collate function made of them.
+
+        Raises:
+            SampleError: the data set, the collate function or a worker failed; names the samples.
+        """
         issued = self._order.restart(chunks)
-        for data in loaded(self._dataloader):
+        batches = loaded(self._dataloader)
+        while True:
+            try:
+                data = next(batches)
+            except StopIteration:
+                return
+            except SampleError:
+                raise
+            except Exception as error:  # the collate function's, or a worker was killed
+                message = f"the data loader failed for the {self.where(issued[0])}: {type(error).__name__}: {error}"
+                raise SampleError(message) from error
             yield issued.popleft(), data
 
     def where(self, samples: range) -> str:
