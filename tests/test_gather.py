@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ddparity as dp
-from ddparity.trees import concatenate, new_tensor, put_together, take_apart
+from ddparity.trees import new_tensor, put_together, take_apart
 from tests.ranks import outcomes, run_ranks
 
 Boxes = namedtuple("Boxes", "corners scores")
@@ -237,7 +237,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(b, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b) and a == b
-
-
-def test_local_parts_join_as_ranks_do() -> None:
-    _check(concatenate([_value(0), _value(1), _value(2)]))

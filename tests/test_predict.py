@@ -217,7 +217,7 @@ def _broken_collate(collate: Any, num_workers: int) -> None:
 )
 def test_a_collate_function_and_a_worker_that_fail_name_the_samples(collate: Any, num_workers: int, said: str) -> None:
     for outcome in outcomes(_broken_collate, 2, collate, num_workers):
-        assert f"the data loader failed for the data-set indices 4 to 5: {said}" in outcome.error
+        assert f"the data loader failed before it gave data-set indices 4 to 5: {said}" in outcome.error
         assert outcome.seconds < 10
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -17,7 +19,8 @@ import torch
 from torch import nn
 
 import ddparity as dp
-from tests.ranks import kill_self, outcomes, run_ranks
+from ddparity.predict.identity import identity, identity_of_dataset
+from tests.ranks import free_port, kill_self, outcomes, run_ranks, torchrun_env
 
 LENGTH = 53
 
@@ -181,6 +184,142 @@ def test_a_directory_of_another_run_is_refused(what: str, named: str, tmp_path: 
     assert max(refused.seconds, other.seconds) < 10
     assert _digests(tmp_path / "out") == before
     _other(str(tmp_path / "out"), "same")
+
+
+class Callable:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class WithAttribute(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.register_buffer("unsaved", torch.tensor([factor]), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.unsaved
+
+
+def _times(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    return x * factor
+
+
+def _closure(factor: Any) -> Any:
+    return lambda x: x * factor
+
+
+FACTOR = 2.0
+
+
+def _of_a_global(x: torch.Tensor) -> torch.Tensor:
+    return x * FACTOR
+
+
+LINEAR = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda x: x * 2.0, lambda x: x * 100.0),
+        (lambda x: [v for v in x if v in {1, 2}], lambda x: [v for v in x if v in {1, 3}]),
+        (functools.partial(_times, factor=2), functools.partial(_times, factor=100)),
+        (_closure(2), _closure(100)),
+        (_closure(torch.ones(1)), _closure(torch.zeros(1))),
+        (_closure(nn.Linear(1, 1)), _closure(nn.Linear(1, 1))),
+        (Callable(2), Callable(100)),
+        (Callable(2).__call__, Callable(100).__call__),
+        (WithAttribute(2), WithAttribute(100)),
+        (nn.Sequential(LINEAR, nn.ReLU()), nn.Sequential(LINEAR, nn.Tanh())),
+    ],
+)
+def test_models_that_compute_something_else_have_another_identity(one: Any, other: Any) -> None:
+    assert identity(one) != identity(other)
+    assert identity(one) == identity(one)
+
+
+def test_a_function_is_known_by_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity(_of_a_global)
+    assert identity(_of_a_global) == before
+    monkeypatch.setattr(f"{__name__}.FACTOR", 3.0)
+    assert identity(_of_a_global) != before
+
+
+def _identities() -> list[str | None]:
+    models = [_model, lambda x: x in {"a", "b", "c", "d"}, Callable(2), functools.partial(_times, factor=2)]
+    return [*map(identity, models), identity_of_dataset([{"image": Pixels(7), "label": i} for i in range(5)], 5)]
+
+
+def test_identities_are_the_same_in_every_process() -> None:
+    first, second = run_ranks(_identities, 2, env=_other_hashes)
+    assert first == second == _identities()
+
+
+def _other_hashes(rank: int) -> dict[str, str]:
+    return {"PYTHONHASHSEED": str(rank), **torchrun_env(2, _PORT)(rank)}
+
+
+_PORT = free_port()
+
+
+class Pixels:
+    """What only a collate function understands, as an image."""
+
+    size = (2, 2)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def tobytes(self) -> bytes:
+        return bytes([self.value] * 4)
+
+
+def test_a_data_set_is_known_by_what_its_samples_hold() -> None:
+    one, other = ([{"image": Pixels(value), "label": 1}] for value in (1, 2))
+    assert identity_of_dataset(one, 1) != identity_of_dataset(other, 1)
+    assert identity_of_dataset(one, 1) == identity_of_dataset(one, 1)
+
+
+def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("secret")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".part-000000000000.parquet.99999").write_text("a draft of a rank that was killed")
+    for _ in range(2):
+        _writes(str(tmp_path))
+    assert (tmp_path / ".env").read_text() == "secret"
+    assert sorted(name for name in os.listdir(tmp_path) if name.startswith(".")) == [".env", ".ipynb_checkpoints"]
+
+
+def test_types_that_were_lost_are_taken_from_a_file(alone: Path, tmp_path: Path) -> None:
+    _writes(str(tmp_path))
+    for name in ("_common_metadata", "part-000000000030.parquet"):
+        (tmp_path / name).unlink()
+    run_ranks(_writes, 2, str(tmp_path))
+    assert {**_digests(tmp_path), "_common_metadata": ""} == {**_digests(alone), "_common_metadata": ""}
+    assert dp.read_predictions(tmp_path)["text"] == dp.read_predictions(alone)["text"]
+
+
+def _full(path: str) -> None:
+    with mock.patch.object(pq.ParquetWriter, "write_table", side_effect=OSError(28, "Error writing bytes to file")):
+        _writes(path)
+
+
+def test_a_full_disk_is_told_to_all(tmp_path: Path) -> None:
+    for outcome in outcomes(_full, 2, str(tmp_path)):
+        assert "Error writing bytes to file, writing" in outcome.error
+        assert "part-0000000000" in outcome.error and "with the data-set indices" in outcome.error
+        assert outcome.seconds < 10
+    assert not [name for name in os.listdir(tmp_path) if "part-" in name]
+
+
+@pytest.mark.parametrize("to", ["0", ""])
+def test_a_string_that_is_hardly_a_path_is_refused(to: str) -> None:
+    with pytest.raises(ValueError, match="give a rank as an integer"):
+        dp.predict(_model, torch.arange(3), 3, to)
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:

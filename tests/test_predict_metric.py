@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import ddparity as dp
-from ddparity.predict.metrics import DoubleSum
+from ddparity.predict.metrics import ExactSum
 from tests.ranks import outcomes, run_ranks
 
 LENGTHS = (0, 1, 2, 5, 23)
@@ -77,29 +78,56 @@ def test_sums_are_those_of_one_process_bit_for_bit(world_size: int, balance: str
             assert mean == float(sum(sums)) / (2 * len(sums))
 
 
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300), max_size=30))
-def test_a_sum_does_not_depend_on_its_order(values: list[float]) -> None:
-    totals = []
+def _cut(values: list[float], cuts: list[int]) -> Any:
+    """The sum of the values, as ranks that have these parts of them come to it."""
+    joined = ExactSum()
+    bounds = sorted({0, len(values), *(cut % (len(values) + 1) for cut in cuts)})
+    for start, stop in itertools.pairwise(bounds):
+        part = ExactSum()
+        for value in values[start:stop]:
+            part.add(value)
+        joined.merge(part.state())
+    return joined.value()
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=30), st.lists(st.integers(0, 30))
+)
+def test_a_sum_does_not_depend_on_its_order_or_on_ranks(values: list[float], cuts: list[int]) -> None:
+    try:
+        exact = float(sum(map(Fraction, values)))
+    except OverflowError:
+        exact = math.copysign(math.inf, sum(map(Fraction, values)))
     for order in (values, values[::-1], sorted(values), sorted(values, key=abs)):
-        total = DoubleSum()
-        for value in order:
-            total.add(value)
-        totals.append(total.value())
-    exact = float(sum(map(Fraction, values)))
-    scale = max([0.0, *map(abs, values)])
-    assert all(math.isclose(total, exact, rel_tol=2**-52, abs_tol=scale * 2**-98) for total in totals)
+        assert _cut(order, cuts) == exact
 
 
-def test_infinities_and_nan_stay_what_they_are() -> None:
-    for values, expected in (
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
         ([1.0, math.inf, 2.0], math.inf),
-        ([math.inf, -math.inf], math.nan),
+        ([-math.inf, 1, 5], -math.inf),
+        ([math.inf, 1.0, -math.inf], math.nan),
         ([math.nan, 1.0], math.nan),
-    ):
-        total = DoubleSum()
-        for value in values:
-            total.add(value)
-        assert total.value() == expected or (math.isnan(expected) and math.isnan(total.value()))
+        ([2**62 + 1, 2**62 + 1], 2**63 + 2),
+        ([np.uint64(2**63 + 5)] * 2, 2**64 + 10),
+        ([2**64, 1], 2**64 + 1),
+        ([True, True], 2),
+        ([1, 0.5], 1.5),
+    ],
+)
+def test_sums_of_infinities_and_of_large_integers(values: list[Any], expected: float) -> None:
+    for cuts in ([], [1], [2], [1, 2]):
+        found = _cut(values, cuts)
+        assert type(found) is type(expected)
+        assert found == expected or (math.isnan(expected) and math.isnan(found))
+
+
+def test_arrays_are_summed_element_by_element() -> None:
+    total = ExactSum()
+    for array in (torch.tensor([0.1, math.inf]), np.array([0.2, 1.0]), torch.tensor([-0.1, 2.0])):
+        total.add(array)
+    assert total.value().tolist() == [0.2, math.inf]
 
 
 def _regressions(length: int) -> TensorDataset:
@@ -162,6 +190,7 @@ def _fails(how: str) -> None:
         "kind": lambda output, batch: {"a": "text"},
         "shape": lambda output, batch: torch.ones(len(output)),
         "pair": lambda output, batch: {"a": (1, 2) if 4 in batch[1].tolist() else 1},
+        "list": lambda output, batch: [output.sum(), len(output)],
         "object": object(),
         "step": torchmetrics.Accuracy(task="multiclass", num_classes=4, dist_sync_on_step=True),
         "targets": torchmetrics.MeanSquaredError(),
@@ -182,6 +211,7 @@ def _fails(how: str) -> None:
             "the metric failed for the data-set indices 6 to 6: ValueError: a metric function returned shape (1,)",
         ),
         ("pair", "the metric failed for the data-set indices 4 to 5: ValueError: a metric function returned (1, 2)"),
+        ("list", "the metric failed for the data-set indices 0 to 1: TypeError: a metric function returned [tensor"),
         ("object", "TypeError: predict(metric=…) got a object: give a torchmetrics object"),
         ("step", "ValueError: MulticlassAccuracy has dist_sync_on_step=True"),
         ("targets", "TypeError: the batch is a Tensor without a second entry to compare outputs with"),
@@ -197,7 +227,7 @@ def test_what_goes_wrong_in_a_metric_is_named(how: str, message: str) -> None:
 def test_an_average_over_processes_is_refused() -> None:
     (refused, other) = outcomes(_averages, 2)
     assert "ValueError: Averaged averages its state 'level' over processes" in refused.error
-    assert "RankFailure: rank 0 failed in the metric" in other.error
+    assert "RankFailure: rank 0 failed in collecting the outputs of predict: ValueError: Averaged" in other.error
 
 
 class Averaged(torchmetrics.Metric):
@@ -214,3 +244,19 @@ class Averaged(torchmetrics.Metric):
 
 def _averages() -> None:
     dp.predict(nn.Identity(), _regressions(5), 2, metric=Averaged())
+
+
+def _on_meta() -> Any:
+    """A device that only has shapes shows what lies where."""
+    seen = []
+
+    def metric(output: torch.Tensor, batch: list[torch.Tensor]) -> int:
+        seen.append({output.device.type, *(part.device.type for part in batch)})
+        return len(output)
+
+    assert dp.predict(nn.Linear(4, 2, device="meta"), _data(5), 2, metric=metric) == 5
+    return seen
+
+
+def test_a_metric_gets_the_batch_on_the_models_device() -> None:
+    assert _on_meta() == [{"meta"}] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import warnings
 from collections import namedtuple
@@ -209,6 +210,14 @@ def test_a_batch_of_another_structure_is_named(how: str, message: str, world_siz
         assert " is not as that for the data-set indices" in said
 
 
+def _nested(x: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+Misnamed = namedtuple("Other", "x")
+
+
 def _quantized(x: torch.Tensor) -> torch.Tensor:
     with warnings.catch_warnings(action="ignore"):  # deprecated
         return torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
@@ -227,6 +236,9 @@ def _quantized(x: torch.Tensor) -> torch.Tensor:
         (lambda x: np.array(["a", "b"]), TypeError, "array of <U1"),
         (lambda x: {1.5: x}, TypeError, "keys must be strings or integers"),
         (lambda x: {1, 2}, TypeError, "is a set, which cannot travel"),
+        (lambda x: Misnamed(x), TypeError, r"Other, which cannot be found by that name.*under its own name"),
+        (lambda x: np.ma.masked_array([1, 2], [True, False]), TypeError, "a masked array, whose mask would be lost"),
+        (_nested, TypeError, r"a nested tensor: give a list with one tensor a sample, list\(x.unbind\(\)\)"),
     ],
 )
 def test_what_is_not_one_row_a_sample_is_refused(output: Any, error: type, message: str) -> None:
@@ -274,28 +286,42 @@ def test_nothing_is_pickled() -> None:
     assert run_ranks(_nothing_pickled, 2) == [[False, False], [True, False]]
 
 
-def _grown(to: Any) -> tuple[float, float]:
-    """How far this process's memory grew at most, and what its result takes, in MB."""
-    small = torch.arange(8)
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x[:, None].float().expand(-1, 2**19).contiguous()  # 2 MB a sample
 
-    def model(x: torch.Tensor) -> torch.Tensor:
-        return x[:, None].float().expand(-1, 2**19).contiguous()  # 2 MB a sample
+
+def _ragged(x: torch.Tensor) -> list[torch.Tensor]:
+    return list(x[:, None].float().repeat(1, 64).unbind())
+
+
+def _grown(model: Any, length: int, batch_size: int) -> tuple[float, float]:
+    """How far this process's memory grew at most, and what its result takes, in MB."""
 
     def resident(field: str) -> float:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) / 1e3 for line in file if line.startswith(field))
 
-    dp.predict(model, small, 1, to)
+    dp.predict(model, torch.arange(4 * batch_size), batch_size)
+    gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak
     before = resident("VmRSS")
-    result = dp.predict(model, torch.arange(96), 1, to)
-    return resident("VmHWM") - before, 0.0 if result is None else result.nbytes / 1e6
+    result = dp.predict(model, torch.arange(length), batch_size)
+    return resident("VmHWM") - before, 0.0 if not isinstance(result, torch.Tensor) else result.nbytes / 1e6
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's account of memory")
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's account of memory")
+
+
+@LINUX
 def test_memory_is_that_of_the_result_or_of_the_share() -> None:
-    (received, result), (sent, _) = run_ranks(_grown, 2, 0)
+    (received, result), (sent, _) = run_ranks(_grown, 2, _dense, 96, 1)
     assert result > 200
-    assert received < result + 40  # of them 4 + 16 for messages and 2 of the model's
-    assert sent < 1.1 * result / 2 + 20
+    assert received < result + 24  # of them 16 for a message and 2 of the model's
+    assert sent < 1.1 * result / 2 + 4
+
+
+@LINUX
+def test_many_small_outputs_take_little_more_than_their_bytes() -> None:
+    _, (sent, _) = run_ranks(_grown, 2, _ragged, 200_000, 64)
+    assert sent < 1.1 * 100_000 * 64 * 4 / 1e6 + 16  # to take a piece of it apart

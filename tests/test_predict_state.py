@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 import ddparity as dp
-from tests.ranks import outcomes, run_ranks
+from ddparity.meeting import store_root
+from ddparity.trees import new_tensor
+from tests.ranks import kill_self, outcomes, run_ranks
 
 
 class Caches(nn.Module):
@@ -55,6 +59,71 @@ def test_buffers_are_as_before_also_on_an_exception(length: int) -> None:
     for name, buffer in model.named_buffers():
         assert id(buffer) == before[name][0] and torch.equal(buffer, before[name][1]), name
         assert not buffer.is_inference()
+
+
+class Writes(nn.Module):
+    """Changes its buffers where no version counter shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a", torch.zeros(2))
+        self.register_buffer("b", torch.tensor([0.0, float("nan")]))
+        self.register_buffer("c", torch.zeros(2))
+        self.register_buffer("kept", torch.ones(1).expand(3))
+        self.mask = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.a.data += 1
+        self.b.numpy()[0] = 3
+        self.c.resize_(5)
+        if self.mask is None:
+            self.mask = torch.ones(2)
+        self.found = self.mask * 2
+        return x * self.mask
+
+
+def test_changes_without_a_trace_are_undone() -> None:
+    model = Writes()
+    dp.predict(model, torch.ones(4, 2), 2)
+    assert model.a.tolist() == [0, 0] and model.b[0] == 0 and model.b[1].isnan() and model.c.tolist() == [0, 0]
+    assert model.mask is None and not hasattr(model, "found")
+    # A mask that was made in inference mode could not take part in this.
+    model(torch.ones(4, 2, requires_grad=True)).sum().backward()
+
+
+class Merges(nn.Module):
+    """As layers with low-rank adapters: merged into the weight in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.adapter = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 0.5))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merges:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += self.adapter.data * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (self.weight if self.merged else self.weight + self.adapter)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_for_which_the_mode_is_more_than_a_flag(training: bool) -> None:
+    inner = Merges()
+    model = nn.Sequential(inner, nn.Dropout())
+    inner.train(training)
+    before = (inner.training, inner.merged, inner.weight.tolist())
+    assert dp.predict(model, torch.ones(3, 2), 2).tolist() == [[1.5, 1.5]] * 3
+    assert (inner.training, inner.merged, inner.weight.tolist()) == before
+    assert [module.training for module in model.modules()] == [True, training, True]
+
+
+def test_a_module_that_has_not_seen_its_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="a LazyBatchNorm1d that has not seen its input: run one batch"):
+        dp.predict(nn.Sequential(nn.LazyBatchNorm1d()), torch.ones(4, 2), 2)
 
 
 class WorkerIds(torch.utils.data.Dataset):
@@ -102,6 +171,96 @@ def test_ctrl_c_stops_at_once() -> None:
     assert interrupted.error.startswith("KeyboardInterrupt")
     assert "RankFailure: rank 1 failed in predict: KeyboardInterrupt" in stays.error
     assert max(stays.seconds, interrupted.seconds) < 10
+
+
+def _killed_early() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        if dist.get_rank() == 2:
+            kill_self()
+        time.sleep(0.05)
+        return x
+
+    dp.predict(model, torch.arange(1200), 1)
+
+
+def test_a_rank_that_is_killed_is_noticed_while_the_others_work() -> None:
+    ended = outcomes(_killed_early, 3)
+    for outcome in ended[:2]:
+        assert "RankFailure: rank 2 failed in predict: its process" in outcome.error
+        assert outcome.seconds < 10  # of 20 that it would take
+
+
+@dataclasses.dataclass
+class Refuses:
+    rows: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.rows) > 2:
+            raise ValueError("too long")
+
+
+def _refuses(to: Any) -> None:
+    with contextlib.suppress(ValueError):  # its process goes on
+        dp.predict(Refuses, torch.arange(8), 2, to)
+    store_root().add("ended", 1)
+    while store_root().add("ended", 0) < 1:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("to", [0, "all"])
+def test_a_result_that_cannot_be_built_is_known_to_all(to: Any) -> None:
+    ended = outcomes(_refuses, 3, to)
+    assert all(outcome.seconds < 10 for outcome in ended)
+    if to == 0:
+        assert ended[0].error is None
+        assert all("RankFailure: rank 0 failed in collecting the outputs" in o.error for o in ended[1:])
+
+
+def _no_room() -> None:
+    """Rank 0 has no memory for what it receives, and goes on."""
+
+    def new(node: Any) -> torch.Tensor:
+        if node["shape"][0] == 40:
+            raise MemoryError("no room")
+        return new_tensor(node)
+
+    with mock.patch("ddparity.predict.collect.new_tensor", new):
+        dp.predict(lambda x: x, TensorsOnRank1(), 1)
+
+
+class TensorsOnRank1(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((2,), index)
+
+
+def test_memory_that_runs_out_in_the_collection_is_known_to_all() -> None:
+    first, second = outcomes(_no_room, 2)
+    assert first.error == "MemoryError: no room"
+    assert "RankFailure: rank 0 failed in predict: MemoryError: no room" in second.error
+
+
+def _differ(how: str) -> None:
+    rank = dist.get_rank()
+    options: dict[str, Any] = {
+        "to": {"to": rank},
+        "all": {"to": "all" if rank else 0},
+        "seed": {"seed": rank},
+        "metric": {"metric": (lambda o, b: 1) if rank else None},
+        "balance": {"balance": "dynamic" if rank else "contiguous"},
+        "batch_size": {"metric": lambda o, b: o.sum()},
+    }[how]
+    dp.predict(lambda x: x, torch.arange(10.0), 5 + 4 * rank * (how == "batch_size"), **options)
+
+
+@pytest.mark.parametrize("how", ["to", "all", "seed", "metric", "balance", "batch_size"])
+def test_arguments_that_differ_between_ranks_are_refused(how: str) -> None:
+    ended = outcomes(_differ, 2, how)
+    name = "to" if how == "all" else how
+    assert any(f"ValueError: predict's {name} differs between ranks" in outcome.error for outcome in ended)
+    assert all(outcome.error and outcome.seconds < 10 for outcome in ended)
 
 
 def _shows() -> str:

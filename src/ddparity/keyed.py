@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from .compat import end_workers
-from .errors import SampleError
+from .errors import DDParityError, SampleError
 from .seeds import seed_streams
 
 
@@ -56,15 +56,27 @@ def _message(where: str, error: Exception) -> str:
     return f"the data set failed at {where}: {type(error).__name__}: {error}"
 
 
-def loaded(dataloader: DataLoader[Any]) -> Iterator[Any]:
-    """What a DataLoader gives; its workers end at once where the data set fails, or where nobody needs them again."""
-    iterator = iter(dataloader)
+def loaded(dataloader: DataLoader[Any], waiting_for: Callable[[], str] | None = None) -> Iterator[Any]:
+    """What a DataLoader gives; its workers end at once where the data set fails, or where nobody needs them again.
+
+    Args:
+        waiting_for: names what comes next, for the error.
+
+    Raises:
+        SampleError: with `waiting_for`, where anything fails.
+    """
+    iterator = None
     try:
+        iterator = iter(dataloader)
         yield from iterator
     except BaseException as error:
-        if not (isinstance(error, GeneratorExit) and dataloader.persistent_workers):
+        if iterator is not None and not (isinstance(error, GeneratorExit) and dataloader.persistent_workers):
             end_workers(dataloader, iterator)
-        raise
+        if waiting_for is None or not isinstance(error, Exception) or isinstance(error, DDParityError):
+            raise
+        # Of the collate function, or of a worker that was killed or could not be started.
+        message = f"the data loader failed before it gave {waiting_for()}: {type(error).__name__}: {error}"
+        raise SampleError(message) from error
 
 
 def sized_length(dataset: Any, user: str, otherwise: str = "") -> int:

@@ -24,6 +24,7 @@ from .errors import RankFailure
 
 _POLL_S = (0.001, 0.05)  # first and longest pause between two looks at the store
 _LIVENESS_S = 0.5  # between two looks at the process table
+_EXPLAIN_S = 2.0  # from a broken connection until its cause is known
 
 
 class Meeting:
@@ -81,6 +82,22 @@ class Meeting:
         if text:
             failure.add_note(f"On rank {rank}:\n{text}")
         raise failure
+
+    def look(self) -> None:
+        """Raise `RankFailure` where a rank has failed, died or left; without waiting."""
+        with reaching_store(self._what):
+            self._look_for_the_dead()
+            self.poll()
+
+    def explain(self, error: Exception) -> None:
+        """Raise `RankFailure` where a rank's failure or end is what broke a connection; waits for its word a moment."""
+        deadline = time.monotonic() + _EXPLAIN_S
+        while time.monotonic() < deadline:
+            try:
+                self.look()
+            except RankFailure as failure:
+                raise failure from error
+            time.sleep(_POLL_S[1])
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait for all. Raises `RankFailure` where one has failed, died, or is not there after `timeout_s`."""

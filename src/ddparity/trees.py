@@ -21,7 +21,7 @@ Build = Callable[[], Any]
 def take_apart(value: Any, path: str = "value") -> tuple[Node, list[torch.Tensor]]:
     """A value's description and its tensors, in order. Numbers, strings and None travel in byte tensors.
 
-    NumPy's numbers in a list become Python's, of the same value.
+    NumPy's numbers in a list become Python's, of the same value, also where its entries are nested.
 
     Raises:
         TypeError: names the place, below `path`, and the type of what cannot travel.
@@ -201,6 +201,8 @@ def single(node: Node, target: dict[int, torch.Tensor], new: Callable[[Node], to
         tensor = target[node["leaf"]] = new(node)
         if node["kind"] in ("plain", "plain list"):
             return lambda: plain_values(tensor) if node["kind"] == "plain list" else plain_values(tensor)[0]
+        if node["scalar"] and node["kind"] == "array":
+            return lambda: tensor.item()
         return lambda: _as_described(node, tensor[0] if node["scalar"] else tensor)
     items = [single(item, target, new) for item in node["items"]]
     if node["kind"] == "list":
@@ -237,20 +239,26 @@ def _named_type(name: str) -> Any:
     return cls
 
 
+def check_importable(name: str, path: str) -> None:
+    """Refuse a type that other ranks cannot find by its name."""
+    try:
+        _named_type(name)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"{path} has a {name.replace(':', '.')}, which cannot be found by that name ({error}): define it at the "
+            f"top of a module under its own name, or give a dict or a tuple"
+        ) from None
+
+
 def named_types(node: Node) -> list[str]:
     """The types that a description would import to be put together."""
     here = [node["type"]] if node["kind"] in ("record", "fields") else []
     return here + [name for item in node.get("items", []) for name in named_types(item)]
 
 
-def concatenate(values: Sequence[Any]) -> Any:
-    """Join local values as `gather` joins those of ranks."""
-    apart = [take_apart(value) for value in values]
-    build, targets = put_together([node for node, _ in apart], new_tensor)
-    for (_, leaves), target in zip(apart, targets, strict=True):
-        for number, leaf in enumerate(leaves):
-            target[number].copy_(leaf)
-    return build()
+def leaves_of(node: Node) -> list[Node]:
+    """The descriptions of a value's tensors, in the order in which `take_apart` gave these."""
+    return [node] if "leaf" in node else [leaf for item in node["items"] for leaf in leaves_of(item)]
 
 
 def new_tensor(node: Node) -> torch.Tensor:

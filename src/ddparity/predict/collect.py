@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -12,14 +11,13 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DDParityError
-from ..trees import Node, assembled, new_tensor, plain_values, single
+from ..trees import Node, assembled, leaves_of, new_tensor, plain_values, single
 from ..wire import Receiver, exchange, move, move_json, takes_part
 from .outputs import Rows, Schema, on_device
+from .packed import Packed, Packer
 from .source import Source
 
-_PIECE_BYTES = 4 * 2**20  # of the small batches that are sent together
-_BLOCK_BYTES = 2**26  # the C library gives memory of this size back, and takes it from the system as it is written
-_ALIGNED_BYTES = 64
+_PIECE_BYTES = 4 * 2**20  # of small batches that are sent together
 
 Targets = dict[int, torch.Tensor]
 Finish = Callable[[], None]
@@ -36,6 +34,7 @@ class Collected:
         self._length = length
         self._columns: _Column | None = None
 
+    @torch.inference_mode(False)  # the result must be of use in a training
     def add(self, rows: Rows) -> None:
         targets, finish = self.places(rows.start, rows.size, rows.node)
         for target, leaf in zip(targets, rows.leaves, strict=True):
@@ -44,11 +43,10 @@ class Collected:
 
     def places(self, start: int, size: int, node: Node) -> tuple[list[torch.Tensor], Finish]:
         """Where to write the tensors of a batch's output, and what to call when that is done."""
-        with torch.inference_mode(False):  # the result must be of use in a training
-            if self._columns is None:
-                self._columns = _column(node, self._length)
-            targets: Targets = {}
-            finish = self._columns.place(node, start, size, targets)
+        if self._columns is None:
+            self._columns = _column(node, self._length)
+        targets: Targets = {}
+        finish = self._columns.place(node, start, size, targets)
         return [targets[number] for number in sorted(targets)], finish
 
     def value(self) -> Any:
@@ -157,58 +155,36 @@ class Memory:
         # A rank that also sends places its own when it sends them, so that it never holds them twice.
         placed = self._receives and (world_size == 1 or to != "all") and source.length is not None
         self._result = Collected(source.length) if placed and source.length is not None else None
-        self._held: deque[Rows] = deque()
+        self._held: deque[Packed] = deque()
         self._ran: list[range] = []
-        self._nodes: dict[str, Node] = {}
-        self._copies = _Copies()
+        self._packer = Packer()
 
     def take(self, samples: range, where: str, output: Any, batch: Any) -> None:
         node, leaves = self._schema.check(output, samples, where)
         if self._device is not None:
             node = on_device(node, self._device)
+            leaves = [leaf.to(self._device) for leaf in leaves]
         self._ran.append(samples)
+        rows = Rows(samples.start, len(samples), node, leaves)
         if self._result is not None:
-            self._result.add(Rows(samples.start, len(samples), node, leaves))
-            return
-        node = self._nodes.setdefault(json.dumps(node), node)  # one description of all batches that are alike
-        kept = [self._copies.of(leaf if self._device is None else leaf.to(self._device)) for leaf in leaves]
-        self._held.append(Rows(samples.start, len(samples), node, kept))
+            self._result.add(rows)
+        else:
+            self._held.append(self._packer.pack(rows))
 
     def finish(self) -> Any:
         length, place = self._source.settled(self._ran)
         ran = [range(place(part.start), place(part.start) + len(part)) for part in self._ran]
+        for packed in self._held:
+            packed.start = place(packed.start)
         result = self._result or Collected(length)
-        for rows in self._held:
-            rows.start = place(rows.start)
-        while self._held and self._receives and self._to != "all":
-            result.add(self._held.popleft())
-        bring_together(result, self._held, ran, length, self._to)
+        del self._packer  # and its block
+        bring_together(result, self._held, ran, length, self._to, self._receives)
         return result.value() if self._receives else None
 
 
-class _Copies:
-    """Copies of tensors: a model may write its next output into the same memory; a view would keep more than itself.
-
-    On the CPU they lie side by side in large blocks. Each on its own, between what the model takes and frees, would
-    leave holes that together are as large as the outputs (benchmarks/RESULTS.md, "Distributed inference").
-    """
-
-    def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        size = -(-tensor.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
-        if tensor.device.type != "cpu" or size > _BLOCK_BYTES:
-            return tensor.clone()
-        if self._used + size > self._block.numel():
-            self._block, self._used = torch.empty(_BLOCK_BYTES, dtype=torch.uint8), 0
-        room = self._block[self._used : self._used + tensor.nbytes]
-        self._used += size
-        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-def bring_together(result: Collected, held: deque[Rows], ran: Sequence[range], length: int, to: Receiver) -> None:
+def bring_together(
+    result: Collected, held: deque[Packed], ran: Sequence[range], length: int, to: Receiver, receives: bool
+) -> None:
     """Move what each rank holds into the receivers' results. All ranks call it.
 
     Args:
@@ -220,24 +196,26 @@ def bring_together(result: Collected, held: deque[Rows], ran: Sequence[range], l
 
     Raises:
         DDParityError: a sample is missing or there twice; on every rank, before any output moves.
+        Exception: what a row could not be placed for; after all have been received, so that no sender waits.
     """
     pieces = _pieces(held)
-    said = exchange({"pieces": len(pieces), "ran": [[part.start, part.stop] for part in _merged(ran)]})
+    said = exchange({"pieces": len(pieces), "ran": [[part.start, part.stop] for part in merged(ran)]})
     check_each_once([range(*part) for theirs in said for part in theirs["ran"]], length)
-    if len(said) == 1:
-        while pieces:
-            for rows in pieces.popleft():
-                result.add(rows)
-        return
-    rank = dist.get_rank()
+    several = len(said) > 1
+    rank = dist.get_rank() if several else 0
+    problem: Exception | None = None
     for source, theirs in enumerate(said):
-        if not takes_part(source, to):
-            continue
-        for _ in range(theirs["pieces"]):
-            if source == rank:
-                _send(pieces.popleft(), source, to, result)
-            else:
-                _receive(source, to, result)
+        if source == rank:
+            while pieces:
+                rows = [packed.rows() for packed in pieces.popleft()]
+                if several and takes_part(source, to):
+                    _send(rows, source, to)
+                problem = problem or (_not_added(rows, result) if receives else None)
+        elif takes_part(source, to):
+            for _ in range(theirs["pieces"]):
+                problem = _receive(source, to, result, problem)
+    if problem is not None:
+        raise problem
 
 
 def check_each_once(ran: Sequence[range], length: int) -> None:
@@ -253,7 +231,7 @@ def check_each_once(ran: Sequence[range], length: int) -> None:
             )
 
 
-def _merged(ran: Sequence[range]) -> list[range]:
+def merged(ran: Sequence[range]) -> list[range]:
     """The same samples in as few ranges as follow one another."""
     merged: list[range] = []
     for part in sorted(ran, key=lambda part: part.start):
@@ -264,20 +242,20 @@ def _merged(ran: Sequence[range]) -> list[range]:
     return merged
 
 
-def _pieces(held: deque[Rows]) -> deque[list[Rows]]:
-    pieces: deque[list[Rows]] = deque()
+def _pieces(held: deque[Packed]) -> deque[list[Packed]]:
+    pieces: deque[list[Packed]] = deque()
     room = 0
     while held:
-        rows = held.popleft()
-        room -= sum(leaf.nbytes for leaf in rows.leaves)
+        packed = held.popleft()
+        room -= packed.cost
         if not pieces or room < 0:
             pieces.append([])
             room = _PIECE_BYTES
-        pieces[-1].append(rows)
+        pieces[-1].append(packed)
     return pieces
 
 
-def _send(piece: list[Rows], source: int, to: Receiver, result: Collected) -> None:
+def _send(piece: list[Rows], source: int, to: Receiver) -> None:
     nodes: list[Node] = []
     places = []
     for rows in piece:
@@ -286,14 +264,32 @@ def _send(piece: list[Rows], source: int, to: Receiver, result: Collected) -> No
         places.append([rows.start, rows.size, len(nodes) - 1 - nodes[::-1].index(rows.node)])
     move_json({"nodes": nodes, "rows": places}, source, to)
     move([leaf for rows in piece for leaf in rows.leaves], source, to)
-    if to == "all":
+
+
+def _not_added(piece: list[Rows], result: Collected) -> Exception | None:
+    try:
         for rows in piece:
             result.add(rows)
+    except Exception as error:
+        return error
+    return None
 
 
-def _receive(source: int, to: Receiver, result: Collected) -> None:
+def _receive(source: int, to: Receiver, result: Collected, problem: Exception | None) -> Exception | None:
+    """Receive a piece into its place; where there is a problem, or that makes one, anywhere, since it is being sent."""
     head = move_json(None, source, to)
-    placed = [result.places(start, size, head["nodes"][number]) for start, size, number in head["rows"]]
+    described = [(start, size, head["nodes"][number]) for start, size, number in head["rows"]]
+    placed: list[tuple[list[torch.Tensor], Finish]] = []
+    try:
+        placed = [] if problem else [result.places(*one) for one in described]
+    except Exception as error:
+        problem = error
+    if problem is not None:
+        placed = [([new_tensor(leaf) for leaf in leaves_of(node)], _nothing) for _, _, node in described]
     move([target for targets, _ in placed for target in targets], source, to)
-    for _, finish in placed:
-        finish()
+    try:
+        for _, finish in placed:
+            finish()
+    except Exception as error:
+        problem = error
+    return problem

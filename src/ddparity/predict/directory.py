@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .reading import DESCRIPTION, RUN, SCHEMA, Run, file_of, files_of, is_whole,
 from .source import Batches
 
 _EMPTY = "part-empty.parquet"  # what a data set without samples has instead of files
+_DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.\d+")  # see files.draft_of
 _FILES = 128  # unless files would be larger than
 _ROWS = 65_536
 _ROW_GROUP_BYTES = 16 * 2**20
@@ -48,8 +50,11 @@ def prepare(path: Path, run: Run) -> str:
         ValueError: the directory holds something else.
     """
     path.mkdir(parents=True, exist_ok=True)
-    drafts = [entry for entry in path.iterdir() if entry.name.startswith(".")]
-    found = [entry.name for entry in path.iterdir() if entry not in drafts]
+    entries = list(path.iterdir())
+    drafts = [entry for entry in entries if _DRAFT.fullmatch(entry.name) and entry.is_file()]
+    found = [
+        entry.name for entry in entries if not entry.name.startswith(".")
+    ]  # hidden ones are not ours, nor in the way
     if RUN in found:
         before = json.loads((path / RUN).read_text())
         _check_same(path, before["run"], run)
@@ -67,7 +72,11 @@ def prepare(path: Path, run: Run) -> str:
     if not run["length"]:
         with replacing(path / _EMPTY) as draft:
             pq.write_table(pa.table({INDEX: pa.array([], pa.int64())}), draft)
-    missing = [number for number in range(files_of(run)) if not is_whole(path, run, number)]
+    whole = [number for number in range(files_of(run)) if is_whole(path, run, number)]
+    if whole and not (path / SCHEMA).exists():  # somebody has tidied up
+        with replacing(path / SCHEMA) as draft:
+            pq.write_metadata(pq.read_schema(file_of(path, run, whole[0])), draft)
+    missing = sorted(set(range(files_of(run))) - set(whole))
     ranges = [[part.start, part.stop] for part in _runs(missing)]
     return json.dumps({"token": token, "run": run, "missing": ranges, "schema": (path / SCHEMA).exists()})
 
@@ -121,6 +130,13 @@ class Directory:
             self._schema = self._types(description, samples)
         check_like(description, json.loads(self._schema.metadata[DESCRIPTION]), samples.start)
         self._held.append(_copied(to_table(output, samples.start, len(samples), self._schema)))
+        try:
+            self._write(samples)
+        except OSError as error:
+            message = f"{error.strerror or error}, writing {self._file} with the {where}"
+            raise OSError(error.errno, message) from error
+
+    def _write(self, samples: range) -> None:
         number = samples.start // self._run["rows_per_file"]
         if self._file is None:
             self._file = file_of(self._path, self._run, number)

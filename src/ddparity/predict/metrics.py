@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from torch import nn
 
 from ..errors import DDParityError
 from ..gather import gather
-from ..meeting import agreed
 from ..wire import Receiver
+from .collect import check_each_once, merged
 
 Parts = dict[str, Any]
 
@@ -28,9 +29,19 @@ class Metric:
             and the batch, see `predict`.
         targets: what follows the output in a torchmetrics object's `update`, from a batch; None: the second entry of a
             list or tuple.
+        length: samples of the data set; None: not known.
+        device: where a torchmetrics object must be.
     """
 
-    def __init__(self, metric: Any, targets: Callable[[Any], Any] | None, to: Receiver, receives: bool) -> None:
+    def __init__(
+        self,
+        metric: Any,
+        targets: Callable[[Any], Any] | None,
+        to: Receiver,
+        receives: bool,
+        length: int | None,
+        device: torch.device | None,
+    ) -> None:
         is_module = isinstance(metric, nn.Module) and hasattr(metric, "update") and hasattr(metric, "compute")
         if not is_module and not callable(metric):
             raise TypeError(
@@ -39,8 +50,9 @@ class Metric:
             )
         if not is_module and targets is not None:
             raise TypeError("predict(targets=…) is for a torchmetrics object: a metric function is given the batch")
-        self._kept = _Torchmetrics(metric, targets) if is_module else _Sums(metric)
-        self._to, self._receives = to, receives
+        self._kept = _Torchmetrics(metric, targets, device) if is_module else _Sums(metric)
+        self._to, self._receives, self._length = to, receives, length
+        self._ran: list[range] = []
 
     def take(self, samples: range, where: str, output: Any, batch: Any) -> None:
         try:
@@ -48,73 +60,96 @@ class Metric:
         except Exception as error:
             message = f"the metric failed for the {where}: {type(error).__name__}: {error}"
             raise DDParityError(message) from error
+        self._ran.append(samples)
 
     def finish(self) -> Any:
-        states = gather([self._kept.state()], self._to)
-        with agreed("the metric"):
-            return self._kept.joined(states) if self._receives else None
+        ran = [[part.start, part.stop] for part in merged(self._ran)]
+        states = gather([[ran, self._kept.state()]], self._to)
+        if not self._receives:
+            return None
+        if self._length is not None:
+            check_each_once([range(*part) for theirs, _ in states for part in theirs], self._length)
+        return self._kept.joined([state for _, state in states])
 
 
-class DoubleSum:
-    """A sum of numbers or arrays of one shape: integers exactly, floats in twice the precision of float64.
+class ExactSum:
+    """A sum of numbers, or of arrays of one shape, without rounding until its end.
 
-    So the order of adding, and with it the number of processes, does not show after rounding.
-    Source: Knuth, "The Art of Computer Programming", volume 2, 4.2.2, theorem B.
+    So the order of adding, and with it the number of processes, does not show. Integers stay Python's, floats become
+    fractions, whose denominators are powers of two; infinities and NaN are added apart.
     """
 
     def __init__(self) -> None:
-        self.whole: NDArray[np.int64] | None = None
-        self.high: NDArray[np.float64] | None = None
-        self.low: NDArray[np.float64] | None = None
+        self._exact: NDArray[Any] | None = None  # of int and Fraction
+        self._special: NDArray[Any] = np.zeros((), np.float64)
+        self._is_float = False
 
     def add(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
             value = value.double().numpy() if value.is_floating_point() else value.numpy()
+        if not isinstance(value, (np.ndarray, np.generic, int, float)):
+            raise TypeError(f"a metric function returned {value!r}, a {type(value).__name__}: return numbers or arrays")
         array = np.asarray(value)
         if array.dtype.kind in "biu":
-            self._add_whole(array.astype(np.int64))
+            self._add(array.astype(int).astype(object) if array.dtype.kind == "b" else array.astype(object), 0.0)
         elif array.dtype.kind == "f":
-            self._add_float(array.astype(np.float64))
+            self._is_float = True
+            finite = np.isfinite(array)
+            self._add(_fractions(np.where(finite, array, 0.0)), np.where(finite, 0.0, array))
+        elif array.dtype == object and isinstance(value, int):  # beyond 64 bits
+            self._add(array, 0.0)
         else:
-            raise TypeError(f"a metric function returned {value!r}, a {type(value).__name__}: return numbers or arrays")
+            raise TypeError(f"a metric function returned an array of {array.dtype}: return integers or floats")
 
     def merge(self, state: Parts) -> None:
-        if state["whole"] is not None:
-            self._add_whole(state["whole"])
-        if state["high"] is not None:
-            self._add_float(state["high"])
-            self._add_float(state["low"])
+        """Add another sum, as its `state` gives it."""
+        if state["exact"] is not None:
+            exact = np.array([Fraction(text) for text in state["exact"]], object).reshape(state["shape"])
+            self._is_float |= state["is_float"]
+            self._add(exact, state["special"].reshape(state["shape"]))
 
     def state(self) -> Parts:
-        return {"whole": self.whole, "high": self.high, "low": self.low}
+        """Of what `gather` takes."""
+        exact = None if self._exact is None else [str(value) for value in self._exact.ravel()]
+        special = self._special.reshape(-1)
+        return {"exact": exact, "shape": list(self._special.shape), "special": special, "is_float": self._is_float}
 
     def value(self) -> Any:
         """A number, or a tensor."""
-        total: Any = 0 if self.whole is None else self.whole
-        if self.high is not None and self.low is not None:
-            with np.errstate(invalid="ignore"):
-                total = total + np.where(np.isfinite(self.high), self.high + self.low, self.high)
-        return total.item() if np.ndim(total) == 0 and hasattr(total, "item") else torch.as_tensor(total)
+        assert self._exact is not None, "a sum without values"
+        if not self._is_float:
+            return int(self._exact.item()) if self._exact.ndim == 0 else torch.from_numpy(self._exact.astype(np.int64))
+        total = np.asarray(_rounded(self._exact), np.float64) + self._special
+        return total.item() if total.ndim == 0 else torch.from_numpy(total)
 
-    def _add_whole(self, array: NDArray[np.int64]) -> None:
-        self.whole = array if self.whole is None else _same_shape(self.whole, array) + array
+    def _add(self, exact: Any, special: Any) -> None:
+        exact = np.asarray(exact, object)
+        if self._exact is None:
+            self._exact, self._special = np.zeros(exact.shape, object), np.zeros(exact.shape)
+        elif self._exact.shape != exact.shape:
+            raise ValueError(
+                f"a metric function returned shape {exact.shape} where it returned {self._exact.shape} before"
+            )
+        self._exact = np.asarray(self._exact + exact, object)
+        if np.any(special):
+            with np.errstate(invalid="ignore"):  # inf - inf
+                self._special = np.asarray(self._special + special)
 
-    def _add_float(self, array: NDArray[np.float64]) -> None:
-        if self.high is None or self.low is None:
-            self.high, self.low = array, np.zeros_like(array)
-            return
-        with np.errstate(invalid="ignore"):
-            high = _same_shape(self.high, array) + array
-            shifted = high - self.high
-            self.low = self.low + ((self.high - (high - shifted)) + (array - shifted))
-        self.high = high
+
+def _fraction(value: float) -> Fraction:
+    return Fraction(float(value))
 
 
-def _same_shape(before: NDArray[Any], array: NDArray[Any]) -> NDArray[Any]:
-    if before.shape != array.shape:
-        raise ValueError(f"a metric function returned shape {array.shape} where it returned {before.shape} before")
-    return before
+def _float(value: Fraction) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+_fractions = np.frompyfunc(_fraction, 1, 1)
+_rounded = np.frompyfunc(_float, 1, 1)
 
 
 class _Sums:
@@ -122,15 +157,13 @@ class _Sums:
 
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
         self._function = function
-        self._totals: dict[str, list[DoubleSum]] = {}
-        self._bare = False
+        self._totals: dict[Any, list[ExactSum]] = {}
 
     def add(self, output: Any, batch: Any) -> None:
         value = self._function(output, batch)
-        self._bare = not isinstance(value, Mapping)
-        for name, one in ({"": value} if self._bare else value).items():
+        for name, one in (value if isinstance(value, Mapping) else {None: value}).items():
             parts = one if isinstance(one, tuple) else (one,)
-            totals = self._totals.setdefault(str(name), [DoubleSum() for _ in parts])
+            totals = self._totals.setdefault(name, [ExactSum() for _ in parts])
             if len(parts) > 2 or len(parts) != len(totals):
                 raise ValueError(
                     f"a metric function returned {one!r}: return a sum, or a pair of a sum and its weight, each time "
@@ -139,18 +172,19 @@ class _Sums:
             for total, part in zip(totals, parts, strict=True):
                 total.add(part)
 
-    def state(self) -> Parts:
-        return {"bare": self._bare, "totals": {name: [t.state() for t in ts] for name, ts in self._totals.items()}}
+    def state(self) -> list[Any]:
+        return [[name, [total.state() for total in totals]] for name, totals in self._totals.items()]
 
-    def joined(self, states: list[Parts]) -> Any:
-        joined: dict[str, list[DoubleSum]] = {}
+    def joined(self, states: list[list[Any]]) -> Any:
+        """A dict of values, or the value that has no name; an empty dict where no rank had a batch."""
+        joined: dict[Any, list[ExactSum]] = {}
         for state in states:
-            for name, parts in state["totals"].items():
-                totals = joined.setdefault(name, [DoubleSum() for _ in parts])
+            for name, parts in state:
+                totals = joined.setdefault(name, [ExactSum() for _ in parts])
                 for total, part in zip(totals, parts, strict=True):
                     total.merge(part)
         values = {name: _mean(*(total.value() for total in totals)) for name, totals in joined.items()}
-        return values[""] if any(state["bare"] for state in states) else values
+        return values.get(None, values)
 
 
 def _mean(total: Any, weight: Any = None) -> Any:
@@ -165,9 +199,11 @@ class _Torchmetrics:
     The names of the states, and how each is joined, are in attributes that torchmetrics keeps private.
     """
 
-    def __init__(self, metric: Any, targets: Callable[[Any], Any] | None) -> None:
+    def __init__(self, metric: Any, targets: Callable[[Any], Any] | None, device: torch.device | None) -> None:
         self._metric = copy.deepcopy(metric)
         self._metric.reset()
+        if device is not None:
+            self._metric.to(device)
         if hasattr(self._metric, "_enable_compute_groups"):  # a collection, whose members would share states
             self._metric._enable_compute_groups = self._metric._groups_checked = False
         self._targets = targets

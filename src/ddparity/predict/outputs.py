@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..trees import Node, parts_of, take_apart
+from ..meeting import Meeting
+from ..trees import Node, check_importable, named_types, parts_of, take_apart
 
 
 @dataclass(slots=True)
@@ -25,6 +25,10 @@ class Rows:
 
 def check_rows(output: Any, size: int, path: str = "the output") -> None:
     """Check that each leaf of a nesting has one row, or one entry, a sample."""
+    if isinstance(output, torch.Tensor) and output.is_nested:
+        raise TypeError(f"{path} is a nested tensor: give a list with one tensor a sample, list(x.unbind())")
+    if isinstance(output, np.ma.MaskedArray):
+        raise TypeError(f"{path} is a masked array, whose mask would be lost: give .filled() and the mask")
     if isinstance(output, (torch.Tensor, np.ndarray)):
         if output.ndim == 0 or output.shape[0] != size:
             raise ValueError(
@@ -65,11 +69,11 @@ def structure(node: Node) -> Node:
 class Schema:
     """The structure of the first batch's output, which every batch of every rank must have.
 
-    `first_said`: given this rank's first structure as text, gives what the first of all ranks to come here gave.
+    `meeting`: in which the ranks agree on the first one; None in a world of one.
     """
 
-    def __init__(self, first_said: Callable[[str], str]) -> None:
-        self._first_said = first_said
+    def __init__(self, meeting: Meeting | None) -> None:
+        self._meeting = meeting
         self._first: tuple[Node, str] | None = None
 
     def check(self, output: Any, samples: range, where: str) -> tuple[Node, list[torch.Tensor]]:
@@ -84,7 +88,10 @@ class Schema:
         node, leaves = take_apart(output, path)
         mine = structure(node)
         if self._first is None:
-            first, first_where = json.loads(self._first_said(json.dumps([mine, where])))
+            for name in named_types(node):
+                check_importable(name, path)
+            said = json.dumps([mine, where])
+            first, first_where = json.loads(said if self._meeting is None else self._meeting.first_said("schema", said))
             self._first = first, first_where
         first, first_where = self._first
         if mine != first:

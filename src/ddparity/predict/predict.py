@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +23,7 @@ from ..seeds import seed_streams
 from ..wire import Receiver, checked_receiver
 from .collect import Memory
 from .evaluation import Model, callable_of, evaluating
-from .identity import of_dataset, of_function, of_model
+from .identity import identity, identity_of_dataset
 from .metrics import Metric
 from .outputs import Schema
 from .source import Balance, Batches, Source, assigned, check_balance, cut
@@ -120,7 +121,8 @@ def predict(
             **{"persistent_workers": False, **dataloader_options},
         )
 
-    return _predict(predictor, model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+    call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+    return _predict(predictor, call)
 
 
 class Predictor:
@@ -152,6 +154,8 @@ class Predictor:
         if make is Shards and balance == "dynamic":
             raise ValueError('predict(balance="dynamic") needs a map-style data set: workers take shards beforehand')
         self._source = make(dataset, batch_size, seed, num_workers, collate_fn, dataloader_options)
+        self._seed, self._batch_size = seed, batch_size
+        self._collate_fn = collate_fn
 
     def __call__(
         self,
@@ -167,7 +171,8 @@ class Predictor:
         show_progress: bool = False,
     ) -> Any:
         """As `predict`. Every rank calls it."""
-        return _predict(lambda: self, model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+        call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+        return _predict(lambda: self, call)
 
 
 class Sink(Protocol):
@@ -177,18 +182,34 @@ class Sink(Protocol):
     def finish(self) -> Any: ...
 
 
-def _predict(
-    predictor: Callable[[], Predictor],
-    model: Model,
-    to: Receiver | Place,
-    inputs: Callable[[Any], Any] | None,
-    metric: Any,
-    targets: Callable[[Any], Any] | None,
-    device: torch.device | str | None,
-    rows_per_file: int | None,
-    schema: pa.Schema | None,
-    show_progress: bool,
-) -> Any:
+@dataclass(frozen=True)
+class _Call:
+    """What `predict` and `Predictor.__call__` are given beside the data."""
+
+    model: Model
+    to: Receiver | Place
+    inputs: Callable[[Any], Any] | None
+    metric: Any
+    targets: Callable[[Any], Any] | None
+    device: torch.device | str | None
+    rows_per_file: int | None
+    schema: pa.Schema | None
+    show_progress: bool
+
+    def directory(self) -> Path | None:
+        """Where outputs go, if not to ranks.
+
+        Raises:
+            ValueError: a string that was hardly meant as one.
+        """
+        if not isinstance(self.to, (str, os.PathLike)) or self.to == "all":
+            return None
+        if isinstance(self.to, str) and (not self.to or self.to.isdigit()):
+            raise ValueError(f'predict(to={self.to!r}): give a rank as an integer, "all", or the path of a directory')
+        return Path(self.to)
+
+
+def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
     joined = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     with ExitStack() as shown:
@@ -196,48 +217,51 @@ def _predict(
             made = predictor()
             source, balance = made._source, made._balance
             if meeting is not None:
+                kind = None if given.metric is None else type(given.metric).__name__
                 meeting.same("the data set's length", source.length)
-                meeting.same("the number of its parts", len(source))
-            chunks = cut(len(source), world_size, balance)
+                own = {"batch_size": made._batch_size, "seed": made._seed, "balance": balance, "to": str(given.to)}
+                for name, value in {**own, "metric": kind, "rows_per_file": given.rows_per_file}.items():
+                    meeting.same(f"predict's {name}", value)
+            call, device = callable_of(given.model, given.inputs)
+            path, chunks = given.directory(), cut(len(source), world_size, balance)
             sink: Sink
-            if isinstance(to, os.PathLike) or (isinstance(to, str) and to != "all"):
-                if metric is not None:
-                    raise ValueError(
-                        f"predict(to={str(to)!r}, metric=…): a run that resumes does not see all outputs. Compute the "
-                        f"metric on read_predictions(), or call predict() once for each"
-                    )
-                directory = _directory(Path(to), model, inputs, source, rows_per_file, schema, meeting, rank)
+            if path is not None:
+                directory = _directory(path, given, made, meeting, rank)
                 shown.callback(directory.close)
                 sink, chunks = directory, directory.chunks
             else:
-                receiver = checked_receiver(to, world_size)
-                receives = receiver in ("all", rank)
-                if metric is not None:
-                    sink = Metric(metric, targets, receiver, receives)
+                to = checked_receiver(given.to, world_size)
+                receives = to in ("all", rank)
+                if given.metric is not None:
+                    sink = Metric(given.metric, given.targets, to, receives, source.length, device)
                 else:
-                    first_said = partial(meeting.first_said, "structure") if meeting is not None else str
-                    device = None if device is None else torch.device(device)
-                    sink = Memory(source, Schema(first_said), receiver, rank, world_size, device)
-            count = _Count(meeting, shown, source.length, rank, show_progress)
+                    schema = Schema(meeting)
+                    keep = None if given.device is None else torch.device(given.device)
+                    sink = Memory(source, schema, to, rank, world_size, keep)
+            count = _Count(meeting, shown, source.length, rank, given.show_progress)
             take = partial(meeting.count, "chunks") if meeting is not None else itertools.count(1).__next__
             mine = assigned(chunks, rank, world_size, balance, lambda: take() - 1)
-            _run(model, inputs, source, mine, sink, meeting, count)
+            with evaluating(given.model):
+                _run(call, device, source, mine, sink, meeting, count)
         count.show()  # all have said how many they ran
-    return sink.finish()
+    with agreed("collecting the outputs of predict") as meeting:
+        try:
+            return sink.finish()
+        except RuntimeError as error:
+            if meeting is not None and not isinstance(error, DDParityError):
+                meeting.explain(error)  # the backend's words where a peer has gone
+            raise
 
 
-def _directory(
-    path: Path,
-    model: Model,
-    inputs: Callable[[Any], Any] | None,
-    source: Source,
-    rows_per_file: int | None,
-    schema: pa.Schema | None,
-    meeting: Meeting | None,
-    rank: int,
-) -> Directory:
+def _directory(path: Path, given: _Call, made: Predictor, meeting: Meeting | None, rank: int) -> Directory:
     from .directory import Directory, prepare, rows_of_a_file
 
+    source = made._source
+    if given.metric is not None:
+        raise ValueError(
+            f"predict(to={str(path)!r}, metric=…): a run that resumes does not see all outputs. Compute the metric on "
+            f"read_predictions(), or call predict() once for each"
+        )
     if not isinstance(source, Batches):
         raise TypeError(
             f"predict(to={str(path)!r}) got a data set that can only be iterated: a file's rows have an index, which "
@@ -245,14 +269,15 @@ def _directory(
         )
     if rank == 0:
         run = {
-            "model": of_model(model),
-            "inputs": of_function(inputs),
-            "data set": of_dataset(source.dataset, source.length),
+            "model": identity(given.model),
+            "inputs": identity(given.inputs),
+            "collate_fn": identity(made._collate_fn),
+            "data set": identity_of_dataset(source.dataset, source.length),
             "length": source.length,
             "batch size": source.batch_size,
-            "rows_per_file": rows_of_a_file(source, rows_per_file),
-            "seed": source.given_seed,
-            "schema": None if schema is None else str(schema),
+            "rows_per_file": rows_of_a_file(source, given.rows_per_file),
+            "seed": made._seed,
+            "schema": None if given.schema is None else str(given.schema),
         }
         prepared = prepare(path, run)
         if meeting is not None:
@@ -261,38 +286,37 @@ def _directory(
         assert meeting is not None, "there are other ranks"
         prepared = meeting.hear("prepared")
     if meeting is None:  # batches run in order
-        return Directory(path, source, prepared, schema, lambda: None, lambda: None)
+        return Directory(path, source, prepared, given.schema, lambda: None, lambda: None)
     tell: Callable[[], None] = partial(meeting.tell, "types", "")
     hear: Callable[[], object] = partial(meeting.hear, "types")
-    return Directory(path, source, prepared, schema, tell, hear)
+    return Directory(path, source, prepared, given.schema, tell, hear)
 
 
 def _run(
-    model: Model,
-    inputs: Callable[[Any], Any] | None,
+    call: Callable[[Any], Any],
+    device: torch.device | None,
     source: Source,
     chunks: Iterator[range],
     sink: Sink,
     meeting: Meeting | None,
     count: _Count,
 ) -> None:
-    call, device = callable_of(model, inputs)
     looked = time.monotonic()
-    with evaluating(model):
-        for samples, data in source.loaded(chunks):
-            seed_streams(source.seed(samples))
-            where = source.where(samples)
-            try:
-                output = call(data if device is None else to_device(data, device))
-            except Exception as error:
-                raise DDParityError(f"the model failed for the {where}: {type(error).__name__}: {error}") from error
-            sink.take(samples, where, output, data)
-            count.add(len(samples))
-            if time.monotonic() - looked > _POLL_S:
-                looked = time.monotonic()
-                count.show()
-                if meeting is not None:
-                    meeting.poll()
+    for samples, data in source.loaded(chunks):
+        seed_streams(source.seed(samples))
+        where = source.where(samples)
+        batch = data if device is None else to_device(data, device)
+        try:
+            output = call(batch)
+        except Exception as error:
+            raise DDParityError(f"the model failed for the {where}: {type(error).__name__}: {error}") from error
+        sink.take(samples, where, output, batch)
+        count.add(len(samples))
+        if time.monotonic() - looked > _POLL_S:
+            looked = time.monotonic()
+            count.show()
+            if meeting is not None:
+                meeting.look()
     count.show()
 
 

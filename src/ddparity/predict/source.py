@@ -9,7 +9,6 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch.utils.data import DataLoader
 
-from ..errors import SampleError
 from ..keyed import Fetch, KeyedDataset, loaded, sized_length
 from ..plan import checked_integer, share
 from ..seeds import derive, numbered
@@ -84,17 +83,7 @@ class Batches:
             SampleError: the data set, the collate function or a worker failed; names the samples.
         """
         issued = self._order.restart(chunks)
-        batches = loaded(self._dataloader)
-        while True:
-            try:
-                data = next(batches)
-            except StopIteration:
-                return
-            except SampleError:
-                raise
-            except Exception as error:  # the collate function's, or a worker was killed
-                message = f"the data loader failed for the {self.where(issued[0])}: {type(error).__name__}: {error}"
-                raise SampleError(message) from error
+        for data in loaded(self._dataloader, lambda: self.where(issued[0]) if issued else "its first batch"):
             yield issued.popleft(), data
 
     def where(self, samples: range) -> str:

@@ -75,12 +75,13 @@ class Shards:
 
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
         """This rank's batches; `chunks` is its contiguous share of the shards, as the data loader's workers know."""
-        for start, size, data in loaded(self._dataloader):
+        before = [""]  # of the last batch
+        for start, size, data in loaded(self._dataloader, lambda: f"what follows {before[0] or 'the beginning'}"):
             yield range(start, start + size), data
+            before[0] = self.where(range(start, start + size))
 
     def where(self, samples: range) -> str:
-        shard, first = divmod(samples.start, _SHARD_SAMPLES)
-        return f"samples {first} to {first + len(samples) - 1} of shard {shard}"
+        return _where(samples)
 
     def settled(self, ran: Sequence[range]) -> tuple[int, Callable[[int], int]]:
         """As of `Batches`; two all-gathers. All ranks call it."""
@@ -117,7 +118,7 @@ class _Stream(IterableDataset[Any]):
                     f"the data set failed to give shard {shard}: {type(error).__name__}: {error}"
                 ) from error
             while batch := self._next_batch(samples, start, shard):
-                yield start, len(batch), self._collate(batch)
+                yield start, len(batch), self._collated(batch, start)
                 start += len(batch)
 
     def _next_batch(self, samples: Iterator[Any], start: int, shard: int) -> list[Any]:
@@ -129,6 +130,20 @@ class _Stream(IterableDataset[Any]):
             raise SampleError(
                 f"the data set failed in shard {shard}, from sample {first} on: {type(error).__name__}: {error}"
             ) from error
+
+    def _collated(self, batch: list[Any], start: int) -> Any:
+        try:
+            return self._collate(batch)
+        except Exception as error:
+            where = _where(range(start, start + len(batch)))
+            raise SampleError(
+                f"the collate function failed for the {where}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _where(samples: range) -> str:
+    shard, first = divmod(samples.start, _SHARD_SAMPLES)
+    return f"samples {first} to {first + len(samples) - 1} of shard {shard}"
 
 
 def _seed(key: int, start: int) -> int:
