@@ -22,8 +22,20 @@ from torch.distributed import TCPStore
 import ddparity as dp
 
 _context = multiprocessing.get_context("forkserver")
-# torch._dynamo: an optimizer imports it in its first step, in a second or two.
-_context.set_forkserver_preload(["ddparity", "torch._dynamo", "tests.ranks"])
+# What each process would import in a second or two: torch._dynamo in an optimizer's first step, the others as the test
+# module is imported.
+_context.set_forkserver_preload(
+    [
+        "ddparity",
+        "torch._dynamo",
+        "hypothesis",
+        "pytest",
+        "torchmetrics",
+        "pyarrow.dataset",
+        "pyarrow.parquet",
+        "tests.ranks",
+    ]
+)
 
 
 @dataclasses.dataclass
