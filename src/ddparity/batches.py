@@ -33,7 +33,7 @@ class Step(Sequence[LoadedMicroBatch]):
     on any rank and with any number of workers.
 
     `number`, `epoch`: the step's. `ranks_without`: some rank has no micro-batch in this step. `even`: all ranks have
-    equally many. `seed`: keys the random streams after the step.
+    equally many. `total`: micro-batches over all ranks. `seed`: keys the random streams after the step.
     """
 
     def __init__(
@@ -44,12 +44,14 @@ class Step(Sequence[LoadedMicroBatch]):
         load_next: Callable[[], LoadedMicroBatch],
         ranks_without: bool,
         even: bool,
+        total: int,
         seed: int,
     ) -> None:
         self.epoch = epoch
         self.number = number
         self.ranks_without = ranks_without
         self.even = even
+        self.total = total
         self.seed = seed
         self._size = size
         self._load_next = load_next

@@ -71,6 +71,11 @@ def forward_collectives(model: DistributedDataParallel) -> None:
     model.require_forward_param_sync = False
 
 
+def no_forward_collectives(model: DistributedDataParallel) -> None:
+    """Have the next forward not synchronise buffers, which are equal on all ranks already."""
+    model.require_forward_param_sync = False
+
+
 def forward_collectives_due(model: DistributedDataParallel) -> None:
     """Let the next forward synchronise buffers again, as after a backward that reduced."""
     model.require_forward_param_sync = True

@@ -109,7 +109,7 @@ class Loader:
             count = plan.micro_batches_in(number)
             size = len(share(count, rank, world_size))
             even = count % world_size == 0
-            step = Step(epoch, number, size, load_next, count < world_size, even, plan.seed_after(epoch, number))
+            step = Step(epoch, number, size, load_next, count < world_size, even, count, plan.seed_after(epoch, number))
             yield step
             if size:
                 step.load(size - 1)  # what was not taken is not the next step's

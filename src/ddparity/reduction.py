@@ -24,7 +24,7 @@ def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Futu
     bytes either way. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
     """
     buffer = bucket.buffer()
-    if not bucket.is_last() and not _gathers(buffer, group):
+    if not bucket.is_last() and not gathers(buffer.numel(), buffer, group):
         work = dist.all_reduce(buffer, group=group, async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
     # Waiting here costs less than a callback. The last bucket has no backward left to overlap with, and small ones are
@@ -36,7 +36,7 @@ def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Futu
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The sum of a tensor over the ranks, perhaps in place; one collective of its bytes. All ranks call it."""
-    if _gathers(tensor, group):
+    if gathers(tensor.numel(), tensor, group):
         return _gathered_sum(tensor, group)
     dist.all_reduce(tensor, group=group)
     return tensor
@@ -88,10 +88,11 @@ def _sum_flat(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -
             parameter.grad = values.view_as(parameter).clone(memory_format=torch.preserve_format)
 
 
-def _gathers(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether gathering `numel` elements of each rank, of this tensor's dtype and device, beats exchanging sums."""
+    if like.device.type != "cpu" or like.layout != torch.strided:
         return False
-    own = tensor.numel() * tensor.element_size()
+    own = numel * like.element_size()
     return own <= GATHERED_BYTES and own * dist.get_world_size(group) <= GATHERED_BYTES_OF_ALL
 
 
