@@ -126,8 +126,9 @@ class Sometimes(nn.Module):
 class Checkpointed(nn.Module):
     """Recomputes a batch norm and dropout in the backward; the second part ends with the norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, use_reentrant: bool = False) -> None:
         super().__init__()
+        self.use_reentrant = use_reentrant
         layers = list(cnn())
         self.first, self.second, self.last = (
             nn.Sequential(*layers[:4]),
@@ -136,8 +137,20 @@ class Checkpointed(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = checkpoint(self.first, x, use_reentrant=False)
-        return self.last(checkpoint(self.second, x, use_reentrant=False))
+        x = checkpoint(self.first, x.requires_grad_(), use_reentrant=self.use_reentrant)
+        return self.last(checkpoint(self.second, x, use_reentrant=self.use_reentrant))
+
+
+class WithBuffer(nn.Module):
+    """Beside the running statistics a buffer that nobody changes, as positions or a mask: DDP broadcasts them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = cnn()
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.net(x)
 
 
 class Frozen(nn.Module):
@@ -151,6 +164,16 @@ class Frozen(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.net[1].eval()
         return self.net(x)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """For foreign batches, which have no random streams of their own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return model
 
 
 def image_loss(model: nn.Module, data: Any) -> torch.Tensor:
@@ -246,6 +269,9 @@ FEATURES = {
     "channels last": Case(lambda: cnn().to(memory_format=torch.channels_last)),
     "bucket views": Case(cnn, options={"gradient_as_bucket_view": True}),
     "tokens": Case(Transformer, count=tokens, **SENTENCES),
-    "foreign batches": Case(cnn, foreign=True),
-    "foreign batches, tokens": Case(Transformer, foreign=True, count=tokens, **SENTENCES),
+    "reentrant checkpointing": Case(lambda: Checkpointed(use_reentrant=True)),
+    "an option of DDP's": Case(cnn, options={"broadcast_buffers": False}),
+    "a buffer of one's own": Case(WithBuffer),
+    "foreign batches": Case(lambda: without_dropout(cnn()), foreign=True),
+    "foreign batches, tokens": Case(lambda: without_dropout(Transformer()), foreign=True, count=tokens, **SENTENCES),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .batches import LoadedMicroBatch, Step, to_device
-from .batchnorm import RunningStatistics, has_only_tracked_buffers, synchronises
+from .batchnorm import RunningStatistics, compiled_layers, synchronises, tracks_all_buffers
 from .compat import forward_collectives, forward_collectives_due, no_forward_collectives
-from .plan import share
 from .reduction import copies_of_ranks, sum_gradients
 from .replicate import Terms, averages, terms_of
 from .seeds import seed_streams
@@ -69,7 +67,8 @@ def accumulate(
             mode a sparse gradient.
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
             not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches,
-            or a `Step` was cut for another number of ranks than the model has.
+            or a `Step` is shared among another number of ranks than the model, or the model is strict and compiled with
+            batch norms inside.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -104,12 +103,11 @@ def _accumulate(
     step = batches if isinstance(batches, Step) else None
     # How many micro-batches each rank has.
     if step is not None and count is None:
-        numbers = _shares(step.total, world_size)
-        if len(step) != numbers[rank]:
+        numbers = step.shares
+        if len(numbers) != world_size:
             raise ValueError(
-                f"accumulate(): this step has {len(step)} of {step.total} micro-batches on this rank, but the model's "
-                f"process group has {world_size} ranks, which would make it {numbers[rank]}: a Loader shares a step "
-                f"among all ranks, so replicate the model over all of them"
+                f"accumulate(): this step is shared among {len(numbers)} ranks, but the model's process group has "
+                f"{world_size}: a Loader shares a step among all ranks, so replicate the model over all of them"
             )
         micros = map(step.load, range(numbers[rank]))
     else:
@@ -140,7 +138,7 @@ def _accumulate(
     with ExitStack() as window:
         if replicated is not None and (after or statistics):
             window.callback(forward_collectives_due, replicated)
-            if statistics and has_only_tracked_buffers(replicated.module):
+            if statistics and tracks_all_buffers(replicated.module):
                 no_forward_collectives(replicated)
         if replicated is not None and after:
             forward_collectives(replicated)
@@ -189,12 +187,20 @@ def _statistics(model: nn.Module, terms: Terms | None, group: dist.ProcessGroup 
     if terms is None or terms.batchnorm_statistics == "rank0":
         return None
     statistics = RunningStatistics(model, group)
-    return statistics if statistics.layers else None
-
-
-@functools.lru_cache(maxsize=64)
-def _shares(total: int, world_size: int) -> tuple[int, ...]:
-    return tuple(len(share(total, rank, world_size)) for rank in range(world_size))
+    if not statistics.layers:
+        return None
+    if compiled_layers(model):
+        problem = "the model is compiled, and a batch norm inside of a graph does not tell a batch's statistics"
+        if terms.reduction == "strict":
+            raise ValueError(
+                f"accumulate(): {problem}: compile parts without batch norms, or take rank 0's running statistics, by "
+                f'replicate(model, reduction="strict", batchnorm_statistics="rank0")'
+            )
+        if dist.get_rank(group) == 0:
+            logger.warning("%s: its running statistics are rank 0's", problem)
+        terms.batchnorm_statistics = "rank0"  # on every rank alike
+        return None
+    return statistics
 
 
 def _listed(batches: Iterable[Any]) -> list[LoadedMicroBatch]:

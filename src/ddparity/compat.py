@@ -118,6 +118,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile(module)` or `module.compile()` made this module's forward."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def group_of_name(name: str) -> dist.ProcessGroup:
     """The process group of this name: what is compiled into a graph is a name."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]

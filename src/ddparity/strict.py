@@ -60,11 +60,13 @@ class StrictReduction:
         self._tree: TreeSum[Gradients] = TreeSum(_added)
         self._before = self._taken()
 
+    @torch.no_grad()
     def take(self) -> None:
         """Take the gradients that the backward of this rank's next micro-batch left."""
         self._tree.push((0, self._next), self._taken())
         self._next += 1
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Leave the sum over all micro-batches in the parameters' gradients. All ranks call it."""
         sums = self._tree.total() if self._group is None else self._exchanged(self._group)
@@ -194,15 +196,11 @@ def deterministic(device: torch.device | None) -> Iterator[None]:
     if (device is None or device.type == "cpu") and torch.get_num_threads() == 1:
         yield
         return
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
+    mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    torch.set_deterministic_debug_mode("error")
     torch.backends.cudnn.benchmark = False  # it chooses algorithms by time, in each process for itself
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark

@@ -3,16 +3,17 @@
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm, shared_layers, synchronises
 from .moments import sync_moments
-from .running import Room, RunningStatistics, has_only_tracked_buffers
+from .running import Room, RunningStatistics, compiled_layers, tracks_all_buffers
 
 __all__ = [
     "Room",
     "RunningStatistics",
     "SyncBatchNorm",
+    "compiled_layers",
     "convert_sync_batchnorm",
-    "has_only_tracked_buffers",
     "revert_sync_batchnorm",
     "shared_layers",
     "sync_moments",
     "synchronises",
+    "tracks_all_buffers",
 ]

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
+from ..compat import is_compiled
 from ..reduction import copies_of_ranks
 from .layer import SyncBatchNorm
 
@@ -53,7 +55,9 @@ class RunningStatistics:
                 handles.append(layer.register_forward_pre_hook(functools.partial(_before_forward, swapped)))
                 after = functools.partial(_after_forward, swapped, records)
                 # Activation checkpointing may leave a recomputed forward by an exception, behind the normalisation.
-                handles.append(layer.register_forward_hook(after, always_call=True))
+                # In front of the other hooks: of two recordings (an exception keeps a loop's alive), the inner ends
+                # first.
+                handles.append(layer.register_forward_hook(after, prepend=True, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -112,10 +116,16 @@ class Room:
         self.forwards = 1
 
 
-def has_only_tracked_buffers(model: nn.Module) -> bool:
+def tracks_all_buffers(model: nn.Module) -> bool:
     """Whether all buffers of a model are running statistics that `RunningStatistics` keeps equal on all ranks."""
     kept = {id(buffer) for module in model.modules() if _is_tracked(module) for buffer in module.buffers(recurse=False)}
     return all(id(buffer) in kept for buffer in model.buffers())
+
+
+def compiled_layers(model: nn.Module) -> bool:
+    """Whether a layer with running statistics is in a compiled graph, which each step's hooks would compile anew."""
+    compiled = [module for module in model.modules() if is_compiled(module)]
+    return any(_is_tracked(layer) for module in compiled for layer in module.modules())
 
 
 def _is_tracked(module: nn.Module) -> TypeGuard[_BatchNorm]:
@@ -125,6 +135,7 @@ def _is_tracked(module: nn.Module) -> TypeGuard[_BatchNorm]:
         and module.track_running_stats
         and module.running_mean is not None
         and module.running_var is not None
+        and not is_lazy(module.running_mean)
     )
 
 
