@@ -9,7 +9,7 @@ from torch import nn
 
 import ddparity as dp
 from ddparity.train import predict_task, train
-from tests.ranks import outcomes
+from tests.ranks import outcomes, run_ranks
 
 
 def _task(**parts: object) -> dp.Task:
@@ -62,3 +62,17 @@ def test_a_world_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     predict_task(_task(), tmp_path / "c", tmp_path / "out.pt")
     assert torch.load(tmp_path / "out.pt").shape == (8, 1)
     assert f"{result.metrics['metric']:.6g}" in capsys.readouterr().out
+
+
+def _strict(folder: str) -> tuple[str, int]:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.2), nn.Linear(3, 1))
+    data = torch.randn(14, 2, generator=torch.Generator().manual_seed(0))
+    task = _task(model=lambda: net, dataset=lambda split: data, global_batch=8, epochs=2)
+    torch.set_num_threads(2)
+    return train(task, Path(folder) / "c", num_workers=1, reduction="strict").fingerprint, torch.get_num_threads()
+
+
+def test_strict_gives_the_same_fingerprint_on_any_number_of_processes(tmp_path: Path) -> None:
+    found = [end for world_size in (1, 2, 3, 4) for end in run_ranks(_strict, world_size, str(tmp_path))]
+    assert {threads for _, threads in found} == {1}
+    assert len({fingerprint for fingerprint, _ in found}) == 1
