@@ -64,12 +64,16 @@ def test_a_world_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert f"{result.metrics['metric']:.6g}" in capsys.readouterr().out
 
 
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(18, 1))
+
+
 def _strict(folder: str) -> tuple[str, int]:
-    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.2), nn.Linear(3, 1))
-    data = torch.randn(14, 2, generator=torch.Generator().manual_seed(0))
-    task = _task(model=lambda: net, dataset=lambda split: data, global_batch=8, epochs=2)
+    data = torch.randn(13, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    task = _task(model=_net, dataset=lambda split: data, global_batch=8, epochs=2)
     torch.set_num_threads(2)
-    return train(task, Path(folder) / "c", num_workers=1, reduction="strict").fingerprint, torch.get_num_threads()
+    result = train(task, Path(folder) / "c", num_workers=1, reduction="strict")
+    return result.fingerprint, torch.get_num_threads()
 
 
 def test_strict_gives_the_same_fingerprint_on_any_number_of_processes(tmp_path: Path) -> None:
