@@ -225,7 +225,7 @@ def _collectives(make: Callable[[], nn.Module], reduction: str, micro_batches: i
     ("make", "expected"),
     [
         (mlp, {"gloo:all_gather": 1}),
-        (wide, {"gloo:all_to_all": 1, "gloo:all_gather": 1}),
+        (wide, {"gloo:send": 2, "gloo:recv": 2}),
         (cnn, {"gloo:all_gather": 2}),  # the running statistics
     ],
 )

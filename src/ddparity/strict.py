@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .compat import all_gather_single
-from .reduction import copies_of_ranks, gathers
+from .reduction import copies_of_ranks, exchange, gathers
 from .summation import TreeSum, subtrees
 
 Gradients = list[Tensor | None]  # of one or several micro-batches, one entry a parameter
 
 # x + -0.0 is x for every x, -0.0 included: a gradient that is not there adds nothing to the bits of a sum.
 _NOTHING = -0.0
+
+_ALIGNED_BYTES = 64  # where torch's CPU allocations begin
 
 
 class StrictReduction:
@@ -26,13 +27,14 @@ class StrictReduction:
     A parameter's sum is over the micro-batches that gave it a gradient; one that none gave a gradient keeps what it
     had. What parameters had before the step is added last.
 
-    Memory: the sums of whole sub-trees, at most log2(micro-batches) + 1 copies of the gradients on one process, and as
-    many as this rank's share has sub-trees on several; while exchanged, a copy of these and one of all ranks' parts.
+    Memory: the sums of whole sub-trees, at most log2(micro-batches) + 1 copies of the gradients on one process, and at
+    most as many as this rank's share has sub-trees, and one, on several. While they are exchanged, they lie in one
+    buffer; beside it a slice of each sub-tree of the other ranks', then the sum, whose parts become the gradients.
 
     Collectives: none in a world of one. Otherwise, for each pair of dtype and device, an all-gather of the sub-trees'
-    sums where they are small, else an all-to-all of their slices and an all-gather of the summed slices: where shares
-    are whole sub-trees, the bytes of a ring all-reduce. With a number for each parameter, which says whether it has a
-    gradient.
+    sums where they are small; else each rank sends each other one the slices of its sums that this one finishes, and
+    then the finished slice: where shares are whole sub-trees, the bytes of a ring all-reduce. With a number for each
+    parameter, which says whether it has a gradient.
 
     Args:
         parameters: by name, the same on every rank.
@@ -105,49 +107,61 @@ class StrictReduction:
 
     def _summed(self, parameters: list[nn.Parameter], rows: list[Gradients], group: dist.ProcessGroup) -> Gradients:
         """The tree's sums of some parameters of one kind; `rows`: their gradients in each of this rank's sub-trees."""
-        width = len(parameters) + sum(parameter.numel() for parameter in parameters)
+        sizes = [len(parameters)] + [parameter.numel() for parameter in parameters]
+        aligned = [_aligned(size, parameters[0].element_size()) for size in sizes]
         most = max(map(len, self._nodes))
-        if gathers(most * width, parameters[0], group):
-            total = self._gathered(parameters, rows, width, most, group)
+        if gathers(most * sum(aligned), parameters[0], group):
+            total = self._gathered(parameters, rows, aligned, most, group)
         else:
-            total = self._sliced(parameters, rows, width, group)
-        exists, *values = total[:width].split([len(parameters)] + [parameter.numel() for parameter in parameters])
-        # Gradients of their own, laid out as autograd lays them out: a norm's bits depend on it.
+            total = self._sliced(parameters, rows, aligned, group)
+        parts = total[: sum(aligned)].split(aligned)
+        exists, *values = [part[:size] for part, size in zip(parts, sizes, strict=True)]
         return [
-            torch.empty_like(parameter).copy_(value.view_as(parameter)) if some else None
+            _laid_out(value, parameter) if some else None
             for parameter, value, some in zip(parameters, values, exists.tolist(), strict=True)
         ]
 
     def _gathered(
-        self, parameters: list[nn.Parameter], rows: list[Gradients], width: int, most: int, group: dist.ProcessGroup
+        self,
+        parameters: list[nn.Parameter],
+        rows: list[Gradients],
+        aligned: list[int],
+        most: int,
+        group: dist.ProcessGroup,
     ) -> Tensor:
         """Every rank finishes the whole tree: more bytes than slices need, but one wait instead of two."""
-        own = parameters[0].new_zeros(most, width)
+        own = parameters[0].new_zeros(most, sum(aligned))
         for row in range(len(rows)):
-            _flatten(parameters, rows, row, own[row])
+            _flatten(parameters, rows, row, aligned, own[row])
         copies = copies_of_ranks(own, group)
-        return self._tree_sum(copies[rank, row] for rank, nodes in enumerate(self._nodes) for row in range(len(nodes)))
+        summed = self._tree_sum(
+            copies[rank, row] for rank, nodes in enumerate(self._nodes) for row in range(len(nodes))
+        )
+        return summed.clone()  # the copies of all ranks can go
 
     def _sliced(
-        self, parameters: list[nn.Parameter], rows: list[Gradients], width: int, group: dist.ProcessGroup
+        self, parameters: list[nn.Parameter], rows: list[Gradients], aligned: list[int], group: dist.ProcessGroup
     ) -> Tensor:
         """Each rank finishes the tree for a slice, and tells the others."""
-        world_size = len(self._nodes)
+        rank, world_size, width = dist.get_rank(group), len(self._nodes), sum(aligned)
         piece = -(-width // world_size)
-        own = parameters[0].new_zeros(world_size, len(rows), piece)
+        own = parameters[0].new_empty(world_size, len(rows), piece)
         for row in range(len(rows)):
-            flat = own.new_zeros(world_size * piece) if len(rows) > 1 else own.view(-1)
-            _flatten(parameters, rows, row, flat[:width])
+            flat = own.new_empty(world_size * piece) if len(rows) > 1 else own.view(-1)
+            _flatten(parameters, rows, row, aligned, flat[:width])
+            flat[width:] = 0.0
             if len(rows) > 1:
                 own[:, row] = flat.view(world_size, piece)
-        sizes = [len(nodes) * piece for nodes in self._nodes]
-        parts = own.new_empty(sum(sizes))
-        dist.all_to_all_single(parts, own.view(-1), sizes, [len(rows) * piece] * world_size, group=group)
+            del flat
+        mine = own[rank].clone()
+        parts = [mine if other == rank else own.new_empty(len(nodes), piece) for other, nodes in enumerate(self._nodes)]
+        exchange(list(own), parts, group)
         del own
-        mine = self._tree_sum(parts.split(piece))
-        total = mine.new_empty(world_size * piece)
-        all_gather_single(total, mine, group=group)
-        return total
+        total = mine.new_empty(world_size, piece)
+        total[rank] = self._tree_sum(row for part in parts for row in part)
+        del mine, parts
+        exchange([total[rank]] * world_size, list(total), group)
+        return total.view(-1)
 
     def _tree_sum(self, rows: Iterable[Tensor]) -> Tensor:
         """The tree's sum of all ranks' sub-trees, in rank order; overwrites them."""
@@ -164,19 +178,35 @@ def _added(left: Gradients, right: Gradients) -> Gradients:
     return [b if a is None else a for a, b in zip(left, right, strict=True)]
 
 
-def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, out: Tensor) -> None:
+def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, aligned: list[int], out: Tensor) -> None:
     """Write, for each parameter, whether it has a gradient, and the gradients; then let go of them."""
     gradients = rows[row]
     exists = torch.tensor([float(gradient is not None) for gradient in gradients])
-    torch.cat(
-        [exists.to(out)]
-        + [
-            parameter.new_full((parameter.numel(),), _NOTHING) if gradient is None else gradient.reshape(-1)
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ],
-        out=out,
-    )
+    padding = out.new_zeros(_ALIGNED_BYTES // out.element_size())
+    pieces: list[Tensor] = []
+    values = [
+        parameter.new_full((parameter.numel(),), _NOTHING) if gradient is None else gradient.reshape(-1)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]
+    for value, size in zip([exists.to(out), *values], aligned, strict=True):
+        pieces.append(value)
+        if value.numel() < size:
+            pieces.append(padding[: size - value.numel()])
+    torch.cat(pieces, out=out)
     rows[row] = []
+
+
+def _aligned(size: int, element_size: int) -> int:
+    """So many elements that what follows begins where an allocation of its own would."""
+    step = _ALIGNED_BYTES // element_size
+    return -(-size // step) * step
+
+
+def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A gradient that lies in memory as autograd lays one out, as the parameter: a norm's bits depend on it."""
+    if parameter.is_contiguous():
+        return value.view_as(parameter)
+    return torch.empty_like(parameter).copy_(value.view_as(parameter))
 
 
 def sparse_refusal(name: str) -> str:
