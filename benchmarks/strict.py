@@ -34,6 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddparity as dp
+from ddparity.compat import all_gather_single
+from ddparity.reduction import exchange
 from results import machine, spread, table, write_section
 from step_overhead import MICRO_BATCH, cnn, mlp
 
@@ -63,6 +65,44 @@ class Case:
 
 CASES = [Case(model, count) for model in MODELS for count in (1, 4)]
 Measured = dict[str, dict[str, Any]]  # contender: "ms", a step's time in each round; "bytes", received in a step
+
+
+EXCHANGED = [300_000, 2_400_000]  # floats
+
+
+def measure_exchange(rounds: int) -> list[Measured]:
+    """On each rank, for each size: milliseconds of an all-reduce, and of two ways to exchange slices and their sums."""
+    torch.set_num_threads(1)
+    with dp.world(device="cpu"):
+        return [_exchange_measured(numel, rounds) for numel in EXCHANGED]
+
+
+def _exchange_measured(numel: int, rounds: int) -> Measured:
+    own, parts, total = torch.randn(3, dist.get_world_size(), numel // dist.get_world_size())
+    group = dist.group.WORLD
+    assert group is not None
+
+    def all_reduce() -> None:
+        dist.all_reduce(own.zero_())
+
+    def stock() -> None:
+        dist.all_to_all_single(parts.view(-1), own.view(-1))
+        all_gather_single(total.view(-1), parts[0])
+
+    def point_to_point() -> None:
+        exchange(list(own), list(parts), group)
+        exchange([parts[0]] * len(total), list(total), group)
+
+    ways = {"all-reduce": all_reduce, "all-to-all, all-gather": stock, "point to point": point_to_point}
+    found: Measured = {name: {"ms": []} for name in ways}
+    for _ in range(rounds + 1):
+        for name, way in ways.items():
+            dist.barrier()
+            start = time.perf_counter()
+            way()
+            dist.barrier()
+            found[name]["ms"].append((time.perf_counter() - start) * 1e3)
+    return {name: {"ms": values["ms"][1:]} for name, values in found.items()}
 
 
 class Training:
@@ -164,8 +204,8 @@ def link() -> Iterator[list[tuple[str, str]]]:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
-def measure_over_link(cases: list[Case], rounds: int, steps: int) -> list[Measured]:
-    """As `measure`, one process in each namespace; rank 0's."""
+def measure_over_link(cases: list[Case], rounds: int, steps: int) -> dict[str, list[Measured]]:
+    """As `measure` and `measure_exchange`, one process in each namespace; rank 0's."""
     with tempfile.TemporaryDirectory() as folder, link() as ends:
         processes = []
         for rank, (name, _) in enumerate(ends):
@@ -192,7 +232,8 @@ def measure_over_link(cases: list[Case], rounds: int, steps: int) -> list[Measur
 
 def _work(job: dict[str, Any]) -> None:
     """A process in a namespace."""
-    found = measure([Case(**case) for case in job["cases"]], job["rounds"], job["steps"])
+    cases = [Case(**case) for case in job["cases"]]
+    found = {"steps": measure(cases, job["rounds"], job["steps"]), "exchange": measure_exchange(job["rounds"])}
     Path(job["out"]).write_text(json.dumps(found))
 
 
@@ -209,6 +250,15 @@ def times_table(cases: list[Case], measured: list[Measured]) -> str:
         rows.append(cells)
     head = ["", "fast, ms", "fast again", "strict", "ring, kB", "fast, kB", "strict, kB"]
     return table(head, rows)
+
+
+def exchange_table(measured: list[Measured]) -> str:
+    names = list(measured[0])
+    rows = [
+        [f"{numel:,} floats", *(spread(found[name]["ms"], 1) for name in names)]
+        for numel, found in zip(EXCHANGED, measured, strict=True)
+    ]
+    return table(["", *(f"{name}, ms" for name in names)], rows)
 
 
 def main() -> None:
@@ -235,6 +285,9 @@ def main() -> None:
         f"rank, SGD. kB received by a rank in a step: what a ring all-reduce of the gradients takes, and what the "
         f"kernel counted; small gradients are gathered, since that waits less.",
         times_table(CASES, measured),
+        "The exchange by itself: the sum of a buffer, by Gloo's all-reduce, and slice by slice in a fixed order "
+        "(without the additions).",
+        exchange_table(dp.launch(measure_exchange, options.rounds, nproc=2)[0]),
     ]
     if options.link:
         rounds, steps = (2, 1) if options.quick else (7, 3)
@@ -242,7 +295,8 @@ def main() -> None:
         parts += [
             f"### Between two machines, {RATE_MBIT} Mbit/s",
             f"Two network namespaces, a veth pair and `tc tbf`; {rounds} rounds of {steps} steps.",
-            times_table(CASES, over_link),
+            times_table(CASES, over_link["steps"]),
+            exchange_table(over_link["exchange"]),
         ]
     rows = []
     for count in (1, 4, 16):

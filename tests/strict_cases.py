@@ -41,10 +41,11 @@ class Pictures(torch.utils.data.Dataset):
 class Sentences(torch.utils.data.Dataset):
     """Random words are replaced; a length says how many of them the loss is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, empty: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(4)
         self.words = torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator)
         self.lengths = torch.randint(1, LENGTH, (SAMPLES,), generator=generator)
+        self.lengths[torch.rand(SAMPLES, generator=generator) < empty] = 0
 
     def __len__(self) -> int:
         return SAMPLES
@@ -269,6 +270,9 @@ FEATURES = {
     "channels last": Case(lambda: cnn().to(memory_format=torch.channels_last)),
     "bucket views": Case(cnn, options={"gradient_as_bucket_view": True}),
     "tokens": Case(Transformer, count=tokens, **SENTENCES),
+    "micro-batches without tokens": Case(
+        Transformer, dataset=lambda: Sentences(0.8), loss=word_loss, count=tokens, drop_last=True
+    ),
     "reentrant checkpointing": Case(lambda: Checkpointed(use_reentrant=True)),
     "an option of DDP's": Case(cnn, options={"broadcast_buffers": False}),
     "a buffer of one's own": Case(WithBuffer),

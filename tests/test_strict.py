@@ -17,7 +17,7 @@ from torch import nn
 import ddparity as dp
 from ddparity import strict
 from ddparity.strict import StrictReduction, deterministic
-from tests.ranks import outcomes, run_ranks
+from tests.ranks import kill_self, outcomes, run_ranks
 from tests.strict_cases import (
     FEATURES,
     MATRIX,
@@ -331,6 +331,25 @@ def test_a_gradient_scaler_skips_the_same_steps() -> None:
     found = [part for world_size in (1, 2, 3) for part in run_ranks(_scaled, world_size)]
     assert found == found[:1] * 6
     assert found[0][1] < 2.0**127
+
+
+def _raises_in_a_backward(how: str, make: Callable[[], nn.Module]) -> None:
+    model = dp.replicate(make(), reduction="strict")
+    for micro in dp.accumulate(model, torch.ones(2, 2, 192), equal_counts=True):
+        if micro.index == 1 and dist.get_rank() == 1:
+            if how == "kill":
+                kill_self()
+            raise OSError("lost")
+        (model(micro.data).mean() * micro.weight).backward()
+
+
+@pytest.mark.parametrize("make", [mlp, wide])
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_rank_that_fails_in_the_loop_fails_the_others(how: str, make: Callable[[], nn.Module]) -> None:
+    ended = outcomes(_raises_in_a_backward, 2, how, make)
+    assert ended[0].error is not None
+    assert ended[0].seconds < 10
+    assert ended[1].exitcode == -9 if how == "kill" else ended[1].error == "OSError: lost"
 
 
 # -- refusals --

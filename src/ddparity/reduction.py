@@ -52,8 +52,8 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
 def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
     """Send tensor i to rank i of the group and fill tensor i from it, all at once; what is empty is not sent.
 
-    Gloo's own all-to-all leaves a link idle in one direction half of the time, and its all-gather copies twice
-    (benchmarks/collectives.py). This rank's own are left alone. All ranks call it, with sizes that agree.
+    Gloo's own all-to-all and all-gather take longer, the first above all over a slow link (benchmarks/strict.py). This
+    rank's own are left alone. All ranks call it, with sizes that agree.
     """
     rank, world_size = dist.get_rank(group), len(sent)
     operations = []

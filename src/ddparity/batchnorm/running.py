@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -35,9 +36,9 @@ class RunningStatistics:
     the backward too, as in one process. Layers in eval mode, without running statistics, and synchronised ones are left
     alone; so are norms that are no torch batch norm, whose buffers nobody exchanges.
 
-    Collectives: `replay` runs one all-gather, of 4 bytes a layer and, for each micro-batch of the largest share, the
-    bytes of the running means and variances; none in a world of one or without such a layer. In the first step in which
-    a rank's layers run more often than once a micro-batch, one more.
+    Collectives: `replay` runs one all-gather, of 16 bytes a layer, the bytes of the running means and variances, and
+    these again for each micro-batch of the largest share; none in a world of one or without such a layer. In the first
+    step in which a rank's layers run more often than once a micro-batch, one more.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -80,21 +81,41 @@ class RunningStatistics:
             _move(self.layers, batches)
 
     def _exchanged(self, group: dist.ProcessGroup, micro_batches: int, room: Room) -> list[list[list[Moments]]]:
-        """All ranks' records."""
-        sizes = [_moments_bytes(layer) for layer in self.layers]
+        """All ranks' records. The running statistics themselves become rank 0's, as by DDP's broadcast.
+
+        A rank sends for each layer the number of its records and of the batches counted so far, then the running
+        statistics, then the records.
+        """
         device = _running(self.layers[0])[0].device
-        flat = [torch.cat(moments) for records in self._records for moments in records]
-        counts = torch.tensor([len(records) for records in self._records], dtype=torch.int32)
-        header = counts.nbytes
-        own = torch.cat([value.to(device).view(torch.uint8) for value in [counts, *flat]])
-        capacity = micro_batches * sum(sizes) * room.forwards
-        copies = copies_of_ranks(_padded(own, header + capacity), group)
-        everyones_counts = copies[:, :header].reshape(-1).cpu().view(torch.int32).view(len(copies), -1).tolist()
-        needs = [sum(map(int.__mul__, counts, sizes)) for counts in everyones_counts]
+        sizes = [_moments_bytes(layer) for layer in self.layers]
+        lengths = torch.tensor([len(records) for records in self._records], dtype=torch.int64)
+        counted = [
+            lengths.new_zeros(1) if layer.num_batches_tracked is None else layer.num_batches_tracked.view(1)
+            for layer in self.layers
+        ]
+        running = [value for layer in self.layers for value in _running(layer)]
+        recorded = [value for records in self._records for moments in records for value in moments]
+        packed = [value.to(device).view(torch.uint8) for value in (lengths, *counted, *running, *recorded)]
+        own = torch.cat(packed)
+        header = 2 * lengths.nbytes
+        fixed, capacity = header + sum(sizes), micro_batches * sum(sizes) * room.forwards
+        copies = copies_of_ranks(_padded(own, fixed + capacity), group)
+        numbers = copies[:, :header].reshape(-1).cpu().view(torch.int64).view(len(copies), 2, -1).tolist()
+        needs = [sum(map(operator.mul, counts, sizes)) for counts, _ in numbers]
         if max(needs) > capacity:  # every rank sees it
             room.forwards = -(-max(needs) // (micro_batches * sum(sizes)))
-            copies = copies_of_ranks(_padded(own, header + max(needs)), group)
-        return [self._unpacked(copy[header:], counts) for copy, counts in zip(copies, everyones_counts, strict=True)]
+            copies = copies_of_ranks(_padded(own, fixed + max(needs)), group)
+        if dist.get_rank(group) != 0:
+            self._take_over(numbers[0][1], copies[0, header:fixed])
+        return [self._unpacked(copy[fixed:], counts) for copy, (counts, _) in zip(copies, numbers, strict=True)]
+
+    def _take_over(self, counted: Sequence[int], packed: Tensor) -> None:
+        """Make another rank's running statistics one's own."""
+        theirs = self._unpacked(packed, [1] * len(self.layers))
+        for layer, count, moments in zip(self.layers, counted, theirs, strict=True):
+            torch._foreach_copy_(list(_running(layer)), list(moments[0]))
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(count)
 
     def _unpacked(self, packed: Tensor, counts: Sequence[int]) -> list[list[Moments]]:
         found: list[list[Moments]] = []
@@ -102,7 +123,7 @@ class RunningStatistics:
         for layer, count in zip(self.layers, counts, strict=True):
             mean, _ = _running(layer)
             stop = start + count * _moments_bytes(layer)
-            # A copy where the bytes do not lie as the dtype needs them.
+            # A copy, since the bytes may not lie as the dtype needs them.
             values = packed[start:stop].clone().view(mean.dtype).view(count, 2, mean.numel()).to(mean.device)
             found.append([(moments[0], moments[1]) for moments in values])
             start = stop
