@@ -271,7 +271,7 @@ FEATURES = {
     "bucket views": Case(cnn, options={"gradient_as_bucket_view": True}),
     "tokens": Case(Transformer, count=tokens, **SENTENCES),
     "micro-batches without tokens": Case(
-        Transformer, dataset=lambda: Sentences(0.8), loss=word_loss, count=tokens, drop_last=True
+        Transformer, dataset=lambda: Sentences(0.5), loss=word_loss, count=tokens, drop_last=True
     ),
     "reentrant checkpointing": Case(lambda: Checkpointed(use_reentrant=True)),
     "an option of DDP's": Case(cnn, options={"broadcast_buffers": False}),
