@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
 
+# torch's store asks the name server for the name of each address, 127.0.0.1 too; a lost answer would cost 5 s.
 test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/pytest
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -26,11 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # torch's modules hold a million objects, which each collection would look through
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing() -> Iterator[None]:
     before = _variables()
     yield
-    gc.collect()  # loaders end their workers when they go
+    if psutil.Process().children():
+        gc.collect()  # loaders end their workers when they go
     assert not dist.is_initialized(), "the test left a process group"
     assert _variables() == before, "the test left changed environment variables"
     left = [child.cmdline() for child in psutil.Process().children() if _is_alive(child) and not _is_server(child)]

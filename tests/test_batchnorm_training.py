@@ -464,7 +464,7 @@ def _other_channels() -> None:
     dp.SyncBatchNorm(channels)(torch.randn(4, channels))
 
 
-def _skips(layer: int, with_backward: bool) -> None:
+def _skips(layer: int) -> None:
     model = dp.convert_sync_batchnorm(nn.Sequential(*(nn.BatchNorm1d(6) for _ in range(3))))
     y = torch.randn(4, 6, requires_grad=True)
     for number, module in enumerate(model):
@@ -494,7 +494,7 @@ def test_ranks_with_other_numbers_of_channels_get_an_error() -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_ranks_with_other_layers_get_an_error(layer: int) -> None:
-    ended = outcomes(_skips, 2, layer, True)
+    ended = outcomes(_skips, 2, layer)
     assert all(outcome.error and outcome.seconds < 10 for outcome in ended)
     assert f"the forward of {layer}, 6 channels" in "\n".join(outcome.error for outcome in ended)
 

@@ -93,7 +93,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddparity.checkpoint._flush", full)
+    monkeypatch.setattr("ddparity.files._flush", full)
     with pytest.raises(OSError, match="No space left"):
         dp.save_checkpoint(path, model=_trained(9)[0])
     assert path.read_bytes() == old

@@ -350,7 +350,7 @@ def test_progress_in_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         for step in range(1, 21):
             clock.now_s += 0.4
             if display.due(step):
-                display.update(step, 64 * step, 1 / step)
+                display.update(step, 64 * step, f"loss {1 / step:.4f}")
         display.say("epoch 1/1: accuracy 98.00 %")
     assert capsys.readouterr().out.splitlines() == [
         "train: 13/20 steps, 160 samples/s, loss 0.0769, 3 s left",
@@ -362,7 +362,7 @@ def test_progress_in_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_progress_of_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress(2, 1, "train") as display:
         assert not display.due(2)  # the loss, which waits for the device, is not read
-        display.update(2, 64, 0.5)
+        display.update(2, 64, "loss 0.5")
         display.say("epoch")
     assert capsys.readouterr() == ("", "")
 
@@ -372,7 +372,7 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = rich.console.Console(file=screen, force_terminal=True, width=120, color_system=None)
     monkeypatch.setattr(console, "Console", lambda: terminal)
     with console.progress(20, 0, "train") as display:
-        display.update(20, 1280, 0.25)
+        display.update(20, 1280, "loss 0.2500")
         display.say("epoch 1/1")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert re.search(r"train .*20/20 steps · [\d,]+ samples/s · loss 0\.2500 · 0:00:00 left", shown)

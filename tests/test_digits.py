@@ -75,15 +75,18 @@ def test_one_and_two_processes_end_with_the_same_model(runs: dict[int, Run]) -> 
         assert (weights - others[name]).abs().max() <= 1e-4 * weights.abs().max(), name
 
 
-def test_predict_finds_the_same_accuracy(runs: dict[int, Run]) -> None:
+def test_predict_finds_the_same_accuracy_and_the_same_logits(runs: dict[int, Run]) -> None:
     run = runs[1]
-    out = run.folder / "logits.pt"
-    table = _table(
-        _ddparity(run.folder, "predict", EXAMPLE, "--checkpoint", run.table["checkpoint"], "--nproc", 2, "--out", out)
-    )
-    assert table == {"samples": "360", "accuracy": run.table["accuracy"], "outputs": str(out)}
+    checkpoint = ("--checkpoint", run.table["checkpoint"])
+    table = _table(_ddparity(run.folder, "predict", EXAMPLE, *checkpoint))
+    assert list(table) == ["samples", "accuracy", "time", "samples a second"]
+    assert (table["samples"], table["accuracy"]) == ("360", run.table["accuracy"])
+    out = run.folder / "logits"
+    table = _table(_ddparity(run.folder, "predict", EXAMPLE, *checkpoint, "--nproc", 2, "--to", out, "--metric"))
+    assert list(table) == ["samples", "accuracy", "time", "samples a second", "outputs"]
+    assert (table["accuracy"], table["outputs"]) == (run.table["accuracy"], str(out))
     with torch.inference_mode():
-        torch.testing.assert_close(torch.load(out), _trained(run).eval()(TASK.dataset("test").images))
+        torch.testing.assert_close(dp.read_predictions(out), _trained(run).eval()(TASK.dataset("test").images))
 
 
 def _trained(run: Run) -> torch.nn.Module:

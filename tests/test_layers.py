@@ -10,10 +10,10 @@ import ddparity
 SOURCE = Path(ddparity.__file__).parent
 
 LAYERS = {
-    0: ["errors", "compat", "environment", "roster", "meeting", "scheduling", "world", "order", "console"],
+    0: ["errors", "compat", "files", "environment", "roster", "meeting", "scheduling", "world", "order", "console"],
     1: [
         "permutation", "plan", "seeds", "batches", "trees", "sampling",
-        "summation", "reduction", "strict", "batchnorm", "replicate", "accumulate", "gather", "fingerprint",
+        "summation", "reduction", "strict", "batchnorm", "replicate", "accumulate", "wire", "gather", "fingerprint",
     ],
     2: ["keyed", "loader", "predict", "checkpoint"],
     3: ["task", "train"],
@@ -83,6 +83,6 @@ def test_the_plan_knows_no_process_group() -> None:
 
 
 def test_the_test_sees_relative_imports(tmp_path: Path) -> None:
-    assert "plan" in _imports(SOURCE / "predict" / "predict.py")
+    assert "plan" in _imports(SOURCE / "predict" / "source.py")
     assert "errors" in _imports(SOURCE / "launch" / "agent.py")
     assert {"seeds", "permutation"} <= set(_imports(SOURCE / "plan.py"))

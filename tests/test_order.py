@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import ddparity as dp
+from ddparity.meeting import store_root
 from tests.ranks import free_port, kill_self, outcomes, run_ranks, torchrun_env
 
 
@@ -69,32 +70,47 @@ def test_a_process_killed_inside_fails_the_others(rank: int) -> None:
             assert "died" in outcome.error
 
 
+def _killed_when_all_joined() -> None:
+    """Not before: a rank that has not seen that all joined says that the rendezvous failed."""
+    store = store_root()
+    store.add("joined", 1)
+    with dp.first() as leads:
+        while leads and store.add("joined", 0) < 3:
+            time.sleep(0.001)
+        if leads:
+            kill_self()
+
+
 def test_the_holder_of_the_store_killed_inside_fails_the_others() -> None:
-    ended = outcomes(_killed_on, 3, 0, env=torchrun_env(3, free_port()))
+    ended = outcomes(_killed_when_all_joined, 3, env=torchrun_env(3, free_port()))
     for outcome in ended[1:]:
         assert outcome.seconds < 10
         assert "RankFailure" in outcome.error
 
 
-def _leaves_early(rank: int) -> None:
-    """Its process goes on: only its word tells the others."""
-    with contextlib.suppress(OSError), dp.world(device="cpu") as world:
-        if world.rank == rank:
-            raise OSError("lost")
-        with dp.first():
-            pass
-    if int(os.environ["RANK"]) == rank:
-        threading.Event().wait(10)
+def _leaves_early(rank: int, folder: Path) -> None:
+    """Its process goes on until the others have ended: only its word tells them."""
+    mine = int(os.environ["RANK"])
+    try:
+        with contextlib.suppress(OSError), dp.world(device="cpu"):
+            if mine == rank:
+                raise OSError("lost")
+            with dp.first():
+                pass
+    finally:
+        (folder / str(mine)).touch()
+    while mine == rank and len(list(folder.iterdir())) < 3:
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_left_the_world_is_not_waited_for(rank: int) -> None:
-    ended = outcomes(_leaves_early, 3, rank, in_world=False)
+def test_a_rank_that_left_the_world_is_not_waited_for(rank: int, tmp_path: Path) -> None:
+    ended = outcomes(_leaves_early, 3, rank, tmp_path, in_world=False)
     for other, outcome in enumerate(ended):
         if other != rank:
             assert f"RankFailure: rank {rank} failed in first" in outcome.error
             assert "it left the world without coming here" in outcome.error
-            assert outcome.seconds < 8
+            assert outcome.seconds < 10
 
 
 def _nested(log: str) -> None:

@@ -140,7 +140,7 @@ def _between_steps() -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             dp.predict(model, Numbers(3), 1)
         found = {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
-        assert found == {"gloo:all_gather": 2, ["gloo:recv", "gloo:send"][dist.get_rank()]: 1}
+        assert found == {"gloo:all_gather": 2, ["gloo:recv", "gloo:send"][dist.get_rank()]: 3}
 
 
 def test_it_runs_between_training_steps_with_the_collectives_it_states() -> None:
@@ -191,6 +191,36 @@ def test_a_failing_sample_is_named_on_every_rank(num_workers: int) -> None:
         assert outcome.seconds < 10
 
 
+def _collates(samples: list[Any]) -> Any:
+    if any(index == -5 for _, index in samples):
+        raise OSError("not an image")
+    return samples
+
+
+def _killed(samples: list[Any]) -> Any:
+    if any(index == -5 for _, index in samples):
+        kill_self()
+    return samples
+
+
+def _broken_collate(collate: Any, num_workers: int) -> None:
+    dp.predict(lambda samples: [x for x, _ in samples], Numbers(8), 2, num_workers=num_workers, collate_fn=collate)
+
+
+@pytest.mark.parametrize(
+    ("collate", "num_workers", "said"),
+    [
+        (_collates, 0, "OSError: not an image"),
+        (_collates, 1, "OSError"),
+        (_killed, 1, "RuntimeError: DataLoader worker"),
+    ],
+)
+def test_a_collate_function_and_a_worker_that_fail_name_the_samples(collate: Any, num_workers: int, said: str) -> None:
+    for outcome in outcomes(_broken_collate, 2, collate, num_workers):
+        assert f"the data loader failed for the data-set indices 4 to 5: {said}" in outcome.error
+        assert outcome.seconds < 10
+
+
 def _uneven_lengths() -> None:
     dp.predict(lambda batch: batch[0], Numbers(8 + dist.get_rank()), 2)
 
@@ -215,7 +245,13 @@ class Stream(IterableDataset):
         (nn.Identity(), Stream(), {"batch_size": 2}, TypeError, "Stream.*map-style"),
         (lambda x: x.sum(), range(4), {"batch_size": 2}, ValueError, r"indices 0 to 1 has shape \(\) for a batch of 2"),
         (lambda x: x.repeat(2), range(4), {"batch_size": 2}, ValueError, r"shape \(4,\) for a batch of 2 samples"),
-        (lambda x: {"a": ["s"]}, range(4), {"batch_size": 2}, TypeError, r"\['a'\] is a list: predict\(\) collects"),
+        (
+            lambda x: {"a": ["s"]},
+            range(4),
+            {"batch_size": 2},
+            ValueError,
+            r"\['a'\] is a list of 1 entries for a batch",
+        ),
     ],
 )
 def test_what_cannot_be_exact_is_refused(model, dataset, options: dict, error: type, message: str) -> None:

@@ -59,9 +59,26 @@ def test_a_world_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "epoch 2/2: metric" in out
     assert result.fingerprint in out
-    predict_task(_task(), tmp_path / "c", tmp_path / "out.pt")
-    assert torch.load(tmp_path / "out.pt").shape == (8, 1)
-    assert f"{result.metrics['metric']:.6g}" in capsys.readouterr().out
+    shown = f"{result.metrics['metric']:.6g}"
+    predict_task(_task(), tmp_path / "c", tmp_path / "out", metric=True)
+    assert dp.read_predictions(tmp_path / "out").shape == (8, 1)
+    assert shown in capsys.readouterr().out
+    predict_task(_task(), tmp_path / "c", None, metric=False)
+    assert shown in capsys.readouterr().out
+
+
+def _with_sums(folder: str) -> dict[str, float]:
+    task = _task(metric=None, sums=lambda output, batch: {"mean": (output.sum(), len(output))})
+    return train(task, Path(folder) / "c", num_workers=1).metrics
+
+
+def test_a_metric_of_sums_is_that_of_all_outputs(tmp_path: Path) -> None:
+    alone = train(_task(), tmp_path / "c").metrics["metric"]
+    first, second = run_ranks(_with_sums, 2, str(tmp_path))
+    assert first == {"mean": pytest.approx(alone, rel=1e-6)}
+    assert second == {}
+    with pytest.raises(TypeError, match="got metric and sums: give one"):
+        _task(sums=_raise)
 
 
 def _net() -> nn.Module:

@@ -12,7 +12,7 @@ from .launch import launch
 from .loader import Loader
 from .order import first
 from .plan import BatchPlan, MicroBatch
-from .predict import predict
+from .predict import Predictor, predict, read_predictions
 from .replicate import replicate
 from .sampling import ShardSampler
 from .seeds import seed_everything
@@ -25,6 +25,7 @@ __all__ = [
     "LoadedMicroBatch",
     "Loader",
     "MicroBatch",
+    "Predictor",
     "RankFailure",
     "RendezvousError",
     "SampleError",
@@ -41,6 +42,7 @@ __all__ = [
     "launch",
     "load_checkpoint",
     "predict",
+    "read_predictions",
     "replicate",
     "revert_sync_batchnorm",
     "save_checkpoint",

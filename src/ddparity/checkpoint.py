@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .files import replacing
 from .meeting import agreed
 from .replicate import unwrapped
 from .trees import Node, named_types, new_tensor, put_together, take_apart
@@ -75,22 +76,8 @@ def _write(path: Path, states: dict[str, Any]) -> None:
     # Tied weights share memory, which the format refuses: each leaf is a copy of its own.
     tensors = {str(number): leaf.detach().cpu().clone() for number, leaf in enumerate(leaves)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         save_file(tensors, beside, {"format": _FORMAT, "states": json.dumps(node)})
-        _flush(beside)
-        os.replace(beside, path)
-        _flush(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any]:

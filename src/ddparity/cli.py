@@ -108,18 +108,29 @@ def predict(
     task: TaskName,
     checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="A checkpoint that `ddparity train` wrote.")],
     nproc: Nproc = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save the outputs there, with torch.save.", show_default=False)
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write the outputs there as a Parquet data set; the same command completes one that was interrupted.",
+            show_default=False,
+        ),
     ] = None,
+    metric: Annotated[
+        bool, typer.Option("--metric", help="Show the TASK's metric, also with `--to`. Without `--to` it always is.")
+    ] = False,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers of each process.")] = 0,
 ) -> None:
     """Predict the held-out set of a TASK: each sample once, in order."""
     loaded, count = _checked(task, nproc)
     if not checkpoint.is_file():
         _refuse(f"there is no checkpoint at {checkpoint}: train one with `ddparity train {task}`")
+    if metric and loaded.metric is None and (to is not None or loaded.sums is None):
+        _refuse(f"--metric: {task} has no metric{' of outputs' if loaded.sums is not None else ''}")
     if count > 1:
-        to = ["--out", str(out)] if out is not None else []
-        _launch(["-m", "ddparity", "predict", task, "--checkpoint", str(checkpoint), *to], count)
-    _in_this_process(lambda: predict_task(loaded, checkpoint, out))
+        options = [*(["--to", str(to)] if to is not None else []), *["--metric"] * metric, "--workers", str(workers)]
+        _launch(["-m", "ddparity", "predict", task, "--checkpoint", str(checkpoint), *options], count)
+    _in_this_process(lambda: predict_task(loaded, checkpoint, to, metric, workers))
 
 
 def _checked(spec: str, nproc: int | None) -> tuple[Task, int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:  # torch.distributed exports these in a way that type checkers do not see
     from torch._C._distributed_c10d import GradBucket, PrefixStore, Store, TCPStore
@@ -94,6 +95,18 @@ def seed_cpu_generator(seed: int) -> None:
 def seed_cuda_generator(index: int, seed: int) -> None:
     """Seed the stream of one CUDA device that is in use."""
     torch.cuda.default_generators[index].manual_seed(seed)
+
+
+def end_workers(dataloader: DataLoader[Any], iterator: Any) -> None:
+    """End an iterator's workers now, in order.
+
+    An exception keeps the iterator in a reference cycle; when that is collected, queues may go before it, and each
+    worker is waited for 5 s.
+    """
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+    if getattr(dataloader, "_iterator", None) is iterator:  # persistent workers
+        dataloader._iterator = None
 
 
 def shutdown_timeout(config_class: type, seconds: int) -> dict[str, Any]:

@@ -175,33 +175,36 @@ def _level(level: int | str) -> int:
 
 
 class Progress(Protocol):
-    """One display for all ranks: `update` after a step for which it is `due`, `say` for a line that stays."""
+    """One display for all ranks: `update` when it is `due`, `say` for a line that stays."""
 
-    def due(self, steps: int) -> bool: ...
-    def update(self, steps: int, samples: int, loss: float) -> None: ...
+    def due(self, done: int) -> bool: ...
+    def update(self, done: int, samples: int, note: str = "") -> None: ...
     def say(self, line: str) -> None: ...
 
 
 @contextmanager
-def progress(total_steps: int, rank: int, title: str) -> Iterator[Progress]:
-    """The live display on rank 0: steps, samples a second, loss, time left. Plain lines where there is no terminal."""
+def progress(total: int | None, rank: int, title: str, unit: str = "steps") -> Iterator[Progress]:
+    """The live display on rank 0: units done of a total that may be unknown, samples a second, a note, time left.
+
+    Plain lines where there is no terminal.
+    """
     if rank:
         yield _Silent()
         return
     console = Console()
     if not console.is_terminal:
-        yield _Lines(total_steps, title)
+        yield _Lines(total, title, unit)
         return
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps · {task.fields[rate]:,.0f} samples/s · loss {task.fields[loss]:.4f} ·"),
+        TextColumn("{task.fields[unit]} · {task.fields[rate]:,.0f} samples/s{task.fields[note]} ·"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
     with Bars(*columns, console=console, refresh_per_second=5) as bars:
-        yield _Live(bars, total_steps, title)
+        yield _Live(bars, total, title, unit)
 
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -218,24 +221,25 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 class _Silent:
-    def due(self, steps: int) -> bool:
+    def due(self, done: int) -> bool:
         return False
 
-    def update(self, steps: int, samples: int, loss: float) -> None: ...
+    def update(self, done: int, samples: int, note: str = "") -> None: ...
     def say(self, line: str) -> None: ...
 
 
 class _Timed:
-    """Due every `period_s` and at the last step; keeps the rate and the time left."""
+    """Due every `period_s` and at the end; keeps the rate and the time left."""
 
-    def __init__(self, total_steps: int, title: str, period_s: float) -> None:
-        self.total_steps = total_steps
+    def __init__(self, total: int | None, title: str, unit: str, period_s: float) -> None:
+        self.total = total
         self.title = title
+        self.unit = unit
         self._period_s = period_s
         self._start = self._updated = time.monotonic()
 
-    def due(self, steps: int) -> bool:
-        return steps == self.total_steps or time.monotonic() - self._updated >= self._period_s
+    def due(self, done: int) -> bool:
+        return done == self.total or time.monotonic() - self._updated >= self._period_s
 
     def elapsed_s(self) -> float:
         self._updated = time.monotonic()
@@ -243,13 +247,14 @@ class _Timed:
 
 
 class _Live(_Timed):
-    def __init__(self, bars: Bars, total_steps: int, title: str) -> None:
-        super().__init__(total_steps, title, period_s=0.2)
+    def __init__(self, bars: Bars, total: int | None, title: str, unit: str) -> None:
+        super().__init__(total, title, unit, period_s=0.2)
         self._bars = bars
-        self._task = bars.add_task(title, total=total_steps, rate=0.0, loss=float("nan"))
+        self._task = bars.add_task(title, total=total, unit=unit, rate=0.0, note="")
 
-    def update(self, steps: int, samples: int, loss: float) -> None:
-        self._bars.update(self._task, completed=steps, rate=samples / self.elapsed_s(), loss=loss)
+    def update(self, done: int, samples: int, note: str = "") -> None:
+        rate = samples / self.elapsed_s()
+        self._bars.update(self._task, completed=done, rate=rate, note=f" · {note}" if note else "")
 
     def say(self, line: str) -> None:
         self._bars.console.print(line, highlight=False)
@@ -258,16 +263,16 @@ class _Live(_Timed):
 class _Lines(_Timed):
     """Lines for files and pipes."""
 
-    def __init__(self, total_steps: int, title: str) -> None:
-        super().__init__(total_steps, title, period_s=5.0)
+    def __init__(self, total: int | None, title: str, unit: str) -> None:
+        super().__init__(total, title, unit, period_s=5.0)
 
-    def update(self, steps: int, samples: int, loss: float) -> None:
+    def update(self, done: int, samples: int, note: str = "") -> None:
         elapsed_s = self.elapsed_s()
-        left_s = elapsed_s / steps * (self.total_steps - steps)
-        self.say(
-            f"{self.title}: {steps}/{self.total_steps} steps, {samples / elapsed_s:,.0f} samples/s, loss {loss:.4f}, "
-            f"{left_s:.0f} s left"
-        )
+        parts = [f"{done} {self.unit}" if self.total is None else f"{done}/{self.total} {self.unit}"]
+        parts += [f"{samples / elapsed_s:,.0f} samples/s", *[note] * bool(note)]
+        if self.total is not None:
+            parts.append(f"{elapsed_s / done * (self.total - done):.0f} s left")
+        self.say(f"{self.title}: {', '.join(parts)}")
 
     def say(self, line: str) -> None:
         print(line, flush=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
+from .compat import end_workers
 from .errors import SampleError
 from .seeds import seed_streams
 
@@ -54,8 +56,19 @@ def _message(where: str, error: Exception) -> str:
     return f"the data set failed at {where}: {type(error).__name__}: {error}"
 
 
-def sized_length(dataset: Any, user: str) -> int:
-    """The length of a map-style data set.
+def loaded(dataloader: DataLoader[Any]) -> Iterator[Any]:
+    """What a DataLoader gives; its workers end at once where the data set fails, or where nobody needs them again."""
+    iterator = iter(dataloader)
+    try:
+        yield from iterator
+    except BaseException as error:
+        if not (isinstance(error, GeneratorExit) and dataloader.persistent_workers):
+            end_workers(dataloader, iterator)
+        raise
+
+
+def sized_length(dataset: Any, user: str, otherwise: str = "") -> int:
+    """The length of a map-style data set. `otherwise`: what else the user could give.
 
     Raises:
         TypeError: it is iterable only, or has no length.
@@ -64,6 +77,6 @@ def sized_length(dataset: Any, user: str) -> int:
         raise TypeError(
             f"{user} got a {type(dataset).__name__}, which cannot be asked for sample i: what a step has would "
             f"depend on the number of processes and workers. Give a map-style data set (__len__ and __getitem__), for "
-            f"example by writing the stream's items to a file with an index first"
+            f"example by writing the stream's items to a file with an index first{otherwise}"
         )
     return len(dataset)

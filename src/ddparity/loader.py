@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from .batches import LoadedMicroBatch, Step
-from .keyed import Fetch, KeyedDataset, sized_length
+from .keyed import Fetch, KeyedDataset, loaded, sized_length
 from .plan import BatchPlan, MicroBatch, share
 
 # The plan decides these.
@@ -105,7 +105,7 @@ class Loader:
             return LoadedMicroBatch(data, micro.weight, micro.index, micro.seed)
 
         check_current()
-        plan, batches, issued = self.plan, iter(self.dataloader), self._order.issued
+        plan, batches, issued = self.plan, loaded(self.dataloader), self._order.issued
         for number in range(start_step, len(self)):
             shares = _shares(plan.micro_batches_in(number), world_size)
             size = shares[rank]

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import psutil
@@ -40,6 +40,7 @@ class Meeting:
         self._rank = rank
         self._ranks = ranks
         self._what = what
+        self.meanwhile: Callable[[], None] | None = None  # called now and then while waiting
         with reaching_store(what):
             _register(store, rank)
 
@@ -53,9 +54,19 @@ class Meeting:
         text = "".join(traceback.format_exception(error)).rstrip()
         self._report(self._rank, f"{type(error).__name__}: {error}", text)
 
+    def first_said(self, name: str, text: str) -> str:
+        """What the first rank to come here said."""
+        with reaching_store(self._what):
+            return self._store.compare_set(f"said/{name}", "", text).decode()
+
+    def count(self, name: str, more: int = 1) -> int:
+        """Add to a number that all ranks share; gives the sum."""
+        with reaching_store(self._what):
+            return self._store.add(f"count/{name}", more)
+
     def same(self, name: str, value: object) -> None:
         """Raise ValueError where `value` is not what the first rank to come here gave."""
-        theirs = self._store.compare_set(f"same/{name}", "", repr(value)).decode()
+        theirs = self.first_said(name, repr(value))
         if theirs != repr(value):
             raise ValueError(f"{name} differs between ranks: {value!r} on rank {self._rank}, {theirs} on another")
 
@@ -73,10 +84,25 @@ class Meeting:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait for all. Raises `RankFailure` where one has failed, died, or is not there after `timeout_s`."""
+        self._until(self.poll, timeout_s)
+
+    def tell(self, name: str, text: str) -> None:
+        """Say something to all ranks, once."""
+        with reaching_store(self._what):
+            self._store.set(f"told/{name}", text)
+
+    def hear(self, name: str) -> str:
+        """Wait for what a rank tells. Raises as `wait`."""
+        self._until(lambda: self._store.check([f"told/{name}"]) or self.poll(), None)
+        return self._store.get(f"told/{name}").decode()
+
+    def _until(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
         start = looked = time.monotonic()
         pause = _POLL_S[0]
         with reaching_store(self._what):
-            while not self.poll():
+            while not ready():
+                if self.meanwhile is not None:
+                    self.meanwhile()
                 now = time.monotonic()
                 if now - looked > _LIVENESS_S:
                     looked = now

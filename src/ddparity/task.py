@@ -26,6 +26,7 @@ class Task:
     `loss(model, data)` gives the mean loss of a micro-batch, whose data is on the model's device.
     `optimizer(parameters)` gives a torch optimizer.
     `metric(outputs, dataset)` gives a number, or a dict of numbers by name, from the outputs for the held-out set.
+    `sums(output, batch)`, in its place, gives what `predict(metric=)` adds up: then no outputs are collected.
     `global_batch`, `micro_batch`: samples; `epochs`; `seed`; `drop_last`: leave out an epoch's short last step.
     `inputs(batch)`: what the model is called with to predict, see `predict`; None: its first entry.
     `collate_fn`: of the DataLoader.
@@ -43,6 +44,7 @@ class Task:
     micro_batch: int
     epochs: int = 1
     metric: Callable[[Any, Any], Any] | None = None
+    sums: Callable[[Any, Any], Any] | None = None
     seed: int = 0
     drop_last: bool = False
     inputs: Callable[[Any], Any] | None = None
@@ -54,6 +56,8 @@ class Task:
             raise TypeError(f"Task() has no {', '.join(unknown)}: it has {', '.join(names)}")
         for name, value in parts.items():
             setattr(self, name, value)
+        if self.metric is not None and self.sums is not None:
+            raise TypeError("Task() got metric and sums: give one")
         if missing := [name for name in names if not hasattr(self, name)]:
             raise TypeError(f"Task() lacks {', '.join(missing)}")
         for name in ("global_batch", "micro_batch", "epochs"):

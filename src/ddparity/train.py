@@ -19,7 +19,7 @@ from .fingerprint import fingerprint
 from .loader import Loader, check_even_shares
 from .meeting import agreed
 from .order import first
-from .predict import predict
+from .predict import Predictor, read_predictions
 from .replicate import Reduction, replicate
 from .seeds import seed_everything
 from .task import Task, check_task
@@ -81,6 +81,7 @@ def train(
                 check_even_shares(loader.plan, here.world_size)
         model = replicate(net, reduction)
         optimizer = task.optimizer(model.parameters())
+        predict = predictor(task, test_set, num_workers)
 
         train_s, metrics = 0.0, {}
         with progress(task.epochs * len(loader), here.rank, title) as display:
@@ -88,7 +89,7 @@ def train(
                 began = time.monotonic()
                 _train_epoch(task, model, optimizer, loader, epoch, display)
                 train_s += time.monotonic() - began
-                metrics = evaluate(task, model, test_set)
+                metrics = evaluate(task, model, predict)
                 display.say(f"epoch {epoch + 1}/{task.epochs}: {shown(metrics)}")
                 save_checkpoint(checkpoint, model=model, optimizer=optimizer)
 
@@ -116,47 +117,64 @@ def _train_epoch(
         done = epoch * len(loader) + step.number + 1
         samples = epoch * loader.plan.num_samples + min((step.number + 1) * task.global_batch, loader.plan.num_samples)
         if display.due(done):  # reading the loss waits for the device
-            display.update(done, samples, float(loss_sum) / weight_sum if weight_sum else math.nan)
+            mean = float(loss_sum) / weight_sum if weight_sum else math.nan
+            display.update(done, samples, f"loss {mean:.4f}")
 
 
-def evaluate(task: Task, model: nn.Module, dataset: Any) -> dict[str, float]:
+def predictor(task: Task, dataset: Any, num_workers: int = 0) -> Predictor:
+    return Predictor(dataset, task.micro_batch, seed=task.seed, num_workers=num_workers, collate_fn=task.collate_fn)
+
+
+def evaluate(task: Task, model: nn.Module, predict: Predictor, show_progress: bool = False) -> dict[str, float]:
     """The metric of a data set, each sample counted once; on rank 0, empty on the others. Every rank calls it."""
+    if task.sums is not None:
+        value = predict(model, inputs=task.inputs, metric=task.sums, show_progress=show_progress)
+        return {} if value is None else _named(value)
     if task.metric is None:
         return {}
-    outputs = _outputs(task, model, dataset)
+    outputs = predict(model, inputs=task.inputs, show_progress=show_progress)
+    return _metric_of(task, outputs, predict.dataset)
+
+
+def _metric_of(task: Task, outputs: Any, dataset: Any) -> dict[str, float]:
     with agreed("the metric"):
-        return _metrics(task, outputs, dataset)
+        return {} if outputs is None or task.metric is None else _named(task.metric(outputs, dataset))
 
 
-def predict_task(task: Task, checkpoint: Path, out: Path | None) -> None:
-    """Predict a Task's held-out set with a checkpoint's weights; rank 0 shows the metric and saves the outputs."""
+def _named(value: Any) -> dict[str, float]:
+    return {name: float(one) for name, one in (value if isinstance(value, dict) else {"metric": value}).items()}
+
+
+def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, num_workers: int = 0) -> None:
+    """Predict a Task's held-out set with a checkpoint's weights: outputs to a directory, the metric to the screen."""
     with world() as here:
         setup_logging()
         with first("node"):
             test_set = task.dataset("test")
         model = task.model().to(here.device)
         load_checkpoint(checkpoint, model=model)
-        outputs = _outputs(task, model, test_set)
-        with agreed("the metric and the outputs' file"):
-            metrics = _metrics(task, outputs, test_set)
-            if out is not None and here.rank == 0:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(outputs, out)
+        predict, start = predictor(task, test_set, num_workers), time.monotonic()
+        metrics: dict[str, float] = {}
+        if to is None:
+            metrics = evaluate(task, model, predict, show_progress=True)
+        else:
+            predict(model, to, inputs=task.inputs, show_progress=True)
+        seconds = time.monotonic() - start
+        if to is not None and metric:
+            with agreed("reading the outputs"):
+                outputs = read_predictions(to) if here.rank == 0 else None
+            metrics = _metric_of(task, outputs, test_set)
         if here.rank == 0:
-            rows = [(name, number(name, value)) for name, value in metrics.items()]
-            saved = str(out.resolve()) if out is not None else "not saved: give --out FILE"
-            show_table("predictions", [("samples", f"{len(test_set):,}"), *rows, ("outputs", saved)])
-
-
-def _outputs(task: Task, model: nn.Module, dataset: Any) -> Any:
-    return predict(model, dataset, task.micro_batch, inputs=task.inputs, seed=task.seed, collate_fn=task.collate_fn)
-
-
-def _metrics(task: Task, outputs: Any, dataset: Any) -> dict[str, float]:
-    if outputs is None or task.metric is None:
-        return {}
-    value = task.metric(outputs, dataset)
-    return {name: float(one) for name, one in (value if isinstance(value, dict) else {"metric": value}).items()}
+            show_table(
+                "predictions",
+                [
+                    ("samples", f"{len(test_set):,}"),
+                    *[(name, number(name, value)) for name, value in metrics.items()],
+                    ("time", f"{seconds:.1f} s"),
+                    ("samples a second", f"{len(test_set) / seconds:,.0f}"),
+                    *([("outputs", str(to.resolve()))] if to is not None else []),
+                ],
+            )
 
 
 def shown(metrics: dict[str, float]) -> str:

@@ -18,14 +18,16 @@ Node = dict[str, Any]
 Build = Callable[[], Any]
 
 
-def take_apart(value: Any) -> tuple[Node, list[torch.Tensor]]:
+def take_apart(value: Any, path: str = "value") -> tuple[Node, list[torch.Tensor]]:
     """A value's description and its tensors, in order. Numbers, strings and None travel in byte tensors.
 
+    NumPy's numbers in a list become Python's, of the same value.
+
     Raises:
-        TypeError: names the place and the type of what cannot travel.
+        TypeError: names the place, below `path`, and the type of what cannot travel.
     """
     leaves: list[torch.Tensor] = []
-    return _describe(value, leaves, "value"), leaves
+    return _describe(value, leaves, path), leaves
 
 
 def _describe(value: Any, leaves: list[torch.Tensor], path: str) -> Node:
@@ -36,16 +38,21 @@ def _describe(value: Any, leaves: list[torch.Tensor], path: str) -> Node:
     if _is_plain(value):
         return _describe_plain([value], leaves, "plain")
     if isinstance(value, list):
+        value = [item.item() if isinstance(item, np.generic) else item for item in value]
         if all(map(_is_plain, value)):
             return _describe_plain(value, leaves, "plain list")
         return {"kind": "list", "items": [_describe(item, leaves, f"{path}[{i}]") for i, item in enumerate(value)]}
-    named = _parts(value, path)
+    named = parts_of(value, path)
     items = [_describe(item, leaves, f"{path}{place}") for place, item in named["parts"]]
     return {"kind": named["kind"], "type": named["type"], "keys": named["keys"], "items": items}
 
 
-def _parts(value: Any, path: str) -> Node:
-    """The parts of a value whose structure is the same on every rank."""
+def parts_of(value: Any, path: str) -> Node:
+    """The kind, type and keys of a dict, tuple or dataclass, and its parts: pairs of their place and value.
+
+    Raises:
+        TypeError: it is none; or a key, or the type, is one that cannot travel.
+    """
     if isinstance(value, Mapping):
         if bad := [key for key in value if not isinstance(key, (str, int)) or isinstance(key, bool)]:
             raise TypeError(
@@ -156,7 +163,7 @@ def _joined(
     if kinds[0] in ("tensor", "array"):
         return _joined_tensor(nodes, targets, new, path)
     if kinds[0] in ("list", "plain"):
-        builds = [_single(node, target, new) for node, target in zip(nodes, targets, strict=True)]
+        builds = [single(node, target, new) for node, target in zip(nodes, targets, strict=True)]
         if kinds[0] == "plain":
             return lambda: [build() for build in builds]
         return lambda: [item for build in builds for item in build()]
@@ -166,7 +173,7 @@ def _joined(
             raise ValueError(f"{path} has the {what} {head['keys']} in one part and {node['keys']} in another")
     columns = zip(*(node["items"] for node in nodes), strict=True)
     items = [_joined(list(column), targets, new, f"{path}[{i}]") for i, column in enumerate(columns)]
-    return lambda: _assembled(head, [item() for item in items])
+    return lambda: assembled(head, [item() for item in items])
 
 
 def _joined_tensor(
@@ -188,20 +195,20 @@ def _joined_tensor(
     return lambda: _as_described(head, whole)
 
 
-def _single(node: Node, target: dict[int, torch.Tensor], new: Callable[[Node], torch.Tensor]) -> Build:
+def single(node: Node, target: dict[int, torch.Tensor], new: Callable[[Node], torch.Tensor]) -> Build:
     """The value of one part, as it was."""
     if "leaf" in node:
         tensor = target[node["leaf"]] = new(node)
         if node["kind"] in ("plain", "plain list"):
-            return lambda: _plain_values(tensor) if node["kind"] == "plain list" else _plain_values(tensor)[0]
+            return lambda: plain_values(tensor) if node["kind"] == "plain list" else plain_values(tensor)[0]
         return lambda: _as_described(node, tensor[0] if node["scalar"] else tensor)
-    items = [_single(item, target, new) for item in node["items"]]
+    items = [single(item, target, new) for item in node["items"]]
     if node["kind"] == "list":
         return lambda: [item() for item in items]
-    return lambda: _assembled(node, [item() for item in items])
+    return lambda: assembled(node, [item() for item in items])
 
 
-def _plain_values(tensor: torch.Tensor) -> list[Any]:
+def plain_values(tensor: torch.Tensor) -> list[Any]:
     values = json.loads(bytes(tensor.cpu().numpy()).decode())
     return [complex(*value["complex"]) if isinstance(value, dict) else value for value in values]
 
@@ -210,7 +217,7 @@ def _as_described(node: Node, tensor: torch.Tensor) -> Any:
     return tensor.cpu().numpy() if node["kind"] == "array" else tensor
 
 
-def _assembled(node: Node, items: list[Any]) -> Any:
+def assembled(node: Node, items: list[Any]) -> Any:
     if node["kind"] == "dict":
         return dict(zip(node["keys"], items, strict=True))
     if node["kind"] == "tuple":

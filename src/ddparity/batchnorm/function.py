@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..reduction import sum_over_ranks
-from . import fused, stock
-from .layout import dense, dense_like
+from .layout import dense, dense_like, over, reduced_dims
 from .moments import Moments, SumOverRanks, joined
+from .passes import passes_for
 
 Announce = Callable[[str], None]
 
@@ -74,8 +74,7 @@ class _SyncBatchNorm(Function):
             announce("forward")
         y, stats = normalised(x, weight, bias, eps, group)
         if running_mean is not None and running_var is not None:
-            passes = fused if fused.handles(stats, running_mean, running_var) else stock
-            passes.update(running_mean, running_var, stats, momentum)
+            passes_for(stats, running_mean, running_var).update(running_mean, running_var, stats, momentum)
         return y, stats
 
     @staticmethod
@@ -118,7 +117,7 @@ def normalised(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """The output and the statistics of all ranks. Raises ValueError where all ranks together have one value."""
-    passes = fused if fused.handles(x, weight, bias) else stock
+    passes = passes_for(x, weight, bias)
     payload, kept = passes.moments(x)
     stats = joined(payload, eps, group)
     # Only a rank with no value or one can be in a batch of one; the others need not read the device.
@@ -136,7 +135,7 @@ def input_gradients(
     """Gradients of the input, and of weight and bias from this rank's samples alone: DDP adds those up."""
     channels = x.size(1)
     dy = dense_like(dy, x)
-    passes = fused if fused.handles(x, dy, weight) else stock
+    passes = passes_for(x, dy, weight)
     local = passes.backward_sums(dy, x, stats)
     d_bias, d_weight = local[:channels].clone(), local[channels:] * stats[channels : 2 * channels]
     sums = sum_over_ranks(local, group)
@@ -148,12 +147,12 @@ def _differentiable(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`input_gradients` in operations that are differentiable themselves, the collectives included."""
     mean, variance, total = Moments.apply(x, group)
-    over, dims = [1, -1] + [1] * (x.dim() - 2), [dim for dim in range(x.dim()) if dim != 1]
-    invstd, centred, wide_dy = (variance + eps).rsqrt(), x - mean.view(over), dy.to(mean.dtype)
+    dims = reduced_dims(x)
+    invstd, centred, wide_dy = (variance + eps).rsqrt(), x - over(mean, x), dy.to(mean.dtype)
     sum_dy, sum_dy_xmu = wide_dy.sum(dims), (wide_dy * centred).sum(dims)
     all_dy, all_dy_xmu = SumOverRanks.apply(torch.stack([sum_dy, sum_dy_xmu]), group)
     scale = invstd if weight is None else invstd * weight
     n = total.clamp(min=1)
-    projection = centred * (invstd.square() * all_dy_xmu / n).view(over)
-    dx = (wide_dy - (all_dy / n).view(over) - projection) * scale.view(over)
+    projection = centred * over(invstd.square() * all_dy_xmu / n, x)
+    dx = (wide_dy - over(all_dy / n, x) - projection) * over(scale, x)
     return dx.to(x.dtype), sum_dy_xmu * invstd, sum_dy

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..compat import is_plain_tensor
 from . import stock
+from .layout import has_planes
 
 try:
     from . import _fused
@@ -40,7 +41,7 @@ _DOUBLE = 8  # bytes
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     """(N, C, M) of planes, or (rows, C, 1)."""
     batch, channels = x.shape[:2]
-    if x.dim() > 2 and x.is_contiguous() and x.numel():
+    if has_planes(x) and x.numel():
         return batch, channels, x.numel() // (batch * channels)
     return x.numel() // channels, channels, 1
 

@@ -21,3 +21,18 @@ def dense_like(dy: Tensor, x: Tensor) -> Tensor:
 def is_rows(x: Tensor) -> bool:
     """Whether the channels of one position lie together, and positions follow one another."""
     return x.movedim(1, -1).is_contiguous()
+
+
+def has_planes(x: Tensor) -> bool:
+    """Whether a dense input is planes (N, C, M) rather than rows."""
+    return x.dim() > 2 and x.is_contiguous()
+
+
+def reduced_dims(x: Tensor) -> list[int]:
+    """All dimensions but the channels'."""
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def over(values: Tensor, x: Tensor) -> Tensor:
+    """Values a channel, to be broadcast over x."""
+    return values.view([1, -1] + [1] * (x.dim() - 2))

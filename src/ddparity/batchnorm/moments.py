@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..reduction import copies_of_ranks, sum_over_ranks
-from . import fused, stock
-from .layout import dense
+from .layout import dense, over
+from .passes import passes_for
 
 
 def sync_moments(
@@ -78,8 +78,7 @@ def group_of_several(process_group: dist.ProcessGroup | None) -> dist.ProcessGro
 def joined(payload: Tensor, eps: float, group: dist.ProcessGroup | None) -> Tensor:
     """The ranks' payloads joined (see `stock`); one all-gather where there is a group."""
     gathered = payload[None] if group is None else copies_of_ranks(payload, group)
-    passes = fused if fused.handles(gathered) else stock
-    stats: Tensor = passes.join(gathered, eps)
+    stats: Tensor = passes_for(gathered).join(gathered, eps)
     return stats
 
 
@@ -105,7 +104,7 @@ class Moments(Function):
     @staticmethod
     def forward(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
         channels = x.size(1)
-        payload, _ = (fused if fused.handles(x) else stock).moments(x)
+        payload, _ = passes_for(x).moments(x)
         mean, _, unbiased, total = joined(payload, 1.0, group).split([channels, channels, channels, 1])
         return mean.clone(), unbiased * (total - 1).clamp(min=1) / total.clamp(min=1), total[0].clone()
 
@@ -123,8 +122,7 @@ class Moments(Function):
         x, mean, total = ctx.saved_tensors
         d_mean, d_variance = SumOverRanks.apply(torch.stack([d_mean, d_variance]), ctx.group)
         n = total.clamp(min=1)
-        over = [1, -1] + [1] * (x.dim() - 2)
-        dx = (x - mean.view(over)) * (2 * d_variance / n).view(over) + (d_mean / n).view(over)
+        dx = (x - over(mean, x)) * over(2 * d_variance / n, x) + over(d_mean / n, x)
         return dx.to(x.dtype), None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..compat import statistics_dtype
+from .layout import has_planes, over, reduced_dims
 
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:
@@ -30,11 +31,11 @@ def moments(x: Tensor) -> tuple[Tensor, Any]:
     # Around the mean of the first sample or samples, so that neither cancels.
     plane = count // x.size(0)
     values = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    shift = values[: 1 + 15 // plane].mean(_dims(x))
-    shifted = values - _over(shift, x)
+    shift = values[: 1 + 15 // plane].mean(reduced_dims(x))
+    shifted = values - over(shift, x)
     mean, m2 = payload[:channels], payload[channels:-1]
     # A run of one channel at a time: these reductions are much faster than those over several dimensions.
-    runs = shifted.flatten(2) if _has_planes(x) else _rows(shifted)
+    runs = shifted.flatten(2) if has_planes(x) else _rows(shifted)
     dim = -1 if runs.dim() == 3 else 0
     torch.sum(runs.sum(dim).to(payload.dtype).view(-1, channels), 0, out=mean)
     if dim == -1:
@@ -67,7 +68,7 @@ def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: 
     shifted, shift = kept
     mean, invstd = stats[: x.size(1)], stats[x.size(1) : 2 * x.size(1)]
     kind = shifted.dtype
-    planes = _has_planes(x)  # torch's kernel would move other layouts than these and rows of 2 dimensions
+    planes = has_planes(x)  # torch's kernel would move other layouts than these and rows of 2 dimensions
     y = torch.batch_norm(
         shifted if planes else _rows(shifted),
         None if weight is None else weight.to(kind),
@@ -116,21 +117,8 @@ def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, 
     slope = -scale * invstd.square() * sums[channels:] / total
     high = mean.to(kind)
     shift = -scale * sums[:channels] / total - slope * (mean - high)
-    dx = (x.to(kind) - _over(high, x)).mul_(_over(slope.to(kind), x)).addcmul_(dy.to(kind), _over(scale.to(kind), x))
-    return dx.add_(_over(shift.to(kind), x)).to(x.dtype)
-
-
-def _dims(x: Tensor) -> list[int]:
-    return [dim for dim in range(x.dim()) if dim != 1]
-
-
-def _over(values: Tensor, x: Tensor) -> Tensor:
-    """Values a channel, to be broadcast over x."""
-    return values.view([1, -1] + [1] * (x.dim() - 2))
-
-
-def _has_planes(x: Tensor) -> bool:
-    return x.dim() > 2 and x.is_contiguous()
+    dx = (x.to(kind) - over(high, x)).mul_(over(slope.to(kind), x)).addcmul_(dy.to(kind), over(scale.to(kind), x))
+    return dx.add_(over(shift.to(kind), x)).to(x.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,41 +1,124 @@
-"""What a model gives for a batch: checked against the batch, then joined in data-set order."""
+"""What a model gives for a batch: checked against the batch, described, and compared with the first batch's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+
+from ..trees import Node, parts_of, take_apart
+
+
+@dataclass(slots=True)
+class Rows:
+    """The outputs for samples `start` to `start + size - 1`, taken apart into a description and tensors."""
+
+    start: int
+    size: int
+    node: Node
+    leaves: list[torch.Tensor]
 
 
 def check_rows(output: Any, size: int, path: str = "the output") -> None:
-    """Check that each tensor of a nesting has one row a sample.
-
-    Raises:
-        TypeError: there is something other than tensors in dicts and tuples.
-        ValueError: a tensor's first dimension is not the batch's size.
-    """
-    if isinstance(output, torch.Tensor):
+    """Check that each leaf of a nesting has one row, or one entry, a sample."""
+    if isinstance(output, (torch.Tensor, np.ndarray)):
         if output.ndim == 0 or output.shape[0] != size:
             raise ValueError(
                 f"{path} has shape {tuple(output.shape)} for a batch of {size} samples: its first dimension must be "
-                f"the batch's, one row a sample. Reshape it inside the model, or wrap the model in a function that does"
+                f"the batch's, one row a sample. Reshape it inside the model, or give a list with one entry a sample, "
+                f"of any shapes"
             )
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            check_rows(value, size, f"{path}[{key!r}]")
-    elif isinstance(output, tuple):
-        for number, value in enumerate(output):
-            check_rows(value, size, f"{path}[{number}]")
-    else:
-        raise TypeError(
-            f"{path} is a {type(output).__name__}: predict() collects tensors, one row a sample, in dicts and tuples"
-        )
+    elif isinstance(output, list):
+        if len(output) != size:
+            raise ValueError(
+                f"{path} is a list of {len(output)} entries for a batch of {size} samples: a list has one entry a "
+                f"sample. Put several outputs of one sample into its entry, and several fields into a tuple or a dict"
+            )
+    elif output is not None:
+        if isinstance(output, (str, bytes, int, float, complex, np.generic)):
+            raise TypeError(
+                f"{path} is {output!r}, one {type(output).__name__} for a batch of {size} samples: give a list with "
+                f"one entry a sample"
+            )
+        for place, part in parts_of(output, path)["parts"]:
+            check_rows(part, size, f"{path}{place}")
 
 
-def rows(output: Any) -> int:
-    """Rows of the first tensor of a nesting."""
-    if isinstance(output, torch.Tensor):
-        return output.shape[0]
-    values = output.values() if isinstance(output, Mapping) else output
-    return next((rows(value) for value in values), 0)
+def structure(node: Node) -> Node:
+    """What is the same for all batches of a run: the nesting, the kinds and the dtypes, but no shapes."""
+    if node["kind"] in ("list", "plain list"):
+        return {"kind": "list"}
+    if node["kind"] == "plain":
+        return {"kind": "none"}
+    if node["kind"] in ("tensor", "array"):
+        return {"kind": node["kind"], "dtype": node["dtype"]}
+    return {
+        **{key: node[key] for key in ("kind", "type", "keys")},
+        "items": [structure(item) for item in node["items"]],
+    }
+
+
+class Schema:
+    """The structure of the first batch's output, which every batch of every rank must have.
+
+    `first_said`: given this rank's first structure as text, gives what the first of all ranks to come here gave.
+    """
+
+    def __init__(self, first_said: Callable[[str], str]) -> None:
+        self._first_said = first_said
+        self._first: tuple[Node, str] | None = None
+
+    def check(self, output: Any, samples: range, where: str) -> tuple[Node, list[torch.Tensor]]:
+        """Take a batch's output apart.
+
+        Raises:
+            TypeError, ValueError: something in it is not one row a sample, or cannot travel, or is not as in the first
+                batch; says where in the output, and for which samples.
+        """
+        path = f"the output for the {where}"
+        check_rows(output, len(samples), path)
+        node, leaves = take_apart(output, path)
+        mine = structure(node)
+        if self._first is None:
+            first, first_where = json.loads(self._first_said(json.dumps([mine, where])))
+            self._first = first, first_where
+        first, first_where = self._first
+        if mine != first:
+            raise ValueError(f"{path} is not as that for the {first_where}: {_difference(mine, first)}")
+        return node, leaves
+
+
+def _difference(mine: Node, first: Node, path: str = "it") -> str:
+    if mine["kind"] != first["kind"]:
+        return f"{path} is a {_named(mine)}, not a {_named(first)}"
+    if "items" not in mine:
+        return f"{path} has dtype {mine['dtype']}, not {first['dtype']}"
+    if (mine["type"], mine["keys"]) != (first["type"], first["keys"]):
+        what = "the keys" if mine["kind"] == "dict" else "the type and entries"
+        return f"{path} has {what} {_keys(mine)}, not {_keys(first)}"
+    names = mine["keys"] if isinstance(mine["keys"], list) else range(mine["keys"])
+    return next(
+        _difference(ours, theirs, f"{path}[{name!r}]")
+        for name, ours, theirs in zip(names, mine["items"], first["items"], strict=True)
+        if ours != theirs
+    )
+
+
+def _named(node: Node) -> str:
+    kind: str = node["kind"]
+    return {"none": "None", "record": "named tuple", "fields": "dataclass"}.get(kind, kind)
+
+
+def _keys(node: Node) -> str:
+    return f"{node['type']} with {node['keys']}" if node["type"] else str(node["keys"])
+
+
+def on_device(node: Node, device: torch.device) -> Node:
+    """The description of the same value with its tensors there; arrays stay where arrays are."""
+    if node["kind"] == "tensor":
+        return {**node, "device": device.type}
+    return {**node, "items": [on_device(item, device) for item in node["items"]]} if "items" in node else node

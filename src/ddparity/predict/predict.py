@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils.data import DataLoader
 
 from ..batches import to_device
+from ..console import progress
 from ..errors import DDParityError
-from ..gather import NOTHING, check_receiver, gather_present
-from ..keyed import Fetch, KeyedDataset, sized_length
 from ..meeting import Meeting, agreed
-from ..plan import checked_integer, share
-from ..replicate import unwrapped
-from ..seeds import derive, kept_streams, numbered, seed_streams
-from ..trees import concatenate
-from .outputs import check_rows, rows
+from ..seeds import seed_streams
+from ..wire import Receiver, checked_receiver
+from .collect import Memory
+from .evaluation import Model, callable_of, evaluating
+from .identity import of_dataset, of_function, of_model
+from .metrics import Metric
+from .outputs import Schema
+from .source import Balance, Batches, Source, assigned, check_balance, cut
+from .streams import Shards, is_stream
 
-_POLL_S = 0.5  # how often a rank looks whether another one failed
+if TYPE_CHECKING:  # Arrow takes a while to import
+    import pyarrow as pa
+
+    from .directory import Directory
+
+_POLL_S = 0.5  # how often a rank looks whether another one failed, and counts its samples for the progress display
+
+Place = str | os.PathLike[str]
 
 
 def predict(
-    model: nn.Module | Callable[[Any], Any],
+    model: Model,
     dataset: Any,
     batch_size: int,
-    to: int | Literal["all"] = 0,
+    to: Receiver | Place = 0,
     *,
     inputs: Callable[[Any], Any] | None = None,
+    metric: Any = None,
+    targets: Callable[[Any], Any] | None = None,
+    balance: Balance = "contiguous",
+    device: torch.device | str | None = None,
+    rows_per_file: int | None = None,
+    schema: pa.Schema | None = None,
+    show_progress: bool = False,
     seed: int = 0,
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -40,113 +59,261 @@ def predict(
 ) -> Any:
     """Run a model over a data set on all ranks; each sample once, outputs in data-set order on rank `to`.
 
-    Batch b is samples b * batch_size and following, whatever the world size, and each rank runs a contiguous share of
-    the batches, with random streams keyed by the batch. So the outputs do not depend on the number of processes.
+    Batch b is samples b * batch_size and following, whatever the world size, and has random streams of its own. Ranks
+    run whole batches, so the outputs do not depend on the number of processes.
 
     Args:
         model: a module, run in eval and inference mode inside of DDP if it is wrapped, or any function of a batch. Its
-            modes, and the random streams, are as before at the end, also on an exception.
-        dataset: map-style, of the same length on every rank.
+            modes and buffers, and the random streams, are as before at the end, also on an exception.
+        dataset: map-style, of the same length on every rank; or a stream that can be cut into shards (`num_shards`,
+            and `shard(num_shards=, index=)`, as datasets.IterableDataset), whose batches are cut within its shards.
         batch_size: samples a batch, 1 or more.
-        to: the rank that receives, or "all".
+        to: the rank that receives; "all"; or a directory for a Parquet data set, with one row a sample, that each rank
+            writes to as it goes, and that the same call completes after an interruption, at any world size.
         inputs: what a module is called with, from a batch; None: the first entry of a list or tuple, as from a data
             set of (input, target), else the batch itself. A function is called with the batch.
+        metric: return this instead of outputs, which then do not move. A function of a batch's output and the batch
+            returns a dict whose values are sums, or pairs of a sum and its weight, for the weighted mean; a number
+            or a pair alone will do. Or a torchmetrics object, which is not changed: each rank updates a copy.
+        targets: what a torchmetrics object is updated with behind the output, from a batch; None: the second entry.
+        balance: "contiguous": a contiguous share of the batches each; "dynamic": the next ones for whoever is free,
+            where samples differ in cost.
+        device: where outputs are kept; None: where the model leaves them.
+        rows_per_file: of the Parquet data set, a multiple of `batch_size`; a file is what an interruption can lose.
+        schema: Arrow types of some of its columns, where the first batch does not show them (it holds None, say).
+        show_progress: one bar for all ranks.
         seed: keys the random streams, with the batch.
         num_workers, collate_fn, dataloader_options: of torch.utils.data.DataLoader.
 
     Returns:
-        The outputs (a tensor, or dicts and tuples of them, one row a sample), on the model's device; None on a rank
-        that does not receive. Of an empty data set, whose outputs have no structure: an empty tensor.
+        The outputs, None on a rank that does not receive. The model's output for a batch is a nesting of dicts, tuples,
+        named tuples and dataclasses, whose leaves are tensors and arrays with one row a sample, lists with one entry a
+        sample, or None. In the result a tensor or array has all rows; where the shapes of rows differ it is a list with
+        one tensor a sample. A list has all entries: numbers, strings, None, tensors and arrays of any shape, and
+        nestings of them. Of an empty data set, whose outputs have no structure: an empty tensor.
+        With `metric`, its value; with a directory, its Path on every rank, see `read_predictions`.
 
-    Collectives: those of `gather`, once, at the end; while running none, but for a look at the store twice a second.
+    Collectives: while running none, but a look at the store twice a second; at the end those of `bring_together`, or
+    of `gather` for a metric, or none for a directory.
 
     Raises:
-        TypeError, ValueError: a bad argument; an output without one row a sample.
-        DDParityError: the model failed; names the data-set indices of the batch.
+        TypeError, ValueError: a bad argument; an output without one row a sample; a batch whose output has another
+            structure than the first one's; a directory that holds something else.
+        DDParityError: the model failed; names the data-set indices of the batch. SampleError: the data set did.
         RankFailure: on every other rank, where one failed.
 
     Example:
-        >>> predict(nn.Identity(), torch.arange(5), batch_size=2)
+        >>> predict(torch.nn.Identity(), torch.arange(5), batch_size=2)
         tensor([0, 1, 2, 3, 4])
+        >>> predict(torch.nn.Identity(), torch.arange(5), 2, metric=lambda output, batch: (output.sum(), len(output)))
+        2.0
     """
-    joined = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    with agreed("predict") as meeting:
-        check_receiver(to, world_size)
-        size = checked_integer(batch_size, "batch_size")
-        if size < 1:
-            raise ValueError(f"predict(batch_size={batch_size}): must be at least 1")
-        length = sized_length(dataset, "predict")
-        if meeting is not None:
-            meeting.same("the data set's length", length)
-        key = derive(seed, "predict")
-        mine = share(-(-length // size), rank, world_size)
-        batches = [range(b * size, min(b * size + size, length)) for b in mine]
-        loader: DataLoader[Any] = DataLoader(
-            KeyedDataset(dataset),  # type: ignore[arg-type]
-            batch_sampler=[Fetch(list(batch), numbered(key, batch.start) + 1) for batch in batches],
+
+    def predictor() -> Predictor:
+        return Predictor(
+            dataset,
+            batch_size,
+            balance=balance,
+            seed=seed,
             num_workers=num_workers,
             collate_fn=collate_fn,
-            **{"pin_memory": torch.cuda.is_available(), "generator": torch.Generator(), **dataloader_options},
+            **{"persistent_workers": False, **dataloader_options},
         )
-        outputs = _run(model, inputs, key, loader, batches, meeting)
-        local = concatenate(outputs) if outputs else NOTHING
-    collected = gather_present(local, to)
-    if to not in ("all", rank):
-        return None
-    if collected is NOTHING:
-        return torch.empty(0)
-    if rows(collected) != length:
-        raise DDParityError(f"predict() collected {rows(collected)} rows for {length} samples")
-    return collected
+
+    return _predict(predictor, model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+
+
+class Predictor:
+    """`predict` with the data loader kept: a loop that predicts after each epoch does so on the same workers.
+
+    Takes the arguments of `predict` that concern the data; a call takes the others.
+
+    Example:
+        >>> predictor = Predictor(torch.arange(5), batch_size=2)
+        >>> for epoch in range(2):
+        ...     outputs = predictor(torch.nn.Identity())
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        balance: Balance = "contiguous",
+        seed: int = 0,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **dataloader_options: Any,
+    ) -> None:
+        check_balance(balance)
+        self.dataset = dataset
+        self._balance = balance
+        make: Callable[..., Source] = Shards if is_stream(dataset) else Batches
+        if make is Shards and balance == "dynamic":
+            raise ValueError('predict(balance="dynamic") needs a map-style data set: workers take shards beforehand')
+        self._source = make(dataset, batch_size, seed, num_workers, collate_fn, dataloader_options)
+
+    def __call__(
+        self,
+        model: Model,
+        to: Receiver | Place = 0,
+        *,
+        inputs: Callable[[Any], Any] | None = None,
+        metric: Any = None,
+        targets: Callable[[Any], Any] | None = None,
+        device: torch.device | str | None = None,
+        rows_per_file: int | None = None,
+        schema: pa.Schema | None = None,
+        show_progress: bool = False,
+    ) -> Any:
+        """As `predict`. Every rank calls it."""
+        return _predict(lambda: self, model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+
+
+class Sink(Protocol):
+    """What becomes of the outputs. `finish`: once all ranks have run all batches; every rank calls it."""
+
+    def take(self, samples: range, where: str, output: Any, batch: Any) -> None: ...
+    def finish(self) -> Any: ...
+
+
+def _predict(
+    predictor: Callable[[], Predictor],
+    model: Model,
+    to: Receiver | Place,
+    inputs: Callable[[Any], Any] | None,
+    metric: Any,
+    targets: Callable[[Any], Any] | None,
+    device: torch.device | str | None,
+    rows_per_file: int | None,
+    schema: pa.Schema | None,
+    show_progress: bool,
+) -> Any:
+    joined = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    with ExitStack() as shown:
+        with agreed("predict") as meeting:
+            made = predictor()
+            source, balance = made._source, made._balance
+            if meeting is not None:
+                meeting.same("the data set's length", source.length)
+                meeting.same("the number of its parts", len(source))
+            chunks = cut(len(source), world_size, balance)
+            sink: Sink
+            if isinstance(to, os.PathLike) or (isinstance(to, str) and to != "all"):
+                if metric is not None:
+                    raise ValueError(
+                        f"predict(to={str(to)!r}, metric=…): a run that resumes does not see all outputs. Compute the "
+                        f"metric on read_predictions(), or call predict() once for each"
+                    )
+                directory = _directory(Path(to), model, inputs, source, rows_per_file, schema, meeting, rank)
+                shown.callback(directory.close)
+                sink, chunks = directory, directory.chunks
+            else:
+                receiver = checked_receiver(to, world_size)
+                receives = receiver in ("all", rank)
+                if metric is not None:
+                    sink = Metric(metric, targets, receiver, receives)
+                else:
+                    first_said = partial(meeting.first_said, "structure") if meeting is not None else str
+                    device = None if device is None else torch.device(device)
+                    sink = Memory(source, Schema(first_said), receiver, rank, world_size, device)
+            count = _Count(meeting, shown, source.length, rank, show_progress)
+            take = partial(meeting.count, "chunks") if meeting is not None else itertools.count(1).__next__
+            mine = assigned(chunks, rank, world_size, balance, lambda: take() - 1)
+            _run(model, inputs, source, mine, sink, meeting, count)
+        count.show()  # all have said how many they ran
+    return sink.finish()
+
+
+def _directory(
+    path: Path,
+    model: Model,
+    inputs: Callable[[Any], Any] | None,
+    source: Source,
+    rows_per_file: int | None,
+    schema: pa.Schema | None,
+    meeting: Meeting | None,
+    rank: int,
+) -> Directory:
+    from .directory import Directory, prepare, rows_of_a_file
+
+    if not isinstance(source, Batches):
+        raise TypeError(
+            f"predict(to={str(path)!r}) got a data set that can only be iterated: a file's rows have an index, which "
+            f"needs one of known length. Collect the outputs on a rank, or give a map-style data set"
+        )
+    if rank == 0:
+        run = {
+            "model": of_model(model),
+            "inputs": of_function(inputs),
+            "data set": of_dataset(source.dataset, source.length),
+            "length": source.length,
+            "batch size": source.batch_size,
+            "rows_per_file": rows_of_a_file(source, rows_per_file),
+            "seed": source.given_seed,
+            "schema": None if schema is None else str(schema),
+        }
+        prepared = prepare(path, run)
+        if meeting is not None:
+            meeting.tell("prepared", prepared)
+    else:
+        assert meeting is not None, "there are other ranks"
+        prepared = meeting.hear("prepared")
+    if meeting is None:  # batches run in order
+        return Directory(path, source, prepared, schema, lambda: None, lambda: None)
+    tell: Callable[[], None] = partial(meeting.tell, "types", "")
+    hear: Callable[[], object] = partial(meeting.hear, "types")
+    return Directory(path, source, prepared, schema, tell, hear)
 
 
 def _run(
-    model: nn.Module | Callable[[Any], Any],
+    model: Model,
     inputs: Callable[[Any], Any] | None,
-    key: int,
-    loader: DataLoader[Any],
-    batches: list[range],
+    source: Source,
+    chunks: Iterator[range],
+    sink: Sink,
     meeting: Meeting | None,
-) -> list[Any]:
-    call, device = _callable(model, inputs)
-    outputs: list[Any] = []
+    count: _Count,
+) -> None:
+    call, device = callable_of(model, inputs)
     looked = time.monotonic()
-    with kept_streams(), _evaluating(model), torch.inference_mode():
-        for batch, data in zip(batches, loader, strict=True):
-            seed_streams(numbered(key, batch.start))
-            where = f"data-set indices {batch.start} to {batch.stop - 1}"
+    with evaluating(model):
+        for samples, data in source.loaded(chunks):
+            seed_streams(source.seed(samples))
+            where = source.where(samples)
             try:
                 output = call(data if device is None else to_device(data, device))
             except Exception as error:
                 raise DDParityError(f"the model failed for the {where}: {type(error).__name__}: {error}") from error
-            check_rows(output, len(batch), f"the output for the {where}")
-            outputs.append(output)
-            if meeting is not None and time.monotonic() - looked > _POLL_S:
+            sink.take(samples, where, output, data)
+            count.add(len(samples))
+            if time.monotonic() - looked > _POLL_S:
                 looked = time.monotonic()
-                meeting.poll()
-    return outputs
+                count.show()
+                if meeting is not None:
+                    meeting.poll()
+    count.show()
 
 
-def _callable(
-    model: nn.Module | Callable[[Any], Any], inputs: Callable[[Any], Any] | None
-) -> tuple[Callable[[Any], Any], torch.device | None]:
-    if not isinstance(model, nn.Module):
-        return (model if inputs is None else lambda batch: model(inputs(batch))), None
-    module = unwrapped(model)
-    take = inputs or (lambda batch: batch[0] if isinstance(batch, (list, tuple)) else batch)
-    parameter = next(module.parameters(), None)
-    return lambda batch: module(take(batch)), None if parameter is None else parameter.device
+class _Count:
+    """The samples that all ranks have run, counted in the store, and rank 0's display of them."""
 
+    def __init__(self, meeting: Meeting | None, shown: ExitStack, length: int | None, rank: int, show: bool) -> None:
+        self._meeting = meeting
+        self._display = shown.enter_context(progress(length, rank, "predict", "samples")) if show else None
+        if show and meeting is not None and rank == 0:
+            meeting.meanwhile = self.show  # also while the others still run
+        self._new = self._total = 0
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode, and at the end each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        if modes:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    def add(self, samples: int) -> None:
+        self._new += samples
+
+    def show(self) -> None:
+        if self._display is None:
+            return
+        before = self._total
+        self._total = before + self._new if self._meeting is None else self._meeting.count("samples", self._new)
+        self._new = 0
+        if self._total > before and self._display.due(self._total):
+            self._display.update(self._total, self._total)

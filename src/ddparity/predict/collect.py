@@ -1,0 +1,299 @@
+"""Outputs in memory: written where they belong as they come in, then moved to the ranks that receive."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import DDParityError
+from ..trees import Node, assembled, new_tensor, plain_values, single
+from ..wire import Receiver, exchange, move, move_json, takes_part
+from .outputs import Rows, Schema, on_device
+from .source import Source
+
+_PIECE_BYTES = 4 * 2**20  # of the small batches that are sent together
+_BLOCK_BYTES = 2**26  # the C library gives memory of this size back, and takes it from the system as it is written
+_ALIGNED_BYTES = 64
+
+Targets = dict[int, torch.Tensor]
+Finish = Callable[[], None]
+
+
+class Collected:
+    """The outputs for `length` samples, each row written to its place once.
+
+    Tensors and arrays whose rows all have one shape are one tensor of their final size from the first batch on; rows
+    of other shapes than the first batch's are kept aside, and then the whole is a list.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._columns: _Column | None = None
+
+    def add(self, rows: Rows) -> None:
+        targets, finish = self.places(rows.start, rows.size, rows.node)
+        for target, leaf in zip(targets, rows.leaves, strict=True):
+            target.copy_(leaf)
+        finish()
+
+    def places(self, start: int, size: int, node: Node) -> tuple[list[torch.Tensor], Finish]:
+        """Where to write the tensors of a batch's output, and what to call when that is done."""
+        with torch.inference_mode(False):  # the result must be of use in a training
+            if self._columns is None:
+                self._columns = _column(node, self._length)
+            targets: Targets = {}
+            finish = self._columns.place(node, start, size, targets)
+        return [targets[number] for number in sorted(targets)], finish
+
+    def value(self) -> Any:
+        """The whole; an empty tensor where no batch came, since nothing is known of its structure."""
+        return torch.empty(0) if self._columns is None else self._columns.value()
+
+
+class _Tensors:
+    def __init__(self, node: Node, length: int) -> None:
+        self._is_array = node["kind"] == "array"
+        self._whole = new_tensor({**node, "shape": [length, *node["shape"][1:]]})
+        self._others: dict[int, torch.Tensor] = {}
+
+    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+        if node["shape"][1:] == list(self._whole.shape[1:]):
+            targets[node["leaf"]] = self._whole[start : start + size]
+            return _nothing
+        batch = targets[node["leaf"]] = new_tensor(node)
+        self._others.update(zip(range(start, start + size), batch, strict=True))
+        return _nothing
+
+    def value(self) -> Any:
+        if not self._others:
+            return self._whole.numpy(force=True) if self._is_array else self._whole
+        rows = [self._others[i] if i in self._others else row.clone() for i, row in enumerate(self._whole)]
+        return [row.numpy(force=True) for row in rows] if self._is_array else rows
+
+
+class _Entries:
+    def __init__(self, length: int) -> None:
+        self._entries: list[Any] = [None] * length
+
+    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+        if node["kind"] == "plain list":
+            text = targets[node["leaf"]] = new_tensor(node)
+            read: Callable[[], list[Any]] = lambda: plain_values(text)  # noqa: E731
+        else:
+            builds = [single(item, targets, new_tensor) for item in node["items"]]
+            read = lambda: [build() for build in builds]  # noqa: E731
+
+        def finish() -> None:
+            self._entries[start : start + size] = read()
+
+        return finish
+
+    def value(self) -> Any:
+        return self._entries
+
+
+class _Nothing:
+    """A field that is None."""
+
+    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+        targets[node["leaf"]] = new_tensor(node)
+        return _nothing
+
+    def value(self) -> Any:
+        return None
+
+
+class _Nesting:
+    def __init__(self, node: Node, length: int) -> None:
+        self._node = node
+        self._items = [_column(item, length) for item in node["items"]]
+
+    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+        inner = [
+            column.place(item, start, size, targets) for column, item in zip(self._items, node["items"], strict=True)
+        ]
+
+        def finish() -> None:
+            for one in inner:
+                one()
+
+        return finish
+
+    def value(self) -> Any:
+        return assembled(self._node, [column.value() for column in self._items])
+
+
+_Column = _Tensors | _Entries | _Nothing | _Nesting
+
+
+def _column(node: Node, length: int) -> _Column:
+    if node["kind"] in ("tensor", "array"):
+        return _Tensors(node, length)
+    if node["kind"] in ("list", "plain list"):
+        return _Entries(length)
+    return _Nothing() if node["kind"] == "plain" else _Nesting(node, length)
+
+
+def _nothing() -> None: ...
+
+
+class Memory:
+    """A sink that keeps all outputs: on the rank that receives where they belong, on the others until they are sent.
+
+    `source`: numbers the samples, see `Batches`. `device`: where tensors are kept; None: where the model leaves them.
+    """
+
+    def __init__(
+        self, source: Source, schema: Schema, to: Receiver, rank: int, world_size: int, device: torch.device | None
+    ) -> None:
+        self._source, self._schema, self._to, self._device = source, schema, to, device
+        self._receives = to in ("all", rank)
+        # A rank that also sends places its own when it sends them, so that it never holds them twice.
+        placed = self._receives and (world_size == 1 or to != "all") and source.length is not None
+        self._result = Collected(source.length) if placed and source.length is not None else None
+        self._held: deque[Rows] = deque()
+        self._ran: list[range] = []
+        self._nodes: dict[str, Node] = {}
+        self._copies = _Copies()
+
+    def take(self, samples: range, where: str, output: Any, batch: Any) -> None:
+        node, leaves = self._schema.check(output, samples, where)
+        if self._device is not None:
+            node = on_device(node, self._device)
+        self._ran.append(samples)
+        if self._result is not None:
+            self._result.add(Rows(samples.start, len(samples), node, leaves))
+            return
+        node = self._nodes.setdefault(json.dumps(node), node)  # one description of all batches that are alike
+        kept = [self._copies.of(leaf if self._device is None else leaf.to(self._device)) for leaf in leaves]
+        self._held.append(Rows(samples.start, len(samples), node, kept))
+
+    def finish(self) -> Any:
+        length, place = self._source.settled(self._ran)
+        ran = [range(place(part.start), place(part.start) + len(part)) for part in self._ran]
+        result = self._result or Collected(length)
+        for rows in self._held:
+            rows.start = place(rows.start)
+        while self._held and self._receives and self._to != "all":
+            result.add(self._held.popleft())
+        bring_together(result, self._held, ran, length, self._to)
+        return result.value() if self._receives else None
+
+
+class _Copies:
+    """Copies of tensors: a model may write its next output into the same memory; a view would keep more than itself.
+
+    On the CPU they lie side by side in large blocks. Each on its own, between what the model takes and frees, would
+    leave holes that together are as large as the outputs (benchmarks/RESULTS.md, "Distributed inference").
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        size = -(-tensor.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        if tensor.device.type != "cpu" or size > _BLOCK_BYTES:
+            return tensor.clone()
+        if self._used + size > self._block.numel():
+            self._block, self._used = torch.empty(_BLOCK_BYTES, dtype=torch.uint8), 0
+        room = self._block[self._used : self._used + tensor.nbytes]
+        self._used += size
+        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def bring_together(result: Collected, held: deque[Rows], ran: Sequence[range], length: int, to: Receiver) -> None:
+    """Move what each rank holds into the receivers' results. All ranks call it.
+
+    Args:
+        held: this rank's rows that are not in its result yet; emptied, so that memory is free as soon as it is sent.
+        ran: the samples that this rank has run, those in its result included.
+
+    Collectives: two all-gathers; then for each 4 MiB of small batches, or each larger one, of a rank that does not
+    receive alone, a description (two messages) and its tensors, sent to `to` or broadcast.
+
+    Raises:
+        DDParityError: a sample is missing or there twice; on every rank, before any output moves.
+    """
+    pieces = _pieces(held)
+    said = exchange({"pieces": len(pieces), "ran": [[part.start, part.stop] for part in _merged(ran)]})
+    check_each_once([range(*part) for theirs in said for part in theirs["ran"]], length)
+    if len(said) == 1:
+        while pieces:
+            for rows in pieces.popleft():
+                result.add(rows)
+        return
+    rank = dist.get_rank()
+    for source, theirs in enumerate(said):
+        if not takes_part(source, to):
+            continue
+        for _ in range(theirs["pieces"]):
+            if source == rank:
+                _send(pieces.popleft(), source, to, result)
+            else:
+                _receive(source, to, result)
+
+
+def check_each_once(ran: Sequence[range], length: int) -> None:
+    """Refuse samples that no rank ran, or that several did."""
+    in_order = sorted((part for part in ran if part), key=lambda part: part.start)
+    for before, after in pairwise([range(0), *in_order, range(length, length)]):
+        if after.start != before.stop:
+            problem = "are missing" if after.start > before.stop else "are there twice"
+            low, high = sorted((before.stop, after.start))
+            raise DDParityError(
+                f"the outputs of the samples {low} to {high - 1} of {length} {problem}. No data set or model should "
+                f"bring that about: please report it"
+            )
+
+
+def _merged(ran: Sequence[range]) -> list[range]:
+    """The same samples in as few ranges as follow one another."""
+    merged: list[range] = []
+    for part in sorted(ran, key=lambda part: part.start):
+        if merged and merged[-1].stop == part.start:
+            merged[-1] = range(merged[-1].start, part.stop)
+        else:
+            merged.append(part)
+    return merged
+
+
+def _pieces(held: deque[Rows]) -> deque[list[Rows]]:
+    pieces: deque[list[Rows]] = deque()
+    room = 0
+    while held:
+        rows = held.popleft()
+        room -= sum(leaf.nbytes for leaf in rows.leaves)
+        if not pieces or room < 0:
+            pieces.append([])
+            room = _PIECE_BYTES
+        pieces[-1].append(rows)
+    return pieces
+
+
+def _send(piece: list[Rows], source: int, to: Receiver, result: Collected) -> None:
+    nodes: list[Node] = []
+    places = []
+    for rows in piece:
+        if rows.node not in nodes[-2:]:  # most batches are alike
+            nodes.append(rows.node)
+        places.append([rows.start, rows.size, len(nodes) - 1 - nodes[::-1].index(rows.node)])
+    move_json({"nodes": nodes, "rows": places}, source, to)
+    move([leaf for rows in piece for leaf in rows.leaves], source, to)
+    if to == "all":
+        for rows in piece:
+            result.add(rows)
+
+
+def _receive(source: int, to: Receiver, result: Collected) -> None:
+    head = move_json(None, source, to)
+    placed = [result.places(start, size, head["nodes"][number]) for start, size, number in head["rows"]]
+    move([target for targets, _ in placed for target in targets], source, to)
+    for _, finish in placed:
+        finish()
