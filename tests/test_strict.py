@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -242,6 +243,7 @@ def test_a_world_of_one_gets_its_module_back() -> None:
     assert dp.replicate(net, reduction="strict") is net
     assert type(net) is nn.Sequential
     assert dp.fingerprint(net) == before
+    assert b"ddparity." not in pickle.dumps(net)
     x = torch.randn(6, 2, 192)
 
     def gradient(model: nn.Module) -> torch.Tensor:
