@@ -259,6 +259,21 @@ def test_a_world_of_one_gets_its_module_back() -> None:
     torch.testing.assert_close(fast, tree)
 
 
+def _compiled() -> bool:
+    net = dp.replicate(mlp(), reduction="strict")
+    found = []
+    for model in (net, torch.compile(net, backend="eager")):
+        for micro in dp.accumulate(model, torch.ones(6, 2, 192).cumsum(0)):
+            (model(micro.data).square().mean() * micro.weight).backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+        net.zero_grad()
+    return all(map(torch.equal, *found))
+
+
+def test_a_module_compiled_afterwards_is_as_strict() -> None:
+    assert run_ranks(_compiled, 1) == [True]
+
+
 def _between_steps() -> None:
     """DDP itself is untouched: a loop by hand sums as without strict, also after a step that was left."""
     model = dp.replicate(mlp(), reduction="strict")

@@ -120,7 +120,8 @@ def _check_strict(model: nn.Module, ddp_options: dict[str, Any]) -> None:
 
 def terms_of(model: nn.Module) -> Terms | None:
     """What `replicate` was asked for; None for a module that it did not return, or did in a world of one, "fast"."""
-    kept: Terms | tuple[Reduction, Statistics] | None = model.__dict__.get(_TERMS)
+    asked = model._modules.get("_orig_mod") or model  # inside of torch.compile
+    kept: Terms | tuple[Reduction, Statistics] | None = asked.__dict__.get(_TERMS)
     return Terms(*kept) if isinstance(kept, tuple) else kept
 
 
