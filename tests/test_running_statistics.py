@@ -24,7 +24,7 @@ from tests.strict_cases import (
     WithBuffer,
     cnn,
     image_loss,
-    resnet,
+   
     sgd,
     train,
     without_dropout,
@@ -42,7 +42,6 @@ def _in_double(model: nn.Module, data: Any) -> torch.Tensor:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "cnn": cnn,
     "cumulative": _cumulative,
-    "resnet": resnet,
     "twice, or not at all": Sometimes,
     "checkpointing": Checkpointed,
     "reentrant checkpointing": lambda: Checkpointed(use_reentrant=True),

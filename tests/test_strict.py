@@ -211,14 +211,16 @@ def test_memory_is_a_copy_for_each_level(world_size: int, micro_batches: int) ->
 
 def _collectives(make: Callable[[], nn.Module], reduction: str, micro_batches: int) -> dict[str, int]:
     model = dp.replicate(make(), reduction=reduction)
-    counts: dict[str, int] = {}
-    for _ in range(2):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            for micro in dp.accumulate(model, torch.ones(micro_batches, 2, 3, 8, 8), equal_counts=True):
-                (model(micro.data).mean() * micro.weight).backward()
-        counts = {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
+
+    def step() -> None:
+        for micro in dp.accumulate(model, torch.ones(micro_batches, 2, 3, 8, 8), equal_counts=True):
+            (model(micro.data).mean() * micro.weight).backward()
         model.zero_grad()
-    return counts
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    return {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
 
 
 @pytest.mark.parametrize("micro_batches", [1, 6])
