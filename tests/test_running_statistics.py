@@ -17,8 +17,17 @@ import ddparity as dp
 from ddparity.replicate import unwrapped
 from tests.ranks import outcomes, run_ranks
 from tests.strict_cases import (
-    Case, Checkpointed, Frozen, Sometimes, WithBuffer, cnn, image_loss, sgd, train, without_dropout,
-)  # fmt: skip
+    Case,
+    Checkpointed,
+    Frozen,
+    Sometimes,
+    WithBuffer,
+    cnn,
+    image_loss,
+    sgd,
+    train,
+    without_dropout,
+)
 
 
 def _cumulative() -> nn.Module:

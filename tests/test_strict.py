@@ -31,7 +31,7 @@ from tests.strict_cases import (
     mlp,
     train,
     wide,
-)  # fmt: skip
+)
 
 CASES = {**MATRIX, **FEATURES}
 
