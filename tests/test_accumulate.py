@@ -222,7 +222,8 @@ def test_a_parameter_without_a_gradient_keeps_none() -> None:
 
 
 def _collectives(micro_batches: int, kind: str) -> dict[str, int]:
-    model = dp.replicate(nn.Sequential(nn.BatchNorm1d(6), *_net()).double() if kind == "buffers" else _net())
+    net = nn.Sequential(nn.BatchNorm1d(6), *_net()).double() if "statistics" in kind else _net()
+    model = dp.replicate(net, batchnorm_statistics="rank0" if kind == "rank 0's statistics" else "all")
     counts: dict[str, int] = {}
     for _ in range(3):  # the first reduction is followed by DDP's one broadcast of the bucket order
         batches = [X[:2] for _ in range(micro_batches)]
@@ -240,7 +241,8 @@ def _collectives(micro_batches: int, kind: str) -> dict[str, int]:
     [
         ("equal", {"gloo:all_gather": 1}),
         ("counted", {"gloo:all_gather": 2}),
-        ("buffers", {"gloo:all_gather": 1, "gloo:broadcast": 2}),  # float64 and int64 buffers
+        ("running statistics", {"gloo:all_gather": 2}),
+        ("rank 0's statistics", {"gloo:all_gather": 1, "gloo:broadcast": 2}),  # float64 and int64 buffers
     ],
 )
 def test_one_reduction_a_step(micro_batches: int, kind: str, expected: dict[str, int]) -> None:

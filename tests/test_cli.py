@@ -60,6 +60,11 @@ WRONG = [
     (ONE, "train t.py --nproc 3", "3 ranks but only 2 micro-batches in a step (global batch 4, micro-batch 2)"),
     (ONE, "train t.py --nproc 0", "--nproc 0: start at least 1 process"),
     (ONE, "predict t.py --checkpoint gone", "there is no checkpoint at gone: train one with `ddparity train t.py`"),
+    (
+        ONE,
+        "train t.py --reduction strict --sync-batchnorm",
+        "synchronised statistics depend on the number of processes",
+    ),
     ("", "run missing.py", "there is no script missing.py"),
     ("", "run --nproc 0 t.py", "--nproc 0: start at least 1 process"),
 ]
@@ -77,7 +82,16 @@ def test_one_line_and_exit_code_2(folder: Path, source: str, arguments: str, mes
 
 
 @pytest.mark.parametrize(
-    "arguments", ["train", "train t.py --nproc two", "train t.py --unknown", "nothing", "predict t.py"]
+    "arguments",
+    [
+        "train",
+        "train t.py --nproc two",
+        "train t.py --unknown",
+        "train t.py --reduction loose",
+        "train t.py --threads 0",
+        "nothing",
+        "predict t.py",
+    ],
 )
 def test_usage_errors_exit_with_2(folder: Path, arguments: str) -> None:
     result = CliRunner().invoke(app, arguments.split())
@@ -111,7 +125,7 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
 @pytest.mark.parametrize(("command", "words"), [
     ("", ["run", "train", "predict", "Train on one process or on a thousand"]),
     ("run", ["SCRIPT", "--nproc", "elastic agent"]),
-    ("train", ["TASK", "--nproc", "--checkpoint", "--workers"]),
+    ("train", ["TASK", "--nproc", "--checkpoint", "--workers", "--reduction", "--threads"]),
     ("predict", ["TASK", "--nproc", "--checkpoint", "--to", "--metric", "--workers"]),
 ])  # fmt: skip
 def test_help(command: str, words: list[str]) -> None:

@@ -13,7 +13,7 @@ LAYERS = {
     0: ["errors", "compat", "files", "environment", "roster", "meeting", "scheduling", "world", "order", "console"],
     1: [
         "permutation", "plan", "seeds", "batches", "trees", "sampling",
-        "reduction", "batchnorm", "replicate", "accumulate", "wire", "gather", "fingerprint",
+        "summation", "reduction", "strict", "batchnorm", "replicate", "accumulate", "wire", "gather", "fingerprint",
     ],
     2: ["keyed", "loader", "predict", "checkpoint"],
     3: ["task", "train"],

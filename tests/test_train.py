@@ -79,3 +79,21 @@ def test_a_metric_of_sums_is_that_of_all_outputs(tmp_path: Path) -> None:
     assert second == {}
     with pytest.raises(TypeError, match="got metric and sums: give one"):
         _task(sums=_raise)
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(18, 1))
+
+
+def _strict(folder: str) -> tuple[str, int]:
+    data = torch.randn(13, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    task = _task(model=_net, dataset=lambda split: data, global_batch=8, epochs=2)
+    torch.set_num_threads(2)
+    result = train(task, Path(folder) / "c", num_workers=1, reduction="strict")
+    return result.fingerprint, torch.get_num_threads()
+
+
+def test_strict_gives_the_same_fingerprint_on_any_number_of_processes(tmp_path: Path) -> None:
+    found = [end for world_size in (1, 2, 3, 4) for end in run_ranks(_strict, world_size, str(tmp_path))]
+    assert {threads for _, threads in found} == {1}
+    assert len({fingerprint for fingerprint, _ in found}) == 1

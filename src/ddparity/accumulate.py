@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,11 +14,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .batches import LoadedMicroBatch, Step, to_device
-from .batchnorm import synchronises
-from .compat import forward_collectives, forward_collectives_due
-from .reduction import sum_gradients, sum_over_ranks
-from .replicate import averages
+from .batchnorm import RunningStatistics, compiled_layers, synchronises, tracks_all_buffers
+from .compat import forward_collectives, forward_collectives_due, no_forward_collectives
+from .reduction import copies_of_ranks, sum_gradients
+from .replicate import Terms, averages, terms_of
 from .seeds import seed_streams
+from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,11 @@ def accumulate(
     With a `Step`, Python's, NumPy's and torch's streams are set to each micro-batch's key, and after the last to the
     step's, the same on every rank.
 
+    After `replicate(reduction="strict")` each micro-batch's gradient is taken out of the parameters after its backward,
+    and the sum, whose bits do not depend on the number of ranks, is put back after the loop. Running statistics of
+    plain batch norms move after the loop, too, unless `replicate` was asked otherwise. Micro-batches are numbered by
+    the `Step`; foreign batches in rank order, as if one process ran rank 0's, then rank 1's.
+
     Args:
         model: what `replicate` gave, any DistributedDataParallel, or a plain module in a world of one. A DDP that
             averages over ranks gets weights larger by the world size; otherwise they sum to one over all ranks.
@@ -50,13 +58,17 @@ def accumulate(
         Micro-batches with `.data` (on the model's device), `.weight` and `.index`.
 
     Collectives: the gradients once, in DDP's buckets, overlapped with the last backward, or in one flat collective
-    where a rank has no micro-batch. For foreign batches, or with `count`, one of 32 bytes more, before the first
-    micro-batch; none with `equal_counts`. Every rank must call it and run a backward for each micro-batch.
+    where a rank has no micro-batch; strict: those of `StrictReduction`. For running statistics one small all-gather,
+    see `RunningStatistics`. For foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch;
+    none with `equal_counts`. Every rank must call it and run a backward for each micro-batch.
 
     Raises:
-        TypeError: a plain module in a world of several processes, or a batch whose units cannot be counted.
+        TypeError: a plain module in a world of several processes, a batch whose units cannot be counted, or in strict
+            mode a sparse gradient.
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
-            not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches.
+            not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches,
+            or a `Step` is shared among another number of ranks than the model, or the model is strict and compiled with
+            batch norms inside.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -86,57 +98,116 @@ def _accumulate(
     equal_counts: bool,
 ) -> Iterator[LoadedMicroBatch]:
     micros: Iterator[LoadedMicroBatch]
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if replicated is not None else (0, 1)
     device = next((parameter.device for parameter in model.parameters()), None)
     step = batches if isinstance(batches, Step) else None
+    # How many micro-batches each rank has.
     if step is not None and count is None:
-        size, flat, even = len(step), step.ranks_without, step.even
-        micros = map(step.load, range(size))
+        numbers = step.shares
+        if len(numbers) != world_size:
+            raise ValueError(
+                f"accumulate(): this step is shared among {len(numbers)} ranks, but the model's process group has "
+                f"{world_size}: a Loader shares a step among all ranks, so replicate the model over all of them"
+            )
+        micros = map(step.load, range(numbers[rank]))
     else:
-        weighted, flat, even = _weighted(batches, count or first_dimension, replicated, device, equal_counts)
-        size, micros = len(weighted), iter(weighted)
-    if replicated is None:
-        flat = False
-    elif replicated.static_graph and (size > 1 or flat):
+        weighted, numbers = _weighted(batches, count or first_dimension, replicated, device, equal_counts)
+        micros = iter(weighted)
+    size = numbers[rank]
+    terms = terms_of(model)
+    strict = terms is not None and terms.reduction == "strict"
+    # Reduced after the loop, and not in the last backward.
+    after = replicated is not None and (strict or 0 in numbers)
+    _check_shares(model, replicated, numbers, size, after)
+    # DDP's own path divides by the world size; our sums do not.
+    scale = world_size if replicated is not None and not after and averages(replicated) else 1
+    target = device if device is not None and device.type != "cpu" else None
+
+    statistics = _statistics(model, terms, group)
+    position = -1
+    with ExitStack() as window:
+        if replicated is not None and (after or statistics):
+            window.callback(forward_collectives_due, replicated)
+            if statistics and tracks_all_buffers(replicated.module):
+                no_forward_collectives(replicated)
+        if replicated is not None and after:
+            forward_collectives(replicated)
+        gradients = None
+        if strict:
+            named = replicated.module.named_parameters() if replicated is not None else model.named_parameters()
+            gradients = StrictReduction(named, numbers, rank, group)
+            window.enter_context(deterministic(device))
+        if statistics:
+            window.enter_context(statistics.recording())
+        try:
+            for position, micro in enumerate(micros):
+                if micro.seed is not None:
+                    seed_streams(micro.seed)
+                if target is not None or scale != 1:
+                    data = to_device(micro.data, target) if target is not None else micro.data
+                    micro = LoadedMicroBatch(data, micro.weight * scale, micro.index, micro.seed)
+                if replicated is None or (position == size - 1 and not after):
+                    yield micro
+                else:
+                    with replicated.no_sync():
+                        yield micro
+                if gradients is not None:
+                    gradients.take()
+        except GeneratorExit:
+            if after or strict or position < size - 1:
+                lost = "gradients are not reduced"
+            elif statistics:
+                lost = "running statistics have not moved"
+            else:
+                raise
+            logger.warning("left accumulate() in micro-batch %d of %d: %s", position + 1, size, lost)
+            raise
+        if gradients is not None:
+            gradients.finish()
+        elif replicated is not None and after:
+            sum_gradients(replicated.module.parameters(), group)
+        if statistics and terms is not None:
+            statistics.replay(max(numbers), terms.room)
+        if step is not None:
+            seed_streams(step.seed)
+
+
+def _check_shares(
+    model: nn.Module, replicated: DistributedDataParallel | None, numbers: Sequence[int], size: int, after: bool
+) -> None:
+    """Refuse what cannot run these numbers of micro-batches; every rank with a model of this kind does."""
+    if replicated is not None and replicated.static_graph and (size > 1 or after):
         raise ValueError(
             f"accumulate() got {size} micro-batches for a DDP module with static_graph=True, whose backwards must "
             f"all reduce: leave static_graph out, or give each rank one micro-batch a step"
         )
-    if not even and synchronises(model):
+    if len(set(numbers)) > 1 and synchronises(model):
         raise ValueError(
             f"accumulate(): this rank has {size} micro-batches in this step and others have more or fewer, but the "
             f"model has synchronised batch norms, which every rank must run equally often: give each rank as many "
             f"micro-batches (a BatchPlan's short last step is left out with drop_last=True)"
         )
-    # DDP's own path divides by the world size; our sum of flat gradients does not.
-    scale = dist.get_world_size(group) if replicated is not None and not flat and averages(replicated) else 1
 
-    if replicated is not None and flat:
-        forward_collectives(replicated)
-    target = device if device is not None and device.type != "cpu" else None
-    position = -1
-    try:
-        for position, micro in enumerate(micros):
-            if micro.seed is not None:
-                seed_streams(micro.seed)
-            if target is not None or scale != 1:
-                data = to_device(micro.data, target) if target is not None else micro.data
-                micro = LoadedMicroBatch(data, micro.weight * scale, micro.index, micro.seed)
-            if replicated is None or (position == size - 1 and not flat):
-                yield micro
-            else:
-                with replicated.no_sync():
-                    yield micro
-        if replicated is not None and flat:
-            sum_gradients(replicated.module.parameters(), group)
-        if step is not None:
-            seed_streams(step.seed)
-    except GeneratorExit:
-        if flat or position < size - 1:
-            logger.warning("left accumulate() in micro-batch %d of %d: gradients are not reduced", position + 1, size)
-        raise
-    finally:
-        if replicated is not None and flat:
-            forward_collectives_due(replicated)
+
+def _statistics(model: nn.Module, terms: Terms | None, group: dist.ProcessGroup | None) -> RunningStatistics | None:
+    """What keeps the running statistics in this step; None where every forward moves them itself."""
+    if terms is None or terms.batchnorm_statistics == "rank0":
+        return None
+    statistics = RunningStatistics(model, group)
+    if not statistics.layers:
+        return None
+    if compiled_layers(model):
+        problem = "the model is compiled, and a batch norm inside of a graph does not tell a batch's statistics"
+        if terms.reduction == "strict":
+            raise ValueError(
+                f"accumulate(): {problem}: compile parts without batch norms, or take rank 0's running statistics, by "
+                f'replicate(model, reduction="strict", batchnorm_statistics="rank0")'
+            )
+        if dist.get_rank(group) == 0:
+            logger.warning("%s: its running statistics are rank 0's", problem)
+        terms.batchnorm_statistics = "rank0"  # on every rank alike
+        return None
+    return statistics
 
 
 def _listed(batches: Iterable[Any]) -> list[LoadedMicroBatch]:
@@ -151,39 +222,38 @@ def _weighted(
     replicated: DistributedDataParallel | None,
     device: torch.device | None,
     equal_counts: bool,
-) -> tuple[list[LoadedMicroBatch], bool, bool]:
-    """The micro-batches that have units, weighted over all ranks; whether some rank has none, and all equally many."""
+) -> tuple[list[LoadedMicroBatch], tuple[int, ...]]:
+    """The micro-batches that have units, weighted over all ranks; how many of these each rank has."""
     world_size = dist.get_world_size(replicated.process_group) if replicated is not None else 1
     if equal_counts:
         micros = _listed(batches)
         if not micros:
             raise ValueError("accumulate(equal_counts=True) got no batches")
-        return _reweighted(micros, [1 / (len(micros) * world_size)] * len(micros)), False, True
+        weights = [1 / (len(micros) * world_size)] * len(micros)
+        return _reweighted(micros, weights), (len(micros),) * world_size
     # A rank that cannot load or count tells the others by a NaN, since they would wait for it.
     problem: Exception | None = None
     micros, counts = [], []
     try:
         micros = _listed(batches)
         counts = [_checked_count(count(micro.data), micro.index) for micro in micros]
-        number = sum(map(bool, counts))
-        total = [sum(counts), float(number == 0), float(number), float(number**2)]
+        own = [sum(counts), float(sum(map(bool, counts)))]
     except Exception as error:
-        problem, total = error, [float("nan"), 0.0, 0.0, 0.0]
+        problem, own = error, [float("nan"), 0.0]
+    everyones = [own]
     if replicated is not None:
-        sums = sum_over_ranks(torch.tensor(total, dtype=torch.float64, device=device), replicated.process_group)
-        total = sums.tolist()
+        mine = torch.tensor(own, dtype=torch.float64, device=device)
+        everyones = copies_of_ranks(mine, replicated.process_group).tolist()
     if problem is not None:
         raise problem
-    units, ranks_without, numbers, squares = total
+    units = math.fsum(units for units, _ in everyones)
     if units != units:
         raise ValueError("accumulate(): another rank could not load or count its batches; its own error says why")
     if units == 0:
         raise ValueError(
             "accumulate(): no batch on any rank has a unit to take the mean over; skip this step on all ranks"
         )
-    # Numbers are all equal where the mean of their squares is the square of their mean.
-    even = world_size * squares == numbers**2
-    return _reweighted(micros, [own / units for own in counts]), ranks_without > 0, even
+    return _reweighted(micros, [own / units for own in counts]), tuple(int(number) for _, number in everyones)
 
 
 def _reweighted(micros: list[LoadedMicroBatch], weights: list[float]) -> list[LoadedMicroBatch]:

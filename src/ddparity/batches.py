@@ -32,8 +32,8 @@ class Step(Sequence[LoadedMicroBatch]):
     Taking a micro-batch out also sets the random streams to its key, so that a forward after it draws the same numbers
     on any rank and with any number of workers.
 
-    `number`, `epoch`: the step's. `ranks_without`: some rank has no micro-batch in this step. `even`: all ranks have
-    equally many. `seed`: keys the random streams after the step.
+    `number`, `epoch`: the step's. `shares`: how many micro-batches each rank has. `seed`: keys the random streams
+    after the step.
     """
 
     def __init__(
@@ -42,14 +42,12 @@ class Step(Sequence[LoadedMicroBatch]):
         number: int,
         size: int,
         load_next: Callable[[], LoadedMicroBatch],
-        ranks_without: bool,
-        even: bool,
+        shares: tuple[int, ...],
         seed: int,
     ) -> None:
         self.epoch = epoch
         self.number = number
-        self.ranks_without = ranks_without
-        self.even = even
+        self.shares = shares
         self.seed = seed
         self._size = size
         self._load_next = load_next

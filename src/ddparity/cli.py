@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import torch
 import typer
@@ -72,14 +72,35 @@ def train(
     sync_batchnorm: Annotated[
         bool, typer.Option("--sync-batchnorm", help="Batch-norm statistics over all processes.")
     ] = False,
+    reduction: Annotated[
+        Literal["fast", "strict"],
+        typer.Option(help="`strict`: the same bits on any number of processes."),
+    ] = "fast",
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Threads of each process, which the bits depend on. Default: 1 with `--reduction strict`, else the "
+            "cores shared out.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a TASK: one progress display, exact accuracy after each epoch, a checkpoint and a table at the end."""
+    if sync_batchnorm and reduction == "strict":
+        _refuse(
+            "--reduction strict --sync-batchnorm: synchronised statistics depend on the number of processes: leave one "
+            "of the two out"
+        )
     loaded, count = _checked(task, nproc)
     target = checkpoint or Path("runs") / _title(task) / "checkpoint.safetensors"
     if count > 1:
-        options = ["--checkpoint", str(target), "--workers", str(workers), *["--sync-batchnorm"] * sync_batchnorm]
+        options = ["--checkpoint", str(target), "--workers", str(workers), "--reduction", reduction]
+        options += ["--sync-batchnorm"] * sync_batchnorm
+        options += ["--threads", str(threads)] if threads is not None else []
         _launch(["-m", "ddparity", "train", task, *options], count)
-    _in_this_process(lambda: train_task(loaded, target, workers, _title(task), sync_batchnorm))
+    _in_this_process(lambda: train_task(loaded, target, workers, _title(task), sync_batchnorm, reduction, threads))
 
 
 @app.command()

@@ -72,6 +72,11 @@ def forward_collectives(model: DistributedDataParallel) -> None:
     model.require_forward_param_sync = False
 
 
+def no_forward_collectives(model: DistributedDataParallel) -> None:
+    """Have the next forward not synchronise buffers, which are equal on all ranks already."""
+    model.require_forward_param_sync = False
+
+
 def forward_collectives_due(model: DistributedDataParallel) -> None:
     """Let the next forward synchronise buffers again, as after a backward that reduced."""
     model.require_forward_param_sync = True
@@ -124,6 +129,11 @@ def is_plain_tensor(x: torch.Tensor) -> bool:
 def in_backward() -> bool:
     """Whether autograd is running a backward here: a forward then recomputes what activation checkpointing dropped."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile(module)` or `module.compile()` made this module's forward."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -106,13 +107,17 @@ class Loader:
         check_current()
         plan, batches, issued = self.plan, loaded(self.dataloader), self._order.issued
         for number in range(start_step, len(self)):
-            count = plan.micro_batches_in(number)
-            size = len(share(count, rank, world_size))
-            even = count % world_size == 0
-            step = Step(epoch, number, size, load_next, count < world_size, even, plan.seed_after(epoch, number))
+            shares = _shares(plan.micro_batches_in(number), world_size)
+            size = shares[rank]
+            step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number))
             yield step
             if size:
                 step.load(size - 1)  # what was not taken is not the next step's
+
+
+@functools.lru_cache(maxsize=64)
+def _shares(count: int, world_size: int) -> tuple[int, ...]:
+    return tuple(len(share(count, rank, world_size)) for rank in range(world_size))
 
 
 class _Order:

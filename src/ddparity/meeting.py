@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import psutil
 import torch.distributed as dist
 
-from .compat import PrefixStore, Store, append, default_store
+from .compat import PrefixStore, Store, append, default_store, group_name
 from .errors import RankFailure
 
 _POLL_S = (0.001, 0.05)  # first and longest pause between two looks at the store
@@ -202,19 +202,23 @@ def store_root() -> Store:
 
 
 @contextmanager
-def agreed(what: str) -> Iterator[Meeting | None]:
-    """Run the body on every rank of the default group; an exception in one is raised on all.
+def agreed(what: str, group: dist.ProcessGroup | None = None) -> Iterator[Meeting | None]:
+    """Run the body on every rank of a group, the default one where None; an exception in one is raised on all.
 
-    Every rank must come here, in the same order. Yields the meeting, whose `poll` tells a long body early of another
-    rank's failure; None in a world of one.
+    Every rank of it must come here, in the same order. Yields the meeting, whose `poll` tells a long body early of
+    another rank's failure; None in a world of one.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         yield None
         return
     rank, store = dist.get_rank(), store_root()
+    ranks: Sequence[int] = range(dist.get_world_size())
+    place = "agreed"
+    if group is not None:
+        ranks, place = dist.get_process_group_ranks(group), f"agreed/{group_name(group)}"
     with reaching_store(what):
-        call = store.add(f"agreed/{rank}", 1)
-    meeting = Meeting(store, f"agreed/call{call}", rank, range(dist.get_world_size()), what)
+        call = store.add(f"{place}/{rank}", 1)
+    meeting = Meeting(store, f"{place}/call{call}", rank, ranks, what)
     try:
         yield meeting
     except BaseException as error:

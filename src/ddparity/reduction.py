@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: DDP reads the hook's annotations as objects.
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Futu
     bytes either way. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
     """
     buffer = bucket.buffer()
-    if not bucket.is_last() and not _gathers(buffer, group):
+    if not bucket.is_last() and not gathers(buffer.numel(), buffer, group):
         work = dist.all_reduce(buffer, group=group, async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
     # Waiting here costs less than a callback. The last bucket has no backward left to overlap with, and small ones are
@@ -36,7 +36,7 @@ def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Futu
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The sum of a tensor over the ranks, perhaps in place; one collective of its bytes. All ranks call it."""
-    if _gathers(tensor, group):
+    if gathers(tensor.numel(), tensor, group):
         return _gathered_sum(tensor, group)
     dist.all_reduce(tensor, group=group)
     return tensor
@@ -47,6 +47,24 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     copies = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
     all_gather_single(copies.view(-1), tensor.reshape(-1), group=group)
     return copies
+
+
+def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Send tensor i to rank i of the group and fill tensor i from it, all at once; what is empty is not sent.
+
+    Gloo's own all-to-all and all-gather take longer, the first above all over a slow link (benchmarks/strict.py). This
+    rank's own are left alone. All ranks call it, with sizes that agree.
+    """
+    rank, world_size = dist.get_rank(group), len(sent)
+    operations = []
+    for distance in range(1, world_size):
+        source, target = (rank - distance) % world_size, (rank + distance) % world_size
+        for move, tensor, peer in ((dist.irecv, received[source], source), (dist.isend, sent[target], target)):
+            if tensor.numel():
+                operations.append(dist.P2POp(move, tensor, dist.get_global_rank(group, peer), group))
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
@@ -88,10 +106,11 @@ def _sum_flat(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -
             parameter.grad = values.view_as(parameter).clone(memory_format=torch.preserve_format)
 
 
-def _gathers(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether gathering `numel` elements of each rank, of this tensor's dtype and device, beats exchanging sums."""
+    if like.device.type != "cpu" or like.layout != torch.strided:
         return False
-    own = tensor.numel() * tensor.element_size()
+    own = numel * like.element_size()
     return own <= GATHERED_BYTES and own * dist.get_world_size(group) <= GATHERED_BYTES_OF_ALL
 
 

@@ -20,7 +20,7 @@ from .loader import Loader, check_even_shares
 from .meeting import agreed
 from .order import first
 from .predict import Predictor, read_predictions
-from .replicate import replicate
+from .replicate import Reduction, replicate
 from .seeds import seed_everything
 from .task import Task, check_task
 from .world import world
@@ -39,12 +39,20 @@ class Result:
 
 
 def train(
-    task: Task, checkpoint: Path, num_workers: int = 0, title: str = "train", sync_batchnorm: bool = False
+    task: Task,
+    checkpoint: Path,
+    num_workers: int = 0,
+    title: str = "train",
+    sync_batchnorm: bool = False,
+    reduction: Reduction = "fast",
+    threads: int | None = None,
 ) -> Result:
     """Train a Task on the processes that a launcher started, or on this one. Every rank calls it.
 
     `sync_batchnorm`: its batch norms take their statistics over the micro-batches that run at the same time on all
     ranks, so the result depends on the number of processes.
+    `reduction`: of `replicate`; "strict" gives the same fingerprint on any number of processes.
+    `threads`: intra-op threads of each process, which the bits depend on; None: 1 for "strict", else torch's default.
 
     Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end; writes a
     checkpoint after each epoch.
@@ -52,6 +60,10 @@ def train(
     Collectives: those of `replicate`, `accumulate` and `predict`.
     """
     start = time.monotonic()
+    if threads is None and reduction == "strict":
+        threads = 1  # one process alone would take all cores
+    if threads is not None:
+        torch.set_num_threads(threads)
     with world() as here:
         setup_logging()
         check_task(task, here.world_size)
@@ -67,7 +79,7 @@ def train(
             loader = Loader(train_set, task.plan(len(train_set)), num_workers, task.collate_fn)
             if sync_batchnorm and synchronises(convert_sync_batchnorm(net)):
                 check_even_shares(loader.plan, here.world_size)
-        model = replicate(net)
+        model = replicate(net, reduction)
         optimizer = task.optimizer(model.parameters())
         predict = predictor(task, test_set, num_workers)
 

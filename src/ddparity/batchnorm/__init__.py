@@ -1,7 +1,19 @@
 """Batch norm over all processes."""
 
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
-from .layer import SyncBatchNorm, synchronises
+from .layer import SyncBatchNorm, shared_layers, synchronises
 from .moments import sync_moments
+from .running import Room, RunningStatistics, compiled_layers, tracks_all_buffers
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "revert_sync_batchnorm", "sync_moments", "synchronises"]
+__all__ = [
+    "Room",
+    "RunningStatistics",
+    "SyncBatchNorm",
+    "compiled_layers",
+    "convert_sync_batchnorm",
+    "revert_sync_batchnorm",
+    "shared_layers",
+    "sync_moments",
+    "synchronises",
+    "tracks_all_buffers",
+]

@@ -168,10 +168,16 @@ class SyncBatchNorm(_BatchNorm):
 
 def synchronises(model: nn.Module) -> bool:
     """Whether the model has batch norms, ours or torch's, whose forward in training waits for other ranks."""
-    return any(
-        isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) and module.training and _is_shared(module.process_group)
-        for module in model.modules()
-    )
+    return any(layer.training for _, layer in shared_layers(model))
+
+
+def shared_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's batch norms, ours or torch's, that are synchronised over several ranks, by name; in any mode."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) and _is_shared(module.process_group)
+    ]
 
 
 def _is_shared(process_group: dist.ProcessGroup | None) -> bool:
