@@ -130,6 +130,7 @@ def _accumulate(
             sum_gradients(replicated.module.parameters(), group)
         if step is not None:
             seed_streams(step.seed)
+            step.end()
     except GeneratorExit:
         if flat or position < size - 1:
             logger.warning("left accumulate() in micro-batch %d of %d: gradients are not reduced", position + 1, size)

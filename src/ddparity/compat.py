@@ -7,6 +7,7 @@ import functools
 import os
 import socket
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,25 @@ def is_plain_tensor(x: torch.Tensor) -> bool:
 def in_backward() -> bool:
     """Whether autograd is running a backward here: a forward then recomputes what activation checkpointing dropped."""
     return torch._C._current_graph_task_id() != -1
+
+
+def layer_versions(state: Any) -> dict[str, Any] | None:
+    """What a module's state dict keeps of its layers' versions, by which they read states of earlier ones."""
+    found = getattr(state, "_metadata", None)
+    return None if found is None else {name: dict(entry) for name, entry in found.items()}
+
+
+def with_layer_versions(state: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
+    """A state dict that has these versions of layers."""
+    ordered = OrderedDict(state)
+    ordered._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
+    return ordered
+
+
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside of `torch.compile(module)`, or the module itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from .world import world
 
 @dataclass(frozen=True)
 class Result:
-    """How a training ended. `metrics`: of the held-out set. `train_s`: without evaluation."""
+    """How a training ended. `metrics`: of the held-out set. `train_s`: without evaluation, since it was resumed."""
 
     metrics: dict[str, float]
     total_s: float
@@ -38,16 +40,35 @@ class Result:
     checkpoint: Path
 
 
+@dataclass(frozen=True)
+class Saves:
+    """How a training saves and resumes.
+
+    `every`: also write the checkpoint every so many steps. `keep`: of `save_checkpoint`. `resume`: go on from the
+    checkpoint, or from the start where there is none yet.
+    """
+
+    every: int | None = None
+    keep: int | None = None
+    resume: bool = False
+
+
 def train(
-    task: Task, checkpoint: Path, num_workers: int = 0, title: str = "train", sync_batchnorm: bool = False
+    task: Task,
+    checkpoint: Path,
+    num_workers: int = 0,
+    title: str = "train",
+    sync_batchnorm: bool = False,
+    saving: Saves | None = None,
 ) -> Result:
     """Train a Task on the processes that a launcher started, or on this one. Every rank calls it.
 
     `sync_batchnorm`: its batch norms take their statistics over the micro-batches that run at the same time on all
     ranks, so the result depends on the number of processes.
 
-    Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end; writes a
-    checkpoint after each epoch.
+    `saving`: when to write the checkpoint besides after each epoch, how many to keep, and whether to resume.
+
+    Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end.
 
     Collectives: those of `replicate`, `accumulate` and `predict`.
     """
@@ -71,27 +92,66 @@ def train(
         optimizer = task.optimizer(model.parameters())
         predict = predictor(task, test_set, num_workers)
 
-        train_s, metrics = 0.0, {}
-        with progress(task.epochs * len(loader), here.rank, title) as display:
-            for epoch in range(task.epochs):
+        saving = saving or Saves()
+        states: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
+        save = partial(save_checkpoint, checkpoint, keep=saving.keep, **states)
+        resumed = _resume(task, checkpoint, loader, states) if saving.resume else None
+
+        train_s, metrics, before = 0.0, None, _done(loader)
+        with progress(task.epochs * len(loader), here.rank, title, start=before) as display:
+            if resumed is not None:
+                display.say(resumed)
+            for epoch in loader.epochs(task.epochs):
                 began = time.monotonic()
-                _train_epoch(task, model, optimizer, loader, epoch, display)
+                _train_epoch(task, model, optimizer, loader, epoch, display, saving.every, save)
                 train_s += time.monotonic() - began
                 metrics = evaluate(task, model, predict)
                 display.say(f"epoch {epoch + 1}/{task.epochs}: {shown(metrics)}")
-                save_checkpoint(checkpoint, model=model, optimizer=optimizer)
+                save()
+        if metrics is None:  # nothing was left to train
+            metrics = evaluate(task, model, predict)
 
-        samples = task.epochs * len(train_set)
-        result = Result(
-            metrics, time.monotonic() - start, train_s, samples / train_s, fingerprint(model), checkpoint.resolve()
-        )
+        rate = (_done(loader)[1] - before[1]) / train_s if train_s else 0.0
+        result = Result(metrics, time.monotonic() - start, train_s, rate, fingerprint(model), checkpoint.resolve())
         if here.rank == 0:
             _show(result, here.world_size, str(here.device.type))
         return result
 
 
+def _resume(task: Task, checkpoint: Path, loader: Loader, states: dict[str, Any]) -> str:
+    """Load the checkpoint, where there is one; says where the training goes on."""
+    with agreed(f"resuming from {checkpoint}") as meeting:
+        exists = checkpoint.is_file()
+        if meeting is not None:
+            meeting.same(f"whether there is a checkpoint at {checkpoint}", exists)
+    if not exists:
+        return f"no checkpoint at {checkpoint} yet: training from the start"
+    load_checkpoint(checkpoint, **states)
+    epoch, step = loader.position
+    if (epoch, step) > (task.epochs, 0):
+        raise ValueError(
+            f"{checkpoint} has {epoch} epochs and {step} steps behind it, and the Task is of {task.epochs} epochs: "
+            f"give the Task more epochs, or another checkpoint"
+        )
+    return f"resumed from {checkpoint}: {epoch} epochs and {step} of {len(loader)} steps are done"
+
+
+def _done(loader: Loader) -> tuple[int, int]:
+    """Steps before a loader's position, of all epochs, and their samples."""
+    plan, (epoch, step) = loader.plan, loader.position
+    in_epoch = min(plan.num_samples, len(loader) * plan.global_batch)
+    return epoch * len(loader) + step, epoch * in_epoch + min(step * plan.global_batch, in_epoch)
+
+
 def _train_epoch(
-    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, epoch: int, display: Progress
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    epoch: int,
+    display: Progress,
+    save_every: int | None,
+    save: Callable[[], None],
 ) -> None:
     model.train()
     for step in loader.epoch(epoch):
@@ -102,11 +162,12 @@ def _train_epoch(
             loss_sum, weight_sum = loss_sum + loss.detach() * micro.weight, weight_sum + micro.weight
         optimizer.step()
         optimizer.zero_grad()
-        done = epoch * len(loader) + step.number + 1
-        samples = epoch * loader.plan.num_samples + min((step.number + 1) * task.global_batch, loader.plan.num_samples)
+        done, samples = _done(loader)
         if display.due(done):  # reading the loss waits for the device
             mean = float(loss_sum) / weight_sum if weight_sum else math.nan
             display.update(done, samples, f"loss {mean:.4f}")
+        if save_every is not None and done % save_every == 0:
+            save()
 
 
 def predictor(task: Task, dataset: Any, num_workers: int = 0) -> Predictor:

@@ -243,6 +243,14 @@ def named_types(node: Node) -> list[str]:
     return here + [name for item in node.get("items", []) for name in named_types(item)]
 
 
+def leaf_paths(node: Node, path: str) -> list[str]:
+    """Where each leaf of a description stands, in their order: dict keys and positions, joined by dots."""
+    if "leaf" in node:
+        return [path]
+    keys = node["keys"] if node["kind"] in ("dict", "fields") else range(len(node["items"]))
+    return [found for key, item in zip(keys, node["items"], strict=True) for found in leaf_paths(item, f"{path}.{key}")]
+
+
 def concatenate(values: Sequence[Any]) -> Any:
     """Join local values as `gather` joins those of ranks."""
     apart = [take_apart(value) for value in values]
