@@ -55,6 +55,12 @@ def take_snapshot(states: dict[str, Any], about: dict[str, Any], copy: bool) -> 
         leaves += [leaf.to("cpu", copy=copy) for leaf in own]
     names = [name for own_names in _names(nodes).values() for name in own_names]
     versions = {name: found for name, state in states.items() if (found := layer_versions(state)) is not None}
+    try:  # here, and not where it is written, which may be later
+        json.dumps([names, versions], ensure_ascii=False).encode()
+    except (TypeError, UnicodeError) as error:
+        raise TypeError(
+            f"a key or a layer's version in the states of {', '.join(states)} is no JSON: {error}"
+        ) from error
     return Snapshot(nodes, dict(zip(names, leaves, strict=True)), versions, about)
 
 
