@@ -455,6 +455,13 @@ def test_what_cannot_be_saved_is_named_and_the_old_file_stays(
     assert _numbered(tmp_path) == {"c": 1}
 
 
+def test_more_than_a_file_can_describe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddparity.statefile._LARGEST_HEADER", 10_000)
+    with pytest.raises(ValueError, match=r"100 tensors and lists are more than one checkpoint can describe"):
+        dp.save_checkpoint(tmp_path / "c", held=Held({"a": [torch.ones(1)] * 100}))
+    assert os.listdir(tmp_path) == []
+
+
 class _NamedState:
     def state_dict(self) -> dict:
         return {"version": Version(1, 2)}

@@ -98,8 +98,8 @@ def test_flipped_bits_are_refused(folder: Path) -> None:
     content, expected = path.read_bytes(), (dp.fingerprint(model), dp.fingerprint(optimizer.state_dict()))
     header = 8 + int.from_bytes(content[:8], "little")
     randomly = random.Random(0).sample(range(8 * len(content)), 500)
-    # And more of the data, which is the smaller part.
-    for bit in [*randomly, *range(8 * header, 8 * len(content), 3)]:
+    # And all of the header's length, and more of the data, which are the smaller parts.
+    for bit in [*range(64), *randomly, *range(8 * header, 8 * len(content), 3)]:
         _flip(path, bit)
         message = _refused_or_exact(path, expected)
         _flip(path, bit)

@@ -111,7 +111,7 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
 @pytest.mark.parametrize(("command", "words"), [
     ("", ["run", "train", "predict", "Train on one process or on a thousand"]),
     ("run", ["SCRIPT", "--nproc", "elastic agent"]),
-    ("train", ["TASK", "--nproc", "--checkpoint", "--workers"]),
+    ("train", ["TASK", "--nproc", "--checkpoint", "--workers", "--resume", "--save-every", "--keep"]),
     ("predict", ["TASK", "--nproc", "--checkpoint", "--to", "--metric", "--workers"]),
 ])  # fmt: skip
 def test_help(command: str, words: list[str]) -> None:

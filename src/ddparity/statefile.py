@@ -17,6 +17,7 @@ from .trees import Node, byte_view, leaf_paths, named_types, new_tensor, single,
 
 FORMAT = "ddparity 2"
 _ALIGNMENT = 8  # of the data; the format's own writer keeps it, too
+_LARGEST_HEADER = 100_000_000  # bytes; its reader refuses more
 # What every version of the format knows. Other types are written as bytes.
 _NATIVE = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -78,7 +79,11 @@ def _names(nodes: dict[str, Node]) -> dict[str, list[str]]:
 
 
 def write_states(path: Path, snapshot: Snapshot) -> None:
-    """Write a file, tensor by tensor from where they are. Raises OSError.
+    """Write a file, tensor by tensor from where they are.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: there are too many tensors.
 
     The format: 8 bytes, the header's length; the header, JSON; the tensors' bytes in order, without gaps.
     Source: https://huggingface.co/docs/safetensors
@@ -108,6 +113,11 @@ def write_states(path: Path, snapshot: Snapshot) -> None:
         start += len(parts[name])
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > _LARGEST_HEADER:
+        raise ValueError(
+            f"{len(parts):,} tensors and lists are more than one checkpoint can describe ({len(text):,} bytes, of "
+            f"{_LARGEST_HEADER:,}): save the objects to several files, or give a state fewer and larger tensors"
+        )
     with open(path, "wb") as file:
         for part in (len(text).to_bytes(8, "little"), text, *parts.values()):
             file.write(part)
