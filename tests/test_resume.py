@@ -165,6 +165,11 @@ class _Data(torch.utils.data.Dataset):
         return clean + 0.1 * torch.randn(6), index % 3
 
 
+def _wide() -> nn.Module:
+    """Its gradients are large enough for an all-reduce, whose rounding depends on DDP's buckets from 3 ranks on."""
+    return nn.Sequential(nn.Linear(6, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 3))
+
+
 class _Dies:
     """The loss of a Task, which ends the process in the `count`-th call, by SIGKILL or an exception."""
 
@@ -218,16 +223,21 @@ def _train(path: str, num_workers: int, dies: int | None = None, model: Callable
     return train(task, Path(path), num_workers, saving=Saves(every=2, resume=True)).fingerprint
 
 
-@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (3, 0)])
-def test_a_training_that_was_killed_ends_as_one_that_was_not(world_size: int, num_workers: int, tmp_path: Path) -> None:
-    expected = run_ranks(_train, world_size, str(tmp_path / "undisturbed"), 0)
+@pytest.mark.parametrize(
+    ("world_size", "num_workers", "model"), [(1, 2, _normed), (2, 0, _normed), (3, 0, _normed), (3, 1, _wide)]
+)
+def test_a_training_that_was_killed_ends_as_one_that_was_not(
+    world_size: int, num_workers: int, model: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    """Bit for bit."""
+    expected = run_ranks(_train, world_size, str(tmp_path / "undisturbed"), 0, None, model)
     # 90 micro-batches in all, 30 an epoch, 6 a step; the file is written every 2 steps and after each epoch.
     for forward in (40 // world_size, 20 // world_size):
-        ended = outcomes(_train, world_size, str(tmp_path / "killed"), num_workers, forward)
+        ended = outcomes(_train, world_size, str(tmp_path / "killed"), num_workers, forward, model)
         assert ended[0].exitcode == -9 or ended[0].error == "OSError: lost"
         assert all("RankFailure: rank 0" in o.error or "Connection" in o.error for o in ended[1:]), ended
         assert max(o.seconds for o in ended) < 30
-    assert run_ranks(_train, world_size, str(tmp_path / "killed"), num_workers) == expected
+    assert run_ranks(_train, world_size, str(tmp_path / "killed"), num_workers, None, model) == expected
 
 
 def test_on_another_world_size_it_ends_the_same_to_rounding(tmp_path: Path) -> None:

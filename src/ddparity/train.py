@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .accumulate import accumulate
 from .batchnorm import convert_sync_batchnorm, synchronises
@@ -95,7 +97,7 @@ def train(
         saving = saving or Saves()
         states: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
         save = partial(save_checkpoint, checkpoint, keep=saving.keep, **states)
-        resumed = _resume(task, checkpoint, loader, states) if saving.resume else None
+        resumed = _resume(task, checkpoint, model, loader, states) if saving.resume else None
 
         train_s, metrics, before = 0.0, None, _done(loader)
         with progress(task.epochs * len(loader), here.rank, title, start=before) as display:
@@ -118,7 +120,7 @@ def train(
         return result
 
 
-def _resume(task: Task, checkpoint: Path, loader: Loader, states: dict[str, Any]) -> str:
+def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, states: dict[str, Any]) -> str:
     """Load the checkpoint, where there is one; says where the training goes on."""
     with agreed(f"resuming from {checkpoint}") as meeting:
         exists = checkpoint.is_file()
@@ -126,6 +128,7 @@ def _resume(task: Task, checkpoint: Path, loader: Loader, states: dict[str, Any]
             meeting.same(f"whether there is a checkpoint at {checkpoint}", exists)
     if not exists:
         return f"no checkpoint at {checkpoint} yet: training from the start"
+    _reduce_once(task, model, loader)
     load_checkpoint(checkpoint, **states)
     epoch, step = loader.position
     if (epoch, step) > (task.epochs, 0):
@@ -134,6 +137,21 @@ def _resume(task: Task, checkpoint: Path, loader: Loader, states: dict[str, Any]
             f"give the Task more epochs, or another checkpoint"
         )
     return f"resumed from {checkpoint}: {epoch} epochs and {step} of {len(loader)} steps are done"
+
+
+def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
+    """Have DDP's first reduction behind us, as the training that is resumed had: its gradients are dropped.
+
+    DDP lays its buckets out anew after it, and from three ranks on the order of a sum, and so its rounding, depends on
+    where in a bucket a gradient stands. What this changes in the model is replaced by what is loaded after it.
+    """
+    if not isinstance(model, DistributedDataParallel) or dist.get_world_size() < 3:
+        return
+    model.train()
+    step = next(loader.epoch(0, start_step=0))
+    for micro in accumulate(model, step):
+        (task.loss(model, micro.data) * micro.weight).backward()
+    model.zero_grad()
 
 
 def _done(loader: Loader) -> tuple[int, int]:
