@@ -181,16 +181,17 @@ def _shapes(value: Any) -> list[list[list[int]]] | None:
 
 
 def _in_thread(target: Path, snapshot: Snapshot, keep: int | None) -> Future[None]:
+    def write() -> None:
+        try:
+            _write(target, snapshot, keep)
+        except BaseException as error:  # nobody may come to wait
+            logger.error("a checkpoint was not saved: %s: %s", type(error).__name__, error)
+            raise
+
     # An executor's thread is waited for when the interpreter ends.
     executor = ThreadPoolExecutor(1, "save_checkpoint")
-    written = executor.submit(_write, target, snapshot, keep)
+    written = executor.submit(write)
     executor.shutdown(wait=False)
-
-    def tell(done: Future[None]) -> None:  # nobody may come to wait
-        if (error := done.exception()) is not None:
-            logger.error("a checkpoint was not saved: %s: %s", type(error).__name__, error)
-
-    written.add_done_callback(tell)
     return written
 
 
