@@ -126,6 +126,7 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
     ("", ["run", "train", "predict", "Train on one process or on a thousand"]),
     ("run", ["SCRIPT", "--nproc", "elastic agent"]),
     ("train", ["TASK", "--nproc", "--checkpoint", "--workers", "--reduction", "--threads"]),
+    ("train", ["--resume", "--save-every", "--keep"]),
     ("predict", ["TASK", "--nproc", "--checkpoint", "--to", "--metric", "--workers"]),
 ])  # fmt: skip
 def test_help(command: str, words: list[str]) -> None:

@@ -367,6 +367,15 @@ def test_progress_of_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+def test_progress_of_what_is_resumed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rate and the time left are those of this run, not of what was done before."""
+    clock = _Clock(monkeypatch)
+    with console.progress(20, 0, "train", start=(10, 640)) as display:
+        clock.now_s += 6
+        display.update(15, 64 * 15)
+    assert capsys.readouterr().out == "train: 15/20 steps, 53 samples/s, 6 s left\n"
+
+
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = rich.console.Console(file=screen, force_terminal=True, width=120, color_system=None)

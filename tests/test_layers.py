@@ -12,10 +12,10 @@ SOURCE = Path(ddparity.__file__).parent
 LAYERS = {
     0: ["errors", "compat", "files", "environment", "roster", "meeting", "scheduling", "world", "order", "console"],
     1: [
-        "permutation", "plan", "seeds", "batches", "trees", "sampling",
+        "permutation", "plan", "seeds", "random_state", "batches", "trees", "sampling",
         "summation", "reduction", "strict", "batchnorm", "replicate", "accumulate", "wire", "gather", "fingerprint",
     ],
-    2: ["keyed", "loader", "predict", "checkpoint"],
+    2: ["keyed", "loader", "predict", "statefile", "checkpoint"],
     3: ["task", "train"],
     4: ["launch", "cli", "__main__", "__init__"],
 }  # fmt: skip

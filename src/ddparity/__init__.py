@@ -3,7 +3,7 @@
 from .accumulate import accumulate
 from .batches import LoadedMicroBatch, Step
 from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm, sync_moments
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import Saving, load_checkpoint, save_checkpoint
 from .console import setup_logging
 from .errors import DDParityError, RankFailure, RendezvousError, SampleError
 from .fingerprint import fingerprint
@@ -13,6 +13,7 @@ from .loader import Loader
 from .order import first
 from .plan import BatchPlan, MicroBatch
 from .predict import Predictor, predict, read_predictions
+from .random_state import RandomState
 from .replicate import replicate
 from .sampling import ShardSampler
 from .seeds import seed_everything
@@ -26,9 +27,11 @@ __all__ = [
     "Loader",
     "MicroBatch",
     "Predictor",
+    "RandomState",
     "RankFailure",
     "RendezvousError",
     "SampleError",
+    "Saving",
     "ShardSampler",
     "Step",
     "SyncBatchNorm",

@@ -170,6 +170,7 @@ def _accumulate(
             statistics.replay(max(numbers), terms.room)
         if step is not None:
             seed_streams(step.seed)
+            step.end()
 
 
 def _check_shares(

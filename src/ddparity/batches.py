@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -52,6 +52,7 @@ class Step(Sequence[LoadedMicroBatch]):
         self._size = size
         self._load_next = load_next
         self._loaded: list[LoadedMicroBatch] = []
+        self.on_end: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return self._size
@@ -69,6 +70,16 @@ class Step(Sequence[LoadedMicroBatch]):
         assert micro.seed is not None, "a loader's micro-batches have seeds"
         seed_streams(micro.seed)
         return micro
+
+    def __iter__(self) -> Iterator[LoadedMicroBatch]:
+        for index in range(self._size):
+            yield self[index]
+        self.end()
+
+    def end(self) -> None:
+        """The loop over the micro-batches has ended: the loader's position is behind this step now."""
+        if self.on_end is not None:
+            self.on_end()
 
     def load(self, index: int) -> LoadedMicroBatch:
         """Micro-batch `index`, without setting the random streams."""

@@ -13,7 +13,7 @@ import typer
 from .environment import find_placement
 from .launch import run_command
 from .task import Task, check_task, load_task
-from .train import predict_task
+from .train import Saves, predict_task
 from .train import train as train_task
 
 app = typer.Typer(
@@ -86,6 +86,17 @@ def train(
             show_default=False,
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint, or from the start where there is none yet.")
+    ] = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Write the checkpoint every K steps, too.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Keep the N last checkpoints, as FILE, FILE.1, …", show_default=False),
+    ] = None,
 ) -> None:
     """Train a TASK: one progress display, exact accuracy after each epoch, a checkpoint and a table at the end."""
     if sync_batchnorm and reduction == "strict":
@@ -99,8 +110,14 @@ def train(
         options = ["--checkpoint", str(target), "--workers", str(workers), "--reduction", reduction]
         options += ["--sync-batchnorm"] * sync_batchnorm
         options += ["--threads", str(threads)] if threads is not None else []
+        options += ["--resume"] * resume
+        options += ["--save-every", str(save_every)] if save_every is not None else []
+        options += ["--keep", str(keep)] if keep is not None else []
         _launch(["-m", "ddparity", "train", task, *options], count)
-    _in_this_process(lambda: train_task(loaded, target, workers, _title(task), sync_batchnorm, reduction, threads))
+    saving = Saves(save_every, keep, resume)
+    _in_this_process(
+        lambda: train_task(loaded, target, workers, _title(task), sync_batchnorm, reduction, threads, saving)
+    )
 
 
 @app.command()

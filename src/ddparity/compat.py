@@ -7,6 +7,7 @@ import functools
 import os
 import socket
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,25 @@ def in_backward() -> bool:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether `torch.compile(module)` or `module.compile()` made this module's forward."""
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def layer_versions(state: Any) -> dict[str, Any] | None:
+    """What a module's state dict keeps of its layers' versions, by which they read states of earlier ones."""
+    found = getattr(state, "_metadata", None)
+    return None if found is None else {name: dict(entry) for name, entry in found.items()}
+
+
+def with_layer_versions(state: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
+    """A state dict that has these versions of layers."""
+    ordered = OrderedDict(state)
+    ordered._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
+    return ordered
+
+
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside of `torch.compile(module)`, or the module itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:

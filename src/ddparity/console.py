@@ -183,17 +183,19 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(total: int | None, rank: int, title: str, unit: str = "steps") -> Iterator[Progress]:
+def progress(
+    total: int | None, rank: int, title: str, unit: str = "steps", start: tuple[int, int] = (0, 0)
+) -> Iterator[Progress]:
     """The live display on rank 0: units done of a total that may be unknown, samples a second, a note, time left.
 
-    Plain lines where there is no terminal.
+    Plain lines where there is no terminal. `start`: units and samples that were done before.
     """
     if rank:
         yield _Silent()
         return
     console = Console()
     if not console.is_terminal:
-        yield _Lines(total, title, unit)
+        yield _Lines(total, title, unit, start)
         return
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -204,7 +206,7 @@ def progress(total: int | None, rank: int, title: str, unit: str = "steps") -> I
         TextColumn("left"),
     )
     with Bars(*columns, console=console, refresh_per_second=5) as bars:
-        yield _Live(bars, total, title, unit)
+        yield _Live(bars, total, title, unit, start)
 
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -231,10 +233,13 @@ class _Silent:
 class _Timed:
     """Due every `period_s` and at the end; keeps the rate and the time left."""
 
-    def __init__(self, total: int | None, title: str, unit: str, period_s: float) -> None:
+    def __init__(
+        self, total: int | None, title: str, unit: str, period_s: float, start: tuple[int, int] = (0, 0)
+    ) -> None:
         self.total = total
         self.title = title
         self.unit = unit
+        self.start = start
         self._period_s = period_s
         self._start = self._updated = time.monotonic()
 
@@ -247,13 +252,13 @@ class _Timed:
 
 
 class _Live(_Timed):
-    def __init__(self, bars: Bars, total: int | None, title: str, unit: str) -> None:
-        super().__init__(total, title, unit, period_s=0.2)
+    def __init__(self, bars: Bars, total: int | None, title: str, unit: str, start: tuple[int, int] = (0, 0)) -> None:
+        super().__init__(total, title, unit, 0.2, start)
         self._bars = bars
-        self._task = bars.add_task(title, total=total, unit=unit, rate=0.0, note="")
+        self._task = bars.add_task(title, total=total, completed=start[0], unit=unit, rate=0.0, note="")
 
     def update(self, done: int, samples: int, note: str = "") -> None:
-        rate = samples / self.elapsed_s()
+        rate = (samples - self.start[1]) / self.elapsed_s()
         self._bars.update(self._task, completed=done, rate=rate, note=f" · {note}" if note else "")
 
     def say(self, line: str) -> None:
@@ -263,15 +268,15 @@ class _Live(_Timed):
 class _Lines(_Timed):
     """Lines for files and pipes."""
 
-    def __init__(self, total: int | None, title: str, unit: str) -> None:
-        super().__init__(total, title, unit, period_s=5.0)
+    def __init__(self, total: int | None, title: str, unit: str, start: tuple[int, int] = (0, 0)) -> None:
+        super().__init__(total, title, unit, 5.0, start)
 
     def update(self, done: int, samples: int, note: str = "") -> None:
         elapsed_s = self.elapsed_s()
         parts = [f"{done} {self.unit}" if self.total is None else f"{done}/{self.total} {self.unit}"]
-        parts += [f"{samples / elapsed_s:,.0f} samples/s", *[note] * bool(note)]
+        parts += [f"{(samples - self.start[1]) / elapsed_s:,.0f} samples/s", *[note] * bool(note)]
         if self.total is not None:
-            parts.append(f"{elapsed_s / done * (self.total - done):.0f} s left")
+            parts.append(f"{elapsed_s / (done - self.start[0]) * (self.total - done):.0f} s left")
         self.say(f"{self.title}: {', '.join(parts)}")
 
     def say(self, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,6 +25,11 @@ class Loader:
 
     One worker loads a micro-batch as a whole, after seeding Python's, NumPy's and torch's streams from the
     micro-batch's key: augmentation is the same for any number of workers and processes.
+
+    A checkpoint holds its position, which counts the steps that are done, not what workers have loaded ahead. A step is
+    done when a loop over its micro-batches has ended, `accumulate`'s or `for micro in step`, or the next step is asked
+    for; an epoch when the loop over its steps has ended. So save after `optimizer.step()`, and resume by
+    `for epoch in loader.epochs(stop)`.
 
     Args:
         dataset: map-style, of `plan.num_samples` samples.
@@ -61,6 +67,8 @@ class Loader:
             raise TypeError(f"Loader() got {', '.join(decided)}: the plan decides that, see BatchPlan")
         self.plan = plan
         self._order = _Order(plan)
+        self._position = (0, 0)  # the epoch and step that come next
+        self._resumes = False  # from a checkpoint, at the position
         self.dataloader: DataLoader[Any] = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]
             batch_sampler=self._order,
@@ -78,20 +86,68 @@ class Loader:
     def __len__(self) -> int:
         return self.plan.steps_per_epoch
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
+    @property
+    def position(self) -> tuple[int, int]:
+        """The epoch and step that come next."""
+        return self._position
+
+    def epochs(self, stop: int) -> range:
+        """The epochs up to `stop` that are left from the position on: `range(stop)` without a checkpoint."""
+        return range(self._position[0], stop)
+
+    def epoch(self, epoch: int, start_step: int | None = None) -> Iterator[Step]:
         """The steps of an epoch, from `start_step` on. Starting another epoch ends the iterator before.
 
+        Args:
+            start_step: None: 0, or after `load_state_dict` the step to go on with.
+
         Raises:
-            ValueError: more ranks than micro-batches in a step, or no such step.
+            ValueError: more ranks than micro-batches in a step, no such step, or the first epoch after
+                `load_state_dict` is not the one to go on with.
             SampleError: while iterating; the data set failed, and the message names the data-set index.
         """
         joined = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         check_world_size(self.plan, world_size)
+        if start_step is None:
+            start_step = self._resumed_step(epoch)
         if not 0 <= start_step <= len(self):
             raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {len(self)} steps")
         self._order.restart(epoch, start_step, rank, world_size)
+        self._position, self._resumes = (epoch, start_step), False
         return self._steps(self._order.run, epoch, start_step, rank, world_size)
+
+    def _resumed_step(self, epoch: int) -> int:
+        if not self._resumes:
+            return 0
+        if self._position[0] != epoch:
+            raise ValueError(
+                f"epoch({epoch}): this Loader goes on with epoch {self._position[0]}, step {self._position[1]}, of its "
+                f"checkpoint: go through loader.epochs(stop), or pass start_step to begin elsewhere"
+            )
+        return self._position[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, and the epoch and step that come next; the same on every rank and on any world size."""
+        return {"plan": dataclasses.asdict(self.plan), "epoch": self._position[0], "step": self._position[1]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the step that came next. Ends the iterator before.
+
+        Raises:
+            ValueError: the plan was another one; says in what.
+        """
+        own, theirs = dataclasses.asdict(self.plan), state["plan"]
+        if differing := [name for name in own if own[name] != theirs.get(name)]:
+            what = ", ".join(f"{name}={theirs.get(name)!r} there and {own[name]!r} here" for name in differing)
+            raise ValueError(
+                f"the Loader's plan was another one, whose steps are not these: {what}. Make the BatchPlan as it was, "
+                f"or load without the Loader and begin an epoch anew"
+            )
+        if state["epoch"] < 0 or not 0 <= state["step"] <= len(self):
+            raise ValueError(f"the plan has no step {state['step']} of epoch {state['epoch']}")
+        self._order.run += 1
+        self._position, self._resumes = (state["epoch"], state["step"]), True
 
     def _steps(self, run: int, epoch: int, start_step: int, rank: int, world_size: int) -> Iterator[Step]:
         def check_current() -> None:
@@ -104,15 +160,22 @@ class Loader:
             micro = issued.popleft()
             return LoadedMicroBatch(data, micro.weight, micro.index, micro.seed)
 
+        def reach(epoch: int, step: int) -> None:
+            if self._order.run == run:  # a step that was kept may be gone through late
+                self._position = max(self._position, (epoch, step))
+
         check_current()
         plan, batches, issued = self.plan, loaded(self.dataloader), self._order.issued
         for number in range(start_step, len(self)):
             shares = _shares(plan.micro_batches_in(number), world_size)
             size = shares[rank]
             step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number))
+            step.on_end = functools.partial(reach, epoch, number + 1)
             yield step
+            step.end()
             if size:
                 step.load(size - 1)  # what was not taken is not the next step's
+        reach(epoch + 1, 0)
 
 
 @functools.lru_cache(maxsize=64)

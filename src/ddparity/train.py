@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .accumulate import accumulate
 from .batchnorm import convert_sync_batchnorm, synchronises
@@ -28,7 +32,7 @@ from .world import world
 
 @dataclass(frozen=True)
 class Result:
-    """How a training ended. `metrics`: of the held-out set. `train_s`: without evaluation."""
+    """How a training ended. `metrics`: of the held-out set. `train_s`: without evaluation, since it was resumed."""
 
     metrics: dict[str, float]
     total_s: float
@@ -36,6 +40,19 @@ class Result:
     samples_per_second: float
     fingerprint: str
     checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Saves:
+    """How a training saves and resumes.
+
+    `every`: also write the checkpoint every so many steps. `keep`: of `save_checkpoint`. `resume`: go on from the
+    checkpoint, or from the start where there is none yet.
+    """
+
+    every: int | None = None
+    keep: int | None = None
+    resume: bool = False
 
 
 def train(
@@ -46,6 +63,7 @@ def train(
     sync_batchnorm: bool = False,
     reduction: Reduction = "fast",
     threads: int | None = None,
+    saving: Saves | None = None,
 ) -> Result:
     """Train a Task on the processes that a launcher started, or on this one. Every rank calls it.
 
@@ -54,8 +72,9 @@ def train(
     `reduction`: of `replicate`; "strict" gives the same fingerprint on any number of processes.
     `threads`: intra-op threads of each process, which the bits depend on; None: 1 for "strict", else torch's default.
 
-    Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end; writes a
-    checkpoint after each epoch.
+    `saving`: when to write the checkpoint besides after each epoch, how many to keep, and whether to resume.
+
+    Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end.
 
     Collectives: those of `replicate`, `accumulate` and `predict`.
     """
@@ -83,27 +102,82 @@ def train(
         optimizer = task.optimizer(model.parameters())
         predict = predictor(task, test_set, num_workers)
 
-        train_s, metrics = 0.0, {}
-        with progress(task.epochs * len(loader), here.rank, title) as display:
-            for epoch in range(task.epochs):
+        saving = saving or Saves()
+        states: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
+        save = partial(save_checkpoint, checkpoint, keep=saving.keep, **states)
+        resumed = _resume(task, checkpoint, model, loader, states) if saving.resume else None
+
+        train_s, metrics, before = 0.0, None, _done(loader)
+        with progress(task.epochs * len(loader), here.rank, title, start=before) as display:
+            if resumed is not None:
+                display.say(resumed)
+            for epoch in loader.epochs(task.epochs):
                 began = time.monotonic()
-                _train_epoch(task, model, optimizer, loader, epoch, display)
+                _train_epoch(task, model, optimizer, loader, epoch, display, saving.every, save)
                 train_s += time.monotonic() - began
                 metrics = evaluate(task, model, predict)
                 display.say(f"epoch {epoch + 1}/{task.epochs}: {shown(metrics)}")
-                save_checkpoint(checkpoint, model=model, optimizer=optimizer)
+                save()
+        if metrics is None:  # nothing was left to train
+            metrics = evaluate(task, model, predict)
 
-        samples = task.epochs * len(train_set)
-        result = Result(
-            metrics, time.monotonic() - start, train_s, samples / train_s, fingerprint(model), checkpoint.resolve()
-        )
+        rate = (_done(loader)[1] - before[1]) / train_s if train_s else 0.0
+        result = Result(metrics, time.monotonic() - start, train_s, rate, fingerprint(model), checkpoint.resolve())
         if here.rank == 0:
             _show(result, here.world_size, str(here.device.type))
         return result
 
 
+def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, states: dict[str, Any]) -> str:
+    """Load the checkpoint, where there is one; says where the training goes on."""
+    with agreed(f"resuming from {checkpoint}") as meeting:
+        exists = checkpoint.is_file()
+        if meeting is not None:
+            meeting.same(f"whether there is a checkpoint at {checkpoint}", exists)
+    if not exists:
+        return f"no checkpoint at {checkpoint} yet: training from the start"
+    _reduce_once(task, model, loader)
+    load_checkpoint(checkpoint, **states)
+    epoch, step = loader.position
+    if (epoch, step) > (task.epochs, 0):
+        raise ValueError(
+            f"{checkpoint} has {epoch} epochs and {step} steps behind it, and the Task is of {task.epochs} epochs: "
+            f"give the Task more epochs, or another checkpoint"
+        )
+    return f"resumed from {checkpoint}: {epoch} epochs and {step} of {len(loader)} steps are done"
+
+
+def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
+    """Have DDP's first reduction behind us, as the training that is resumed had: its gradients are dropped.
+
+    DDP lays its buckets out anew after it, and from three ranks on the order of a sum, and so its rounding, depends on
+    where in a bucket a gradient stands. What this changes in the model is replaced by what is loaded after it.
+    """
+    if not isinstance(model, DistributedDataParallel) or dist.get_world_size() < 3:
+        return
+    model.train()
+    step = next(loader.epoch(0, start_step=0))
+    for micro in accumulate(model, step):
+        (task.loss(model, micro.data) * micro.weight).backward()
+    model.zero_grad()
+
+
+def _done(loader: Loader) -> tuple[int, int]:
+    """Steps before a loader's position, of all epochs, and their samples."""
+    plan, (epoch, step) = loader.plan, loader.position
+    in_epoch = min(plan.num_samples, len(loader) * plan.global_batch)
+    return epoch * len(loader) + step, epoch * in_epoch + min(step * plan.global_batch, in_epoch)
+
+
 def _train_epoch(
-    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, epoch: int, display: Progress
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    epoch: int,
+    display: Progress,
+    save_every: int | None,
+    save: Callable[[], None],
 ) -> None:
     model.train()
     for step in loader.epoch(epoch):
@@ -114,11 +188,12 @@ def _train_epoch(
             loss_sum, weight_sum = loss_sum + loss.detach() * micro.weight, weight_sum + micro.weight
         optimizer.step()
         optimizer.zero_grad()
-        done = epoch * len(loader) + step.number + 1
-        samples = epoch * loader.plan.num_samples + min((step.number + 1) * task.global_batch, loader.plan.num_samples)
+        done, samples = _done(loader)
         if display.due(done):  # reading the loss waits for the device
             mean = float(loss_sum) / weight_sum if weight_sum else math.nan
             display.update(done, samples, f"loss {mean:.4f}")
+        if save_every is not None and done % save_every == 0:
+            save()
 
 
 def predictor(task: Task, dataset: Any, num_workers: int = 0) -> Predictor:

@@ -261,6 +261,14 @@ def leaves_of(node: Node) -> list[Node]:
     return [node] if "leaf" in node else [leaf for item in node["items"] for leaf in leaves_of(item)]
 
 
+def leaf_paths(node: Node, path: str) -> list[str]:
+    """Where each leaf of a description stands, in their order: dict keys and positions, joined by dots."""
+    if "leaf" in node:
+        return [path]
+    keys = node["keys"] if node["kind"] in ("dict", "fields") else range(len(node["items"]))
+    return [found for key, item in zip(keys, node["items"], strict=True) for found in leaf_paths(item, f"{path}.{key}")]
+
+
 def new_tensor(node: Node) -> torch.Tensor:
     return torch.empty(node["shape"], dtype=getattr(torch, node["dtype"]), device=node.get("device", "cpu"))
 

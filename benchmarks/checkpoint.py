@@ -1,0 +1,159 @@
+"""What a checkpoint costs, and what a kill during a save leaves.
+
+PYTHONPATH=. python benchmarks/checkpoint.py [--instants 200] [--folder FOLDER]
+
+A model of 8 million parameters and AdamW's two moments, 96 MB, written to FOLDER by `save_checkpoint` and by torch's
+and safetensors' own functions, flushed to the disk in each case. `returns`: the call; `written`: until it is on the
+disk. Then a process that saves all the time is killed at random instants, and at each system call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from tests.checkpoint_faults import killed_at_each_call, killed_at_random
+from tests.ranks import outcomes
+from torch import nn
+
+import ddparity as dp
+from results import machine, spread, table, write_section
+
+ROUNDS = 7
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(8)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 1000)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def flushed(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def ours(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    dp.save_checkpoint(path, model=model, optimizer=optimizer)
+    return lambda: None
+
+
+def in_background(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    return dp.save_checkpoint(path, background=True, model=model, optimizer=optimizer).wait
+
+
+def by_torch(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    flushed(path)
+    return lambda: None
+
+
+def by_safetensors(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    moments = {
+        f"{number}.{name}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    safetensors.torch.save_file({**model.state_dict(), **moments}, path)
+    flushed(path)
+    return lambda: None
+
+
+WAYS = {
+    "save_checkpoint": ours,
+    "save_checkpoint(background=True)": in_background,
+    "torch.save": by_torch,
+    "safetensors' save_file": by_safetensors,
+}
+
+
+def measured(way: str, folder: str) -> tuple[list[float], list[float], list[float]]:
+    """Milliseconds until the call returns, until all is written, and to load it."""
+    path = Path(folder) / "c"
+    model, optimizer = trained()
+    returns, written, loads = [], [], []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        wait = WAYS[way](path, model, optimizer)
+        returns.append((time.perf_counter() - start) * 1e3)
+        wait()
+        written.append((time.perf_counter() - start) * 1e3)
+    for _ in range(ROUNDS if "safetensors" not in way else 0):
+        start = time.perf_counter()
+        if way == "torch.save":
+            states = torch.load(path)
+            model.load_state_dict(states["model"])
+            optimizer.load_state_dict(states["optimizer"])
+        else:
+            dp.load_checkpoint(path, model=model, optimizer=optimizer)
+        loads.append((time.perf_counter() - start) * 1e3)
+    return returns, written, loads
+
+
+def hashed() -> float:
+    data = torch.randn(24_000_000).numpy()
+    start = time.perf_counter()
+    hashlib.sha256(data)
+    return (time.perf_counter() - start) * 1e3
+
+
+def killed(instants: int, folder: str) -> list[list[str]]:
+    rows = []
+    for name, keep, background in (("", None, False), ("keep=3", 3, False), ("background=True", None, True)):
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            (outcome,) = outcomes(killed_at_random, 1, place, instants, keep, background, in_world=False, timeout_s=600)
+        assert outcome.error is None, outcome.trace
+        seconds = time.perf_counter() - start
+        rows.append([f"random instants, {name or 'plain'}", str(instants), str(outcome.value), "0", f"{seconds:.1f}"])
+    for keep in (None, 3):
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            (outcome,) = outcomes(killed_at_each_call, 1, place, keep, in_world=False, timeout_s=600)
+        assert outcome.error is None, outcome.trace
+        count, seconds = len(outcome.value) - 1, time.perf_counter() - start
+        name = f"before and after each system call, {f'keep={keep}' if keep else 'plain'}"
+        rows.append([name, str(count), "–", "0", f"{seconds:.1f}"])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--instants", type=int, default=200)
+    parser.add_argument("--folder", default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    facts = machine("safetensors")
+    rows = []
+    for way in WAYS:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            (outcome,) = outcomes(measured, 1, way, folder, in_world=False, timeout_s=600)
+        assert outcome.error is None, outcome.trace
+        returns, written, loads = outcome.value
+        loaded = spread(loads, 0) if loads else "–"
+        rows.append([way, spread(returns, 0), spread(written, 0), loaded])
+    costs = table(["96 MB", "returns, ms", "written, ms", "loaded, ms"], rows)
+    faults = table(
+        ["killed", "instants", "in the middle of a save", "lost or damaged", "s"],
+        killed(options.instants, options.folder or tempfile.gettempdir()),
+    )
+    write_section(
+        "checkpoint",
+        f"## Checkpoints\n\n{facts}\n\n`checkpoint.py`, one process; median and quartiles of {ROUNDS}. SHA-256 of "
+        f"the 96 MB alone takes {hashed():.0f} ms.\n\n{costs}\n\n{faults}",
+    )
+    print(costs, faults, sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
