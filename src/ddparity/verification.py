@@ -17,8 +17,8 @@ from .launch import launch_forked
 from .plan import checked_integer
 from .replicate import Reduction
 from .task import Task, check_task, load_task
-from .verify.comparison import CheckedStep, Comparison, Curve, Divergence
 from .verify.compare import compare, largest_weights, measure
+from .verify.comparison import CheckedStep, Comparison, Curve, Divergence
 from .verify.noise import Measured, envelope, tolerance_factor
 from .verify.record import Run, checked_steps, read_run
 from .verify.run import RunPlan, Settings, run_alone, run_together
@@ -167,7 +167,7 @@ class _Runs:
         again = self._repeated(repeat, reference)
         if again is not None or not several:
             return replace(found, divergences=(again,) if again is not None else ())
-        references = {size: reference for size in several}
+        references = dict.fromkeys(several, reference)
         names = dict.fromkeys(several, "reference")
         if synchronised:
             _check_drawless(reference)
@@ -251,7 +251,7 @@ def _check_drawless(reference: Run) -> None:
             if micro.before != micro.after:
                 raise ValueError(
                     f"the model has synchronised batch norms and draws random numbers in its forward (dropout?; "
-                    f"micro-batch {micro.index} of step {note.step}): one process that runs joined micro-batches as one "
-                    f"batch draws others, so nothing can be compared. Verify it with p=0, or without synchronised batch "
-                    f"norms"
+                    f"micro-batch {micro.index} of step {note.step}): one process that runs joined micro-batches as "
+                    f"one batch draws others, so nothing can be compared. Verify it with p=0, or without synchronised "
+                    f"batch norms"
                 )

@@ -22,12 +22,14 @@ INITIAL_WEIGHTS = Cause(
     "docs/tasks.md",
 )
 SAMPLES = Cause(
-    "A data set or collate function that looks at the rank, repeats or drops samples gives another step than the plan's.",
+    "A data set or collate function that looks at the rank, keeps random streams of its own, or repeats or drops "
+    "samples, gives another step than the plan's.",
     "docs/data.md",
 )
 DATA = Cause(
     "Streams that are not global (a `numpy.random.Generator` that the data set keeps, an augmentation library's own "
-    "state) are the user's: seed them inside `__getitem__` from `torch.initial_seed()`, which is the micro-batch's key.",
+    "state) are the user's: seed them inside `__getitem__` from `torch.initial_seed()`, which is the micro-batch's "
+    "key.",
     "docs/data.md",
 )
 STREAMS = Cause(
@@ -41,27 +43,28 @@ FORWARD = Cause(
     "docs/data.md",
 )
 SCALE = Cause(
-    "Weights sum to one over all ranks, since `replicate` sums gradients (a DDP communication hook) where DDP averages: "
-    "a loss that is divided or multiplied by the world size is wrong.",
+    "Weights sum to one over all ranks, since `replicate` sums gradients (a DDP communication hook) where DDP "
+    " loss that is divided or multiplied by the world size is wrong.",
     "docs/accumulation.md",
 )
 GRADIENTS = Cause(
-    "The gradient after the loop is that of the mean loss over the whole global batch: a hook or a custom backward that "
-    "changes gradients on a rank, or before they are summed, changes it.",
+    "The gradient after the loop is that of the mean loss over the whole global batch: a hook or a custom backward "
+    "that changes gradients on a rank, or before they are summed, changes it.",
     "docs/accumulation.md",
 )
 UNREDUCED = Cause(
-    "Gradients that differ between ranks after the loop were not reduced: DDP does not see parameters that are added or "
-    "made trainable after `replicate`.",
+    "Gradients that differ between ranks after the loop were not reduced: DDP does not see parameters that are added "
+    "or made trainable after `replicate`.",
     "docs/accumulation.md",
 )
 UPDATE = Cause(
-    "An optimizer whose settings look at the rank or the world size, or that draws random numbers, gives equal gradients "
-    "another update.",
+    "An optimizer whose settings look at the rank or the world size, or that draws random numbers, gives equal "
+    "gradients another update.",
     "docs/accumulation.md",
 )
 BUFFERS = Cause(
-    "Buffers of other modules that a forward changes are rank 0's, as in DDP, so they depend on the number of processes.",
+    "Buffers of other modules that a forward changes are rank 0's, as in DDP, so they depend on the number of "
+    "processes.",
     "docs/strict.md",
 )
 ROUNDING = Cause(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from . import causes
 from .causes import Cause
@@ -77,17 +78,36 @@ def compare(
             parting, at = found, step
         if ours[0].checked:
             bits = all(n.gradients == theirs[0].gradients and n.weights == theirs[0].weights for n in ours)
-            kinds = [
-                _worst(measured, tolerances, kind, step) for kind in ("weights/", "gradient norm", "loss", "buffers/")
-            ]
-            checked.append(CheckedStep(step, run.world_size, *kinds, samples, bits))
+            worst = partial(_worst, measured, tolerances, step)
+            checked.append(
+                CheckedStep(
+                    step,
+                    run.world_size,
+                    worst("weights/"),
+                    worst("gradient norm"),
+                    worst("loss"),
+                    worst("buffers/"),
+                    samples,
+                    bits,
+                )
+            )
             samples = True
     if parting is None:
         return checked, None
+    if tolerances is not None and not joined and at > 0 and parting.stage not in ("data", "random streams"):
+        # It began in the first forward where that, of equal weights, gave other bits already.
+        parting, at = next(((one, 1) for one in _first_forward(run, reference)), (parting, at))
     return checked, Divergence(run.world_size, at, parting.stage, parting.where, parting.detail, parting.cause)
 
 
-def _worst(measured: Measured, tolerances: Measured | None, kind: str, step: int) -> Difference:
+def _first_forward(run: Run, reference: Run) -> Iterator[Parting]:
+    """Whether another forward in the first step explains what was found; a GPU's may differ without a cause."""
+    if reference.ranks[0].device == "cpu":
+        ours, theirs = next(zip(run.steps(), reference.steps(), strict=True))
+        yield from _forward(ours, theirs, {}, None, False)
+
+
+def _worst(measured: Measured, tolerances: Measured | None, step: int, kind: str) -> Difference:
     """The quantity of a kind that is largest in proportion to its tolerance."""
     found = [
         Difference(value[step], tolerances[name][step] if tolerances is not None else 0.0, name.removeprefix(kind))
@@ -162,7 +182,7 @@ def _data(ours: Sequence[StepNote], theirs: Sequence[StepNote]) -> Iterator[Part
             yield Parting("data", name, detail, causes.SAMPLES)
         elif micro.data != there.data:
             detail = f"other data for the same samples {_few(micro.samples)}"
-            yield Parting("data", name, detail, causes.DATA)
+            yield Parting("data", name, detail, causes.SAMPLES if len(ours) > 1 else causes.DATA)
 
 
 def _few(samples: Sequence[int]) -> str:
@@ -197,8 +217,8 @@ def _forward(
     where = ""
     if not joined:
         where, _, _ = max(_pairs(ours, theirs), key=lambda pair: relative(pair[1].loss, pair[2].loss))
-    cause = causes.SCALE if _is_scale(*losses, len(ours)) else causes.FORWARD
-    yield Parting("forward", where, _numbers("the step's loss", *losses, tolerances["loss"][step]), cause)
+    cause = causes.SCALE if _is_scale(losses[0], losses[1], len(ours)) else causes.FORWARD
+    yield Parting("forward", where, _numbers("the step's loss", losses[0], losses[1], tolerances["loss"][step]), cause)
 
 
 def _gradients(
@@ -209,7 +229,7 @@ def _gradients(
         if name := _first_other(note.gradients, ours[0].gradients):
             yield Parting("gradients", name, f"rank {rank} has another gradient than rank 0", causes.UNREDUCED)
     norms = [math.hypot(*note.norms.values()) for note in (ours[0], reference)]
-    cause = causes.SCALE if _is_scale(*norms, len(ours)) else causes.GRADIENTS
+    cause = causes.SCALE if _is_scale(norms[0], norms[1], len(ours)) else causes.GRADIENTS
     if tolerances is None:
         if name := _first_other(ours[0].gradients, reference.gradients):
             detail = _numbers("its norm", ours[0].norms.get(name, math.nan), reference.norms.get(name, math.nan))
@@ -217,11 +237,13 @@ def _gradients(
         return
     for name in {**reference.norms, **ours[0].norms}:
         if not _within(measured, tolerances, f"gradient/{name}", step):
-            values = ours[0].norms.get(name, math.nan), reference.norms.get(name, math.nan)
-            detail = _numbers("its norm", *values, tolerances[f"gradient/{name}"][step])
+            norm, other = ours[0].norms.get(name, math.nan), reference.norms.get(name, math.nan)
+            detail = _numbers("its norm", norm, other, tolerances[f"gradient/{name}"][step])
             yield Parting("gradients", name, detail, cause)
     if not _within(measured, tolerances, "gradient norm", step):
-        yield Parting("gradients", "", _numbers("their norm", *norms, tolerances["gradient norm"][step]), cause)
+        yield Parting(
+            "gradients", "", _numbers("their norm", norms[0], norms[1], tolerances["gradient norm"][step]), cause
+        )
 
 
 def _update(
@@ -256,7 +278,7 @@ def _buffers(
 def _beyond(
     stage: Stage, kind: str, measured: Measured, tolerances: Measured, step: int, cause: Cause
 ) -> Iterator[Parting]:
-    worst = _worst(measured, tolerances, kind, step)
+    worst = _worst(measured, tolerances, step, kind)
     if worst.value > worst.tolerance:
         detail = f"relative difference {worst.value:.2g}, where rounding explains {worst.tolerance:.2g}"
         yield Parting(stage, worst.where, detail, cause)

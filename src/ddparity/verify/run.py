@@ -266,7 +266,8 @@ class _Recorder:
         """After the optimizer's step."""
         if not self._note.checked:
             return
-        parameters, buffers = dict(self._net.named_parameters()), dict(self._net.named_buffers())
+        parameters: dict[str, torch.Tensor] = dict(self._net.named_parameters())
+        buffers = dict(self._net.named_buffers())
         self._note.weights = {name: digest(value) for name, value in parameters.items()}
         self._note.buffers = {name: digest(value) for name, value in buffers.items()}
         self._note.optimizer = digest(self._optimizer.state_dict())
