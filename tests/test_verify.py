@@ -6,9 +6,14 @@ import ddparity as dp
 from ddparity.verify.causes import CAUSES
 from tests.verify_cases import FAULTS, honest
 
-
 # In strict mode, those whose stage is found in another way than in fast mode.
-BITS = ("wrong scale of the loss", "wrong scale of gradients", "unseeded draw in a later step", "learning rate of the world", "buffer of the rank")
+BITS = (
+    "wrong scale of the loss",
+    "wrong scale of gradients",
+    "unseeded draw in a later step",
+    "learning rate of the world",
+    "buffer of the rank",
+)
 
 
 @pytest.mark.parametrize(
