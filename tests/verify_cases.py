@@ -228,3 +228,34 @@ FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "buffer of the rank": ({"model": Tracking}, 2, "buffers", "BUFFERS"),
     "parameter that DDP does not see": ({"model": Untold}, 2, "gradients", "UNREDUCED"),
 }
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, split: str = "train", samples: int = 52) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(samples, 1, 6, 6, generator=generator)
+        self.y = torch.randint(3, (samples,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x[index], self.y[index]
+
+
+def cnn(dropout: float = 0.1) -> nn.Module:
+    """The convolution's bias, in front of a batch norm, has a gradient that is all rounding."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(64, 3)
+    )
+
+
+def cnn_without_dropout() -> nn.Module:
+    return cnn(0.0)
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+IMAGES = {"dataset": Images, "optimizer": momentum, "global_batch": 24, "micro_batch": 4}

@@ -178,7 +178,11 @@ class _Runs:
         noise: dict[str, list[Measured]] = {}
         if not self._strict:
             logger.info("verify: one process, with sums in %d other orders", self._permutations)
-            noise = self._noise({names[size]: (size if synchronised else 1, references[size]) for size in several})
+            noise, unlike = self._noise(
+                {names[size]: (size if synchronised else 1, references[size]) for size in several}
+            )
+            if unlike is not None:
+                return replace(found, divergences=(unlike,))
         comparisons = len(reference.ranks[0].units) * len(self._checked) * len(several)
         factor = 0.0 if self._strict else tolerance_factor(self._permutations, comparisons, FALSE_ALARM)
 
@@ -207,17 +211,21 @@ class _Runs:
         values = tuple(largest_weights(measured, floors, step) for step in self._checked)
         return Curve(kind, processes, tuple(self._checked), values)  # type: ignore[arg-type]
 
-    def _noise(self, references: dict[str, tuple[int, Run]]) -> dict[str, list[Measured]]:
+    def _noise(self, references: dict[str, tuple[int, Run]]) -> tuple[dict[str, list[Measured]], Divergence | None]:
+        """How permuted runs differ from each reference, and where one differs by more than the order of sums."""
         plans = [
             RunPlan(f"{name}-permuted{number}", name, joined, permutation=number)
             for name, (joined, _) in references.items()
             for number in range(self._permutations)
         ]
         found: dict[str, list[Measured]] = {name: [] for name in references}
+        unlike = None
         for plan, run in zip(plans, self._alone(plans), strict=True):
             assert plan.reference is not None, "permuted runs have one"
-            found[plan.reference].append(measure(run, references[plan.reference][1]))
-        return found
+            joined, reference = references[plan.reference]
+            found[plan.reference].append(measure(run, reference))
+            unlike = unlike or compare(run, reference, self._first_loss(reference), joined > 1)[1]
+        return found, unlike
 
     def _alone(self, plans: Sequence[RunPlan]) -> list[Run]:
         """One-process runs, as many at the same time as the largest world has processes."""
@@ -233,12 +241,15 @@ class _Runs:
 
     def _repeated(self, repeat: Run, reference: Run) -> Divergence | None:
         """Where a second run of one process parts from the first: then no noise can be measured."""
-        tolerances = None
-        if not self._strict and reference.ranks[0].device != "cpu":
-            # Sums of a GPU may have no fixed order. What has no such excuse is another first forward.
-            tolerances = {name: dict.fromkeys(self._checked, math.inf) for name in reference.ranks[0].units}
-            tolerances["loss"] = {**tolerances["loss"], 1: _REPEATED_UNITS * reference.ranks[0].units["loss"]}
-        return compare(repeat, reference, tolerances)[1]
+        exact = self._strict or reference.ranks[0].device == "cpu"  # sums of a GPU may have no fixed order
+        return compare(repeat, reference, None if exact else self._first_loss(reference))[1]
+
+    def _first_loss(self, reference: Run) -> Measured:
+        """Tolerates anything but another first loss, which no order of gradients' sums explains."""
+        units = _units(reference)
+        tolerances = {name: dict.fromkeys(self._checked, math.inf) for name in units}
+        tolerances["loss"] = {**tolerances["loss"], 1: _REPEATED_UNITS * units["loss"]}
+        return tolerances
 
 
 def _units(reference: Run) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from .causes import Cause
 
+_BLIND = 0.1
 Stage = Literal["initial weights", "data", "random streams", "forward", "gradients", "update", "buffers"]
 
 
@@ -92,9 +93,25 @@ class Comparison:
             return "no parity\n" + "\n".join(f"{found}\n{found.cause}" for found in self.divergences)
         if self.reduction == "strict":
             return "parity: the same bits on any of these numbers of processes"
+        text = "parity, to rounding"
         if self.synchronised:
-            return "parity, to rounding, with one process that runs the joined micro-batches as one batch"
-        return "parity, to rounding"
+            text += ", with one process that runs the joined micro-batches as one batch"
+        if (step := self.blind_from) is not None:
+            text += f"\nfrom step {step} on rounding may be {_BLIND:.0%} of the weights and hide much: "
+            text += "--reduction strict hides nothing"
+        return text
+
+    @property
+    def blind_from(self) -> int | None:
+        """The first checked step after which tolerated noise is a tenth of the weights; None: there is none."""
+        blind = [
+            step
+            for curve in self.curves
+            if curve.kind == "tolerance"
+            for step, value in zip(curve.steps, curve.values, strict=True)
+            if value >= _BLIND
+        ]
+        return min(blind, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts. Infinite differences are null."""

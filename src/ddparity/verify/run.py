@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..batches import LoadedMicroBatch, Step
-from ..batchnorm import synchronises
+from ..batchnorm import SyncBatchNorm
 from ..console import setup_logging
 from ..fingerprint import fingerprint
 from ..keyed import sized_length
@@ -28,7 +28,6 @@ from ..plan import share
 from ..replicate import Reduction, replicate, unwrapped
 from ..task import Task, check_task, load_task
 from ..train import backward, build
-from ..trees import concatenate
 from ..world import World, world
 from .digests import difference, digest, streams_digest
 from .noise import PermutedSum
@@ -111,7 +110,7 @@ def run(settings: Settings, plan: RunPlan, device: str | None = None) -> None:
             task, here, tagged(train_set), settings.num_workers, TaggedCollate(task.collate_fn), settings.sync_batchnorm
         )
         built = {name: digest(value) for name, value in (*net.named_parameters(), *net.named_buffers())}
-        if synchronises(net):
+        if _synchronised(net):
             check_even_shares(loader.plan, max(plan.joined, here.world_size))
         model = replicate(net, settings.reduction)
         optimizer = task.optimizer(model.parameters())
@@ -164,6 +163,32 @@ def _joined(step: Step, world_size: int) -> Step:
     return Step(step.epoch, step.number, len(together), load_next, (len(together),), step.seed)
 
 
+def _concatenated(batches: list[Any]) -> Any:
+    """Batches of one structure as one batch: tensors are joined along their first dimension."""
+    first_one = batches[0]
+    if isinstance(first_one, torch.Tensor) and first_one.ndim:
+        return torch.cat(batches)
+    if isinstance(first_one, Mapping):
+        return {key: _concatenated([batch[key] for batch in batches]) for key in first_one}
+    if isinstance(first_one, tuple) and hasattr(first_one, "_fields"):
+        return type(first_one)(*(_concatenated(list(values)) for values in zip(*batches, strict=True)))
+    if isinstance(first_one, (list, tuple)) and all(isinstance(item, str) for item in first_one):
+        return type(first_one)(item for batch in batches for item in batch)
+    if isinstance(first_one, (list, tuple)):
+        return type(first_one)(_concatenated(list(values)) for values in zip(*batches, strict=True))
+    if all(digest(batch) == digest(first_one) for batch in batches):
+        return first_one
+    raise TypeError(
+        f"verify cannot join micro-batches with a {type(first_one).__name__} to the one batch that synchronised batch "
+        f"norms are compared with: let collate_fn give tensors, in lists, tuples or dicts"
+    )
+
+
+def _synchronised(net: nn.Module) -> bool:
+    """Whether a model has batch norms that would be synchronised, also where there is nobody else."""
+    return any(isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) for module in net.modules())
+
+
 def _unit(value: torch.Tensor) -> float:
     """One unit in the last place, relative; 0 for integers, which are equal or not."""
     return torch.finfo(value.dtype).eps if value.is_floating_point() or value.is_complex() else 0.0
@@ -203,7 +228,7 @@ class _Recorder:
         units |= {f"gradient/{name}": unit for name, unit in parameters.items()}
         units |= {f"buffers/{name}": _unit(value) for name, value in self._net.named_buffers()}
         units["gradient norm"] = max(parameters.values(), default=0.0)
-        self.notes = Notes(here.rank, here.device.type, synchronises(self._net), built, units)
+        self.notes = Notes(here.rank, here.device.type, _synchronised(self._net), built, units)
         self._note = StepNote(0)
         self._outputs: list[str] = []
         self._hook = self._net.register_forward_hook(self._saw_output)
@@ -231,7 +256,7 @@ class _Recorder:
         data = parts[0][-1]
         if joined:
             order = range(len(parts)) if self._permuted is None else self._permuted.order(len(parts))
-            data = concatenate([parts[number][-1] for number in order])
+            data = _concatenated([parts[number][-1] for number in order])
         self._outputs = []
         checked = self._note.checked
         before = streams_digest() if checked else ""
