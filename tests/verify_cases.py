@@ -259,3 +259,9 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
 
 
 IMAGES = {"dataset": Images, "optimizer": momentum, "global_batch": 24, "micro_batch": 4}
+
+
+def fails_on_rank_1(model: nn.Module, data: Any) -> torch.Tensor:
+    if rank() == 1:
+        raise OSError("lost on rank 1")
+    return cross_entropy(model, data)

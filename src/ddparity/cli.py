@@ -182,21 +182,20 @@ def verify(
     logger.addHandler(speaker)
     logger.setLevel(logging.INFO)
     try:
-        with redirect_stdout(sys.stderr):  # what a Task's file prints when it is imported
-            load_task(task)
         sizes = _world_sizes(nproc, world_sizes)
         if picture is not None:
             pyplot_of_matplotlib()
-        found = compare_runs(
-            task,
-            sizes,
-            steps,
-            reduction=reduction,
-            sync_batchnorm=sync_batchnorm,
-            num_workers=workers,
-            threads=threads,
-            permutations=permutations,
-        )
+        with redirect_stdout(sys.stderr):  # what a Task's file prints when it is imported
+            found = compare_runs(
+                task,
+                sizes,
+                steps,
+                reduction=reduction,
+                sync_batchnorm=sync_batchnorm,
+                num_workers=workers,
+                threads=threads,
+                permutations=permutations,
+            )
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
             plot(found, picture, _title(task))

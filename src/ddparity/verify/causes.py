@@ -44,7 +44,7 @@ FORWARD = Cause(
 )
 SCALE = Cause(
     "Weights sum to one over all ranks, since `replicate` sums gradients (a DDP communication hook) where DDP "
-    " loss that is divided or multiplied by the world size is wrong.",
+    "averages: a loss that is divided or multiplied by the world size is wrong.",
     "docs/accumulation.md",
 )
 GRADIENTS = Cause(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,6 +93,8 @@ def _is_launchers(name: str) -> bool:
 def _prepare_process(variables: dict[str, str]) -> None:
     # Those that the fork server has are of its own start.
     os.environ.update({name: value for name, value in variables.items() if not _is_launchers(name)})
+    # Data-loader workers start as in a script, not as this process did.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     # What a Task prints must not mix with the comparison on standard output.
     sys.stdout.flush()
     os.dup2(2, 1)
