@@ -167,6 +167,21 @@ class Frozen(nn.Module):
         return self.net(x)
 
 
+class SeveralDtypes(nn.Module):
+    """Each dtype is exchanged by itself; one parameter does not lie in memory row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(192, 9), nn.Linear(9, 7).double(), nn.Linear(7, 3).bfloat16()
+        self.norm = nn.BatchNorm1d(1).double()
+        self.table = nn.Parameter(torch.randn(3, 5).t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.first(x.flatten(1)).tanh().double())
+        y = self.third(self.norm(y.unsqueeze(1)).squeeze(1).bfloat16())
+        return y.float() @ self.table.t() @ self.table
+
+
 def without_dropout(model: nn.Module) -> nn.Module:
     """For foreign batches, which have no random streams of their own."""
     for module in model.modules():
@@ -200,6 +215,10 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+def fused(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
 
 
 @dataclass(frozen=True)
@@ -255,10 +274,12 @@ MATRIX = {
 }
 FEATURES = {
     "slices": Case(wide, sgd),
+    "slices, fused": Case(wide, fused),
     "float64": Case(lambda: cnn().double(), loss=lambda model, data: image_loss(model, (data[0].double(), data[1]))),
     "bfloat16": Case(
         lambda: mlp().bfloat16(), sgd, loss=lambda model, data: image_loss(model, (data[0].bfloat16(), data[1]))
     ),
+    "several dtypes": Case(SeveralDtypes, sgd),
     "autocast": Case(cnn, autocast=True),
     "autocast, Transformer": Case(Transformer, autocast=True, **SENTENCES),
     "checkpointing": Case(Checkpointed),

@@ -24,11 +24,10 @@ from tests.strict_cases import (
     WithBuffer,
     cnn,
     image_loss,
-    resnet,
     sgd,
     train,
     without_dropout,
-)  # fmt: skip
+)
 
 
 def _cumulative() -> nn.Module:
@@ -42,7 +41,6 @@ def _in_double(model: nn.Module, data: Any) -> torch.Tensor:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "cnn": cnn,
     "cumulative": _cumulative,
-    "resnet": resnet,
     "twice, or not at all": Sometimes,
     "checkpointing": Checkpointed,
     "reentrant checkpointing": lambda: Checkpointed(use_reentrant=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ from tests.strict_cases import (
     mlp,
     train,
     wide,
-)  # fmt: skip
+)
 
 CASES = {**MATRIX, **FEATURES}
 
@@ -210,14 +211,16 @@ def test_memory_is_a_copy_for_each_level(world_size: int, micro_batches: int) ->
 
 def _collectives(make: Callable[[], nn.Module], reduction: str, micro_batches: int) -> dict[str, int]:
     model = dp.replicate(make(), reduction=reduction)
-    counts: dict[str, int] = {}
-    for _ in range(2):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            for micro in dp.accumulate(model, torch.ones(micro_batches, 2, 3, 8, 8), equal_counts=True):
-                (model(micro.data).mean() * micro.weight).backward()
-        counts = {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
+
+    def step() -> None:
+        for micro in dp.accumulate(model, torch.ones(micro_batches, 2, 3, 8, 8), equal_counts=True):
+            (model(micro.data).mean() * micro.weight).backward()
         model.zero_grad()
-    return counts
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    return {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
 
 
 @pytest.mark.parametrize("micro_batches", [1, 6])
@@ -242,6 +245,7 @@ def test_a_world_of_one_gets_its_module_back() -> None:
     assert dp.replicate(net, reduction="strict") is net
     assert type(net) is nn.Sequential
     assert dp.fingerprint(net) == before
+    assert b"ddparity." not in pickle.dumps(net)
     x = torch.randn(6, 2, 192)
 
     def gradient(model: nn.Module) -> torch.Tensor:
@@ -255,6 +259,21 @@ def test_a_world_of_one_gets_its_module_back() -> None:
     fast = gradient(dp.replicate(net))  # asked for anew
     assert not torch.equal(fast, tree)
     torch.testing.assert_close(fast, tree)
+
+
+def _compiled() -> bool:
+    net = dp.replicate(mlp(), reduction="strict")
+    found = []
+    for model in (net, torch.compile(net, backend="eager")):
+        for micro in dp.accumulate(model, torch.ones(6, 2, 192).cumsum(0)):
+            (model(micro.data).square().mean() * micro.weight).backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+        net.zero_grad()
+    return all(map(torch.equal, *found))
+
+
+def test_a_module_compiled_afterwards_is_as_strict() -> None:
+    assert run_ranks(_compiled, 1) == [True]
 
 
 def _between_steps() -> None:

@@ -118,17 +118,7 @@ def _accumulate(
     strict = terms is not None and terms.reduction == "strict"
     # Reduced after the loop, and not in the last backward.
     after = replicated is not None and (strict or 0 in numbers)
-    if replicated is not None and replicated.static_graph and (size > 1 or after):
-        raise ValueError(
-            f"accumulate() got {size} micro-batches for a DDP module with static_graph=True, whose backwards must "
-            f"all reduce: leave static_graph out, or give each rank one micro-batch a step"
-        )
-    if len(set(numbers)) > 1 and synchronises(model):
-        raise ValueError(
-            f"accumulate(): this rank has {size} micro-batches in this step and others have more or fewer, but the "
-            f"model has synchronised batch norms, which every rank must run equally often: give each rank as many "
-            f"micro-batches (a BatchPlan's short last step is left out with drop_last=True)"
-        )
+    _check_shares(model, replicated, numbers, size, after)
     # DDP's own path divides by the world size; our sums do not.
     scale = world_size if replicated is not None and not after and averages(replicated) else 1
     target = device if device is not None and device.type != "cpu" else None
@@ -180,6 +170,23 @@ def _accumulate(
             statistics.replay(max(numbers), terms.room)
         if step is not None:
             seed_streams(step.seed)
+
+
+def _check_shares(
+    model: nn.Module, replicated: DistributedDataParallel | None, numbers: Sequence[int], size: int, after: bool
+) -> None:
+    """Refuse what cannot run these numbers of micro-batches; every rank with a model of this kind does."""
+    if replicated is not None and replicated.static_graph and (size > 1 or after):
+        raise ValueError(
+            f"accumulate() got {size} micro-batches for a DDP module with static_graph=True, whose backwards must "
+            f"all reduce: leave static_graph out, or give each rank one micro-batch a step"
+        )
+    if len(set(numbers)) > 1 and synchronises(model):
+        raise ValueError(
+            f"accumulate(): this rank has {size} micro-batches in this step and others have more or fewer, but the "
+            f"model has synchronised batch norms, which every rank must run equally often: give each rank as many "
+            f"micro-batches (a BatchPlan's short last step is left out with drop_last=True)"
+        )
 
 
 def _statistics(model: nn.Module, terms: Terms | None, group: dist.ProcessGroup | None) -> RunningStatistics | None:

@@ -78,19 +78,19 @@ def replicate(
         raise TypeError("replicate() got a DistributedDataParallel: give the module inside, model.module")
     if reduction == "strict":
         _check_strict(model, ddp_options)
-    terms = Terms(reduction, batchnorm_statistics)
     if not dist.is_initialized() or dist.get_world_size(ddp_options.get("process_group")) == 1:
-        # The user's own object goes back: a note on it tells `accumulate` what to do.
+        # The user's own object goes back: a note on it tells `accumulate` what to do. Of words alone, so that a pickle
+        # of the model needs no ddparity.
         model.__dict__.pop(_TERMS, None)
         if reduction == "strict":
-            model.__dict__[_TERMS] = terms
+            model.__dict__[_TERMS] = (reduction, batchnorm_statistics)
         return model
     device = next((parameter.device for parameter in model.parameters()), None)
     if device is not None and device.type == "cuda":
         ddp_options.setdefault("device_ids", [device])
     replicated = DistributedDataParallel(model, **ddp_options)
     replicated.register_comm_hook(replicated.process_group, sum_hook)
-    replicated.__dict__[_TERMS] = terms
+    replicated.__dict__[_TERMS] = Terms(reduction, batchnorm_statistics)
     return replicated
 
 
@@ -120,7 +120,9 @@ def _check_strict(model: nn.Module, ddp_options: dict[str, Any]) -> None:
 
 def terms_of(model: nn.Module) -> Terms | None:
     """What `replicate` was asked for; None for a module that it did not return, or did in a world of one, "fast"."""
-    return model.__dict__.get(_TERMS)
+    asked = model._modules.get("_orig_mod") or model  # inside of torch.compile
+    kept: Terms | tuple[Reduction, Statistics] | None = asked.__dict__.get(_TERMS)
+    return Terms(*kept) if isinstance(kept, tuple) else kept
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

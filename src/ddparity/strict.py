@@ -130,14 +130,12 @@ class StrictReduction:
         group: dist.ProcessGroup,
     ) -> Tensor:
         """Every rank finishes the whole tree: more bytes than slices need, but one wait instead of two."""
-        own = parameters[0].new_zeros(most, sum(aligned))
+        own = parameters[0].new_empty(most, sum(aligned))
         for row in range(len(rows)):
             _flatten(parameters, rows, row, aligned, own[row])
-        copies = copies_of_ranks(own, group)
-        summed = self._tree_sum(
-            copies[rank, row] for rank, nodes in enumerate(self._nodes) for row in range(len(nodes))
-        )
-        return summed.clone()  # the copies of all ranks can go
+        own[len(rows) :] = 0.0
+        copies = copies_of_ranks(own, group)  # small, so that the gradients may stay in there
+        return self._tree_sum(copies[rank, row] for rank, nodes in enumerate(self._nodes) for row in range(len(nodes)))
 
     def _sliced(
         self, parameters: list[nn.Parameter], rows: list[Gradients], aligned: list[int], group: dist.ProcessGroup
