@@ -218,7 +218,7 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def show_grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table with a head on standard output; the first column is words, the others are figures."""
+    """A table with a head on standard output; the first column reads from the left, the others are figures."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="cyan")
     for number, name in enumerate(head):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
