@@ -1,4 +1,4 @@
-"""What `ddparity verify` tolerates: rounding noise over 1,000 steps of the digits example, and faults above it.
+"""What `ddparity verify` tolerates: rounding noise over 1,000 steps of the digits example, and a fault above it.
 
 Writes docs/verify.png, and how far honest runs of small Tasks came from the noise, over many seeds, to RESULTS.md.
 
@@ -35,10 +35,6 @@ def _second() -> bool:
     return dist.is_initialized() and dist.get_rank() == 1
 
 
-def twice(samples: list[Any]) -> Any:
-    return torch.utils.data.default_collate([*samples[:-1], samples[0]] if _second() else samples)
-
-
 def too_large(model: nn.Module, data: Any) -> torch.Tensor:
     return DIGITS.loss(model, data) * (1.0001 if _second() else 1.0)
 
@@ -46,12 +42,6 @@ def too_large(model: nn.Module, data: Any) -> torch.Tensor:
 def digits(**parts: Any) -> dp.Task:
     names = ("model", "dataset", "loss", "optimizer", "global_batch", "micro_batch", "epochs", "metric")
     return dp.Task(**{**{name: getattr(DIGITS, name) for name in names}, **parts})
-
-
-FAULTS = {
-    "a sample twice in each of rank 1's micro-batches": {"collate_fn": twice},
-    "rank 1's loss 0.01 % too large": {"loss": too_large},
-}
 
 
 class Points(torch.utils.data.Dataset):
@@ -104,17 +94,18 @@ def closest(found: Comparison) -> float:
 
 
 def picture(steps: int, path: Path) -> list[str]:
-    found = compare_runs(digits(), (2, 3, 4), steps)
+    found = compare_runs(digits(), (2, 4), steps)
     assert found.parity, found.verdict()
     pyplot = pyplot_of_matplotlib()
     figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
     draw(axes, found)
-    lines = [f"honest, 2 to 4 processes: {found.verdict()}; closest to the tolerance: {closest(found):.2f} of it"]
-    for (name, parts), colour in zip(FAULTS.items(), ("tab:orange", "tab:pink"), strict=True):
-        faulty = compare_runs(digits(**parts), (2,), steps, permutations=1)
-        (curve,) = [curve for curve in faulty.curves if curve.kind == "processes"]
-        axes.plot(curve.steps, curve.values, color=colour, marker=".", label=f"fault: {name}")
-        lines.append(f"{name}: {faulty.divergences[0]}")
+    lines = [f"honest, 2 and 4 processes: {found.verdict()}; closest to the tolerance: {closest(found):.2f} of it"]
+    faulty = compare_runs(digits(loss=too_large), (2,), steps, permutations=2)
+    (curve,) = [curve for curve in faulty.curves if curve.kind == "processes"]
+    axes.plot(
+        curve.steps, curve.values, color="tab:orange", marker=".", label="a fault: rank 1's loss 0.01 % too large"
+    )
+    lines.append(f"rank 1's loss 0.01 % too large: {faulty.divergences[0]}")
     axes.legend(fontsize="x-small")
     axes.set_title(f"Digits, {steps:,} steps: rounding, and what is more than that")
     figure.savefig(path, dpi=130)
@@ -125,7 +116,7 @@ def picture(steps: int, path: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=15)
     options = parser.parse_args()
     facts = machine("scikit-learn")
     lines = picture(options.steps, ROOT / "docs" / "verify.png")

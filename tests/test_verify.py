@@ -150,7 +150,7 @@ def test_digests_see_bits_names_and_types() -> None:
     [
         ({"steps": 0}, r"verify\(steps=0\): must be at least 1"),
         ({"world_sizes": (1, 0)}, r"world_sizes=\[0, 1\]\): numbers of processes are at least 1"),
-        ({"permutations": 0}, r"permutations=0\): must be at least 1"),
+        ({"permutations": 1}, r"permutations=1\): must be at least 2"),
         ({"world_sizes": (5,)}, "5 ranks but only 4 micro-batches"),
         ({"reduction": "strict", "sync_batchnorm": True}, "leave one of the two out"),
     ],

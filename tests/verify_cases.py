@@ -180,6 +180,14 @@ def rate_by_world(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1 * world_size())
 
 
+def grown_with_the_world() -> nn.Module:
+    """Has a parameter more on several processes."""
+    model = mlp()
+    if world_size() > 1:
+        model.register_parameter("extra", nn.Parameter(torch.zeros(1), requires_grad=False))
+    return model
+
+
 class Tracking(nn.Module):
     """A moving average of its inputs, which nobody exchanges."""
 
@@ -223,6 +231,7 @@ FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "global streams seeded by the rank": ({"loss": seeded_by_rank}, 2, "random streams", "STREAMS"),
     "other initial weights": ({"model": initialised_by_rank}, 2, "initial weights", "INITIAL_WEIGHTS"),
     "initial values that DDP does not see": ({"model": Hidden}, 2, "forward", "FORWARD"),
+    "a parameter more on several processes": ({"model": grown_with_the_world}, 2, "initial weights", "INITIAL_WEIGHTS"),
     "learning rate of the rank": ({"optimizer": rate_by_rank}, 2, "update", "UPDATE"),
     "learning rate of the world": ({"optimizer": rate_by_world}, 2, "update", "UPDATE"),
     "buffer of the rank": ({"model": Tracking}, 2, "buffers", "BUFFERS"),

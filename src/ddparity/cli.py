@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -163,7 +163,7 @@ def verify(
     workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers of each process.")] = 0,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of each process.")] = 1,
     permutations: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Runs that measure the noise of rounding, in `fast`.")
+        int, typer.Option(metavar="N", min=2, help="Runs that measure the noise of rounding, in `fast`.")
     ] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")] = False,
     picture: Annotated[
@@ -177,15 +177,11 @@ def verify(
     """
     if sync_batchnorm and reduction == "strict":
         _refuse(_STRICT_SYNCHRONISED)
-    speaker = logging.StreamHandler(sys.stderr)
-    logger = logging.getLogger("ddparity")
-    logger.addHandler(speaker)
-    logger.setLevel(logging.INFO)
     try:
         sizes = _world_sizes(nproc, world_sizes)
         if picture is not None:
             pyplot_of_matplotlib()
-        with redirect_stdout(sys.stderr):  # what a Task's file prints when it is imported
+        with _told_on_stderr(), redirect_stdout(sys.stderr):  # what a Task's file prints when it is imported
             found = compare_runs(
                 task,
                 sizes,
@@ -196,10 +192,7 @@ def verify(
                 threads=threads,
                 permutations=permutations,
             )
-        if picture is not None:
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            plot(found, picture, _title(task))
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         _refuse(str(error))
     except RankFailure as error:
         print("\n".join([f"ddparity: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
@@ -207,13 +200,31 @@ def verify(
     except KeyboardInterrupt:
         print("ddparity: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    finally:
-        logger.removeHandler(speaker)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
         show(found, _title(task))
+    if picture is not None:
+        try:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            plot(found, picture, _title(task))
+        except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+            _refuse(f"--plot {picture}: {error}")
     raise SystemExit(0 if found.parity else 1)
+
+
+@contextmanager
+def _told_on_stderr() -> Iterator[None]:
+    """Write what the library reports meanwhile to standard error."""
+    logger, speaker = logging.getLogger("ddparity"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(speaker)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(speaker)
 
 
 def _world_sizes(nproc: int | None, listed: str | None) -> list[int]:

@@ -57,7 +57,7 @@ def verify(
         steps: optimizer steps of each run; all up to 20 are checked, then ever fewer: 31 of 1,000.
         reduction, sync_batchnorm, num_workers: as in `ddparity train`.
         threads: of each process, the same for all: bits depend on it.
-        permutations: runs that measure the noise.
+        permutations: runs that measure the noise, 2 or more: the fewer, the more is tolerated.
 
     Returns:
         The comparison, whose `checked` has the differences after each checked step.
@@ -104,7 +104,7 @@ def compare_runs(
     """As `verify`, and returns the comparison also where the runs part."""
     sizes = sorted({checked_integer(size, "world_sizes") for size in world_sizes} | {1})
     numbers = {"steps": steps, "num_workers": num_workers, "threads": threads, "permutations": permutations}
-    for name, least in (("steps", 1), ("num_workers", 0), ("threads", 1), ("permutations", 1)):
+    for name, least in (("steps", 1), ("num_workers", 0), ("threads", 1), ("permutations", 2)):
         if checked_integer(numbers[name], name) < least:
             raise ValueError(f"verify({name}={numbers[name]}): must be at least {least}")
     if sizes[0] < 1:

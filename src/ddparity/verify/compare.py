@@ -110,11 +110,16 @@ def _first_forward(run: Run, reference: Run) -> Iterator[Parting]:
 def _worst(measured: Measured, tolerances: Measured | None, step: int, kind: str) -> Difference:
     """The quantity of a kind that is largest in proportion to its tolerance."""
     found = [
-        Difference(value[step], tolerances[name][step] if tolerances is not None else 0.0, name.removeprefix(kind))
+        Difference(value[step], _tolerated(tolerances, name, step), name.removeprefix(kind))
         for name, value in measured.items()
         if name.startswith(kind) and step in value
     ]
     return max(found, key=lambda one: (_excess(one), one.value), default=Difference(0.0, 0.0))
+
+
+def _tolerated(tolerances: Measured | None, name: str, step: int) -> float:
+    """Nothing in strict mode, and of what the reference does not have."""
+    return tolerances.get(name, {}).get(step, 0.0) if tolerances is not None else 0.0
 
 
 def _excess(one: Difference) -> float:
@@ -218,7 +223,9 @@ def _forward(
     if not joined:
         where, _, _ = max(_pairs(ours, theirs), key=lambda pair: relative(pair[1].loss, pair[2].loss))
     cause = causes.SCALE if _is_scale(losses[0], losses[1], len(ours)) else causes.FORWARD
-    yield Parting("forward", where, _numbers("the step's loss", losses[0], losses[1], tolerances["loss"][step]), cause)
+    yield Parting(
+        "forward", where, _numbers("the step's loss", losses[0], losses[1], _tolerated(tolerances, "loss", step)), cause
+    )
 
 
 def _gradients(
@@ -238,11 +245,14 @@ def _gradients(
     for name in {**reference.norms, **ours[0].norms}:
         if not _within(measured, tolerances, f"gradient/{name}", step):
             norm, other = ours[0].norms.get(name, math.nan), reference.norms.get(name, math.nan)
-            detail = _numbers("its norm", norm, other, tolerances[f"gradient/{name}"][step])
+            detail = _numbers("its norm", norm, other, _tolerated(tolerances, f"gradient/{name}", step))
             yield Parting("gradients", name, detail, cause)
     if not _within(measured, tolerances, "gradient norm", step):
         yield Parting(
-            "gradients", "", _numbers("their norm", norms[0], norms[1], tolerances["gradient norm"][step]), cause
+            "gradients",
+            "",
+            _numbers("their norm", norms[0], norms[1], _tolerated(tolerances, "gradient norm", step)),
+            cause,
         )
 
 
@@ -285,7 +295,7 @@ def _beyond(
 
 
 def _within(measured: Measured, tolerances: Measured, name: str, step: int) -> bool:
-    return measured[name][step] <= tolerances[name][step]
+    return measured[name][step] <= _tolerated(tolerances, name, step)
 
 
 def _is_scale(value: float, reference: float, world_size: int) -> bool:
