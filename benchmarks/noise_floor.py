@@ -1,8 +1,8 @@
-"""What `ddparity verify` tolerates: rounding noise over 1,000 steps of the digits example, and a fault above it.
+"""What `ddparity verify` tolerates: rounding noise over 300 steps of the digits example, and a fault above it.
 
 Writes docs/verify.png, and how far honest runs of small Tasks came from the noise, over many seeds, to RESULTS.md.
 
-    python benchmarks/noise_floor.py [--steps 1000] [--seeds 30]
+    python benchmarks/noise_floor.py [--steps 300] [--seeds 30]
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def picture(steps: int, path: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=15)
     options = parser.parse_args()
     facts = machine("scikit-learn")

@@ -232,7 +232,7 @@ class _Recorder:
         units |= {f"buffers/{name}": _unit(value) for name, value in self._net.named_buffers()}
         units["gradient norm"] = max(parameters.values(), default=0.0)
         self.notes = Notes(here.rank, here.device.type, _synchronised(self._net), built, units)
-        self._note = StepNote(0)
+        self._note, self._taken = StepNote(0), 0
         self._outputs: list[str] = []
         self._hook = self._net.register_forward_hook(self._saw_output)
 
