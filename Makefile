@@ -3,10 +3,13 @@ NPROC ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test format clean
+.PHONY: train verify test format clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
+
+verify: $(VENV)/.installed-examples
+	$(BIN)/ddparity verify examples/digits.py --world-sizes 1,2,3,4 --reduction strict --steps 100
 
 # torch's store asks the name server for the name of each address, 127.0.0.1 too; a lost answer would cost 5 s.
 test: $(VENV)/.installed-test

@@ -65,6 +65,17 @@ WRONG = [
         "train t.py --reduction strict --sync-batchnorm",
         "synchronised statistics depend on the number of processes",
     ),
+    ("", "verify missing.py", "there is no file missing.py"),
+    (ONE, "verify t.py --nproc 3", "3 ranks but only 2 micro-batches in a step (global batch 4, micro-batch 2)"),
+    (ONE, "verify t.py --nproc 0", "--nproc 0: start at least 1 process"),
+    (ONE, "verify t.py --world-sizes 1,x", "--world-sizes 1,x: give numbers of processes, as in 1,2,4"),
+    (ONE, "verify t.py --world-sizes 1,0", "--world-sizes 1,0: numbers of processes are at least 1"),
+    (ONE, "verify t.py --nproc 2 --world-sizes 1,2", "--nproc 2 --world-sizes 1,2: give one of the two"),
+    (
+        ONE,
+        "verify t.py --reduction strict --sync-batchnorm",
+        "synchronised statistics depend on the number of processes",
+    ),
     ("", "run missing.py", "there is no script missing.py"),
     ("", "run --nproc 0 t.py", "--nproc 0: start at least 1 process"),
 ]
@@ -89,6 +100,8 @@ def test_one_line_and_exit_code_2(folder: Path, source: str, arguments: str, mes
         "train t.py --unknown",
         "train t.py --reduction loose",
         "train t.py --threads 0",
+        "verify t.py --steps 0",
+        "verify t.py --permutations 1",
         "nothing",
         "predict t.py",
     ],
@@ -97,6 +110,14 @@ def test_usage_errors_exit_with_2(folder: Path, arguments: str) -> None:
     result = CliRunner().invoke(app, arguments.split())
     assert result.exit_code == 2
     assert "Traceback" not in result.output
+
+
+def test_a_plot_without_matplotlib_is_refused_with_the_way_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "t.py").write_text(ONE)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = CliRunner().invoke(app, ["verify", "t.py", "--plot", "out.png"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "pip install 'ddparity[plot]', or leave --plot out" in result.stderr
 
 
 def test_a_broken_launchers_variables_are_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +148,7 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
     ("run", ["SCRIPT", "--nproc", "elastic agent"]),
     ("train", ["TASK", "--nproc", "--checkpoint", "--workers", "--reduction", "--threads"]),
     ("train", ["--resume", "--save-every", "--keep"]),
+    ("verify", ["TASK", "--nproc", "--world-sizes", "--steps", "--reduction", "--json", "--plot", "Exit code 0"]),
     ("predict", ["TASK", "--nproc", "--checkpoint", "--to", "--metric", "--workers"]),
 ])  # fmt: skip
 def test_help(command: str, words: list[str]) -> None:

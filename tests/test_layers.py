@@ -16,8 +16,8 @@ LAYERS = {
         "summation", "reduction", "strict", "batchnorm", "replicate", "accumulate", "wire", "gather", "fingerprint",
     ],
     2: ["keyed", "loader", "predict", "statefile", "checkpoint"],
-    3: ["task", "train"],
-    4: ["launch", "cli", "__main__", "__init__"],
+    3: ["task", "train", "verify"],
+    4: ["launch", "verification", "cli", "__main__", "__init__"],
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 # Pure functions, testable to exhaustion: no torch.distributed.

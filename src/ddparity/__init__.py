@@ -5,7 +5,7 @@ from .batches import LoadedMicroBatch, Step
 from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm, sync_moments
 from .checkpoint import Saving, load_checkpoint, save_checkpoint
 from .console import setup_logging
-from .errors import DDParityError, RankFailure, RendezvousError, SampleError
+from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError
 from .fingerprint import fingerprint
 from .gather import gather
 from .launch import launch
@@ -18,6 +18,7 @@ from .replicate import replicate
 from .sampling import ShardSampler
 from .seeds import seed_everything
 from .task import Task
+from .verification import verify
 from .world import World, world
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LoadedMicroBatch",
     "Loader",
     "MicroBatch",
+    "ParityError",
     "Predictor",
     "RandomState",
     "RankFailure",
@@ -52,5 +54,6 @@ __all__ = [
     "seed_everything",
     "setup_logging",
     "sync_moments",
+    "verify",
     "world",
 ]

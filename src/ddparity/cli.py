@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -11,10 +14,14 @@ import torch
 import typer
 
 from .environment import find_placement
+from .errors import RankFailure
 from .launch import run_command
 from .task import Task, check_task, load_task
 from .train import Saves, predict_task
 from .train import train as train_task
+from .verification import compare_runs
+from .verify import plot, show
+from .verify.report import pyplot_of_matplotlib
 
 app = typer.Typer(
     help="Train on one process or on a thousand, and get the same model.",
@@ -24,6 +31,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+_STRICT_SYNCHRONISED = (
+    "--reduction strict --sync-batchnorm: synchronised statistics depend on the number of processes: leave one of the "
+    "two out"
+)
 TaskName = Annotated[
     str,
     typer.Argument(
@@ -100,10 +111,7 @@ def train(
 ) -> None:
     """Train a TASK: one progress display, exact accuracy after each epoch, a checkpoint and a table at the end."""
     if sync_batchnorm and reduction == "strict":
-        _refuse(
-            "--reduction strict --sync-batchnorm: synchronised statistics depend on the number of processes: leave one "
-            "of the two out"
-        )
+        _refuse(_STRICT_SYNCHRONISED)
     loaded, count = _checked(task, nproc)
     target = checkpoint or Path("runs") / _title(task) / "checkpoint.safetensors"
     if count > 1:
@@ -148,6 +156,106 @@ def predict(
         options = [*(["--to", str(to)] if to is not None else []), *["--metric"] * metric, "--workers", str(workers)]
         _launch(["-m", "ddparity", "predict", task, "--checkpoint", str(checkpoint), *options], count)
     _in_this_process(lambda: predict_task(loaded, checkpoint, to, metric, workers))
+
+
+@app.command()
+def verify(
+    task: TaskName,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", "-n", metavar="N", help="Compare one process with N. Default: 2.", show_default=False),
+    ] = None,
+    world_sizes: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="Compare one process with each of these numbers.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each run.")] = 20,
+    reduction: Annotated[
+        Literal["fast", "strict"],
+        typer.Option(help="`strict`: every bit must be equal. `fast`: rounding, as measured, is tolerated."),
+    ] = "fast",
+    sync_batchnorm: Annotated[
+        bool, typer.Option("--sync-batchnorm", help="Batch-norm statistics over all processes.")
+    ] = False,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers of each process.")] = 0,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of each process.")] = 1,
+    permutations: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Runs that measure the noise of rounding, in `fast`.")
+    ] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw the divergence against the noise.", show_default=False),
+    ] = None,
+) -> None:
+    """Prove that a TASK trains as one process on several: run its steps on each, and compare.
+
+    Exit code 0: parity. 1: the runs part. 2: a wrong argument. 3: a run failed.
+    """
+    if sync_batchnorm and reduction == "strict":
+        _refuse(_STRICT_SYNCHRONISED)
+    try:
+        sizes = _world_sizes(nproc, world_sizes)
+        if picture is not None:
+            pyplot_of_matplotlib()
+        with _told_on_stderr(), redirect_stdout(sys.stderr):  # what a Task's file prints when it is imported
+            found = compare_runs(
+                task,
+                sizes,
+                steps,
+                reduction=reduction,
+                sync_batchnorm=sync_batchnorm,
+                num_workers=workers,
+                threads=threads,
+                permutations=permutations,
+            )
+    except (ValueError, TypeError, ImportError) as error:
+        _refuse(str(error))
+    except RankFailure as error:
+        print("\n".join([f"ddparity: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        raise SystemExit(3) from None
+    except KeyboardInterrupt:
+        print("ddparity: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        show(found, _title(task))
+    if picture is not None:
+        try:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            plot(found, picture, _title(task))
+        except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+            _refuse(f"--plot {picture}: {error}")
+    raise SystemExit(0 if found.parity else 1)
+
+
+@contextmanager
+def _told_on_stderr() -> Iterator[None]:
+    """Write what the library reports meanwhile to standard error."""
+    logger, speaker = logging.getLogger("ddparity"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(speaker)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(speaker)
+
+
+def _world_sizes(nproc: int | None, listed: str | None) -> list[int]:
+    if nproc is not None and listed is not None:
+        raise ValueError(f"--nproc {nproc} --world-sizes {listed}: give one of the two")
+    if listed is None:
+        return [1, _count(nproc if nproc is not None else 2)]
+    try:
+        sizes = [int(size) for size in listed.split(",")]
+    except ValueError:
+        raise ValueError(f"--world-sizes {listed}: give numbers of processes, as in 1,2,4") from None
+    if min(sizes) < 1:
+        raise ValueError(f"--world-sizes {listed}: numbers of processes are at least 1")
+    return sizes
 
 
 def _checked(spec: str, nproc: int | None) -> tuple[Task, int]:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol
@@ -216,6 +216,20 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
+    _print(table)
+
+
+def show_grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a head on standard output; the first column reads from the left, the others are figures."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="cyan")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    _print(table)
+
+
+def _print(table: Table) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 200

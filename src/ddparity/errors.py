@@ -24,3 +24,11 @@ class RankFailure(DDParityError):
 
 class SampleError(DDParityError):
     """A data set failed to give a sample; names its data-set index."""
+
+
+class ParityError(DDParityError):
+    """Runs of one Task on different numbers of processes part. `comparison`: what `verify` found."""
+
+    def __init__(self, message: str, comparison: object = None) -> None:
+        super().__init__(message)
+        self.comparison = comparison

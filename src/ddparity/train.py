@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .accumulate import accumulate
+from .batches import LoadedMicroBatch, Step
 from .batchnorm import convert_sync_batchnorm, synchronises
 from .checkpoint import load_checkpoint, save_checkpoint
 from .console import Progress, progress, setup_logging, show_table
@@ -27,7 +28,7 @@ from .predict import Predictor, read_predictions
 from .replicate import Reduction, replicate
 from .seeds import seed_everything
 from .task import Task, check_task
-from .world import world
+from .world import World, world
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,7 @@ def train(
         check_task(task, here.world_size)
         with first("node"):
             train_set, test_set = task.dataset("train"), task.dataset("test")
-        with agreed("preparing the training") as meeting:
-            if meeting is not None:
-                meeting.same("the training set's length", len(train_set))
-            if len(train_set) == 0:
-                raise ValueError("the training set is empty: there is nothing to train on")
-            seed_everything(task.seed)
-            net = task.model().to(here.device)
-            loader = Loader(train_set, task.plan(len(train_set)), num_workers, task.collate_fn)
-            if sync_batchnorm and synchronises(convert_sync_batchnorm(net)):
-                check_even_shares(loader.plan, here.world_size)
+        net, loader = build(task, here, train_set, num_workers, task.collate_fn, sync_batchnorm)
         model = replicate(net, reduction)
         optimizer = task.optimizer(model.parameters())
         predict = predictor(task, test_set, num_workers)
@@ -128,6 +120,40 @@ def train(
         return result
 
 
+def build(
+    task: Task,
+    here: World,
+    train_set: Any,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    sync_batchnorm: bool = False,
+) -> tuple[nn.Module, Loader]:
+    """A Task's model, before `replicate`, and the loader of its training set; what fails on one rank fails on all."""
+    with agreed("preparing the training") as meeting:
+        if meeting is not None:
+            meeting.same("the training set's length", len(train_set))
+        if len(train_set) == 0:
+            raise ValueError("the training set is empty: there is nothing to train on")
+        seed_everything(task.seed)
+        net = task.model().to(here.device)
+        loader = Loader(train_set, task.plan(len(train_set)), num_workers, collate_fn)
+        if sync_batchnorm and synchronises(convert_sync_batchnorm(net)):
+            check_even_shares(loader.plan, here.world_size)
+    return net, loader
+
+
+def backward(
+    model: nn.Module, step: Step, loss_of: Callable[[LoadedMicroBatch], torch.Tensor]
+) -> tuple[torch.Tensor, float]:
+    """Leave a step's gradients in the parameters; gives this rank's weighted sum of losses, and of weights."""
+    loss_sum, weight_sum = torch.zeros(()), 0.0
+    for micro in accumulate(model, step):
+        loss = loss_of(micro)
+        (loss * micro.weight).backward()
+        loss_sum, weight_sum = loss_sum + loss.detach() * micro.weight, weight_sum + micro.weight
+    return loss_sum, weight_sum
+
+
 def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, states: dict[str, Any]) -> str:
     """Load the checkpoint, where there is one; says where the training goes on."""
     with agreed(f"resuming from {checkpoint}") as meeting:
@@ -156,9 +182,7 @@ def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
     if not isinstance(model, DistributedDataParallel) or dist.get_world_size() < 3:
         return
     model.train()
-    step = next(loader.epoch(0, start_step=0))
-    for micro in accumulate(model, step):
-        (task.loss(model, micro.data) * micro.weight).backward()
+    backward(model, next(loader.epoch(0, start_step=0)), lambda micro: task.loss(model, micro.data))
     model.zero_grad()
 
 
@@ -181,11 +205,7 @@ def _train_epoch(
 ) -> None:
     model.train()
     for step in loader.epoch(epoch):
-        loss_sum, weight_sum = torch.zeros(()), 0.0
-        for micro in accumulate(model, step):
-            loss = task.loss(model, micro.data)
-            (loss * micro.weight).backward()
-            loss_sum, weight_sum = loss_sum + loss.detach() * micro.weight, weight_sum + micro.weight
+        loss_sum, weight_sum = backward(model, step, lambda micro: task.loss(model, micro.data))
         optimizer.step()
         optimizer.zero_grad()
         done, samples = _done(loader)

@@ -1,5 +1,5 @@
 """Starting processes, on torch's own elastic agent."""
 
-from .agent import launch, run_command
+from .agent import launch, launch_forked, run_command
 
-__all__ = ["launch", "run_command"]
+__all__ = ["launch", "launch_forked", "run_command"]
