@@ -240,6 +240,20 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(
     assert run_ranks(_train, world_size, str(tmp_path / "killed"), num_workers, None, model) == expected
 
 
+def _train_strictly(path: str, dies: int | None = None) -> str:
+    task = _task(dies if dist.get_rank() == 0 else None)
+    return train(task, Path(path), reduction="strict", saving=Saves(every=2, resume=True)).fingerprint
+
+
+@pytest.mark.parametrize("forward", [3, 8, 11])
+def test_strict_on_another_world_size_it_ends_with_the_same_bits(forward: int, tmp_path: Path) -> None:
+    """The running statistics of the batch norm among them."""
+    (expected,) = run_ranks(_train_strictly, 1, str(tmp_path / "undisturbed"))
+    for world_size, dies in ((3, forward), (2, 20)):
+        assert outcomes(_train_strictly, world_size, str(tmp_path / "killed"), dies)[0].exitcode == -9
+    assert run_ranks(_train_strictly, 4, str(tmp_path / "killed")) == [expected] * 4
+
+
 def test_on_another_world_size_it_ends_the_same_to_rounding(tmp_path: Path) -> None:
     run_ranks(_train, 1, str(tmp_path / "undisturbed"), 0, None, _Smooth)
     for world_size, forward in ((3, 8), (2, 20)):
