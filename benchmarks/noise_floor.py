@@ -106,7 +106,7 @@ def picture(steps: int, path: Path) -> list[str]:
         curve.steps, curve.values, color="tab:orange", marker=".", label="a fault: rank 1's loss 0.01 % too large"
     )
     lines.append(f"rank 1's loss 0.01 % too large: {faulty.divergences[0]}")
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="center", bbox_to_anchor=(0.7, 0.42))  # between the curves
     axes.set_title(f"Digits, {steps:,} steps: rounding, and what is more than that")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

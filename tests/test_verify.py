@@ -51,8 +51,8 @@ def test_a_fault_is_caught_with_its_stage_and_cause(fault: str, reduction: str) 
     ("parts", "options"),
     [
         ({"global_batch": 8}, {"world_sizes": (2,), "steps": 1000, "permutations": 2}),  # two micro-batches: one sum
-        ({**IMAGES, "model": cnn}, {"world_sizes": (1, 2, 3), "steps": 12, "num_workers": 1}),
-        ({**IMAGES, "model": cnn}, {"world_sizes": (3, 2), "steps": 6, "reduction": "strict"}),
+        ({**IMAGES, "model": cnn}, {"world_sizes": (1, 3), "steps": 12, "num_workers": 1}),
+        ({**IMAGES, "model": cnn}, {"world_sizes": (3, 2), "steps": 4, "reduction": "strict"}),
     ],
 )
 def test_an_honest_task_has_parity(parts: dict, options: dict) -> None:
@@ -60,7 +60,8 @@ def test_an_honest_task_has_parity(parts: dict, options: dict) -> None:
     assert found.parity
     sizes = {*options["world_sizes"]} | {1}
     assert set(found.fingerprints) == sizes
-    assert [one.step for one in found.checked if one.processes == 2] == checked_steps(options["steps"])
+    several = max(sizes)
+    assert [one.step for one in found.checked if one.processes == several] == checked_steps(options["steps"])
     assert all(one.samples for one in found.checked)
     assert len(set(found.fingerprints.values())) == 1 or options.get("reduction") != "strict"
     assert found.blind_from is None
@@ -76,7 +77,7 @@ def test_checked_steps_stay_few() -> None:
 
 def test_synchronised_batch_norms_are_compared_with_joined_micro_batches() -> None:
     parts = {**IMAGES, "model": cnn_without_dropout, "drop_last": True}
-    found = dp.verify(honest(**parts), (2, 3), steps=6, sync_batchnorm=True, permutations=2)
+    found = dp.verify(honest(**parts), (2, 3), steps=4, sync_batchnorm=True, permutations=2)
     assert found.synchronised
     assert "joined" in found.verdict()
     with pytest.raises(dp.ParityError, match=r"in gradients"):  # a fault does not hide behind the joining
@@ -206,7 +207,9 @@ def _command(folder: Path, parts: str, *arguments: str) -> subprocess.CompletedP
 
 
 def test_the_command_prints_one_json_document_and_a_picture(tmp_path: Path) -> None:
-    done = _command(tmp_path, "", "--json", "--nproc", "2", "--steps", "3", "--plot", "p/out.png")
+    done = _command(
+        tmp_path, "", "--json", "--nproc", "2", "--steps", "3", "--permutations", "2", "--plot", "p/out.png"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["parity"]
