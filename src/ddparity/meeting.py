@@ -22,7 +22,8 @@ import torch.distributed as dist
 from .compat import PrefixStore, Store, append, default_store, group_name
 from .errors import RankFailure
 
-_POLL_S = (0.001, 0.05)  # first and longest pause between two looks at the store
+_POLL_S = (0.0005, 0.05)  # shortest and longest pause between two looks at the store
+_PATIENCE = 0.05  # a pause is that part of the time waited so far, and so is at most what it adds
 _LIVENESS_S = 0.5  # between two looks at the process table
 _EXPLAIN_S = 2.0  # from a broken connection until its cause is known
 
@@ -67,7 +68,7 @@ class Meeting:
 
     def same(self, name: str, value: object) -> None:
         """Raise ValueError where `value` is not what the first rank to come here gave."""
-        theirs = self.first_said(name, repr(value))
+        theirs = self.first_said(f"same/{name}", repr(value))
         if theirs != repr(value):
             raise ValueError(f"{name} differs between ranks: {value!r} on rank {self._rank}, {theirs} on another")
 
@@ -82,6 +83,16 @@ class Meeting:
         if text:
             failure.add_note(f"On rank {rank}:\n{text}")
         raise failure
+
+    def all_same(self, values: dict[str, object]) -> None:
+        """As `same`, of several values in one request: words and numbers, of the same names on every rank."""
+        text = json.dumps(values, default=str)
+        theirs = json.loads(self.first_said("same", text))
+        for name, value in json.loads(text).items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"{name} differs between ranks: {value!r} on rank {self._rank}, {theirs[name]!r} on another"
+                )
 
     def look(self) -> None:
         """Raise `RankFailure` where a rank has failed, died or left; without waiting."""
@@ -115,7 +126,6 @@ class Meeting:
 
     def _until(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
         start = looked = time.monotonic()
-        pause = _POLL_S[0]
         with reaching_store(self._what):
             while not ready():
                 if self.meanwhile is not None:
@@ -126,8 +136,7 @@ class Meeting:
                     self._look_for_the_dead()
                 if timeout_s is not None and now - start > timeout_s:
                     raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s for the others in {self._what}")
-                time.sleep(pause)
-                pause = min(2 * pause, _POLL_S[1])
+                time.sleep(min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1]))
 
     def _report(self, rank: int, message: str, text: str) -> None:
         with reaching_store(self._what):

@@ -13,6 +13,7 @@ from .outputs import Rows
 
 _BLOCK_BYTES = 2**26  # the C library gives memory of this size back, and takes it from the system as it is written
 _ALIGNED_BYTES = 64
+_SHORT = 1000  # bytes of a description, of dense outputs say, that are not worth compressing
 _OBJECTS = 8  # Python's objects of a description take that many times its text
 
 
@@ -22,14 +23,14 @@ class Packed:
 
     start: int
     size: int
-    text: bytes  # the description
+    text: bytes  # the description in JSON, compressed where it is long
     cost: int  # bytes to unpack it, roughly
     block: torch.Tensor
     offset: int
     elsewhere: list[torch.Tensor]
 
     def rows(self) -> Rows:
-        node = json.loads(zlib.decompress(self.text))
+        node = json.loads(self.text if self.text.startswith(b"{") else zlib.decompress(self.text))
         leaves, offset, elsewhere = [], self.offset, iter(self.elsewhere)
         for leaf in leaves_of(node):
             if leaf.get("device", "cpu") != "cpu":
@@ -57,7 +58,7 @@ class Packer:
 
     def pack(self, rows: Rows) -> Packed:
         plain = json.dumps(rows.node).encode()
-        text = zlib.compress(plain, 1)
+        text = plain if len(plain) < _SHORT else zlib.compress(plain, 1)
         self._text = text = self._text if text == self._text else text  # most batches are alike, and share it
         nodes = leaves_of(rows.node)
         here = [leaf for node, leaf in zip(nodes, rows.leaves, strict=True) if node.get("device", "cpu") == "cpu"]

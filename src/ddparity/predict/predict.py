@@ -218,10 +218,15 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
             source, balance = made._source, made._balance
             if meeting is not None:
                 kind = None if given.metric is None else type(given.metric).__name__
-                meeting.same("the data set's length", source.length)
-                own = {"batch_size": made._batch_size, "seed": made._seed, "balance": balance, "to": str(given.to)}
-                for name, value in {**own, "metric": kind, "rows_per_file": given.rows_per_file}.items():
-                    meeting.same(f"predict's {name}", value)
+                own: dict[str, object] = {
+                    "batch_size": made._batch_size,
+                    "seed": made._seed,
+                    "balance": balance,
+                    "to": str(given.to),
+                }
+                own |= {"metric": kind, "rows_per_file": given.rows_per_file}
+                named: dict[str, object] = {f"predict's {name}": value for name, value in own.items()}
+                meeting.all_same({"the data set's length": source.length, **named})
             call, device = callable_of(given.model, given.inputs)
             path, chunks = given.directory(), cut(len(source), world_size, balance)
             sink: Sink
