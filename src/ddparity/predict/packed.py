@@ -48,7 +48,7 @@ class Packer:
     """Copies outputs: a model may write its next one into the same memory, and a view would keep more than itself.
 
     On the CPU they lie side by side in large blocks. Each on its own, between what the model takes and frees, would
-    leave holes that together are as large as the outputs (benchmarks/RESULTS.md, "Distributed inference").
+    leave holes that together are as large as the outputs (benchmarks/RESULTS.md, "Prediction").
     """
 
     def __init__(self) -> None:
