@@ -82,15 +82,12 @@ class _Entries:
     def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
         if node["kind"] == "plain list":
             text = targets[node["leaf"]] = new_tensor(node)
-            read: Callable[[], list[Any]] = lambda: plain_values(text)  # noqa: E731
-        else:
-            builds = [single(item, targets, new_tensor) for item in node["items"]]
-            read = lambda: [build() for build in builds]  # noqa: E731
+            return lambda: self._set(start, plain_values(text))
+        builds = [single(item, targets, new_tensor) for item in node["items"]]
+        return lambda: self._set(start, [build() for build in builds])
 
-        def finish() -> None:
-            self._entries[start : start + size] = read()
-
-        return finish
+    def _set(self, start: int, entries: list[Any]) -> None:
+        self._entries[start : start + len(entries)] = entries
 
     def value(self) -> Any:
         return self._entries

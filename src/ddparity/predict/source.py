@@ -54,7 +54,6 @@ class Batches:
         streams = "; or a stream that has num_shards and shard(num_shards=, index=)"
         self.length = sized_length(dataset, "predict", streams)
         self.batch_size = checked_batch_size(batch_size)
-        self.given_seed = seed
         self._key = derive(seed, "predict")
         self._order = _Order(self)
         self._dataloader: DataLoader[Any] = DataLoader(
