@@ -132,6 +132,12 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def constant_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, which imports the compiler to set this mark: a second at each start."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether `torch.compile(module)` or `module.compile()` made this module's forward."""
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None

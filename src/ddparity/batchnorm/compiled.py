@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..compat import group_name, group_of_name
+from ..compat import constant_in_graph, group_name, group_of_name
 from .function import check_channels, input_gradients, normalised
 from .layout import dense
 from .stock import update
@@ -83,6 +83,6 @@ def compiled_batch_norm(
     return y
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_in_graph
 def _name(group: dist.ProcessGroup) -> str:
     return group_name(group)
