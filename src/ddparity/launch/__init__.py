@@ -1,5 +1,6 @@
 """Starting processes, on torch's own elastic agent."""
 
-from .agent import launch, launch_forked, run_command
+from .options import parse
+from .run import launch, launch_forked, run_command, run_launch
 
-__all__ = ["launch", "launch_forked", "run_command"]
+__all__ = ["launch", "launch_forked", "parse", "run_command", "run_launch"]

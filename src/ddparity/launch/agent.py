@@ -1,179 +1,204 @@
-"""Runs a command or a function on N processes of this machine through torch's elastic agent."""
+"""torch's elastic agent, which here also tells why a job failed, and leaves nothing running."""
 
 from __future__ import annotations
 
-import json
-import logging
-import multiprocessing
-import os
 import signal
+import socket
 import sys
-import tempfile
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 
-from ..compat import shutdown_timeout
-from ..errors import RankFailure
+from .ending import Guardian, end, how_ended, kill_sessions, runs, send
+from .fates import Cause, Fate, culprit, from_json, read_fate, report, settled, to_json
+from .exchange import Exchange
+from .memory import MemoryWatch
+from .output import RankFiles
+from .watch import Verdict, Watch, Watched, describe
 
-_GRACE_S = 3  # from a signal to SIGKILL
-# What a rank says that was well until another one failed.
-_CONSEQUENCES = ("RankFailure:", "DistNetworkError:", "Connection closed by peer", "Connection reset by peer")
-
-
-def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any]:
-    """Run an importable function on `nproc` local processes; returns each rank's result, in rank order.
-
-    Raises:
-        ValueError: `nproc` is below 1.
-        RankFailure: a rank failed; its traceback is a note.
-
-    Example (in a file, behind `if __name__ == "__main__":`):
-        results = launch(train, "config.toml", nproc=4)
-    """
-    return _launch(function, args, nproc, "spawn")
-
-
-def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any]:
-    """As `launch`, with processes from multiprocessing's fork server: where that has imported torch, 0.1 s each.
-
-    Sets what the server imports when it starts, which is at the first call. Not on Windows.
-    """
-    # torch._dynamo: an optimizer imports it in its first step, in a second or two.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["ddparity", "torch._dynamo"])
-    return _launch(function, args, nproc, "forkserver")
-
-
-def _launch(function: Callable[..., Any], args: tuple[Any, ...], nproc: int, start_method: str) -> list[Any]:
-    with _agent(nproc, start_method) as (config, folder):
-        try:
-            results = elastic_launch(config, function)(*args)
-        except ChildFailedError as error:
-            failure = _culprit(error, folder)
-            message = f"rank {failure.rank} failed in {function.__name__}: {failure.ending()}"
-            problem = RankFailure(message, failure.rank)
-            if failure.trace:
-                problem.add_note(f"On rank {failure.rank}:\n{failure.trace}")
-            raise problem from None
-    return [results[rank] for rank in range(nproc)]
-
-
-def run_command(arguments: Sequence[str], nproc: int) -> int:
-    """Run `python ARGUMENTS...` (a script and its arguments, or -m and a module) on `nproc` local processes.
-
-    Returns the exit code: 0, the failed rank's own, 128 + n for a signal n. What failed is the last thing said on
-    standard error.
-    """
-    with _agent(nproc) as (config, folder):
-        try:
-            elastic_launch(config, sys.executable)("-m", "ddparity.launch.worker", *arguments)
-        except ChildFailedError as error:
-            failure = _culprit(error, folder)
-            said = f"\n{failure.trace.rstrip()}" if failure.trace else ""
-            print(f"ddparity: rank {failure.rank} failed: {failure.ending()}{said}", file=sys.stderr)
-            return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        except SignalException as error:
-            print(f"ddparity: ended all processes on {signal.Signals(error.sigval).name}", file=sys.stderr)
-            return 128 + int(error.sigval)
-    return 0
-
-
-@contextmanager
-def _agent(nproc: int, start_method: str = "spawn") -> Iterator[tuple[LaunchConfig, Path]]:
-    """An agent's configuration and the folder of its ranks' records; what it needs around it is put back at the end."""
-    if nproc < 1:
-        raise ValueError(f"nproc={nproc}: start at least 1 process")
-    before = dict(os.environ)
-    elastic = logging.getLogger("torch.distributed.elastic")
-    level = elastic.level
-    with tempfile.TemporaryDirectory(prefix="ddparity-") as errors:
-        try:
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-            elastic.setLevel(logging.CRITICAL)  # its 30 lines say less than our one
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=nproc,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                local_addr="127.0.0.1",
-                max_restarts=0,
-                monitor_interval=0.1,
-                start_method=start_method,
-                logs_specs=DefaultLogsSpecs(log_dir=errors),
-                **shutdown_timeout(LaunchConfig, _GRACE_S),
-            )
-            yield config, Path(errors)
-        finally:
-            elastic.setLevel(level)
-            for name in os.environ.keys() - before.keys():  # the agent sets some of its own, too
-                del os.environ[name]
+_PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
+_PAUSE_S = 0.4  # for ranks that fail alike
+_FORWARDED = ("SIGUSR1", "SIGUSR2")
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """How one rank ended. `message` and `trace`: of its exception; empty where it left none."""
+class Habits:
+    """How an agent watches its ranks and ends them."""
 
-    rank: int
-    exitcode: int
-    message: str
-    trace: str
-
-    def ending(self) -> str:
-        if self.exitcode < 0:
-            name = signal.Signals(-self.exitcode).name
-            return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        return self.message or f"exit code {self.exitcode}"
-
-    def consequence(self) -> tuple[bool, bool]:
-        """Sorts causes first: what another failure brought about, and before it what the agent ended itself, last."""
-        return self.exitcode in (-signal.SIGTERM, -signal.SIGINT), any(word in self.message for word in _CONSEQUENCES)
+    grace_s: float = 3.0  # from a signal to SIGKILL
+    hang_timeout_s: float = 60.0
+    on_hang: Literal["end", "report"] = "end"
 
 
-def _culprit(error: ChildFailedError, folder: Path) -> _Failure:
-    """The first failure that is no consequence of another.
+class Agent(LocalElasticAgent):
+    """One machine's agent. Ranks that failed are `fates` after `run`, with those of the other machines.
 
-    The agent knows the ranks that had ended when it looked. One that raised and had not ended yet left its record: a
-    victim may well end before the rank that failed.
+    What differs from torch's: a failure is looked at before the others are ended, so that its cause is known; signals
+    go to main processes first; a job that hangs is named; a failure before any progress is not tried again.
     """
-    ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    times = {rank: failure.timestamp for rank, failure in error.failures.items()}
-    records = {int(path.parent.name): _recorded(path) for path in folder.rglob("error.json")}
-    failures = [_Failure(rank, ended.get(rank, 1), *records.get(rank, ("", ""))) for rank in sorted({*ended, *records})]
-    return min(failures, key=lambda failure: (*failure.consequence(), times.get(failure.rank, 0)))
+
+    def __init__(self, spec: WorkerSpec, files: RankFiles, habits: Habits, start_method: str = "spawn") -> None:
+        super().__init__(spec, files, start_method=start_method)
+        self.fates: list[Fate] = []
+        self.verdict: Verdict | None = None
+        self._files, self._habits = files, habits
+        self._host = socket.gethostname()
+        self._guardian = Guardian()
+        self._memory = MemoryWatch()
+        self._seen: dict[int, tuple[int, float]] = {}  # local rank: exit code, when it was seen
+        self._watch: Watch | None = None
+        self._exchange: Exchange | None = None
+        self._told: Verdict | None = None
+        self._forwarded: set[int] = set()
+
+    def folders(self) -> dict[int, Path]:
+        """What each rank of this machine has left, by rank."""
+        return {self._rank(local): folder for local, folder in self._files.folders.items()}
+
+    def close(self) -> None:
+        self._guardian.dismiss()
+        self._files.close()
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self.fates, self.verdict, self._told, self._seen = [], None, None, {}
+        self._exchange = None
+        if worker_group.group_world_size > 1:
+            self._exchange = Exchange(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
+        started = super()._start_workers(worker_group)
+        if self._processes():
+            self._guardian.watch(self._pids())
+            ranks = [
+                Watched(worker.global_rank, self._processes()[worker.local_rank], self._files.folders[worker.local_rank])
+                for worker in worker_group.workers
+            ]
+            self._watch = Watch(ranks, self._habits.hang_timeout_s, self._exchange)
+        _on_signals(_FORWARDED, self._forward)
+        return started
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self._processes():
+            self._look()
+            verdict = self._watch.look() if self._watch is not None else None
+            if verdict is not None and self._habits.on_hang == "report":
+                self._tell(verdict)
+                verdict = None
+            elsewhere = self._exchange is not None and self._exchange.failed()
+            if verdict is not None or elsewhere or any(code for code, _ in self._seen.values()):
+                self._conclude(worker_group, verdict)
+                super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
+                return RunResult(state=WorkerState.FAILED)
+        return super()._monitor_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
+        if any(runs(pid) for pid in self._pids()):
+            try:
+                end(self._pids(), death_sig, self._habits.grace_s)
+            except SignalException:  # the second one
+                kill_sessions(self._pids())
+        super()._shutdown(death_sig, *args, **options)
+        self._files.close()
+
+    def _processes(self) -> dict[int, int]:
+        """Process ids by local rank; none for functions, which multiprocessing runs."""
+        return dict(self._pcontext.pids()) if isinstance(self._pcontext, SubprocessContext) else {}
+
+    def _pids(self) -> list[int]:
+        return list(self._processes().values())
+
+    def _look(self) -> None:
+        for local, pid in self._processes().items():
+            if local not in self._seen and (code := how_ended(pid)) is not None:
+                self._seen[local] = code, time.time()
+                if self._watch is not None:
+                    self._watch.ended(self._rank(local), code)
+
+    def _rank(self, local: int) -> int:
+        return int(self._worker_group.workers[local].global_rank)
+
+    def _conclude(self, worker_group: WorkerGroup, verdict: Verdict | None) -> None:
+        """Wait until the cause is known, end the other ranks, and keep how each ended."""
+        if verdict is None:
+            self._settle()
+        by_themselves = dict(self._seen)
+        end(self._pids(), signal.SIGTERM, self._habits.grace_s)
+        self._look()
+        fates = [
+            self._fate(local, code, at, ended_by_us=local not in by_themselves)
+            for local, (code, at) in self._seen.items()
+        ]
+        if verdict is not None:
+            fates = [replace(fate, left=fate.rank in verdict.left) for fate in fates]
+        if self._exchange is not None:
+            fates = [fate for text in self._exchange.all_fates(to_json(fates)) for fate in from_json(text)]
+        self.fates, self.verdict = fates, verdict
+        if self._remaining_restarts > 0:
+            self._again(worker_group)
+
+    def _again(self, worker_group: WorkerGroup) -> None:
+        """Say what failed and that it is tried again, or have it not tried again."""
+        found = culprit(self.fates)
+        progress = self._watch is None or self._watch.progressed
+        if self.verdict is None and found.cause in (Cause.FAILED, Cause.LEFT) and not progress:
+            self._remaining_restarts = 0
+            self.fates = [replace(fate, evidence=f"{fate.evidence}it failed before any progress: not tried again")
+                          if fate is found else fate for fate in self.fates]  # fmt: skip
+            return
+        number = worker_group.spec.max_restarts - self._remaining_restarts + 1
+        print(self.told(), file=sys.stderr)
+        print(f"ddparity: starting again: restart {number} of {worker_group.spec.max_restarts}", file=sys.stderr)
+
+    def _settle(self) -> None:
+        """Give the rank that failed first the time to end: a victim may be quicker."""
+        start = time.monotonic()
+        while True:
+            fates = [self._fate(local, code, at) for local, (code, at) in self._seen.items() if code]
+            if len(self._seen) == len(self._pids()):
+                return
+            waited = time.monotonic() - start
+            if not fates and waited > _PAUSE_S:  # another machine's failure
+                return
+            if fates and settled(fates, waited, _PATIENCE_S, _PAUSE_S):
+                return
+            time.sleep(0.02)
+            self._look()
+
+    def _fate(self, local: int, code: int, at: float, ended_by_us: bool = False) -> Fate:
+        folder, logs = self._files.folders[local], self._files.logs[local]
+        fate = read_fate(self._rank(local), self._host, folder, code, at, ended_by_us, logs)
+        if code == -signal.SIGKILL and not ended_by_us:
+            fate = replace(fate, evidence=self._memory.evidence(self._processes()[local]))
+        return fate
+
+    def _tell(self, verdict: Verdict) -> None:
+        if self._told != verdict:
+            self._told = verdict
+            print(describe(verdict), file=sys.stderr)
+
+    def told(self) -> str:
+        """What the end of the output says."""
+        world_size = self._worker_group.workers[0].world_size if self._worker_group.workers else 0
+        if self.verdict is not None:
+            return describe(self.verdict)
+        return report(self.fates, world_size)
+
+    def stopped_by(self) -> int | None:
+        """The preemption signal on which all ranks ended in order, having saved."""
+        codes = {fate.code for fate in self.fates if not fate.ended_by_us}
+        return next((number for number in self._forwarded if codes <= {128 + number, 0}), None)
+
+    def _forward(self, number: int, frame: object) -> None:
+        self._forwarded.add(number)
+        send(self._pids(), number)
 
 
-def _recorded(path: Path) -> tuple[str, str]:
-    """The exception and the traceback that a rank left, the latter without the frames that started it."""
-    try:
-        message = json.loads(path.read_text())["message"]
-        trace: str = message["extraInfo"]["py_callstack"]
-        return message["message"], _users_frames(trace)
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", ""
-
-
-def _users_frames(trace: str) -> str:
-    """A traceback without the launcher's and runpy's frames on top."""
-    lines = trace.splitlines()
-    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
-    ours = (
-        "ddparity/launch/worker.py",
-        "ddparity/__main__.py",
-        "ddparity/cli.py",
-        "/typer/",
-        "<frozen runpy>",
-        "elastic/multiprocessing/errors/__init__.py",
-    )
-    for number in frames:
-        if not any(part in lines[number] for part in ours):
-            return "\n".join([lines[0], *lines[number:]])
-    return trace
+def _on_signals(names: tuple[str, ...], handler: Callable[[int, object], None]) -> None:
+    for name in names:
+        with suppress(ValueError, AttributeError):  # not the main thread; a system without it
+            signal.signal(getattr(signal, name), handler)

@@ -1,57 +1,141 @@
-"""What the agent starts: runs a script, or a module of ours, and records its exception for the agent.
+"""What the agent starts, as a file: runs a script, a module or a pickled function, and leaves word of how it ended.
 
-python -m ddparity.launch.worker SCRIPT ARGS...
-python -m ddparity.launch.worker -m MODULE ARGS...
+python worker.py SCRIPT ARGS...
+python worker.py -m MODULE ARGS...
+python worker.py --call PICKLE
+
+It imports nothing of ddparity, which a script that knows nothing of us would wait for. What it leaves stands in the
+rank's folder, that of TORCHELASTIC_ERROR_FILE: `error.json` in the form of torch's own record, `result.pickle`.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import io
+import json
 import os
+import pickle
 import runpy
+import signal
 import sys
 import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from ..errors import RankFailure
-
-_CULPRIT_S = 3.0  # a rank that was killed leaves no record
+_PR_SET_PDEATHSIG = 1
 
 
-@record
 def main() -> None:
     arguments = sys.argv[1:]
+    record = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    folder = Path(record).parent if record else None
+    _die_with_the_agent()
+    _standard_input()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # At once, and in whole lines, also with PYTHONUNBUFFERED: N ranks share one pipe.
+        # At once, and in whole lines, also with PYTHONUNBUFFERED: N ranks may share one pipe.
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
+    if folder is not None:
+        _sibling("instruments").install(folder)
     try:
-        if arguments[0] == "-m":
-            sys.argv = arguments[1:]
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
-            runpy.run_path(arguments[0], run_name="__main__")
-    except RankFailure as failure:
-        _let_the_culprit_end_first(failure.rank)
+        _run(arguments, folder)
+    except SystemExit as ending:
+        if folder is not None and ending.code is not None and not isinstance(ending.code, int):
+            _leave(folder, ending, str(ending.code), "")  # sys.exit("a message")
         raise
     except KeyboardInterrupt:
         # The agent passes Ctrl-C on; the launcher says so once, for all ranks.
         sys.stdout.flush()
-        os._exit(130)
+        os._exit(128 + signal.SIGINT)
+    except BaseException as error:
+        _fail(error, folder)
 
 
-def _let_the_culprit_end_first(rank: int) -> None:
-    """Wait until the rank that failed, on this machine, has left its record: the agent ends all when one has ended."""
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    place = rank - int(os.environ.get("RANK", "0")) + int(os.environ.get("LOCAL_RANK", "0"))
-    if own is None or not 0 <= place < int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
-        return
-    record, deadline = Path(own).parent.parent / str(place) / "error.json", time.monotonic() + _CULPRIT_S
-    while not record.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+def _run(arguments: list[str], folder: Path | None) -> None:
+    if arguments[0] == "--call":
+        with open(arguments[1], "rb") as file:
+            sys.path[:] = pickle.load(file)
+            function, values = pickle.load(file)
+        result = function(*values)
+        if folder is not None:
+            import cloudpickle  # as the function: a result's class may stand in the caller's script
+
+            (folder / "result.pickle").write_bytes(cloudpickle.dumps(result))
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        sys.path[0] = os.getcwd()
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _fail(error: BaseException, folder: Path | None) -> None:
+    """Leave the exception for the agent and end with exit code 1, after what the script registered with atexit."""
+    trace = _users_part(error.__traceback__)
+    if folder is not None:
+        _leave(folder, error, f"{type(error).__name__}: {error}", _text(error, trace))
+        _sibling("instruments").leave_record(folder)
+    # The agent shows the culprit's traceback at the end. Rank 0 speaks to the same terminal: it would say it twice.
+    if folder is None or os.environ.get("RANK") != "0":
+        sys.excepthook(type(error), error, trace)
+    sys.exit(1)
+
+
+def _leave(folder: Path, error: BaseException, message: str, trace: str) -> None:
+    """`error.json`, whole or not there: the agent looks while we write."""
+    extra: dict[str, Any] = {"py_callstack": trace, "timestamp": str(int(time.time())), "type": type(error).__name__}
+    if type(error).__name__ == "RankFailure":
+        extra["rank"] = getattr(error, "rank", -1)  # who failed first, as this rank was told
+    partial = folder / "error.json.partial"
+    partial.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    try:
+        (folder / "error.pickle").write_bytes(pickle.dumps(error))
+    except Exception:
+        (folder / "error.pickle").unlink(missing_ok=True)  # the text tells the same
+    partial.rename(folder / "error.json")
+
+
+def _text(error: BaseException, trace: TracebackType | None) -> str:
+    return "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+
+
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback from the first frame on that is neither ours nor runpy's."""
+    rest = trace
+    while rest is not None and rest.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+        rest = rest.tb_next
+    return rest if rest is not None else trace
+
+
+def _die_with_the_agent() -> None:
+    """Have the kernel kill this process when the agent ends without a word. Linux only; the guardian does it, too."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _standard_input() -> None:
+    """Rank 0 reads what the launcher was given; the others would take lines away from it."""
+    if os.environ.get("RANK") != "0":
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+
+
+def _sibling(name: str) -> ModuleType:
+    """A module beside this file, without the package around it."""
+    qualified = f"_ddparity_{name}"
+    if qualified not in sys.modules:
+        spec = importlib.util.spec_from_file_location(qualified, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[qualified] = module
+        spec.loader.exec_module(module)
+    return sys.modules[qualified]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""How each rank ended, which of them is the cause, and how that is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from .output import last_lines
+
+# What a rank says that was well until another one failed.
+_CONSEQUENCE = re.compile(
+    r"RankFailure:|RendezvousError:|DistNetworkError:|Connection (closed|reset) by peer|Broken pipe|Socket closed"
+    r"|Timed out waiting|timed out after|NCCL communicator was aborted|remote process exited|recvValue failed"
+)
+_MEANING = {
+    signal.SIGKILL: "killed",
+    signal.SIGSEGV: "a segmentation fault, in C code",
+    signal.SIGBUS: "a bus error: often a full /dev/shm or a truncated file that is mapped",
+    signal.SIGABRT: "aborted, by C++ code that met an error",
+    signal.SIGFPE: "an arithmetic error in C code",
+    signal.SIGILL: "an instruction that this processor lacks",
+    signal.SIGTERM: "told to end, from outside",
+    signal.SIGINT: "interrupted, from outside",
+    signal.SIGXCPU: "out of processor time",
+}
+_LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
+
+
+class Cause(IntEnum):
+    """What a rank's end may be, the likeliest cause of all others first."""
+
+    KILLED = 0  # SIGKILL, which the kernel sends when memory is out
+    CRASHED = 1
+    FAILED = 2  # an exception or an exit code of its own
+    LEFT = 3  # exit code 0, while others wait for it
+    VICTIM = 4  # a closed connection, a time-out, another rank's failure
+    ENDED = 5  # by us
+    FINISHED = 6
+
+
+@dataclass(frozen=True)
+class Fate:
+    """How one rank ended. `code`: negative for a signal. `at`: when that was seen (time.time)."""
+
+    rank: int
+    host: str
+    code: int
+    at: float
+    ended_by_us: bool = False
+    message: str = ""  # of its exception, as "Type: text"
+    trace: str = ""  # its traceback, or where it crashed
+    named: int | None = None  # the rank that it was told had failed
+    evidence: str = ""  # what else is known: that memory was out, the last words of a crash
+    left: bool = False  # with exit code 0, while others waited for it
+    place: str = ""  # where it stood when we ended it
+
+    @property
+    def cause(self) -> Cause:
+        if self.left:
+            return Cause.LEFT
+        if self.code == 0:
+            return Cause.FINISHED
+        if self.ended_by_us:
+            return Cause.ENDED
+        if self.code < 0:
+            return Cause.KILLED if self.code == -signal.SIGKILL else Cause.CRASHED
+        return Cause.VICTIM if _CONSEQUENCE.search(self.message) else Cause.FAILED
+
+    @property
+    def exit_code(self) -> int:
+        """A shell's: 128 + n for a signal n; 1 for a rank that left too early."""
+        return 128 - self.code if self.code < 0 else self.code or 1
+
+    def ending(self) -> str:
+        """In a few words."""
+        if self.left:
+            return "ended with exit code 0 while the others waited for it"
+        if self.code < 0:
+            found = signal.Signals(-self.code)
+            meaning = _MEANING.get(found)
+            said = f"ended by {found.name}" + (f" ({meaning})" if meaning else "")
+            return f"{said}: {self.evidence}" if self.evidence else said
+        return self.message.partition("\n")[0] or f"exit code {self.code}"
+
+
+def read_fate(
+    rank: int, host: str, folder: Path, code: int, at: float, ended_by_us: bool = False, logs: Path | None = None
+) -> Fate:
+    """A rank's end, with what it left in its folder and, at `logs`, among its output."""
+    fate = Fate(rank, host, code, at, ended_by_us)
+    try:
+        record = json.loads((folder / "error.json").read_text())["message"]
+        extra: dict[str, Any] = record["extraInfo"]
+        named = extra.get("rank")
+        fate = replace(
+            fate, message=record["message"], trace=extra["py_callstack"], named=named if named != rank else None
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if code < 0 and not ended_by_us and code != -signal.SIGKILL:
+        crash, words = _crash(folder / "fatal.txt"), last_lines((logs or folder) / "stderr.log", 3)
+        fate = replace(fate, trace=crash, evidence=" ".join(line.strip() for line in words)[-300:])
+    if _LOADER_WORKER.search(fate.message):
+        fate = replace(fate, evidence="a data-loader worker ended: often memory, or shared memory in /dev/shm, ran out")
+    return fate
+
+
+def _crash(path: Path) -> str:
+    """Python's own account of a fatal signal: the thread that met it, outermost frame first as in a traceback."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return ""
+    parts = re.split(r"\n\s*\n", text)
+    current = next((part for part in parts if part.lstrip().startswith("Current thread")), None)
+    if current is None:
+        current = next((part for part in parts if "most recent call first" in part), "")
+    frames = [line for line in current.splitlines() if line.startswith("  File ")]
+    frames = [frame for frame in frames if "runpy" not in frame and "ddparity/launch/worker.py" not in frame]
+    return "\n".join(["Traceback (most recent call last):", *reversed(frames)]) if frames else ""
+
+
+def culprit(fates: Iterable[Fate]) -> Fate:
+    """The rank whose end brought about the others': by the kind of cause, then by time.
+
+    A rank that others name, because it told them of its exception, goes before one that merely ended earlier.
+    """
+    fates = list(fates)
+    named = {fate.named for fate in fates if fate.named is not None}
+    return min(fates, key=lambda fate: (fate.cause, fate.rank not in named, fate.at, fate.rank))
+
+
+def settled(fates: Sequence[Fate], waited_s: float, patience_s: float, pause_s: float) -> bool:
+    """Whether to stop waiting for more ranks to end by themselves.
+
+    A victim may end before the rank that failed, which is still writing its traceback; and ranks that fail alike do so
+    within moments of each other.
+    """
+    found = culprit(fates)
+    ended = {fate.rank for fate in fates}
+    if found.cause <= Cause.LEFT and (found.named is None or found.named in ended):
+        return waited_s >= pause_s
+    return waited_s >= patience_s
+
+
+def report(fates: Sequence[Fate], world_size: int) -> str:
+    """The culprit with its traceback, then a line for each other rank; those that ended alike share one."""
+    found = culprit(fates)
+    several = len({fate.host for fate in fates}) > 1
+    alike = [fate for fate in fates if fate is not found and fate.trace and _same(fate, found)]
+    ranks = sorted([found.rank, *(fate.rank for fate in alike)])
+    head = f"ddparity: {_numbers(ranks)} failed: {found.ending()}" + (f" (on {found.host})" if several else "")
+    lines = [head]
+    if found.trace:
+        lines.append(found.trace)
+    if found.evidence and found.code >= 0:
+        lines.append(f"({found.evidence})")
+    others = [fate for fate in fates if fate is not found and fate not in alike]
+    lines += [f"ddparity: {line}" for line in _others(others, several)]
+    if missing := sorted(set(range(world_size)) - {fate.rank for fate in fates}):
+        lines.append(f"ddparity: {_numbers(missing)}: no word")
+    return "\n".join(lines)
+
+
+def _others(fates: Iterable[Fate], several: bool) -> list[str]:
+    groups: dict[str, list[int]] = {}
+    for fate in sorted(fates, key=lambda fate: (fate.cause, fate.rank)):
+        host = f" (on {fate.host})" if several else ""
+        groups.setdefault(_fate_of_another(fate) + host, []).append(fate.rank)
+    return [f"{_numbers(ranks)}: {text}" for text, ranks in groups.items()]
+
+
+def _fate_of_another(fate: Fate) -> str:
+    if fate.cause is Cause.ENDED:
+        return "ended by the launcher" + (f", {fate.place}" if fate.place else "")
+    if fate.cause is Cause.FINISHED:
+        return "finished"
+    said = textwrap.shorten(fate.ending(), 160, placeholder=" …")
+    return f"failed in consequence: {said}" if fate.cause is Cause.VICTIM else said
+
+
+def _same(fate: Fate, other: Fate) -> bool:
+    return (fate.message, fate.trace, fate.code) == (other.message, other.trace, other.code)
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    """ "rank 3", "ranks 0 to 3", "ranks 0, 2, 5"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return "ranks " + ", ".join(map(str, ranks))
+
+
+def to_json(fates: Iterable[Fate]) -> str:
+    return json.dumps([asdict(fate) for fate in fates])
+
+
+def from_json(text: str | bytes) -> list[Fate]:
+    return [Fate(**fields) for fields in json.loads(text)]

@@ -1,0 +1,56 @@
+"""Whether memory ran out: what the kernel counts for this process's control group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+class MemoryWatch:
+    """Counts the kernel's out-of-memory kills in the control group since it was made. cgroup v2 and v1."""
+
+    def __init__(self) -> None:
+        self._before = _kills()
+
+    def evidence(self, pid: int) -> str:
+        """What speaks for it that this process was killed because memory ran out."""
+        if (kills := _kills()) > self._before:
+            self._before = kills
+            return f"out of memory: the kernel ended a process of this control group{_limit()}"
+        return "out of memory, unless somebody sent it"
+
+
+def _folders() -> list[Path]:
+    """The own control group, of each hierarchy; in a container it is often the root that is seen."""
+    folders = [_GROUPS, _GROUPS / "memory"]
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                folders.insert(0, _GROUPS / controllers / path.lstrip("/"))
+    except (OSError, ValueError):
+        pass
+    return folders
+
+
+def _kills() -> int:
+    for folder in _folders():
+        for name in ("memory.events", "memory.oom_control"):
+            try:
+                for line in (folder / name).read_text().splitlines():
+                    if line.startswith("oom_kill "):
+                        return int(line.split()[1])
+            except (OSError, ValueError):
+                continue
+    return 0
+
+
+def _limit() -> str:
+    for folder in _folders():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                return f", whose limit is {int((folder / name).read_text()) / 2**30:.1f} GiB"
+            except (OSError, ValueError):  # "max": none
+                continue
+    return ""

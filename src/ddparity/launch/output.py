@@ -1,0 +1,144 @@
+"""Where each rank's output goes: rank 0's to the terminal as it is, the others' to files, shown on demand."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TextIO
+
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+Show = Literal["all"] | frozenset[int]
+_PAUSE_S = 0.1  # between two looks at the files
+_ROTATION = 1 << 16  # bytes read at once
+
+
+class RankFiles(LogsSpecs):
+    """A folder a local rank, for each start of the workers: `rank1/stdout.log`, `stderr.log` and what it leaves for us.
+
+    `folder`: on a short path, since sockets stand in it. `logs`: where the output goes instead, to stay there.
+    `show`: the ranks whose output goes to the terminal. Where that is rank 0 alone, it writes there itself, to the
+    very terminal; the lines of several ranks are forwarded whole, prefixed by host and rank.
+    """
+
+    def __init__(self, folder: Path, show: Show, logs: Path | None = None) -> None:
+        super().__init__()
+        self._folder = folder
+        self._logs = logs or folder
+        self._show = show
+        self._attempts = 0
+        self._forwarders: list[Forwarder] = []
+        self.folders: dict[int, Path] = {}  # of each local rank, in the attempt that runs
+        self.logs: dict[int, Path] = {}
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._folder)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        ranks = {local: int(env["RANK"]) for local, env in envs.items()}
+        attempt = f"attempt{self._attempts}" if self._attempts else ""
+        self._attempts += 1
+        self.folders = {local: self._folder / attempt / f"rank{rank}" for local, rank in ranks.items()}
+        self.logs = {local: self._logs / attempt / f"rank{rank}" for local, rank in ranks.items()}
+        for local, folder in self.folders.items():
+            folder.mkdir(parents=True)
+            self.logs[local].mkdir(parents=True, exist_ok=True)
+            envs[local]["TORCHELASTIC_ERROR_FILE"] = str(folder / "error.json")
+        files = {
+            stream: {local: "" if self._writes_itself(rank) else str(self.logs[local] / f"{stream}.log")
+                     for local, rank in ranks.items()}
+            for stream in ("stdout", "stderr")
+        }  # fmt: skip
+        for stream, terminal in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+            shown = {rank: Path(files[stream][local]) for local, rank in ranks.items() if self._is_forwarded(rank)}
+            if shown:
+                self._forwarders.append(Forwarder(shown, terminal))
+        errors = {local: str(folder / "error.json") for local, folder in self.folders.items()}
+        return LogsDest(stdouts=files["stdout"], stderrs=files["stderr"], error_files=errors)
+
+    def close(self) -> None:
+        """Forward what is left. Called when the ranks have ended."""
+        for forwarder in self._forwarders:
+            forwarder.close()
+        self._forwarders.clear()
+
+    def _writes_itself(self, rank: int) -> bool:
+        return rank == 0 and self._show == frozenset({0})
+
+    def _is_forwarded(self, rank: int) -> bool:
+        return not self._writes_itself(rank) and (self._show == "all" or rank in self._show)
+
+
+class Inherited(RankFiles):
+    """As `RankFiles`, but every rank writes to the launcher's own output."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, frozenset())
+
+    def _writes_itself(self, rank: int) -> bool:
+        return True
+
+
+class Forwarder:
+    """Copies what ranks append to their files, in whole lines, each with its host and rank in front."""
+
+    def __init__(self, files: Mapping[int, Path], terminal: TextIO) -> None:
+        host = socket.gethostname()
+        self._prefixes = {rank: f"[{host} r{rank}] ".encode() for rank in files}
+        self._files, self._terminal = files, terminal
+        self._offsets = dict.fromkeys(files, 0)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._forward, name="ddparity-output", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _forward(self) -> None:
+        while not self._ended.wait(_PAUSE_S):
+            self._copy(whole=True)
+        self._copy(whole=False)
+
+    def _copy(self, whole: bool) -> None:
+        for rank, path in self._files.items():
+            while (text := self._next(rank, path, whole)) is not None:
+                lines = text.splitlines(keepends=True)
+                prefixed = b"".join(self._prefixes[rank] + line for line in lines)
+                self._terminal.write(prefixed.decode(errors="replace"))
+                self._terminal.flush()
+
+    def _next(self, rank: int, path: Path, whole: bool) -> bytes | None:
+        """The next lines of a file; a last one without its end only where not `whole`."""
+        try:
+            with open(path, "rb") as file:
+                file.seek(self._offsets[rank])
+                text = file.read(_ROTATION)
+                while text and b"\n" not in text and (more := file.read(_ROTATION)):
+                    text += more
+        except FileNotFoundError:
+            return None
+        end = text.rfind(b"\n") + 1
+        if end == 0 and not whole and text:
+            end, text = len(text), text + b"\n"
+            self._offsets[rank] += end
+            return text
+        self._offsets[rank] += end
+        return text[:end] or None
+
+
+def last_lines(path: Path, count: int = 5) -> list[str]:
+    """The last lines of a file that say something; none where it is not there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()][-count:]

@@ -1,0 +1,221 @@
+"""Starting a job on this machine: a command, or a function; what failed is the last thing said."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.launcher.api import LaunchConfig
+
+from ..errors import RankFailure
+from . import worker
+from .agent import Agent, Habits
+from .fates import culprit, read_fate
+from .options import GRACE_S, Launch
+from .output import Inherited, RankFiles
+from .threads import decide_threads
+from .watch import RECORDED_COLLECTIVES
+
+HANG_EXIT_CODE = 124  # as `timeout` gives it
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+
+
+def run_launch(launch: Launch) -> int:
+    """Run a job's part on this machine. Gives the exit code: 0, the failed rank's own, 128 + n for a signal n,
+    124 for a hang. What failed is the last thing said on standard error.
+    """
+    command = (sys.executable, worker.__file__, *launch.command) if launch.python else launch.command
+    habits = Habits(launch.grace_s, launch.hang_timeout_s, launch.on_hang)
+    files = partial(RankFiles, show=launch.show, logs=launch.logs)
+    with _agent(launch.config, command[0], command[1:], habits, files, says_threads=True) as agent:
+        try:
+            agent.run()
+        except SignalException as error:
+            print(f"ddparity: ended all processes on {signal.Signals(error.sigval).name}", file=sys.stderr)
+            return 128 + int(error.sigval)
+        if not agent.fates:
+            return 0
+        if (number := agent.stopped_by()) is not None:
+            print(f"ddparity: all ranks stopped on {signal.Signals(number).name}", file=sys.stderr)
+            return 128 + number
+        print(agent.told(), file=sys.stderr)
+        return HANG_EXIT_CODE if agent.verdict is not None else culprit(agent.fates).exit_code
+
+
+def run_command(arguments: Sequence[str], nproc: int) -> int:
+    """As `run_launch`: `python ARGUMENTS...` (a script and its arguments, or -m and a module) on this machine alone."""
+    return run_launch(_alone(nproc, tuple(arguments)))
+
+
+def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any]:
+    """Run a function on `nproc` local processes; returns each rank's result, in rank order.
+
+    The function, its arguments and its results travel by cloudpickle: one that is defined in a notebook or in the
+    script that runs works as well. The processes import what it needs anew.
+
+    Raises:
+        ValueError: `nproc` is below 1.
+        RankFailure: a rank failed, or the ranks hang. Its traceback is a note; the exception itself is the cause, where
+            pickle could carry it.
+
+    Example:
+        results = launch(train, "config.toml", nproc=4)
+    """
+    config = _alone(nproc).config
+    with tempfile.TemporaryDirectory(prefix="ddparity-") as place:
+        call = Path(place) / "call.pickle"
+        call.write_bytes(pickle.dumps(sys.path) + cloudpickle.dumps((function, args)))
+        command = (worker.__file__, "--call", str(call))
+        with _agent(config, sys.executable, command, Habits(), Inherited) as agent:
+            try:
+                agent.run()
+            except SignalException as error:
+                raise KeyboardInterrupt from error
+            if agent.fates:
+                raise _failure(agent, function)
+            folders = agent.folders()
+            return [cloudpickle.loads((folders[rank] / "result.pickle").read_bytes()) for rank in range(nproc)]
+
+
+def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any]:
+    """As `launch`, with processes from multiprocessing's fork server: where that has imported torch, 0.1 s each.
+
+    Sets what the server imports when it starts, which is at the first call. Not on Windows.
+    """
+    # torch._dynamo: an optimizer imports it in its first step, in a second or two.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["ddparity", "torch._dynamo"])
+    with _agent(_alone(nproc).config, function, args, Habits(), Inherited, "forkserver") as agent:
+        try:
+            result = agent.run()
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+        if result.is_failed():
+            agent.fates = [
+                read_fate(rank, "", folder, failed.exitcode if (failed := result.failures.get(rank)) else 1, 0.0)
+                for rank, folder in agent.folders().items()
+                if rank in result.failures or (folder / "error.json").exists()
+            ]
+            raise _failure(agent, function)
+        return [result.return_values[rank] for rank in range(nproc)]
+
+
+def _alone(nproc: int, command: tuple[str, ...] = ()) -> Launch:
+    """On this machine, at a free port."""
+    if nproc < 1:
+        raise ValueError(f"nproc={nproc}: start at least 1 process")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    return Launch(config, command, True, None, frozenset({0}), 60.0, "end", GRACE_S, None, False, None)
+
+
+def _failure(agent: Agent, function: Callable[..., Any]) -> RankFailure:
+    if agent.verdict is not None:
+        return RankFailure(f"{function.__name__} hangs:\n{agent.told()}", min(agent.verdict.odd, default=-1))
+    found = culprit(agent.fates)
+    problem = RankFailure(f"rank {found.rank} failed in {function.__name__}: {found.ending()}", found.rank)
+    if found.trace:
+        problem.add_note(f"On rank {found.rank}:\n{found.trace}")
+    with suppress(Exception):  # a class that cannot be imported here, or whose pickle is broken
+        problem.__cause__ = pickle.loads((agent.folders()[found.rank] / "error.pickle").read_bytes())
+    return problem
+
+
+@contextmanager
+def _agent(
+    config: LaunchConfig,
+    entrypoint: Callable[..., Any] | str,
+    args: Sequence[Any],
+    habits: Habits,
+    files: Callable[[Path], RankFiles],
+    start_method: str = "spawn",
+    says_threads: bool = False,
+) -> Iterator[Agent]:
+    """torch's agent for this configuration; what it needs around it is put back at the end."""
+    before, handlers = dict(os.environ), _handlers()
+    elastic = logging.getLogger("torch.distributed.elastic")
+    level = elastic.level
+    elastic.setLevel(logging.CRITICAL)  # its 30 lines say less than our one
+    threads, line = decide_threads(config.nproc_per_node)
+    os.environ.update(threads)
+    if line is not None and says_threads:
+        print(line, file=sys.stderr)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
+    # What torch's agent reads for itself.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
+    with tempfile.TemporaryDirectory(prefix="ddparity-") as folder:
+        agent = None
+        try:
+            agent = Agent(_spec(config, entrypoint, args), files(Path(folder)), habits, start_method)
+            yield agent
+        finally:
+            if agent is not None:
+                agent.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            elastic.setLevel(level)
+            for name in os.environ.keys() - before.keys():  # the agent sets some of its own, too
+                del os.environ[name]
+
+
+def _spec(config: LaunchConfig, entrypoint: Callable[..., Any] | str, args: Sequence[Any]) -> WorkerSpec:
+    """As torch's `launch_agent` makes it."""
+    endpoint = RendezvousParameters(
+        config.rdzv_backend,
+        config.rdzv_endpoint,
+        config.run_id or uuid.uuid4().hex,
+        config.min_nodes,
+        config.max_nodes,
+        config.local_addr,
+        **config.rdzv_configs,
+    )
+    spec = WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc_per_node,
+        entrypoint=entrypoint,
+        args=tuple(args),
+        rdzv_handler=get_rendezvous_handler(endpoint),
+        max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval,
+        local_addr=config.local_addr,
+    )
+    if config.rdzv_backend == "static":
+        host, _, port = config.rdzv_endpoint.rpartition(":")
+        spec.master_addr, spec.master_port = host, int(port)
+    for name in ("numa_options", "virtual_local_rank"):  # of later versions
+        if hasattr(config, name):
+            setattr(spec, name, getattr(config, name))
+    return spec
+
+
+def _handlers() -> dict[int, Any]:
+    """This process's handlers of the signals that an agent handles; none outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    return {number: signal.getsignal(number) for number in numbers}
