@@ -139,11 +139,11 @@ def _master(
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
         address = address or (first_host(nodes) if nodes else None)
         if port is None:
-            port = _port_of_job(f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}")
+            port = port_of_job(f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}")
     elif engine.name in _MPI and local_world_size == world_size:  # all on this machine
         address = address or "127.0.0.1"
         if port is None:
-            port = _port_of_job(environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or os.getppid())
+            port = port_of_job(environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or os.getppid())
     missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if value is None]
     if missing:
         raise ValueError(
@@ -158,7 +158,7 @@ def _master(
     return address, port
 
 
-def _port_of_job(job: object) -> int:
+def port_of_job(job: object) -> int:
     """A port that all ranks of a job derive alike and two jobs on a machine rarely share, below the ephemeral range."""
     return 12_000 + zlib.crc32(str(job).encode()) % 20_000
 
