@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..compat import shutdown_timeout
 from ..errors import RankFailure
+from .options import Launch
 
 _GRACE_S = 3  # from a signal to SIGKILL
 # What a rank says that was well until another one failed.
@@ -177,3 +178,8 @@ def _users_frames(trace: str) -> str:
         if not any(part in lines[number] for part in ours):
             return "\n".join([lines[0], *lines[number:]])
     return trace
+
+
+def run_launch(launch: Launch) -> int:
+    """Run what `ddparity run` was asked for; returns the exit code."""
+    return run_command(launch.command, launch.config.nproc_per_node)
