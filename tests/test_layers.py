@@ -10,7 +10,10 @@ import ddparity
 SOURCE = Path(ddparity.__file__).parent
 
 LAYERS = {
-    0: ["errors", "compat", "files", "environment", "roster", "meeting", "scheduling", "world", "order", "console"],
+    0: [
+        "errors", "compat", "files", "environment", "network", "roster", "meeting", "scheduling", "world", "order",
+        "console",
+    ],
     1: [
         "permutation", "plan", "seeds", "random_state", "batches", "trees", "sampling",
         "summation", "reduction", "strict", "batchnorm", "replicate", "accumulate", "wire", "gather", "fingerprint",

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
+import typer.core
 
 from .environment import find_placement
 from .errors import RankFailure
-from .launch import run_command
+from .launch import parse, run_command, run_launch
 from .task import Task, check_task, load_task
 from .train import Saves, predict_task
 from .train import train as train_task
@@ -50,21 +51,22 @@ Nproc = Annotated[
 ]
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
-)
-def run(
-    context: typer.Context,
-    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python script; what follows are its arguments.")],
-    nproc: Nproc = None,
-) -> None:
-    """Run any script on N processes, on torch's elastic agent.
+class _Raw(typer.core.TyperCommand):
+    """A command that reads its arguments itself, each as it was typed."""
 
-    The exit code is the failed rank's own, or 128 + n where a signal n ended it.
-    """
-    if not Path(script).is_file():
-        _refuse(f"there is no script {script}")
-    _launch([script, *context.args], nproc)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return []
+
+
+@app.command(cls=_Raw)
+def run(context: typer.Context) -> None:
+    """Run any script on N processes, of one machine or several, on torch's elastic agent."""
+    try:
+        wanted = parse(context.args)
+    except ValueError as error:
+        _refuse(str(error))
+    raise SystemExit(run_launch(wanted))
 
 
 @app.command()

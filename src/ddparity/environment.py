@@ -24,6 +24,8 @@ class Engine:
 # First match wins: torchrun inside a Slurm or MPI job is still torchrun.
 ENGINES = (
     Engine("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    # Ray's workers; a torchrun that is started in one of them sets GROUP_RANK.
+    Engine("Ray Train", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
     # A PyTorchJob sets no LOCAL_RANK: a pod is a node with one process.
     Engine("PyTorchJob", "RANK", "WORLD_SIZE", None, None, None),
     Engine(
@@ -61,7 +63,7 @@ def find_placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
     Raises:
         ValueError: a variable is missing beside the others or has no sensible value.
     """
-    engine = _detect(environ)
+    engine = detect_engine(environ)
     if engine is None:
         return None
     rank = _integer(environ, engine.rank, engine)
@@ -94,10 +96,18 @@ def find_placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
     return Placement(engine.name, rank, world_size, local_rank, local_world_size, node_rank, address, port)
 
 
-def _detect(environ: Mapping[str, str]) -> Engine | None:
-    torchrun, pytorch_job, open_mpi, slurm, mpich = ENGINES
+def detect_engine(environ: Mapping[str, str] = os.environ) -> Engine | None:
+    """The launcher that started this process as a rank; None where there is none.
+
+    Raises:
+        ValueError: one of RANK and WORLD_SIZE is set without the other.
+    """
+    torchrun, ray_train, pytorch_job, open_mpi, slurm, mpich = ENGINES
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return torchrun if "LOCAL_RANK" in environ else pytorch_job
+        if "LOCAL_RANK" not in environ:
+            return pytorch_job
+        of_ray = "RAY_JOB_ID" in environ and ray_train.node_rank in environ and "GROUP_RANK" not in environ
+        return ray_train if of_ray else torchrun
     if open_mpi.rank in environ:
         return open_mpi
     # `srun --pty bash` puts its variables into an interactive shell, where no other task will ever come. An `srun` from
@@ -139,11 +149,11 @@ def _master(
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
         address = address or (first_host(nodes) if nodes else None)
         if port is None:
-            port = _port_of_job(f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}")
+            port = port_of_job(f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}")
     elif engine.name in _MPI and local_world_size == world_size:  # all on this machine
         address = address or "127.0.0.1"
         if port is None:
-            port = _port_of_job(environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or os.getppid())
+            port = port_of_job(environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or os.getppid())
     missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if value is None]
     if missing:
         raise ValueError(
@@ -158,7 +168,7 @@ def _master(
     return address, port
 
 
-def _port_of_job(job: object) -> int:
+def port_of_job(job: object) -> int:
     """A port that all ranks of a job derive alike and two jobs on a machine rarely share, below the ephemeral range."""
     return 12_000 + zlib.crc32(str(job).encode()) % 20_000
 

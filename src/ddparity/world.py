@@ -12,14 +12,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 
-from .compat import PrefixStore, Store, TCPStore, can_tell_stores, is_store
+from .compat import PrefixStore, Store, TCPStore
 from .environment import Placement, find_placement
 from .errors import RankFailure, RendezvousError
 from .meeting import Meeting, depart, store_root
+from .network import find_store, holder, leave_loopback, route_to
 from .roster import Card, call_roll, own_card, publish, roster
 from .scheduling import batch_scheduling
 
@@ -163,7 +163,7 @@ def _join(
         assert bound is not None, "the roster refuses a card with an error"
         chosen = backend or ("nccl" if bound.type == "cuda" else "gloo")
         if len({card.host for card in cards}) > 1:
-            _leave_loopback(placement.master_addr)
+            leave_loopback(placement.master_addr)
         dist.init_process_group(
             chosen,
             store=store,
@@ -205,7 +205,7 @@ def _connect(placement: Placement, limit: timedelta, deadline: float) -> Store:
         if _serves(placement.rank):
             _stores[address] = _serve(placement.master_port, placement.world_size, limit)
         else:
-            _find_store(address, deadline)
+            find_store(address, deadline)
             _stores[address] = TCPStore(*address, placement.world_size, False, limit, wait_for_workers=False)
     store = _stores[address]
     store.set_timeout(limit)
@@ -230,36 +230,7 @@ def _serve(port: int, world_size: int, limit: timedelta) -> Store:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise OSError(f"port {port} is taken on this machine{_holder(port)}") from None
-
-
-def _holder(port: int) -> str:
-    with suppress(psutil.Error):  # other users' processes cannot be seen
-        for connection in psutil.net_connections("tcp"):
-            here = connection.laddr and connection.laddr.port == port
-            if here and connection.status == psutil.CONN_LISTEN and connection.pid:
-                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
-    return ""
-
-
-def _find_store(address: tuple[str, int], deadline: float) -> None:
-    """Wait until a store answers. torch's own client waits for longer than its time-out and prints C++ frames.
-
-    Raises:
-        TimeoutError: at the deadline, with the reason.
-    """
-    pause, patience_s = 0.02, 1.0
-    while True:
-        try:
-            if is_store(address, max(min(patience_s, deadline - time.monotonic()), 0.1)) or not can_tell_stores():
-                return
-            reason = "another program holds that port, or a store too busy to answer"
-        except OSError as error:
-            reason = str(error)
-        if time.monotonic() + pause > deadline:
-            raise TimeoutError(reason)
-        time.sleep(pause)
-        pause, patience_s = min(2 * pause, 0.5), 2 * patience_s
+        raise OSError(f"port {port} is taken on this machine{holder(port)}") from None
 
 
 def _bind(device: torch.device | str | None, local_rank: int, local_world_size: int) -> torch.device:
@@ -299,7 +270,12 @@ def _leave_last(store: Store, joined: World) -> None:
 
 def _unreachable(placement: Placement, waited_s: float, error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    source, interface = _route(placement.master_addr, placement.master_port)
+    try:
+        route = route_to(placement.master_addr, placement.master_port)
+        source, interface = route.address, route.interface or "unknown"
+    except OSError as problem:
+        source, interface = f"no address (no route to {placement.master_addr}: {problem})", "unknown"
+    interface = os.environ.get("GLOO_SOCKET_IFNAME") or interface
     hint = ""
     if placement.engine == "Slurm":
         hint = ". A batch script starts one process: under Slurm, start the ranks with srun"
@@ -310,37 +286,6 @@ def _unreachable(placement: Placement, waited_s: float, error: Exception) -> str
         f"runs, that the port is free there and open, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME where a machine has "
         f"several interfaces{hint}"
     )
-
-
-def _route(host: str, port: int) -> tuple[str, str]:
-    """The own address and interface from which `host` is reached; nothing is sent."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)
-            source = probe.getsockname()[0]
-    except OSError as error:
-        return f"no address (no route to {host}: {error})", os.environ.get("GLOO_SOCKET_IFNAME", "unknown")
-    interfaces = [
-        name for name, addresses in psutil.net_if_addrs().items() for entry in addresses if entry.address == source
-    ]
-    return source, os.environ.get("GLOO_SOCKET_IFNAME") or (interfaces[0] if interfaces else "unknown")
-
-
-def _leave_loopback(master_addr: str) -> None:
-    """Let Gloo listen where other machines reach it, unless the user's GLOO_SOCKET_IFNAME says where.
-
-    It listens at the hostname's address, which on many systems is the loopback's. The variable stays set: groups that
-    are made later need it as well.
-    """
-    with suppress(OSError):
-        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
-            return
-    for host in (master_addr, "192.0.2.1"):  # a documentation address: where the default route goes
-        source, interface = _route(host, 1)
-        if interface != "unknown" and not source.startswith("127."):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            return
 
 
 def _seconds(timeout: float | timedelta | None) -> float | None:

@@ -1,0 +1,76 @@
+"""How many cores this process may use, and how many threads each of its processes gets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cores() -> int:
+    """The cores that this process may use: those it is bound to, and no more than its cgroup's quota of time."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_cores()
+    return bound if quota is None else max(1, min(bound, int(quota)))
+
+
+def cgroup_cores(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """The cores' worth of time that the control groups allow, as a container's limit sets it; None: no limit."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    limits: list[float] = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if not controllers:
+            limits += _limits(root, path, _quota_v2)
+        elif "cpu" in controllers.split(","):
+            for mounted in (root / "cpu", root / "cpu,cpuacct"):
+                limits += _limits(mounted, path, _quota_v1)
+    return min(limits, default=None)
+
+
+def _limits(mounted: Path, path: str, quota: Callable[[Path], float | None]) -> list[float]:
+    """The limits of a group and of those around it. Inside a container its own group is the mount itself."""
+    group = mounted / path.lstrip("/")
+    found = [quota(folder) for folder in (group, *group.parents) if folder == mounted or mounted in folder.parents]
+    return [limit for limit in found if limit is not None]
+
+
+def _quota_v2(folder: Path) -> float | None:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    try:
+        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return None if quota <= 0 else quota / period
+    except (OSError, ValueError):
+        return None
+
+
+def threads_a_process(nproc: int) -> int:
+    """The threads of each of `nproc` processes that share this machine's cores: at least one."""
+    return max(1, cores() // nproc)
+
+
+def decide_threads(nproc: int, environ: Mapping[str, str] = os.environ) -> tuple[dict[str, str], str | None]:
+    """The variables for the processes, and a line that says so; nothing where the user has set OMP_NUM_THREADS.
+
+    torch would start as many threads in each process as the machine has cores.
+    """
+    if environ.get("OMP_NUM_THREADS"):
+        return {}, None
+    threads, many = threads_a_process(nproc), "" if nproc == 1 else "es"
+    found = cores()
+    line = (
+        f"ddparity: {nproc} process{many}, {threads} thread{'s' * (threads > 1)} {'each ' if many else ''}"
+        f"({found} core{'s' * (found > 1)})"
+    )
+    return {"OMP_NUM_THREADS": str(threads)}, line
