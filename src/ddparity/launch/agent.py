@@ -17,8 +17,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 
 from .ending import Guardian, end, how_ended, kill_sessions, runs, send
-from .fates import Cause, Fate, culprit, from_json, read_fate, report, settled, to_json
 from .exchange import Exchange
+from .fates import Cause, Fate, culprit, from_json, read_fate, report, settled, to_json
 from .memory import MemoryWatch
 from .output import RankFiles
 from .watch import Verdict, Watch, Watched, describe
@@ -69,13 +69,17 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.fates, self.verdict, self._told, self._seen = [], None, None, {}
         self._exchange = None
-        if worker_group.group_world_size > 1:
-            self._exchange = Exchange(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
-        started = super()._start_workers(worker_group)
+        store, node, nodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
+        assert store is not None and node is not None and nodes is not None, "the rendezvous gives them"
+        if nodes > 1:
+            self._exchange = Exchange(store, node, nodes)
+        started: dict[int, Any] = super()._start_workers(worker_group)
         if self._processes():
             self._guardian.watch(self._pids())
             ranks = [
-                Watched(worker.global_rank, self._processes()[worker.local_rank], self._files.folders[worker.local_rank])
+                Watched(
+                    worker.global_rank, self._processes()[worker.local_rank], self._files.folders[worker.local_rank]
+                )
                 for worker in worker_group.workers
             ]
             self._watch = Watch(ranks, self._habits.hang_timeout_s, self._exchange)
@@ -94,7 +98,8 @@ class Agent(LocalElasticAgent):
                 self._conclude(worker_group, verdict)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
-        return super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
+        return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
         if any(runs(pid) for pid in self._pids()):
