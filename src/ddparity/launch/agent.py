@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException, Subpr
 
 from .ending import Guardian, end, how_ended, kill_sessions, runs, send
 from .exchange import Exchange
-from .fates import Cause, Fate, culprit, from_json, read_fate, report, settled, to_json
+from .fates import Cause, Fate, culprit, from_json, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles
 from .watch import Verdict, Watch, Watched, describe
@@ -142,7 +142,7 @@ class Agent(LocalElasticAgent):
             fates = [replace(fate, left=fate.rank in verdict.left) for fate in fates]
         if self._exchange is not None:
             fates = [fate for text in self._exchange.all_fates(to_json(fates)) for fate in from_json(text)]
-        self.fates, self.verdict = fates, verdict
+        self.fates, self.verdict = with_leavers(fates), verdict
         if self._remaining_restarts > 0:
             self._again(worker_group)
 
@@ -163,13 +163,13 @@ class Agent(LocalElasticAgent):
         """Give the rank that failed first the time to end: a victim may be quicker."""
         start = time.monotonic()
         while True:
-            fates = [self._fate(local, code, at) for local, (code, at) in self._seen.items() if code]
+            fates = with_leavers(self._fate(local, code, at) for local, (code, at) in self._seen.items())
             if len(self._seen) == len(self._pids()):
                 return
             waited = time.monotonic() - start
-            if not fates and waited > _PAUSE_S:  # another machine's failure
+            if not any(fate.code for fate in fates) and waited > _PAUSE_S:  # another machine's failure
                 return
-            if fates and settled(fates, waited, _PATIENCE_S, _PAUSE_S):
+            if any(fate.code for fate in fates) and settled(fates, waited, _PATIENCE_S, _PAUSE_S):
                 return
             time.sleep(0.02)
             self._look()

@@ -127,6 +127,16 @@ def _crash(path: Path) -> str:
     return "\n".join(["Traceback (most recent call last):", *reversed(frames)]) if frames else ""
 
 
+def with_leavers(fates: Iterable[Fate]) -> list[Fate]:
+    """Where only victims failed, a rank that had finished before is what they waited for."""
+    fates = list(fates)
+    failed = [fate for fate in fates if fate.cause not in (Cause.FINISHED, Cause.ENDED)]
+    if not failed or any(fate.cause is not Cause.VICTIM or fate.named is not None for fate in failed):
+        return fates
+    first = min(fate.at for fate in failed)
+    return [replace(fate, left=fate.cause is Cause.FINISHED and fate.at <= first) for fate in fates]
+
+
 def culprit(fates: Iterable[Fate]) -> Fate:
     """The rank whose end brought about the others': by the kind of cause, then by time.
 
