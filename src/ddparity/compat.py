@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import json
 import os
 import socket
 import struct
@@ -175,24 +174,12 @@ def serve_flight_records(path: str) -> bool:
     if server_type is None:
         return False
     try:
-        register: Any = getattr(module, "_register_handler", None)
-        if register is not None:
-            register(GROUPS_HANDLER, lambda _, response: response.set_content(json.dumps(_groups()), "text/plain"))
         server = server_type(path)
     except (RuntimeError, TypeError):
         return False
     # Never destroyed: its destructor warns, and its shutdown may wait for ever for a server that has just started.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(server))
     return True
-
-
-GROUPS_HANDLER = "ddparity_groups"
-
-
-def _groups() -> dict[str, list[int]]:
-    """The global ranks of each process group of this process."""
-    world: Any = dist.distributed_c10d._world
-    return {str(world.pg_names[group]): sorted(ranks) for group, ranks in list(world.pg_group_ranks.items())}
 
 
 def flight_record() -> bytes | None:

@@ -130,6 +130,8 @@ def find_absent(states: Mapping[int, RankState], group: str, ranks: Iterable[int
     operations = {rank: states[rank].pending(group) or states[rank].last(group) for rank in ranks}
     if not lacking:
         first = min(one.sequence for one in pending.values())
+        if len(ranks) == 1:  # nobody else was ever seen in this group
+            return Finding("absent", group, (), ranks, first, operations)
         return Finding("stalled", group, (), tuple(pending), first, operations)
     sequence, absent = min(lacking)
     waiting = tuple(rank for rank, one in pending.items() if one.sequence <= sequence or rank not in absent)
@@ -151,7 +153,9 @@ def find_left(states: Mapping[int, RankState], group: str, ranks: Iterable[int])
         rank: next((one for one in states[rank].operations if one.group == group and one.sequence == sequence), None)
         for rank in ranks
     }
-    return Finding("finished", group, gone, waiting, sequence, {rank: at[rank] or states[rank].last(group) for rank in ranks})
+    return Finding(
+        "finished", group, gone, waiting, sequence, {rank: at[rank] or states[rank].last(group) for rank in ranks}
+    )
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:
@@ -175,8 +179,9 @@ def sentence(finding: Finding, states: Mapping[int, RankState]) -> str:
         for rank, one in sorted(finding.operations.items()):
             calls.setdefault(str(one), []).append(rank)
         said = ", ".join(
-            f"{describe_ranks(ranks)} {'call' if len(ranks) > 1 else 'calls'} {call}" if not number_ else
-            f"{describe_ranks(ranks)} {call}"
+            f"{describe_ranks(ranks)} {'call' if len(ranks) > 1 else 'calls'} {call}"
+            if not number_
+            else f"{describe_ranks(ranks)} {call}"
             for number_, (call, ranks) in enumerate(calls.items())
         )
         return f"{said}, as collective #{number}{place}"
@@ -186,6 +191,8 @@ def sentence(finding: Finding, states: Mapping[int, RankState]) -> str:
     what = f"{call} (collective #{number}{place})"
     if finding.kind == "stalled":
         return f"{waits} {wait} in {what} that all have issued: no data moves, the network stalls"
+    if not finding.odd:
+        return f"{waits} {wait} in {what} that no other rank has come to"
     odd, plural = describe_ranks(finding.odd), len(finding.odd) > 1
     lasts = {states[rank].last(finding.group) for rank in finding.odd}
     last = lasts.pop() if len(lasts) == 1 else None

@@ -8,11 +8,10 @@ import selectors
 import socket
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..compat import GROUPS_HANDLER
 from .instruments import FLIGHT, SERVER
 
 DEFAULT_GROUP = "0"
@@ -62,16 +61,31 @@ class Operation:
         return f"{self.name} of {' + '.join(f'{size:,}' for size in sizes)} {kinds}".rstrip()
 
 
-def parse(text: bytes) -> tuple[Operation, ...]:
-    """The collectives in a flight record, oldest first; of a group that was made anew under its old name, the new."""
+@dataclass(frozen=True)
+class Record:
+    """What a rank tells: its last collectives, oldest first, and the global ranks of the groups that it names."""
+
+    operations: tuple[Operation, ...]
+    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def parse(text: bytes) -> Record:
+    """Read a flight record. Of a group that was made anew under its old name, only the new one's collectives."""
+    content = json.loads(text)
     kept: dict[str, list[Operation]] = {}
-    for entry in json.loads(text).get("entries") or []:
+    for entry in content.get("entries") or []:
         operation = _operation(entry)
         own = kept.setdefault(operation.group, [])
         if own and not operation.point_to_point and operation.sequence < own[-1].sequence:
             own.clear()
         own.append(operation)
-    return tuple(sorted((one for own in kept.values() for one in own), key=lambda one: one.record))
+    # Gloo names no group here, NCCL does.
+    groups = {
+        one["name"]: tuple(json.loads(one["ranks"]))
+        for one in (content.get("pg_config") or {}).values()
+        if one.get("name")
+    }
+    return Record(tuple(sorted((one for own in kept.values() for one in own), key=lambda one: one.record)), groups)
 
 
 def _operation(entry: Mapping[str, Any]) -> Operation:
@@ -93,7 +107,7 @@ def _operation(entry: Mapping[str, Any]) -> Operation:
     )
 
 
-def left_record(folder: Path) -> tuple[Operation, ...] | None:
+def left_record(folder: Path) -> Record | None:
     """What a rank that has ended left in its folder; None where it could not."""
     try:
         return parse((folder / FLIGHT).read_bytes())
@@ -101,7 +115,7 @@ def left_record(folder: Path) -> tuple[Operation, ...] | None:
         return None
 
 
-def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, tuple[Operation, ...]]:
+def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Record]:
     """The collectives of all ranks that answer, asked at once; takes at most `timeout_s`."""
     found = {}
     for rank, text in _ask(folders, _RECORDS_HANDLER, timeout_s).items():
@@ -110,18 +124,6 @@ def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, tupl
         except (ValueError, KeyError, TypeError, IndexError):  # torch has other fields now: as if it gave no answer
             continue
     return found
-
-
-def ask_groups(folder: Path, timeout_s: float) -> dict[str, tuple[int, ...]]:
-    """The global ranks of each process group that a rank is in; empty where it does not answer.
-
-    Needs the rank's GIL, which is free where it waits in a collective.
-    """
-    try:
-        groups = json.loads(_ask({0: folder}, GROUPS_HANDLER, timeout_s)[0])
-        return {name: tuple(ranks) for name, ranks in groups.items()}
-    except (KeyError, ValueError, AttributeError, TypeError):
-        return {}
 
 
 def ask_traces(folders: Mapping[int, Path], timeout_s: float) -> dict[int, str]:
@@ -184,7 +186,10 @@ def to_json(operations: Iterable[Operation]) -> list[dict[str, Any]]:
 
 
 def from_json(rows: Iterable[Mapping[str, Any]]) -> tuple[Operation, ...]:
-    return tuple(
-        Operation(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
-        for row in rows
-    )
+    found = []
+    for row in rows:
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+        }
+        found.append(Operation(**fields))
+    return tuple(found)
