@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import os
@@ -170,3 +171,28 @@ def group_of_name(name: str) -> dist.ProcessGroup:
 def group_name(group: dist.ProcessGroup) -> str:
     """The same on all ranks of the group; different for each group."""
     return str(group.group_name)
+
+
+def serve_flight_records(path: str) -> bool:
+    """Open torch's worker server on a unix socket, for the life of the process; False where this torch has none."""
+    module = torch._C._distributed_c10d if dist.is_available() else None
+    server_type: Any = getattr(module, "_WorkerServer", None)
+    if server_type is None:
+        return False
+    try:
+        server = server_type(path)
+    except (RuntimeError, TypeError):
+        return False
+    # Never destroyed: its destructor warns, and its shutdown may wait for ever for a server that has just started.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(server))
+    return True
+
+
+def flight_record() -> bytes | None:
+    """The process's last collectives as the worker server gives them; None where this torch keeps no such record."""
+    module = torch._C._distributed_c10d if dist.is_available() else None
+    dump: Any = getattr(module, "_dump_fr_trace_json", None)
+    if dump is None:
+        return None
+    text: bytes | str = dump()
+    return text.encode() if isinstance(text, str) else text

@@ -1,0 +1,71 @@
+"""How a verdict reads."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rank in a verdict. `where`: file:line; `since_s`: how long it has been waiting, or away."""
+
+    rank: int
+    host: str
+    where: str
+    function: str
+    doing: str
+    waits_for: str
+    since_s: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What hangs. `odd`: the ranks to name, none where the network stalls; `sentence`: the whole of it in one."""
+
+    kind: str
+    group: str
+    odd: tuple[int, ...]
+    sentence: str
+    rows: tuple[Row, ...]
+    stacks: Mapping[int, str]
+
+
+def describe(verdict: Verdict, width: int = 120) -> str:
+    """The sentence and a table with a row a rank, as plain text of at most `width` columns."""
+    table = Table(show_edge=False, pad_edge=False, box=None)
+    for name in ("rank", "host", "stands at", "does", "collective", "since"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("rank", "host", "since"))
+    for row in verdict.rows:
+        where = f"{_short(row.where)}, in {row.function}" if row.where else ""
+        since = "" if row.since_s is None else f"{row.since_s:.0f} s"
+        table.add_row(str(row.rank), row.host, where, row.doing, row.waits_for, since)
+    text = io.StringIO()
+    Console(file=text, width=width, color_system=None, highlight=False).print(table)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\n".join([f"hang: {verdict.sentence}", *lines])
+
+
+def _short(where: str) -> str:
+    """A path below the working directory, relative to it."""
+    try:
+        relative = os.path.relpath(where)
+    except ValueError:  # another drive
+        return where
+    return where if relative.startswith("..") else relative
+
+
+def write_stacks(verdict: Verdict, directory: Path) -> list[Path]:
+    """Write each rank's stacks, all threads, to `stacks-rank-N.txt` in a directory; returns the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for rank, text in sorted(verdict.stacks.items()):
+        written.append(directory / f"stacks-rank-{rank}.txt")
+        written[-1].write_text(text.rstrip() + "\n")
+    return written

@@ -1,0 +1,288 @@
+"""Watches the ranks of a job from its agent, and says which of them hangs, where, and why."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from . import compare
+from .compare import Finding, RankState
+from .flight import DEFAULT_GROUP, Operation, ask_records, left_record
+from .instruments import FATAL, let_abort
+from .stacks import PATIENT, Stack, look_at
+from .verdict import Row, Verdict, describe, write_stacks
+from .waiting import Waits
+
+__all__ = ["Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
+
+_POLL_S = 1.0
+_CHECK_S = 0.5  # while something is pending that was at the last poll
+_ANSWER_S = 0.2
+_ABORT_S = 1.0  # how long an abort is held for the other ranks' collectives to show
+_PATIENCE = 10  # times the time-out, while compiling, in a checkpoint, or in the first step
+_IDLE_CPU = 0.02  # below this share of a core a process does nothing
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A rank of this machine; `folder` is where `instruments.install` put its server."""
+
+    rank: int
+    pid: int
+    folder: Path
+
+
+class Exchange(Protocol):
+    """How the agents of several machines tell each other of their ranks; `read` gives every node's last text."""
+
+    def publish(self, text: str) -> None: ...
+    def read(self) -> Sequence[str]: ...
+
+
+class Watch:
+    """Polls the ranks' collectives; `look` gives a verdict once a hang is certain.
+
+    `hang_timeout_s`: how long no rank may come further before an absent one is called a hang. A collective that ranks
+    call differently, or that a rank ended without, is told in seconds.
+    """
+
+    def __init__(self, ranks: Sequence[Watched], hang_timeout_s: float, exchange: Exchange | None = None) -> None:
+        self._ranks = {watched.rank: watched for watched in ranks}
+        self._timeout_s = hang_timeout_s
+        self._exchange = exchange
+        self._host = socket.gethostname().partition(".")[0]
+        self._states = {rank: RankState(rank) for rank in self._ranks}
+        self._moved: dict[int, float] = dict.fromkeys(self._ranks, time.monotonic())  # when a rank last came further
+        self._pending: dict[tuple[int, str], int] = {}  # (rank, group) -> record that was pending at the last poll
+        self._steady: set[str] = set()  # groups in which all that is pending was so at the last poll
+        self._seen: dict[tuple[int, str], dict[object, int]] = {}
+        self._repeated: set[tuple[int, str]] = set()  # (rank, group) that did one thing for the second time
+        self._groups: dict[str, tuple[int, ...]] = {}
+        self._aborts: dict[int, float] = {}
+        self._released: set[int] = set()
+        self._cpu: dict[int, tuple[float, float]] = {}  # (time, CPU seconds) when nothing moved first
+        self._told: set[tuple[object, ...]] = set()
+        self._patient_until: dict[tuple[object, ...], float] = {}
+        self._next = time.monotonic() + _POLL_S
+        self.waits = Waits()
+
+    def ended(self, rank: int, exitcode: int) -> None:
+        """Tell that a rank has ended. One that ended well while others wait for it is named at the next look."""
+        state = self._states.get(rank, RankState(rank))
+        left = left_record(self._ranks[rank].folder) if rank in self._ranks else None
+        self._states[rank] = replace(
+            state, exitcode=exitcode, operations=left.operations if left is not None else state.operations
+        )
+        self._next = min(self._next, time.monotonic())
+
+    def look(self) -> Verdict | None:
+        """Poll if it is time to, and judge. Called often; returns each hang once."""
+        now = time.monotonic()
+        self._see_aborts(now)
+        if now < self._next:
+            return None
+        self._poll(now)
+        verdict = self._judge(now)
+        aborting = self._aborts.keys() - self._released
+        self._next = time.monotonic() + (0.1 if aborting else _CHECK_S if self._steady or self._pending else _POLL_S)
+        return verdict
+
+    def explain(self) -> Verdict | None:
+        """Why the ranks that have ended failed, where their last collectives tell: a mismatch, or one that left early.
+
+        Asked by the agent once a rank has failed, before it ends the others.
+        """
+        self._poll(time.monotonic())
+        for group in self._all_groups():
+            ranks = self._members(group)
+            for finding in (
+                compare.find_mismatch(self._states, group),
+                compare.find_left(self._states, group, ranks),
+            ):
+                if finding is not None:
+                    return self._verdict(finding)
+        return None
+
+    def stragglers(self, always: bool = False) -> str:
+        """Who was waited for, in shares of the polls; empty where nobody stood out, unless `always`."""
+        return self.waits.describe(always)
+
+    def _see_aborts(self, now: float) -> None:
+        for rank, watched in self._ranks.items():
+            if rank in self._released or self._states[rank].exitcode is not None:
+                continue
+            if rank not in self._aborts:
+                if _is_empty(watched.folder / FATAL):
+                    continue
+                self._aborts[rank] = now
+                self._next = now
+            elif now - self._aborts[rank] > _ABORT_S:
+                self._released.add(rank)
+                let_abort(watched.pid)  # it has nothing to do with the others' collectives
+
+    def _poll(self, now: float) -> None:
+        folders = {rank: one.folder for rank, one in self._ranks.items() if self._states[rank].exitcode is None}
+        for rank, record in ask_records(folders, _ANSWER_S).items():
+            state, operations = self._states[rank], record.operations
+            self._groups.update(record.groups)
+            if _progress(operations) != _progress(state.operations):
+                self._moved[rank] = now
+                self._cpu.clear()
+            self._states[rank] = replace(state, operations=operations)
+            self._note_repeats(rank, operations)
+        pending = {}
+        for rank, state in self._states.items():
+            if state.exitcode is None:
+                for group in {one.group for one in state.operations if one.pending}:
+                    if (one := state.pending(group)) is not None:
+                        pending[rank, group] = one.record
+        groups = {group for _, group in pending}
+        self._steady = {
+            group
+            for group in groups
+            if all(self._pending.get(key) == record for key, record in pending.items() if key[1] == group)
+        }
+        self._pending = pending
+        self.waits.count(self._states, {group: self._members(group) for group in self._all_groups()})
+
+    def _note_repeats(self, rank: int, operations: Sequence[Operation]) -> None:
+        for one in operations:
+            key = (rank, one.group)
+            if key not in self._repeated and not one.point_to_point:
+                seen = self._seen.setdefault(key, {})
+                if seen.setdefault((one.name, one.dtypes, one.inputs), one.record) != one.record:
+                    self._repeated.add(key)
+                    del self._seen[key]
+
+    def _all_groups(self) -> list[str]:
+        found = {one.group for state in self._states.values() for one in state.operations}
+        return sorted(found, key=lambda group: (group == DEFAULT_GROUP, group))
+
+    def _members(self, group: str) -> tuple[int, ...]:
+        return compare.members(self._states, group, self._groups)
+
+    def _judge(self, now: float) -> Verdict | None:
+        for group in compare.stuck_groups(self._states):
+            aborting = bool(self._aborts.keys() - self._released)
+            if group not in self._steady and not aborting:
+                continue
+            finding = compare.find_mismatch(self._states, group)
+            if finding is None and group in self._steady:
+                finding = self._waiting(group, now)
+            if finding is not None and finding.key() not in self._told:
+                self._told.add(finding.key())
+                return self._verdict(finding)
+        return None
+
+    def _waiting(self, group: str, now: float) -> Finding | None:
+        """A group that waits, once it is sure that it does so in vain."""
+        ranks = self._members(group)
+        finding = compare.find_absent(self._states, group, ranks)
+        if finding is None or finding.kind == "finished":
+            return finding
+        still_s = now - max(self._moved[rank] for rank in ranks if rank in self._moved)
+        if self._timeout_s <= 0 or still_s < self._timeout_s or finding.key() in self._told:
+            return None
+        if now < self._patient_until.get(finding.key(), 0.0):
+            return None
+        if still_s < self._timeout_s * _PATIENCE and self._has_reason(finding, ranks, now):
+            self._patient_until[finding.key()] = now + max(1.0, self._timeout_s / 4)
+            return None
+        return finding
+
+    def _has_reason(self, finding: Finding, ranks: Sequence[int], now: float) -> bool:
+        """Whether a long wait is to be expected: in the first step, in a compiler, in a checkpoint, or data moves."""
+        stacks = self._stacks(finding.odd)
+        if any(stack.state in "TtD" for stack in stacks.values()):
+            return False
+        if any((rank, finding.group) not in self._repeated for rank in ranks):
+            return True
+        if any(stack.doing() in PATIENT for stack in stacks.values()):
+            return True
+        return finding.kind == "stalled" and self._works(ranks, now)
+
+    def _works(self, ranks: Sequence[int], now: float) -> bool:
+        """Whether one of these processes used its processor since this was first asked."""
+        works = False
+        for rank in ranks:
+            if rank in self._ranks:
+                used = _cpu_seconds(self._ranks[rank].pid)
+                began, before = self._cpu.setdefault(rank, (now, used))
+                works |= now - began < 0.5 or used - before > _IDLE_CPU * (now - began)
+        return works
+
+    def _stacks(self, ranks: Sequence[int]) -> dict[int, Stack]:
+        alive = {rank: self._ranks[rank] for rank in ranks if self._alive(rank)}
+        return look_at(
+            {rank: one.pid for rank, one in alive.items()}, {rank: one.folder for rank, one in alive.items()}
+        )
+
+    def _alive(self, rank: int) -> bool:
+        return rank in self._ranks and self._states[rank].exitcode is None
+
+    def _verdict(self, finding: Finding) -> Verdict:
+        stacks = self._stacks(tuple(self._ranks))
+        rows = tuple(self._row(rank, finding, stacks.get(rank)) for rank in sorted(self._states))
+        texts = {rank: stack.text for rank, stack in stacks.items() if stack.text}
+        said = compare.sentence(finding, self._states)
+        return Verdict(finding.kind, finding.group, finding.odd, said, rows, texts)
+
+    def _row(self, rank: int, finding: Finding, stack: Stack | None) -> Row:
+        state = self._states[rank]
+        one = finding.operations.get(rank) or state.last(finding.group)
+        place = stack.place() if stack is not None else None
+        waits = state.pending(finding.group) if state.exitcode is None else None
+        if state.exitcode is not None:
+            doing = f"ended with exit code {state.exitcode}"
+        elif rank in self._aborts:
+            doing = "aborts"
+        else:
+            doing = stack.doing() if stack is not None else ""
+            if waits is not None and stack is not None and stack.state not in "TtD" and _in_collective(stack):
+                doing = f"in {waits.name}"
+        shown = waits or one
+        if shown is None:
+            collective = ""
+        elif waits is not None or rank in self._aborts:
+            collective = f"{shown} #{shown.sequence}"
+        else:
+            collective = f"(last: {shown.name} #{shown.sequence})"
+        return Row(
+            rank=rank,
+            host=self._host,
+            where=f"{place.file}:{place.line}" if place is not None else "",
+            function=place.function if place is not None else "",
+            doing=doing,
+            waits_for=collective,
+            since_s=time.time() - shown.created_s if shown is not None else None,
+        )
+
+
+def _in_collective(stack: Stack) -> bool:
+    parts = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/distributed.py")
+    return any(part in frame.file for frame in stack.frames for part in parts) or not stack.frames
+
+
+def _progress(operations: Sequence[Operation]) -> object:
+    """Changes when a rank issues a collective or one is done."""
+    return operations[-1].record if operations else -1, tuple(one.record for one in operations if one.pending)
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except OSError:
+        return True
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
