@@ -11,7 +11,7 @@ rank's folder, that of TORCHELASTIC_ERROR_FILE: `error.json` in the form of torc
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -127,15 +127,12 @@ def _standard_input() -> None:
 
 
 def _sibling(name: str) -> ModuleType:
-    """A module beside this file, without the package around it."""
-    qualified = f"_ddparity_{name}"
-    if qualified not in sys.modules:
-        spec = importlib.util.spec_from_file_location(qualified, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[qualified] = module
-        spec.loader.exec_module(module)
-    return sys.modules[qualified]
+    """A module beside this file, as one of a package that has the same files but runs no `__init__`."""
+    for package, folder in (("_ddparity", Path(__file__).parents[1]), ("_ddparity.launch", Path(__file__).parent)):
+        if package not in sys.modules:
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = [str(folder)]
+    return importlib.import_module(f"_ddparity.launch.{name}")
 
 
 if __name__ == "__main__":
