@@ -21,7 +21,8 @@ from .exchange import Exchange
 from .fates import Cause, Fate, culprit, from_json, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles
-from .watch import Verdict, Watch, Watched, describe
+from .verdict import Verdict, describe, write_stacks
+from .watch import Watch, Watched
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
 _PAUSE_S = 0.4  # for ranks that fail alike
@@ -55,7 +56,7 @@ class Agent(LocalElasticAgent):
         self._seen: dict[int, tuple[int, float]] = {}  # local rank: exit code, when it was seen
         self._watch: Watch | None = None
         self._exchange: Exchange | None = None
-        self._told: Verdict | None = None
+        self._asked = False
         self._forwarded: set[int] = set()
 
     def folders(self) -> dict[int, Path]:
@@ -67,7 +68,7 @@ class Agent(LocalElasticAgent):
         self._files.close()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.fates, self.verdict, self._told, self._seen = [], None, None, {}
+        self.fates, self.verdict, self._seen = [], None, {}
         self._exchange = None
         store, node, nodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
         assert store is not None and node is not None and nodes is not None, "the rendezvous gives them"
@@ -84,14 +85,20 @@ class Agent(LocalElasticAgent):
             ]
             self._watch = Watch(ranks, self._habits.hang_timeout_s, self._exchange)
         _on_signals(_FORWARDED, self._forward)
+        _on_signals(("SIGQUIT",), self._ask)
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self._processes():
             self._look()
-            verdict = self._watch.look() if self._watch is not None else None
+            assert self._watch is not None
+            verdict = self._watch.look()
+            if self._asked:
+                self._asked = False
+                print(f"ddparity: {self._watch.stragglers(always=True)}", file=sys.stderr)
             if verdict is not None and self._habits.on_hang == "report":
-                self._tell(verdict)
+                print(f"ddparity: {describe(verdict)}", file=sys.stderr)
+                self._keep_stacks(verdict)
                 verdict = None
             elsewhere = self._exchange is not None and self._exchange.failed()
             if verdict is not None or elsewhere or any(code for code, _ in self._seen.values()):
@@ -129,8 +136,14 @@ class Agent(LocalElasticAgent):
 
     def _conclude(self, worker_group: WorkerGroup, verdict: Verdict | None) -> None:
         """Wait until the cause is known, end the other ranks, and keep how each ended."""
+        assert self._watch is not None
         if verdict is None:
             self._settle()
+            own = [self._fate(local, code, at) for local, (code, at) in self._seen.items() if code]
+            if own and culprit(own).cause in (Cause.CRASHED, Cause.VICTIM):
+                verdict = self._watch.explain()  # Gloo aborts one rank where sizes differ, and cuts off the others
+        if verdict is not None:
+            self._keep_stacks(verdict)
         by_themselves = dict(self._seen)
         end(self._pids(), signal.SIGTERM, self._habits.grace_s)
         self._look()
@@ -138,8 +151,6 @@ class Agent(LocalElasticAgent):
             self._fate(local, code, at, ended_by_us=local not in by_themselves)
             for local, (code, at) in self._seen.items()
         ]
-        if verdict is not None:
-            fates = [replace(fate, left=fate.rank in verdict.left) for fate in fates]
         if self._exchange is not None:
             fates = [fate for text in self._exchange.all_fates(to_json(fates)) for fate in from_json(text)]
         self.fates, self.verdict = with_leavers(fates), verdict
@@ -181,22 +192,29 @@ class Agent(LocalElasticAgent):
             fate = replace(fate, evidence=self._memory.evidence(self._processes()[local]))
         return fate
 
-    def _tell(self, verdict: Verdict) -> None:
-        if self._told != verdict:
-            self._told = verdict
-            print(describe(verdict), file=sys.stderr)
+    def _keep_stacks(self, verdict: Verdict) -> None:
+        if self._files.kept is not None:
+            write_stacks(verdict, self._files.kept)
+            print(f"ddparity: the stacks of all ranks are in {self._files.kept}", file=sys.stderr)
 
     def told(self) -> str:
         """What the end of the output says."""
         world_size = self._worker_group.workers[0].world_size if self._worker_group.workers else 0
         if self.verdict is not None:
-            return describe(self.verdict)
+            return f"ddparity: {describe(self.verdict)}"
         return report(self.fates, world_size)
 
     def stopped_by(self) -> int | None:
         """The preemption signal on which all ranks ended in order, having saved."""
         codes = {fate.code for fate in self.fates if not fate.ended_by_us}
         return next((number for number in self._forwarded if codes <= {128 + number, 0}), None)
+
+    def slow(self) -> str:
+        """Which ranks the others waited for; empty where none stood out."""
+        return self._watch.stragglers() if self._watch is not None else ""
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True  # answered at the next look
 
     def _forward(self, number: int, frame: object) -> None:
         self._forwarded.add(number)

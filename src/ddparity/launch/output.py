@@ -29,6 +29,7 @@ class RankFiles(LogsSpecs):
         super().__init__()
         self._folder = folder
         self._logs = logs or folder
+        self.kept = logs  # what stays when the job has ended
         self._show = show
         self._attempts = 0
         self._forwarders: list[Forwarder] = []

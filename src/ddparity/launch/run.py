@@ -28,10 +28,10 @@ from ..errors import RankFailure
 from . import worker
 from .agent import Agent, Habits
 from .fates import culprit, read_fate
+from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
 from .output import Inherited, RankFiles
 from .threads import decide_threads
-from .watch import RECORDED_COLLECTIVES
 
 HANG_EXIT_CODE = 124  # as `timeout` gives it
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -51,6 +51,8 @@ def run_launch(launch: Launch) -> int:
             print(f"ddparity: ended all processes on {signal.Signals(error.sigval).name}", file=sys.stderr)
             return 128 + int(error.sigval)
         if not agent.fates:
+            if slow := agent.slow():
+                print(f"ddparity: {slow}", file=sys.stderr)
             return 0
         if (number := agent.stopped_by()) is not None:
             print(f"ddparity: all ranks stopped on {signal.Signals(number).name}", file=sys.stderr)
@@ -165,7 +167,7 @@ def _agent(
     os.environ.update(threads)
     if line is not None and says_threads:
         print(line, file=sys.stderr)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
+    os.environ.setdefault(FLIGHT_VARIABLE, FLIGHT_ENTRIES)
     # What torch's agent reads for itself.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
     with tempfile.TemporaryDirectory(prefix="ddparity-") as folder:
