@@ -87,5 +87,5 @@ def test_the_plan_knows_no_process_group() -> None:
 
 def test_the_test_sees_relative_imports(tmp_path: Path) -> None:
     assert "plan" in _imports(SOURCE / "predict" / "source.py")
-    assert "errors" in _imports(SOURCE / "launch" / "agent.py")
+    assert "errors" in _imports(SOURCE / "launch" / "run.py")
     assert {"seeds", "permutation"} <= set(_imports(SOURCE / "plan.py"))

@@ -105,9 +105,13 @@ def _text(error: BaseException, trace: TracebackType | None) -> str:
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
-    """The traceback from the first frame on that is neither ours nor runpy's."""
-    rest = trace
-    while rest is not None and rest.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+    """The traceback from the first frame on that is not what started the script, or our own command."""
+    ours, rest = Path(__file__).parents[1], trace
+    starters = (__file__, runpy.__file__, "<frozen runpy>", str(ours / "__main__.py"), str(ours / "cli.py"))
+    while rest is not None:
+        file = rest.tb_frame.f_code.co_filename
+        if file not in starters and "/typer/" not in file and "/click/" not in file:
+            break
         rest = rest.tb_next
     return rest if rest is not None else trace
 
