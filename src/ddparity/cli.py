@@ -16,7 +16,7 @@ import typer.core
 
 from .environment import find_placement
 from .errors import RankFailure
-from .launch import parse, run_command, run_launch
+from .launch import find_submission, parse, run_command, run_launch, submit
 from .task import Task, check_task, load_task
 from .train import Saves, predict_task
 from .train import train as train_task
@@ -63,6 +63,9 @@ class _Raw(typer.core.TyperCommand):
 def run(context: typer.Context) -> None:
     """Run any script on N processes, of one machine or several, on torch's elastic agent."""
     try:
+        job = find_submission(context.args)
+        if job is not None:
+            raise SystemExit(submit(job))
         wanted = parse(context.args)
     except ValueError as error:
         _refuse(str(error))

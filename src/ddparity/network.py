@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -186,6 +187,22 @@ def holder(port: int) -> str:
     return ""
 
 
+def plainly(error: OSError) -> str:
+    """Why a machine is not reached, and what that usually means."""
+    meanings = {
+        errno.ECONNREFUSED: "nothing listens at that port there",
+        errno.EHOSTUNREACH: "that machine does not answer in this network",
+        errno.ENETUNREACH: "no interface of this machine leads there",
+        errno.ENODEV: "no interface of this machine leads there",
+    }
+    if isinstance(error, socket.gaierror):
+        return f"{error}: that name has no address on this machine"
+    if isinstance(error, TimeoutError):
+        return "no answer: the wrong address, or a firewall drops what is sent there"
+    meaning = meanings.get(error.errno or 0)
+    return f"{error}: {meaning}" if meaning else str(error)
+
+
 def find_store(address: tuple[str, int], deadline: float, waiting: Callable[[str], None] | None = None) -> None:
     """Wait until a store answers. torch's own client waits for longer than its time-out and prints C++ frames.
 
@@ -201,7 +218,7 @@ def find_store(address: tuple[str, int], deadline: float, waiting: Callable[[str
                 return
             reason = "another program holds that port, or a store too busy to answer"
         except OSError as error:
-            reason = str(error)
+            reason = plainly(error)
         if time.monotonic() + pause > deadline:
             raise TimeoutError(reason)
         if waiting is not None:
