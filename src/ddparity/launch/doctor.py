@@ -169,9 +169,7 @@ def _versions() -> Iterator[Finding]:
         nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
     gloo = dist.is_gloo_available()
     state: Literal["ok", "wrong"] = "ok" if gloo else "wrong"
-    yield Finding(
-        "backends", f"Gloo {'yes' if gloo else 'no'}, NCCL {nccl}", "of this torch", "ok" if gloo else "wrong"
-    )
+    yield Finding("backends", f"Gloo {'yes' if gloo else 'no'}, NCCL {nccl}", "of this torch", state)
 
 
 def _diagnosis() -> Iterator[Finding]:
