@@ -131,6 +131,17 @@ def interface_variables(route: Route, environ: Mapping[str, str] = os.environ) -
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
+def unreachable_interface(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What is wrong with the user's GLOO_SOCKET_IFNAME in a job of several machines; None: nothing."""
+    up = interfaces()
+    for name in filter(None, environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in up:
+            theirs = "; ".join(f"{interface} ({', '.join(addresses)})" for interface, addresses in up.items())
+            what = "is the loopback, which no other machine reaches" if name == "lo" else "is not up on this machine"
+            return f"GLOO_SOCKET_IFNAME={name}: that interface {what}. Leave it out, or give one of {theirs or 'none'}"
+    return None
+
+
 def leave_loopback(master_addr: str) -> None:
     """Let Gloo, in this process, listen where other machines reach it, unless GLOO_SOCKET_IFNAME says where.
 

@@ -30,6 +30,7 @@ from ..network import (
     routable,
     route_to,
     split_endpoint,
+    unreachable_interface,
 )
 from .options import Launch
 
@@ -62,7 +63,8 @@ def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Place
 
     Raises:
         RendezvousError: within the rendezvous' time-out: the name has no address, no route leads there, nothing or
-            another program listens there, the port is taken on this machine, or another machine has number 0.
+            another program listens there, the port is taken on this machine, GLOO_SOCKET_IFNAME names an interface
+            that other machines cannot reach, or another machine has number 0.
     """
     config = launch.config
     if launch.alone or config.rdzv_backend not in ("static", "c10d"):
@@ -73,6 +75,8 @@ def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Place
     waiting = _Waiting(launch, start, say)
     route = _route(host, deadline, waiting)
     waiting.route = route
+    if config.max_nodes > 1 and not route.loopback and (wrong := unreachable_interface()):
+        raise RendezvousError(f"{waiting.who()}: {wrong}")
     conf = dict(config.rdzv_configs)
     if config.rdzv_backend == "static":
         opens, hosts_said = launch.node_rank == 0, True
