@@ -47,8 +47,8 @@ def sbatch_script(job: Submission) -> str:
     return _SCRIPT.format(heads=heads, signal=signal, step=step, command=command)
 
 
-# The signal goes to this shell and from it through srun to the tasks, and so to the launchers only: a process without
-# a handler for it, such as a data-loader worker, would end.
+# The signal goes to this shell alone (B:), and from it through srun to its tasks, which are the launchers: a process
+# without a handler for it, such as a data-loader worker, would end.
 _SCRIPT = """\
 #!/bin/bash
 {heads}
