@@ -154,7 +154,8 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
 
 @pytest.mark.parametrize(("command", "words"), [
     ("", ["run", "train", "predict", "Train on one process or on a thousand"]),
-    ("run", ["SCRIPT", "--nproc", "elastic agent"]),
+    ("run", ["SCRIPT", "--nproc", "elastic agent", "--rendezvous HOST:PORT", "--slurm", "--rdzv-conf"]),
+    ("doctor", ["--rendezvous"]),
     ("train", ["TASK", "--nproc", "--checkpoint", "--workers", "--reduction", "--threads"]),
     ("train", ["--resume", "--save-every", "--keep"]),
     ("verify", ["TASK", "--nproc", "--world-sizes", "--steps", "--reduction", "--json", "--plot", "Exit code 0"]),

@@ -17,7 +17,8 @@ import typer.core
 
 from .environment import find_placement
 from .errors import RankFailure
-from .launch import parse, run_command, run_launch
+from .launch import find_submission, parse, run_command, run_launch, submit
+from .launch.doctor import doctor as examine_machine
 from .task import Task, check_task, load_task
 from .train import Saves, predict_task
 from .train import train as train_task
@@ -64,10 +65,28 @@ class _Raw(typer.core.TyperCommand):
 def run(context: typer.Context) -> None:
     """Run any script on N processes, of one machine or several, on torch's elastic agent."""
     try:
+        job = find_submission(context.args)
+        if job is not None:
+            raise SystemExit(submit(job))
         wanted = parse(context.args)
     except ValueError as error:
         _refuse(str(error))
     _leave(run_launch(wanted))
+
+
+@app.command()
+def doctor(
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where machines of a job would meet.", show_default=False),
+    ] = None,
+) -> None:
+    """Show what a job would find on this machine and why, and test a group of two processes."""
+    try:
+        code = examine_machine(rendezvous)
+    except ValueError as error:
+        _refuse(f"--rendezvous: {error}")
+    raise SystemExit(code)
 
 
 @app.command()

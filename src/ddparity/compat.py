@@ -117,6 +117,17 @@ def shutdown_timeout(config_class: type, seconds: int) -> dict[str, Any]:
     return {"shutdown_timeout": seconds} if "shutdown_timeout" in names else {}
 
 
+def guesses_own_host(host: str) -> bool:
+    """Whether torch's c10d rendezvous takes `host` for this machine, and so opens the store here; False if unknown."""
+    from torch.distributed.elastic.rendezvous import utils
+
+    guess = getattr(utils, "_matches_machine_hostname", None)
+    try:
+        return guess is not None and bool(guess(host))
+    except OSError:  # this machine's own name has no address
+        return False
+
+
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """In which statistics are kept: float64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

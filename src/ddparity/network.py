@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -130,6 +131,17 @@ def interface_variables(route: Route, environ: Mapping[str, str] = os.environ) -
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
+def unreachable_interface(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What is wrong with the user's GLOO_SOCKET_IFNAME in a job of several machines; None: nothing."""
+    up = interfaces()
+    for name in filter(None, environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in up:
+            theirs = "; ".join(f"{interface} ({', '.join(addresses)})" for interface, addresses in up.items())
+            what = "is the loopback, which no other machine reaches" if name == "lo" else "is not up on this machine"
+            return f"GLOO_SOCKET_IFNAME={name}: that interface {what}. Leave it out, or give one of {theirs or 'none'}"
+    return None
+
+
 def leave_loopback(master_addr: str) -> None:
     """Let Gloo, in this process, listen where other machines reach it, unless GLOO_SOCKET_IFNAME says where.
 
@@ -186,6 +198,22 @@ def holder(port: int) -> str:
     return ""
 
 
+def plainly(error: OSError) -> str:
+    """Why a machine is not reached, and what that usually means."""
+    meanings = {
+        errno.ECONNREFUSED: "nothing listens at that port there",
+        errno.EHOSTUNREACH: "that machine does not answer in this network",
+        errno.ENETUNREACH: "no interface of this machine leads there",
+        errno.ENODEV: "no interface of this machine leads there",
+    }
+    if isinstance(error, socket.gaierror):
+        return f"{error}: that name has no address on this machine"
+    if isinstance(error, TimeoutError):
+        return "no answer: the wrong address, or a firewall drops what is sent there"
+    meaning = meanings.get(error.errno or 0)
+    return f"{error}: {meaning}" if meaning else str(error)
+
+
 def find_store(address: tuple[str, int], deadline: float, waiting: Callable[[str], None] | None = None) -> None:
     """Wait until a store answers. torch's own client waits for longer than its time-out and prints C++ frames.
 
@@ -201,7 +229,7 @@ def find_store(address: tuple[str, int], deadline: float, waiting: Callable[[str
                 return
             reason = "another program holds that port, or a store too busy to answer"
         except OSError as error:
-            reason = str(error)
+            reason = plainly(error)
         if time.monotonic() + pause > deadline:
             raise TimeoutError(reason)
         if waiting is not None:

@@ -1,0 +1,45 @@
+"""One machine of a job, as its launcher starts it: the checks, then torch's elastic agent. For tests of the network.
+
+python -m tests.node OPTIONS SCRIPT
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import registry
+from torch.distributed.launcher.api import elastic_launch
+
+from ddparity.errors import RendezvousError
+from ddparity.launch.cards import check_nodes, node_card
+from ddparity.launch.options import parse
+from ddparity.launch.preflight import check_rendezvous, explain
+
+
+def main() -> None:
+    launch = parse(sys.argv[1:])
+    start = time.monotonic()
+    try:
+        place = check_rendezvous(launch)
+        os.environ.update(place.variables)
+        handler_of = registry.get_rendezvous_handler
+        registry.get_rendezvous_handler = lambda params: check_nodes(handler_of(params), node_card(launch), 20)
+        place.config.logs_specs = DefaultLogsSpecs()
+        try:
+            elastic_launch(place.config, sys.executable)(*launch.command)
+        except RendezvousError:
+            raise
+        except Exception as error:
+            if "endezvous" not in type(error).__name__ and "Dist" not in type(error).__name__:
+                raise
+            raise explain(error, launch, place, time.monotonic() - start) from error
+    except RendezvousError as error:
+        print(f"ddparity: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
