@@ -1,8 +1,8 @@
 """Starting processes, on torch's own elastic agent."""
 
-from .agent import launch, launch_forked, run_command, run_launch
 from .kubernetes import submit_to_kubernetes
 from .options import Launch, parse
+from .run import launch, launch_forked, run_command, run_launch
 from .slurm import submit_to_slurm
 from .submission import Submission, find_submission
 

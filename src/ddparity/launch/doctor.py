@@ -33,8 +33,8 @@ from ..network import (
     split_endpoint,
 )
 from ..world import world
-from .agent import launch
 from .nodes import find_nodes
+from .run import launch
 from .threads import cgroup_cores, cores
 
 _SHM_BYTES = 1 << 30  # a container has 64 MiB by default, which a few batches of images fill

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,38 +19,59 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.launcher.api import LaunchConfig
 
-from ..errors import RankFailure
+from ..errors import RankFailure, RendezvousError
 from . import worker
 from .agent import Agent, Habits
+from .cards import NodeCard, check_nodes, node_card
 from .fates import culprit, read_fate
 from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
 from .output import Inherited, RankFiles
+from .preflight import Place, check_rendezvous, explain
 from .threads import decide_threads
 
 HANG_EXIT_CODE = 124  # as `timeout` gives it
+RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 def run_launch(launch: Launch) -> int:
     """Run a job's part on this machine. Gives the exit code: 0, the failed rank's own, 128 + n for a signal n,
-    124 for a hang. What failed is the last thing said on standard error.
+    124 for a hang, 125 where the machines did not meet. What failed is the last thing said on standard error.
     """
+    start = time.monotonic()
+    try:
+        place = check_rendezvous(launch)
+        try:
+            return _run(launch, place)
+        except (RendezvousError, SignalException):
+            raise
+        except Exception as error:
+            if launch.alone or not _is_of_rendezvous(error):
+                raise
+            raise explain(error, launch, place, time.monotonic() - start) from error
+    except RendezvousError as error:
+        print(f"ddparity: {error}", file=sys.stderr)
+        return RENDEZVOUS_EXIT_CODE
+    except SignalException as error:
+        print(f"ddparity: ended all processes on {signal.Signals(error.sigval).name}", file=sys.stderr)
+        return 128 + int(error.sigval)
+
+
+def _run(launch: Launch, place: Place) -> int:
     command = (sys.executable, worker.__file__, *launch.command) if launch.python else launch.command
     habits = Habits(launch.grace_s, launch.hang_timeout_s, launch.on_hang)
     files = partial(RankFiles, show=launch.show, logs=launch.logs)
-    with _agent(launch.config, command[0], command[1:], habits, files, says_threads=True) as agent:
-        try:
-            agent.run()
-        except SignalException as error:
-            print(f"ddparity: ended all processes on {signal.Signals(error.sigval).name}", file=sys.stderr)
-            return 128 + int(error.sigval)
+    card = None if launch.alone else node_card(launch)
+    with _agent(place.config, command[0], command[1:], habits, files, variables=place.variables, card=card) as agent:
+        agent.run()
         if not agent.fates:
             if slow := agent.slow():
                 print(f"ddparity: {slow}", file=sys.stderr)
@@ -59,6 +81,11 @@ def run_launch(launch: Launch) -> int:
             return 128 + number
         print(agent.told(), file=sys.stderr)
         return HANG_EXIT_CODE if agent.verdict is not None else culprit(agent.fates).exit_code
+
+
+def _is_of_rendezvous(error: Exception) -> bool:
+    """torch has no class in common for these."""
+    return "endezvous" in type(error).__name__ or isinstance(error, DistError)
 
 
 def run_command(arguments: Sequence[str], nproc: int) -> int:
@@ -156,24 +183,32 @@ def _agent(
     habits: Habits,
     files: Callable[[Path], RankFiles],
     start_method: str = "spawn",
-    says_threads: bool = False,
+    variables: dict[str, str] | None = None,
+    card: NodeCard | None = None,
 ) -> Iterator[Agent]:
-    """torch's agent for this configuration; what it needs around it is put back at the end."""
+    """torch's agent for this configuration; what it needs around it is put back at the end.
+
+    `variables`: for the ranks, of a command. `card`: what the machines of a job compare when they have met.
+    """
     before, handlers = dict(os.environ), _handlers()
     elastic = logging.getLogger("torch.distributed.elastic")
     level = elastic.level
     elastic.setLevel(logging.CRITICAL)  # its 30 lines say less than our one
     threads, line = decide_threads(config.nproc_per_node)
     os.environ.update(threads)
-    if line is not None and says_threads:
+    if line is not None and variables is not None:
         print(line, file=sys.stderr)
+    os.environ.update(variables or {})
     os.environ.setdefault(FLIGHT_VARIABLE, FLIGHT_ENTRIES)
     # What torch's agent reads for itself.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
     with tempfile.TemporaryDirectory(prefix="ddparity-") as folder:
         agent = None
         try:
-            agent = Agent(_spec(config, entrypoint, args), files(Path(folder)), habits, start_method)
+            spec = _spec(config, entrypoint, args)
+            if card is not None:
+                check_nodes(spec.rdzv_handler, card)
+            agent = Agent(spec, files(Path(folder)), habits, start_method)
             yield agent
         finally:
             if agent is not None:
