@@ -145,19 +145,19 @@ def look_at(pids: Mapping[int, int], folders: Mapping[int, Path], timeout_s: flo
     return found
 
 
-def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> tuple[Frame, ...]:
+def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
     """Have faulthandler write a rank's stacks, GIL or not. Only where the job ends anyway: it may crash the process."""
     path = folder / STACKS
     if STACK_SIGNAL is None or not path.exists():
-        return ()
+        return ""
     before = path.stat().st_size
     with contextlib.suppress(OSError):
         os.kill(pid, STACK_SIGNAL)
         deadline = time.monotonic() + timeout_s
         while path.stat().st_size == before and time.monotonic() < deadline:
             time.sleep(0.02)
-        return _from_trace(path.read_text(errors="replace")[before:])
-    return ()
+        return path.read_text(errors="replace")[before:]
+    return ""
 
 
 def _py_spy(pids: Mapping[int, int], timeout_s: float) -> dict[int, Any]:

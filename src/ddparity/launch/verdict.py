@@ -36,6 +36,11 @@ class Verdict:
     rows: tuple[Row, ...]
     stacks: Mapping[int, str]
 
+    @property
+    def left(self) -> tuple[int, ...]:
+        """The ranks that ended well while others needed them."""
+        return self.odd if self.kind == "finished" else ()
+
 
 def describe(verdict: Verdict, width: int = 120) -> str:
     """The sentence and a table with a row a rank, as plain text of at most `width` columns."""
@@ -61,11 +66,12 @@ def _short(where: str) -> str:
     return where if relative.startswith("..") else relative
 
 
-def write_stacks(verdict: Verdict, directory: Path) -> list[Path]:
+def write_stacks(stacks: Mapping[int, str], directory: Path) -> list[Path]:
     """Write each rank's stacks, all threads, to `stacks-rank-N.txt` in a directory; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for rank, text in sorted(verdict.stacks.items()):
-        written.append(directory / f"stacks-rank-{rank}.txt")
-        written[-1].write_text(text.rstrip() + "\n")
+    for rank, text in sorted(stacks.items()):
+        if text:
+            written.append(directory / f"stacks-rank-{rank}.txt")
+            written[-1].write_text(text.rstrip() + "\n")
     return written

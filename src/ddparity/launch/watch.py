@@ -13,13 +13,14 @@ from typing import Protocol
 from . import compare
 from .compare import Finding, RankState
 from .flight import DEFAULT_GROUP, Operation, ask_records, left_record
-from .instruments import FATAL, let_abort
-from .stacks import PATIENT, Stack, look_at
+from .instruments import FATAL, FLIGHT_ENTRIES, let_abort
+from .stacks import PATIENT, Stack, look_at, signal_for_stacks
 from .verdict import Row, Verdict, describe, write_stacks
 from .waiting import Waits
 
-__all__ = ["Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
+__all__ = ["RECORDED_COLLECTIVES", "Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
 
+RECORDED_COLLECTIVES = int(FLIGHT_ENTRIES)  # what the agent sets TORCH_FR_BUFFER_SIZE to, unless the user has
 _POLL_S = 1.0
 _CHECK_S = 0.5  # while something is pending that was at the last poll
 _ANSWER_S = 0.2
@@ -75,10 +76,17 @@ class Watch:
         """Tell that a rank has ended. One that ended well while others wait for it is named at the next look."""
         state = self._states.get(rank, RankState(rank))
         left = left_record(self._ranks[rank].folder) if rank in self._ranks else None
+        if left is not None:
+            self._note_repeats(rank, left.operations)
         self._states[rank] = replace(
             state, exitcode=exitcode, operations=left.operations if left is not None else state.operations
         )
         self._next = min(self._next, time.monotonic())
+
+    @property
+    def progressed(self) -> bool:
+        """Whether a rank has done a collective for the second time, as in its second step."""
+        return bool(self._repeated)
 
     def look(self) -> Verdict | None:
         """Poll if it is time to, and judge. Called often; returns each hang once."""
@@ -111,6 +119,17 @@ class Watch:
     def stragglers(self, always: bool = False) -> str:
         """Who was waited for, in shares of the polls; empty where nobody stood out, unless `always`."""
         return self.waits.describe(always)
+
+    def keep_stacks(self, verdict: Verdict, directory: Path, ends: bool = True) -> list[Path]:
+        """Write the stacks of all ranks of this machine to files; call it before any signal to them.
+
+        `ends`: the job ends after this. Then a rank that could not be looked into writes its own, on a signal.
+        """
+        texts = dict(verdict.stacks)
+        for rank, watched in self._ranks.items():
+            if ends and rank not in texts and self._alive(rank):
+                texts[rank] = signal_for_stacks(watched.pid, watched.folder)
+        return write_stacks(texts, directory)
 
     def _see_aborts(self, now: float) -> None:
         for rank, watched in self._ranks.items():
