@@ -26,6 +26,7 @@ _CHECK_S = 0.5  # while something is pending that was at the last poll
 _ANSWER_S = 0.2
 _ABORT_S = 1.0  # how long an abort is held for the other ranks' collectives to show
 _PATIENCE = 10  # times the time-out, while compiling, in a checkpoint, or in the first step
+_SILENT_S = 2.0  # a rank that ends is gone after this
 _IDLE_CPU = 0.02  # below this share of a core a process does nothing
 
 
@@ -68,7 +69,8 @@ class Watch:
         self._released: set[int] = set()
         self._cpu: dict[int, tuple[float, float]] = {}  # (time, CPU seconds) when nothing moved first
         self._told: set[tuple[object, ...]] = set()
-        self._patient_until: dict[tuple[object, ...], float] = {}
+        self._answered: dict[int, float] = {}
+        self._check_at = self._excused = float("-inf")  # the next look at stacks; when there was a reason to wait
         self._next = time.monotonic() + _POLL_S
         self.waits = Waits()
 
@@ -149,6 +151,7 @@ class Watch:
         for rank, record in ask_records(folders, _ANSWER_S).items():
             state, operations = self._states[rank], record.operations
             self._groups.update(record.groups)
+            self._answered[rank] = now
             if _progress(operations) != _progress(state.operations):
                 self._moved[rank] = now
                 self._cpu.clear()
@@ -204,15 +207,32 @@ class Watch:
         finding = compare.find_absent(self._states, group, ranks)
         if finding is None or finding.kind == "finished":
             return finding
-        still_s = now - max(self._moved[rank] for rank in ranks if rank in self._moved)
+        still_s = now - max(self._moved[rank] for rank in ranks)
         if self._timeout_s <= 0 or still_s < self._timeout_s or finding.key() in self._told:
             return None
-        if now < self._patient_until.get(finding.key(), 0.0):
+        # Who waits in a collective answers; who does not is about to end. Others may be stopped.
+        if any(self._silent_s(rank, now) > 0 for rank in finding.waiting):
             return None
-        if still_s < self._timeout_s * _PATIENCE and self._has_reason(finding, ranks, now):
-            self._patient_until[finding.key()] = now + max(1.0, self._timeout_s / 4)
+        if any(0 < self._silent_s(rank, now) < _SILENT_S for rank in finding.odd):
             return None
-        return finding
+        if still_s < self._timeout_s * _PATIENCE:
+            if now < self._check_at:
+                return None
+            self._check_at = now + min(1.0, self._timeout_s / 4)
+            if self._has_reason(finding, ranks, now):
+                self._excused = now
+            if now - self._excused < self._timeout_s:
+                return None
+        return finding if self._still(ranks) else None
+
+    def _silent_s(self, rank: int, now: float) -> float:
+        return now - self._answered.get(rank, now) if self._alive(rank) else 0.0
+
+    def _still(self, ranks: Sequence[int]) -> bool:
+        """Whether no rank has come further while the stacks were looked at."""
+        folders = {rank: self._ranks[rank].folder for rank in ranks if self._alive(rank)}
+        asked = ask_records(folders, _ANSWER_S)
+        return all(_progress(asked[rank].operations) == _progress(self._states[rank].operations) for rank in asked)
 
     def _has_reason(self, finding: Finding, ranks: Sequence[int], now: float) -> bool:
         """Whether a long wait is to be expected: in the first step, in a compiler, in a checkpoint, or data moves."""
