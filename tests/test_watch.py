@@ -10,7 +10,7 @@ import pytest
 from ddparity.launch import stacks
 from ddparity.launch.instruments import FLIGHT, SERVER
 from ddparity.launch.stacks import look_at, signal_for_stacks
-from ddparity.launch.watch import Watch, Watched, describe
+from ddparity.launch.watch import Verdict, Watch, Watched, describe
 from tests.watched import Job, job
 
 pytestmark = pytest.mark.skipif(
@@ -222,3 +222,57 @@ def test_ranks_that_are_not_there_yet(tmp_path: Path) -> None:
     watch = Watch([Watched(0, 2**22 + 1, tmp_path)], 1)
     assert watch.look() is None and watch.explain() is None and not watch.progressed
     assert watch.stragglers() == ""
+
+
+class Board:
+    """What a store does for agents, within one process."""
+
+    def __init__(self, texts: dict[str, str], node: int) -> None:
+        self._texts, self._node, self.leads = texts, node, node == 0
+
+    def publish(self, state: str) -> None:
+        self._texts[f"state/{self._node}"] = state
+
+    def read(self) -> list[str]:
+        return [text for key, text in self._texts.items() if key.startswith("state/")]
+
+    def tell(self, verdict: str) -> None:
+        self._texts["verdict"] = verdict
+
+    def verdict(self) -> str | None:
+        return self._texts.get("verdict")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        ("if rank != 3: dist.all_reduce(torch.ones(4))", "absent", "rank 3 has not come to it: ranks 0-2 wait in"),
+        (
+            "dist.all_reduce(torch.ones(4)) if rank < 3 else dist.barrier()",
+            "mismatch",
+            "ranks 0-2 call all_reduce of 4 float32, rank 3 barrier, as collective #4",
+        ),
+    ],
+)
+def test_agents_of_two_machines_agree(tmp_path: Path, body: str, kind: str, said: str) -> None:
+    with job(tmp_path, f"ready()\n{body}\ntime.sleep(600)", 4) as running:
+        running.until_ready()
+        texts: dict[str, str] = {}
+        ranks = [Watched(rank, running.processes[rank].pid, running.folders[rank]) for rank in range(4)]
+        watches = [Watch(ranks[2 * node : 2 * node + 2], 2, Board(texts, node)) for node in (0, 1)]
+        verdicts: list[Verdict | None] = [None, None]
+
+        def both(job: Job) -> bool:
+            for node, watch in enumerate(watches):
+                verdicts[node] = verdicts[node] or watch.look()
+            return all(verdicts)
+
+        running.watch = Watch([], 0)
+        running.until(both)
+        leading, following = verdicts
+        assert leading is not None and following is not None
+        assert (leading.kind, leading.odd) == (kind, (3,))
+        assert leading.sentence.startswith(said)
+        assert (following.sentence, following.rows) == (leading.sentence, leading.rows)
+        assert [bool(row.host and "script.py" in row.where) for row in leading.rows] == [True] * 4
+        assert set(leading.stacks) == {0, 1} and set(following.stacks) == {2, 3}

@@ -48,6 +48,7 @@ def install(folder: Path) -> None:
     collectives of this rank; torch's worker server listens on `server.sock`; at exit `flight.json` stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FLIGHT).unlink(missing_ok=True)
     _dump_stacks(folder)
     if sys.platform == "linux":
         _allow_tracing()

@@ -88,6 +88,12 @@ class Stack:
                     break
         return self._waiting()
 
+    def in_collective(self) -> bool:
+        """Whether the main thread is in torch.distributed or in a backward, as far as is known."""
+        parts = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/distributed.py")
+        inside = any(part in frame.file for frame in self.frames for part in parts)
+        return self.state not in "TtD" and (inside or not self.frames)
+
     def _waiting(self) -> str:
         top = self.frames[0] if self.frames else None
         name = top.function.rpartition(".")[2] if top is not None else ""

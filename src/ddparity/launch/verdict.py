@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from .compare import RankState
+from .flight import Operation
+from .stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,38 @@ class Verdict:
     def left(self) -> tuple[int, ...]:
         """The ranks that ended well while others needed them."""
         return self.odd if self.kind == "finished" else ()
+
+
+def make_row(
+    host: str, state: RankState, group: str, stack: Stack | None, operation: Operation | None, aborts: bool
+) -> Row:
+    """A rank as seen from a group; `operation`: the collective to show where it waits in none."""
+    waits = state.pending(group) if state.exitcode is None else None
+    shown = waits or operation or state.last(group)
+    place = stack.place() if stack is not None else None
+    if state.exitcode is not None:
+        doing = f"ended with exit code {state.exitcode}"
+    elif aborts:
+        doing = "aborts"
+    elif waits is not None and stack is not None and stack.in_collective():
+        doing = f"in {waits.name}"
+    else:
+        doing = stack.doing() if stack is not None else ""
+    if shown is None:
+        collective = ""
+    elif waits is not None or aborts:
+        collective = f"{shown} #{shown.sequence}"
+    else:
+        collective = f"(last: {shown.name} #{shown.sequence})"
+    return Row(
+        rank=state.rank,
+        host=host,
+        where=f"{place.file}:{place.line}" if place is not None else "",
+        function=place.function if place is not None else "",
+        doing=doing,
+        waits_for=collective,
+        since_s=time.time() - shown.created_s if shown is not None else None,
+    )
 
 
 def describe(verdict: Verdict, width: int = 120) -> str:
