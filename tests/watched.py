@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -15,20 +16,24 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore
 
+from ddparity.launch import instruments
 from ddparity.launch.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from ddparity.launch.watch import Verdict, Watch, Watched
 from tests.ranks import torchrun_env
 
 _BOOTSTRAP = """
-import runpy, sys
+import importlib.util, runpy, sys
 from pathlib import Path
-from ddparity.launch.instruments import install, leave_record
+spec = importlib.util.spec_from_file_location("instruments", sys.argv[3])
+instruments = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(instruments)
 folder = Path(sys.argv[1])
-install(folder)
+instruments.install(folder)
+assert not {"torch", "ddparity"} & set(sys.modules)
 try:
     runpy.run_path(sys.argv[2], run_name="__main__")
 except BaseException:
-    leave_record(folder)
+    instruments.leave_record(folder)
     raise
 """
 # `ready` tells the test that the hang begins: all ranks have done the same collectives twice.
@@ -42,6 +47,9 @@ def ready():
         dist.all_reduce(torch.ones(16))
     print("ready", flush=True)
 """
+
+
+INSTRUMENTS = str(instruments.__file__)  # as the worker loads it: without the package
 
 
 @dataclass
@@ -91,12 +99,12 @@ def job(folder: Path, body: str, nproc: int = 2, hang_timeout_s: float = 2.0, he
     variables = torchrun_env(nproc, store.port, agent_store=True)
     folders = [folder / str(rank) for rank in range(nproc)]
     processes = []
-    common = {**_environment(), FLIGHT_VARIABLE: FLIGHT_ENTRIES, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    common = {**os.environ, FLIGHT_VARIABLE: FLIGHT_ENTRIES, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     for rank in range(nproc):
         with (folder / f"err-{rank}").open("w") as errors:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", _BOOTSTRAP, str(folders[rank]), str(script)],
+                    [sys.executable, "-c", _BOOTSTRAP, str(folders[rank]), str(script), INSTRUMENTS],
                     env={**common, **variables(rank)},
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -119,9 +127,3 @@ def job(folder: Path, body: str, nproc: int = 2, hang_timeout_s: float = 2.0, he
             process.wait(10)
             assert process.stdout is not None
             process.stdout.close()
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)

@@ -197,7 +197,7 @@ def sentence(finding: Finding, states: Mapping[int, RankState]) -> str:
     lasts = {states[rank].last(finding.group) for rank in finding.odd}
     last = lasts.pop() if len(lasts) == 1 else None
     if finding.kind == "finished":
-        after = f" after {last.name} #{last.sequence}" if last is not None else " without a collective"
+        after = f" after {last.name} #{last.sequence}" if last is not None else ""
         return f"{odd} finished{after}{place}, {waits} {wait} in {what.replace(place, '') if place else what}"
     not_there = f"{'have' if plural else 'has'} not come to it"
     after = f", {'their' if plural else 'its'} last was {last.name} #{last.sequence}" if last is not None else ""

@@ -1,6 +1,8 @@
 """What a rank carries so that the agent can see where it stands: installed in the worker before the user's script.
 
-Nothing here runs while the script does: the server answers from its own thread, in C++, without the GIL.
+Nothing here runs while the script does: the server answers from its own thread, in C++, without the GIL. Nothing of
+ddparity or torch is imported, as a script that knows nothing of either would wait for it: the server opens once the
+script has imported torch.
 """
 
 from __future__ import annotations
@@ -9,11 +11,15 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import importlib.abc
+import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Set by the agent for its workers, unless the user has: how many collectives a rank remembers. Half a kilobyte each,
@@ -42,20 +48,21 @@ def install(folder: Path) -> None:
     collectives of this rank; torch's worker server listens on `server.sock`; at exit `flight.json` stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FLIGHT).unlink(missing_ok=True)
     _dump_stacks(folder)
     if sys.platform == "linux":
         _allow_tracing()
     os.register_at_fork(after_in_child=_as_before)
-    _serve(folder)
+    _after_import("torch", lambda: _serve(folder))
     atexit.register(_leave, folder, os.getpid())
 
 
 def leave_record(folder: Path) -> None:
     """Write the last collectives of this rank to `flight.json`, as they are now; never raises."""
-    from ..compat import flight_record
-
+    if "torch" not in sys.modules:
+        return
     with contextlib.suppress(Exception):  # a second failure must not hide the first
-        record = flight_record()
+        record = _compat().flight_record()
         if record is not None:
             path = folder / FLIGHT
             written = path.with_suffix(".tmp")
@@ -105,12 +112,59 @@ def _as_before() -> None:
 
 
 def _serve(folder: Path) -> None:
-    from ..compat import serve_flight_records
-
     path = folder / SERVER
-    path.unlink(missing_ok=True)
-    with _quiet():
-        serve_flight_records(str(path))
+    with contextlib.suppress(Exception):  # the script's own import must go well, whatever this torch keeps private
+        path.unlink(missing_ok=True)
+        with _quiet():
+            _compat().serve_flight_records(str(path))
+
+
+def _compat() -> ModuleType:
+    """ddparity's seam to torch as a file, without the package around it."""
+    name = "_ddparity_compat"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "compat.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def _after_import(name: str, action: Callable[[], None]) -> None:
+    """Run an action once a module has been imported, or now if it has."""
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _Finder(name, action))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module as the other finders do, once, and has something done after it ran."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self._name, self._action = name, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            sys.meta_path.insert(0, self)  # it may be found later, on another path
+            return None
+        loader: Any = spec.loader
+        run: Callable[[ModuleType], None] = loader.exec_module
+
+        def run_and_act(module: ModuleType) -> None:
+            del loader.exec_module  # the class's own again
+            run(module)
+            self._action()
+
+        loader.exec_module = run_and_act
+        return spec
 
 
 @contextlib.contextmanager

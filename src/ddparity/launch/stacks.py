@@ -88,6 +88,12 @@ class Stack:
                     break
         return self._waiting()
 
+    def in_collective(self) -> bool:
+        """Whether the main thread is in torch.distributed or in a backward, as far as is known."""
+        parts = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/distributed.py")
+        inside = any(part in frame.file for frame in self.frames for part in parts)
+        return self.state not in "TtD" and (inside or not self.frames)
+
     def _waiting(self) -> str:
         top = self.frames[0] if self.frames else None
         name = top.function.rpartition(".")[2] if top is not None else ""
@@ -145,19 +151,19 @@ def look_at(pids: Mapping[int, int], folders: Mapping[int, Path], timeout_s: flo
     return found
 
 
-def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> tuple[Frame, ...]:
+def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
     """Have faulthandler write a rank's stacks, GIL or not. Only where the job ends anyway: it may crash the process."""
     path = folder / STACKS
     if STACK_SIGNAL is None or not path.exists():
-        return ()
+        return ""
     before = path.stat().st_size
     with contextlib.suppress(OSError):
         os.kill(pid, STACK_SIGNAL)
         deadline = time.monotonic() + timeout_s
         while path.stat().st_size == before and time.monotonic() < deadline:
             time.sleep(0.02)
-        return _from_trace(path.read_text(errors="replace")[before:])
-    return ()
+        return path.read_text(errors="replace")[before:]
+    return ""
 
 
 def _py_spy(pids: Mapping[int, int], timeout_s: float) -> dict[int, Any]:

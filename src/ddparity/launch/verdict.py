@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from .compare import RankState
+from .flight import Operation
+from .stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,43 @@ class Verdict:
     rows: tuple[Row, ...]
     stacks: Mapping[int, str]
 
+    @property
+    def left(self) -> tuple[int, ...]:
+        """The ranks that ended well while others needed them."""
+        return self.odd if self.kind == "finished" else ()
+
+
+def make_row(
+    host: str, state: RankState, group: str, stack: Stack | None, operation: Operation | None, aborts: bool
+) -> Row:
+    """A rank as seen from a group; `operation`: the collective to show where it waits in none."""
+    waits = state.pending(group) if state.exitcode is None else None
+    shown = waits or operation or state.last(group)
+    place = stack.place() if stack is not None else None
+    if state.exitcode is not None:
+        doing = f"ended with exit code {state.exitcode}"
+    elif aborts:
+        doing = "aborts"
+    elif waits is not None and stack is not None and stack.in_collective():
+        doing = f"in {waits.name}"
+    else:
+        doing = stack.doing() if stack is not None else ""
+    if shown is None:
+        collective = ""
+    elif waits is not None or aborts:
+        collective = f"{shown} #{shown.sequence}"
+    else:
+        collective = f"(last: {shown.name} #{shown.sequence})"
+    return Row(
+        rank=state.rank,
+        host=host,
+        where=f"{place.file}:{place.line}" if place is not None else "",
+        function=place.function if place is not None else "",
+        doing=doing,
+        waits_for=collective,
+        since_s=time.time() - shown.created_s if shown is not None else None,
+    )
+
 
 def describe(verdict: Verdict, width: int = 120) -> str:
     """The sentence and a table with a row a rank, as plain text of at most `width` columns."""
@@ -61,11 +103,12 @@ def _short(where: str) -> str:
     return where if relative.startswith("..") else relative
 
 
-def write_stacks(verdict: Verdict, directory: Path) -> list[Path]:
+def write_stacks(stacks: Mapping[int, str], directory: Path) -> list[Path]:
     """Write each rank's stacks, all threads, to `stacks-rank-N.txt` in a directory; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for rank, text in sorted(verdict.stacks.items()):
-        written.append(directory / f"stacks-rank-{rank}.txt")
-        written[-1].write_text(text.rstrip() + "\n")
+    for rank, text in sorted(stacks.items()):
+        if text:
+            written.append(directory / f"stacks-rank-{rank}.txt")
+            written[-1].write_text(text.rstrip() + "\n")
     return written

@@ -5,26 +5,32 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
-from . import compare
+from torch.distributed import DistError
+
+from . import across, compare
+from .across import Exchange, Report
 from .compare import Finding, RankState
 from .flight import DEFAULT_GROUP, Operation, ask_records, left_record
-from .instruments import FATAL, let_abort
-from .stacks import PATIENT, Stack, look_at
-from .verdict import Row, Verdict, describe, write_stacks
+from .instruments import FATAL, FLIGHT_ENTRIES, let_abort
+from .stacks import PATIENT, Stack, look_at, signal_for_stacks
+from .verdict import Row, Verdict, describe, make_row, write_stacks
 from .waiting import Waits
 
-__all__ = ["Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
+__all__ = ["RECORDED_COLLECTIVES", "Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
 
+RECORDED_COLLECTIVES = int(FLIGHT_ENTRIES)  # what the agent sets TORCH_FR_BUFFER_SIZE to, unless the user has
 _POLL_S = 1.0
 _CHECK_S = 0.5  # while something is pending that was at the last poll
 _ANSWER_S = 0.2
 _ABORT_S = 1.0  # how long an abort is held for the other ranks' collectives to show
 _PATIENCE = 10  # times the time-out, while compiling, in a checkpoint, or in the first step
+_SILENT_S = 2.0  # a rank that ends is gone after this
+_UNRECORDED_S = 3.0
+_TOGETHER_S = 3.0  # for the other machines to tell where their ranks stand
 _IDLE_CPU = 0.02  # below this share of a core a process does nothing
 
 
@@ -35,13 +41,6 @@ class Watched:
     rank: int
     pid: int
     folder: Path
-
-
-class Exchange(Protocol):
-    """How the agents of several machines tell each other of their ranks; `read` gives every node's last text."""
-
-    def publish(self, text: str) -> None: ...
-    def read(self) -> Sequence[str]: ...
 
 
 class Watch:
@@ -67,7 +66,13 @@ class Watch:
         self._released: set[int] = set()
         self._cpu: dict[int, tuple[float, float]] = {}  # (time, CPU seconds) when nothing moved first
         self._told: set[tuple[object, ...]] = set()
-        self._patient_until: dict[tuple[object, ...], float] = {}
+        self._unrecorded: set[int] = set()  # ended without flight.json, as by os._exit
+        self._answered: dict[int, float] = {}
+        self._check_at: dict[str, float] = {}  # by group: the next look at stacks
+        self._excused: dict[str, float] = {}  # by group: when there was a reason to wait
+        self._candidate: Finding | None = None  # what the other machines are asked about
+        self._number, self._asked_at, self._said = 0, 0.0, ""
+        self._answer: tuple[Row, ...] = ()
         self._next = time.monotonic() + _POLL_S
         self.waits = Waits()
 
@@ -75,10 +80,19 @@ class Watch:
         """Tell that a rank has ended. One that ended well while others wait for it is named at the next look."""
         state = self._states.get(rank, RankState(rank))
         left = left_record(self._ranks[rank].folder) if rank in self._ranks else None
+        if left is not None:
+            self._note_repeats(rank, left.operations)
+        elif rank in self._ranks:
+            self._unrecorded.add(rank)
         self._states[rank] = replace(
             state, exitcode=exitcode, operations=left.operations if left is not None else state.operations
         )
         self._next = min(self._next, time.monotonic())
+
+    @property
+    def progressed(self) -> bool:
+        """Whether a rank has done a collective for the second time, as in its second step."""
+        return bool(self._repeated)
 
     def look(self) -> Verdict | None:
         """Poll if it is time to, and judge. Called often; returns each hang once."""
@@ -86,10 +100,17 @@ class Watch:
         self._see_aborts(now)
         if now < self._next:
             return None
-        self._poll(now)
-        verdict = self._judge(now)
-        aborting = self._aborts.keys() - self._released
-        self._next = time.monotonic() + (0.1 if aborting else _CHECK_S if self._steady or self._pending else _POLL_S)
+        self._ask(now)
+        if self._exchange is None:
+            finding = self._find(now)
+            verdict = self._verdict(finding) if finding is not None else None
+        else:
+            try:
+                verdict = self._look_together(self._exchange, now)
+            except DistError:  # the machine that holds the store is gone, which its agent or ours will tell
+                verdict = None
+        soon = self._aborts.keys() - self._released or self._candidate is not None
+        self._next = time.monotonic() + (0.1 if soon else _CHECK_S if self._pending else _POLL_S)
         return verdict
 
     def explain(self) -> Verdict | None:
@@ -97,9 +118,9 @@ class Watch:
 
         Asked by the agent once a rank has failed, before it ends the others.
         """
-        self._poll(time.monotonic())
+        self._ask(time.monotonic())
         for group in self._all_groups():
-            ranks = self._members(group)
+            ranks = [rank for rank in self._members(group) if rank not in self._unrecorded]
             for finding in (
                 compare.find_mismatch(self._states, group),
                 compare.find_left(self._states, group, ranks),
@@ -117,6 +138,17 @@ class Watch:
         """Who was waited for, in shares of the polls; empty where nobody stood out, unless `always`."""
         return self.waits.describe(always)
 
+    def keep_stacks(self, verdict: Verdict, directory: Path, ends: bool = True) -> list[Path]:
+        """Write the stacks of all ranks of this machine to files; call it before any signal to them.
+
+        `ends`: the job ends after this. Then a rank that could not be looked into writes its own, on a signal.
+        """
+        texts = dict(verdict.stacks)
+        for rank, watched in self._ranks.items():
+            if ends and rank not in texts and self._alive(rank):
+                texts[rank] = signal_for_stacks(watched.pid, watched.folder)
+        return write_stacks(texts, directory)
+
     def _see_aborts(self, now: float) -> None:
         for rank, watched in self._ranks.items():
             if rank in self._released or self._states[rank].exitcode is not None:
@@ -130,16 +162,27 @@ class Watch:
                 self._released.add(rank)
                 let_abort(watched.pid)  # it has nothing to do with the others' collectives
 
-    def _poll(self, now: float) -> None:
+    def _ask(self, now: float) -> None:
+        """Poll the ranks of this machine."""
         folders = {rank: one.folder for rank, one in self._ranks.items() if self._states[rank].exitcode is None}
         for rank, record in ask_records(folders, _ANSWER_S).items():
-            state, operations = self._states[rank], record.operations
             self._groups.update(record.groups)
-            if _progress(operations) != _progress(state.operations):
-                self._moved[rank] = now
-                self._cpu.clear()
-            self._states[rank] = replace(state, operations=operations)
-            self._note_repeats(rank, operations)
+            self._answered[rank] = now
+            self._note(replace(self._states[rank], operations=record.operations), now)
+            self._note_repeats(rank, record.operations)
+        local = {rank: self._states[rank] for rank in self._ranks}
+        groups = {one.group for state in local.values() for one in state.operations}
+        self.waits.count(local, {group: compare.members(local, group, self._groups) for group in groups})
+
+    def _note(self, state: RankState, now: float) -> None:
+        before = self._states.get(state.rank)
+        if before is None or _progress(before.operations) != _progress(state.operations):
+            self._moved[state.rank] = now
+            self._cpu.clear()
+        self._states[state.rank] = state
+
+    def _see_what_stays(self) -> None:
+        """Note the groups in which all that is pending was so at the last look."""
         pending = {}
         for rank, state in self._states.items():
             if state.exitcode is None:
@@ -153,7 +196,6 @@ class Watch:
             if all(self._pending.get(key) == record for key, record in pending.items() if key[1] == group)
         }
         self._pending = pending
-        self.waits.count(self._states, {group: self._members(group) for group in self._all_groups()})
 
     def _note_repeats(self, rank: int, operations: Sequence[Operation]) -> None:
         for one in operations:
@@ -171,9 +213,62 @@ class Watch:
     def _members(self, group: str) -> tuple[int, ...]:
         return compare.members(self._states, group, self._groups)
 
-    def _judge(self, now: float) -> Verdict | None:
+    def _look_together(self, exchange: Exchange, now: float) -> Verdict | None:
+        """One look of an agent among several: all publish; one compares, asks where all ranks stand, and tells."""
+        said = exchange.verdict() or ""
+        if said != self._said:
+            self._said, self._answer = said, ()
+            verdict = across.unpack_verdict(said)
+            if verdict is not None and not exchange.leads:
+                stacks = self._stacks(tuple(self._ranks))
+                return replace(verdict, stacks={rank: stack.text for rank, stack in stacks.items() if stack.text})
+            group = across.asked_group(said)
+            if group is not None:
+                self._answer = self._rows(group, self._stacks(tuple(self._ranks)))
+        local = {rank: self._states[rank] for rank in self._ranks}
+        repeated = frozenset(one for one in self._repeated if one[0] in local)
+        exchange.publish(across.pack(Report(self._host, local, repeated, said, self._answer)))
+        if not exchange.leads:
+            return None
+        reports = [across.unpack(text) for text in exchange.read()]
+        for report in reports:
+            self._repeated |= report.repeated
+            for rank in report.states.keys() - self._ranks.keys():
+                self._note(report.states[rank], now)
+        if self._candidate is None:
+            self._candidate = finding = self._find(now)
+            if finding is not None:
+                self._number += 1
+                self._asked_at = now
+                exchange.tell(across.question(finding.group, self._number))
+            return None
+        return self._conclude(exchange, self._candidate, reports, now)
+
+    def _conclude(self, exchange: Exchange, finding: Finding, reports: Sequence[Report], now: float) -> Verdict | None:
+        """The verdict once all machines have told where their ranks stand; none where a rank there has a reason."""
+        mine = across.question(finding.group, self._number)
+        rows = {row.rank: row for report in reports if report.answers == mine for row in report.rows}
+        if rows.keys() < self._states.keys() and now - self._asked_at < _TOGETHER_S:
+            return None
+        self._candidate = None
+        still_s = now - max(self._moved[rank] for rank in self._members(finding.group))
+        patient = any(rows[rank].doing in PATIENT for rank in finding.odd if rank in rows)
+        moved = finding.kind in ("absent", "stalled") and still_s < now - self._asked_at
+        if moved or (finding.kind == "absent" and patient and still_s < self._timeout_s * _PATIENCE):
+            self._told.discard(finding.key())
+            self._excused[finding.group] = now
+            exchange.tell("")
+            return None
+        verdict = self._verdict(finding)
+        verdict = replace(verdict, rows=tuple(rows.get(row.rank, row) for row in verdict.rows))
+        self._said = across.pack_verdict(verdict, self._number)
+        exchange.tell(self._said)
+        return verdict
+
+    def _find(self, now: float) -> Finding | None:
+        self._see_what_stays()
+        aborting = bool(self._aborts.keys() - self._released)
         for group in compare.stuck_groups(self._states):
-            aborting = bool(self._aborts.keys() - self._released)
             if group not in self._steady and not aborting:
                 continue
             finding = compare.find_mismatch(self._states, group)
@@ -181,24 +276,44 @@ class Watch:
                 finding = self._waiting(group, now)
             if finding is not None and finding.key() not in self._told:
                 self._told.add(finding.key())
-                return self._verdict(finding)
+                return finding
         return None
 
     def _waiting(self, group: str, now: float) -> Finding | None:
         """A group that waits, once it is sure that it does so in vain."""
         ranks = self._members(group)
         finding = compare.find_absent(self._states, group, ranks)
-        if finding is None or finding.kind == "finished":
-            return finding
-        still_s = now - max(self._moved[rank] for rank in ranks if rank in self._moved)
+        if finding is None:
+            return None
+        still_s = now - max(self._moved[rank] for rank in ranks)
+        if finding.kind == "finished":
+            # Without a record from its end, what is known of such a rank is as old as the last poll.
+            return finding if still_s > _UNRECORDED_S or not set(finding.odd) & self._unrecorded else None
         if self._timeout_s <= 0 or still_s < self._timeout_s or finding.key() in self._told:
             return None
-        if now < self._patient_until.get(finding.key(), 0.0):
+        # Who waits in a collective answers; who does not is about to end. Others may be stopped.
+        if any(self._silent_s(rank, now) > 0 for rank in finding.waiting):
             return None
-        if still_s < self._timeout_s * _PATIENCE and self._has_reason(finding, ranks, now):
-            self._patient_until[finding.key()] = now + max(1.0, self._timeout_s / 4)
+        if any(0 < self._silent_s(rank, now) < _SILENT_S for rank in finding.odd):
             return None
-        return finding
+        if still_s < self._timeout_s * _PATIENCE:
+            if now < self._check_at.get(group, now):
+                return None
+            self._check_at[group] = now + min(1.0, self._timeout_s / 4)
+            if self._has_reason(finding, ranks, now):
+                self._excused[group] = now
+            if now - self._excused.get(group, float("-inf")) < self._timeout_s:
+                return None
+        return finding if self._still(ranks) else None
+
+    def _silent_s(self, rank: int, now: float) -> float:
+        return now - self._answered.get(rank, now) if self._alive(rank) else 0.0
+
+    def _still(self, ranks: Sequence[int]) -> bool:
+        """Whether no rank has come further while the stacks were looked at."""
+        folders = {rank: self._ranks[rank].folder for rank in ranks if self._alive(rank)}
+        asked = ask_records(folders, _ANSWER_S)
+        return all(_progress(asked[rank].operations) == _progress(self._states[rank].operations) for rank in asked)
 
     def _has_reason(self, finding: Finding, ranks: Sequence[int], now: float) -> bool:
         """Whether a long wait is to be expected: in the first step, in a compiler, in a checkpoint, or data moves."""
@@ -230,47 +345,28 @@ class Watch:
     def _alive(self, rank: int) -> bool:
         return rank in self._ranks and self._states[rank].exitcode is None
 
+    def _rows(self, group: str, stacks: Mapping[int, Stack], finding: Finding | None = None) -> tuple[Row, ...]:
+        """The rows of these ranks, or of all ranks for a finding."""
+        operations = finding.operations if finding is not None else {}
+        ranks = sorted(self._states if finding is not None else self._ranks)
+        return tuple(
+            make_row(
+                self._host if rank in self._ranks else "",
+                self._states[rank],
+                group,
+                stacks.get(rank),
+                operations.get(rank),
+                rank in self._aborts,
+            )
+            for rank in ranks
+        )
+
     def _verdict(self, finding: Finding) -> Verdict:
         stacks = self._stacks(tuple(self._ranks))
-        rows = tuple(self._row(rank, finding, stacks.get(rank)) for rank in sorted(self._states))
+        rows = self._rows(finding.group, stacks, finding)
         texts = {rank: stack.text for rank, stack in stacks.items() if stack.text}
         said = compare.sentence(finding, self._states)
         return Verdict(finding.kind, finding.group, finding.odd, said, rows, texts)
-
-    def _row(self, rank: int, finding: Finding, stack: Stack | None) -> Row:
-        state = self._states[rank]
-        one = finding.operations.get(rank) or state.last(finding.group)
-        place = stack.place() if stack is not None else None
-        waits = state.pending(finding.group) if state.exitcode is None else None
-        if state.exitcode is not None:
-            doing = f"ended with exit code {state.exitcode}"
-        elif rank in self._aborts:
-            doing = "aborts"
-        else:
-            doing = stack.doing() if stack is not None else ""
-            if waits is not None and stack is not None and stack.state not in "TtD" and _in_collective(stack):
-                doing = f"in {waits.name}"
-        shown = waits or one
-        if shown is None:
-            collective = ""
-        elif waits is not None or rank in self._aborts:
-            collective = f"{shown} #{shown.sequence}"
-        else:
-            collective = f"(last: {shown.name} #{shown.sequence})"
-        return Row(
-            rank=rank,
-            host=self._host,
-            where=f"{place.file}:{place.line}" if place is not None else "",
-            function=place.function if place is not None else "",
-            doing=doing,
-            waits_for=collective,
-            since_s=time.time() - shown.created_s if shown is not None else None,
-        )
-
-
-def _in_collective(stack: Stack) -> bool:
-    parts = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/distributed.py")
-    return any(part in frame.file for frame in stack.frames for part in parts) or not stack.frames
 
 
 def _progress(operations: Sequence[Operation]) -> object:

@@ -1,0 +1,132 @@
+"""What the diagnosis of hangs costs a step: the tiny MLP with DDP, with and without the instruments and the polling.
+
+Ranks of both kinds run in turns, a process each for the whole time: in a round, first one job trains for some steps
+and then the other. Prints the median of rounds and of their ratio.
+
+    python benchmarks/diagnosis.py --nproc 2 --rounds 40 --steps 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from ddparity.launch import instruments
+from ddparity.launch.watch import Watch, Watched
+
+_RANK = """
+import importlib.util, os, sys, time
+from pathlib import Path
+if sys.argv[1] != "-":
+    spec = importlib.util.spec_from_file_location("instruments", sys.argv[2])
+    instruments = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(instruments)
+    instruments.install(Path(sys.argv[1]))
+import torch, torch.distributed as dist
+torch.manual_seed(0)
+dist.init_process_group("gloo")
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+model = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+x, y = torch.randn(32, 64), torch.randint(10, (32,))
+for line in sys.stdin:
+    begin = time.perf_counter()
+    for _ in range(int(line)):
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(time.perf_counter() - begin, flush=True)
+"""
+
+
+class Job:
+    """Ranks that train some steps on demand."""
+
+    def __init__(self, stack: ExitStack, nproc: int, folder: Path | None) -> None:
+        self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+        folders = [folder / str(rank) if folder else None for rank in range(nproc)]
+        self.ranks = []
+        for rank in range(nproc):
+            variables = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(nproc),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self.store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "OMP_NUM_THREADS": "1",
+            }
+            if folder is not None:
+                variables[instruments.FLIGHT_VARIABLE] = instruments.FLIGHT_ENTRIES
+            process = subprocess.Popen(
+                [sys.executable, "-c", _RANK, str(folders[rank] or "-"), str(instruments.__file__)],
+                env=variables,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(process.kill)
+            self.ranks.append(process)
+        watched = [Watched(rank, self.ranks[rank].pid, own) for rank, own in enumerate(folders) if own is not None]
+        self.watch = Watch(watched, 60) if watched else None
+
+    def train(self, steps: int) -> float:
+        """Milliseconds a step, of the slowest rank; looks as the agent does meanwhile."""
+        for process in self.ranks:
+            assert process.stdin is not None
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        seconds = []
+        for process in self.ranks:
+            assert process.stdout is not None
+            while not _readable(process.stdout.fileno(), 0.1):
+                if self.watch is not None:
+                    assert self.watch.look() is None, "a verdict on a healthy job"
+            seconds.append(float(process.stdout.readline()))
+        return max(seconds) / steps * 1e3
+
+
+def _readable(descriptor: int, timeout_s: float) -> bool:
+    return bool(select.select([descriptor], [], [], timeout_s)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=500)
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        plain = Job(stack, options.nproc, None)
+        watched = Job(stack, options.nproc, folder)
+        plain.train(50), watched.train(50)  # warm
+        times: list[tuple[float, float]] = []
+        for number in range(options.rounds):
+            if number % 2:
+                after = watched.train(options.steps)
+                times.append((plain.train(options.steps), after))
+            else:
+                before = plain.train(options.steps)
+                times.append((before, watched.train(options.steps)))
+    without, with_ = (statistics.median(column) for column in zip(*times))
+    ratios = sorted(after / before for before, after in times)
+    quarter = len(ratios) // 4
+    print(f"{options.nproc} ranks, {options.rounds} rounds of {options.steps} steps")
+    print(f"plain {without:.3f} ms a step, watched {with_:.3f} ms")
+    print(f"ratio {statistics.median(ratios):.4f} (quartiles {ratios[quarter]:.4f} to {ratios[-1 - quarter]:.4f})")
+
+
+if __name__ == "__main__":
+    main()
