@@ -194,7 +194,7 @@ class Agent(LocalElasticAgent):
 
     def _keep_stacks(self, verdict: Verdict) -> None:
         if self._files.kept is not None:
-            write_stacks(verdict, self._files.kept)
+            write_stacks(verdict.stacks, self._files.kept)
             print(f"ddparity: the stacks of all ranks are in {self._files.kept}", file=sys.stderr)
 
     def told(self) -> str:

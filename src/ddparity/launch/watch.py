@@ -129,11 +129,6 @@ class Watch:
                     return self._verdict(finding)
         return None
 
-    @property
-    def progressed(self) -> bool:
-        """Whether a rank has done one thing for the second time: a step lies behind it."""
-        return bool(self._repeated)
-
     def stragglers(self, always: bool = False) -> str:
         """Who was waited for, in shares of the polls; empty where nobody stood out, unless `always`."""
         return self.waits.describe(always)
