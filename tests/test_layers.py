@@ -17,6 +17,7 @@ LAYERS = {
     1: [
         "permutation", "plan", "seeds", "random_state", "batches", "trees", "sampling",
         "summation", "reduction", "strict", "batchnorm", "replicate", "accumulate", "wire", "gather", "fingerprint",
+        "preemption",
     ],
     2: ["keyed", "loader", "predict", "statefile", "checkpoint"],
     3: ["task", "train", "verify"],

@@ -13,6 +13,7 @@ from .loader import Loader
 from .order import first
 from .plan import BatchPlan, MicroBatch
 from .predict import Predictor, predict, read_predictions
+from .preemption import preemption
 from .random_state import RandomState
 from .replicate import replicate
 from .sampling import ShardSampler
@@ -47,6 +48,7 @@ __all__ = [
     "launch",
     "load_checkpoint",
     "predict",
+    "preemption",
     "read_predictions",
     "replicate",
     "revert_sync_batchnorm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .loader import Loader, check_even_shares
 from .meeting import agreed
 from .order import first
 from .predict import Predictor, read_predictions
+from .preemption import preemption
 from .replicate import Reduction, replicate
 from .seeds import seed_everything
 from .task import Task, check_task
@@ -75,6 +77,8 @@ def train(
 
     `saving`: when to write the checkpoint besides after each epoch, how many to keep, and whether to resume.
 
+    On SIGUSR1 or SIGUSR2 it saves and raises SystemExit(128 + the signal), on all ranks after the same step.
+
     Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end.
 
     Collectives: those of `replicate`, `accumulate` and `predict`.
@@ -100,12 +104,13 @@ def train(
         resumed = _resume(task, checkpoint, model, loader, states) if saving.resume else None
 
         train_s, metrics, before = 0.0, None, _done(loader)
-        with progress(task.epochs * len(loader), here.rank, title, start=before) as display:
+        bar = progress(task.epochs * len(loader), here.rank, title, start=before)
+        with bar as display, preemption() as stopping:
             if resumed is not None:
                 display.say(resumed)
             for epoch in loader.epochs(task.epochs):
                 began = time.monotonic()
-                _train_epoch(task, model, optimizer, loader, epoch, display, saving.every, save)
+                _train_epoch(task, model, optimizer, loader, epoch, display, saving.every, save, stopping)
                 train_s += time.monotonic() - began
                 metrics = evaluate(task, model, predict)
                 display.say(f"epoch {epoch + 1}/{task.epochs}: {shown(metrics)}")
@@ -202,6 +207,7 @@ def _train_epoch(
     display: Progress,
     save_every: int | None,
     save: Callable[[], None],
+    stopping: Callable[[], int],
 ) -> None:
     model.train()
     for step in loader.epoch(epoch):
@@ -212,8 +218,12 @@ def _train_epoch(
         if display.due(done):  # reading the loss waits for the device
             mean = float(loss_sum) / weight_sum if weight_sum else math.nan
             display.update(done, samples, f"loss {mean:.4f}")
-        if save_every is not None and done % save_every == 0:
+        number = stopping()
+        if number or (save_every is not None and done % save_every == 0):
             save()
+        if number:
+            display.say(f"stopped by {signal.Signals(number).name} after step {done}: --resume goes on from there")
+            raise SystemExit(128 + number)
 
 
 def predictor(task: Task, dataset: Any, num_workers: int = 0) -> Predictor:

@@ -100,6 +100,9 @@ class Agent(LocalElasticAgent):
                 print(f"ddparity: {describe(verdict)}", file=sys.stderr)
                 self._keep_stacks(verdict)
                 verdict = None
+            if self._exchange is not None:
+                for number in self._exchange.signals(self._forwarded):
+                    self._forward(number, None)
             elsewhere = self._exchange is not None and self._exchange.failed()
             if verdict is not None or elsewhere or any(code for code, _ in self._seen.values()):
                 self._conclude(worker_group, verdict)
@@ -207,7 +210,7 @@ class Agent(LocalElasticAgent):
     def stopped_by(self) -> int | None:
         """The preemption signal on which all ranks ended in order, having saved."""
         codes = {fate.code for fate in self.fates if not fate.ended_by_us}
-        return next((number for number in self._forwarded if codes <= {128 + number, 0}), None)
+        return next((number for number in self._forwarded if codes <= {128 + number, -number, 0}), None)
 
     def slow(self) -> str:
         """Which ranks the others waited for; empty where none stood out."""
@@ -217,8 +220,10 @@ class Agent(LocalElasticAgent):
         self._asked = True  # answered at the next look
 
     def _forward(self, number: int, frame: object) -> None:
-        self._forwarded.add(number)
-        send(self._pids(), number)
+        """Pass a scheduler's warning on to the ranks, and in the next look to the other machines."""
+        if number not in self._forwarded:
+            self._forwarded.add(number)
+            send(self._pids(), number)
 
 
 def _on_signals(names: tuple[str, ...], handler: Callable[[int, object], None]) -> None:

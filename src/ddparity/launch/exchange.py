@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from contextlib import suppress
 
 from torch.distributed import DistError
 
-from ..compat import PrefixStore, Store
+from ..compat import PrefixStore, Store, append
 
 _PATIENCE_S = 5.0  # for the other machines' account of a failure
 _LOOK_S = 0.5  # between two looks whether another machine has failed
@@ -19,7 +20,8 @@ class Exchange:
     def __init__(self, store: Store, node: int, nodes: int) -> None:
         self._store = PrefixStore("ddparity", store)
         self._node, self._nodes = node, nodes
-        self._looked = 0.0
+        self._looked = self._listened = 0.0
+        self._passed: set[int] = set()
 
     @property
     def leads(self) -> bool:
@@ -50,6 +52,22 @@ class Exchange:
             return bool(self._store.check(["failed"]))
         except DistError:
             return True  # the machine that holds the store has gone
+
+    def signals(self, own: Collection[int]) -> list[int]:
+        """Pass on the warnings that came here, and hear of those that came to other machines."""
+        new = set(own) - self._passed
+        try:
+            for number in new:
+                append(self._store, "signals", f"{number} ")
+            self._passed |= new
+            if time.monotonic() - self._listened < _LOOK_S:
+                return []
+            self._listened = time.monotonic()
+            if not self._store.check(["signals"]):
+                return []
+            return [number for number in map(int, self._store.get("signals").split()) if number not in self._passed]
+        except DistError:  # found by `failed`
+            return []
 
     def all_fates(self, own: str) -> list[str]:
         """Tell how this machine's ranks ended, and hear it of the others, as far as they answer in a few seconds."""
