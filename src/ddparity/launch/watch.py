@@ -24,7 +24,7 @@ __all__ = ["RECORDED_COLLECTIVES", "Exchange", "Row", "Verdict", "Watch", "Watch
 
 RECORDED_COLLECTIVES = int(FLIGHT_ENTRIES)  # what the agent sets TORCH_FR_BUFFER_SIZE to, unless the user has
 _POLL_S = 1.0
-_CHECK_S = 0.5  # while something is pending that was at the last poll
+_CHECK_S = 0.5  # while all that is pending was so at the last poll
 _ANSWER_S = 0.2
 _ABORT_S = 1.0  # how long an abort is held for the other ranks' collectives to show
 _PATIENCE = 10  # times the time-out, while compiling, in a checkpoint, or in the first step
@@ -110,7 +110,7 @@ class Watch:
             except DistError:  # the machine that holds the store is gone, which its agent or ours will tell
                 verdict = None
         soon = self._aborts.keys() - self._released or self._candidate is not None
-        self._next = time.monotonic() + (0.1 if soon else _CHECK_S if self._pending else _POLL_S)
+        self._next = time.monotonic() + (0.1 if soon else _CHECK_S if self._steady else _POLL_S)
         return verdict
 
     def explain(self) -> Verdict | None:
