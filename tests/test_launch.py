@@ -149,6 +149,109 @@ def test_a_signal_ends_everything_within_five_seconds(tmp_path: Path, sent: sign
         assert "Traceback" not in err
 
 
+def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:
+    body = """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("ready", flush=True)
+        time.sleep(600)
+    """
+    with _started("--nproc", "2", "--shutdown-timeout", "60", "--show", "all", _script(tmp_path, body)) as process:
+        assert process.stdout is not None
+        assert all("ready" in process.stdout.readline() for _ in range(2))
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):  # they ignore it, and have a minute
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_only_rank_0_reads_the_standard_input(tmp_path: Path) -> None:
+    script = _script(tmp_path, "print(f'{rank} read {sys.stdin.read()!r}\\n', end='')")
+    command = [sys.executable, "-m", "ddparity", "run", "--nproc", "2", "--show", "all", script]
+    ended = subprocess.run(command, input="a line", capture_output=True, text=True, timeout=60)
+    assert sorted(line.split("] ")[1] for line in ended.stdout.splitlines()) == ["0 read 'a line'", "1 read ''"]
+
+
+def test_rank_0_is_shown_and_the_others_are_kept(tmp_path: Path) -> None:
+    script = _script(tmp_path, "print(f'out {rank}')\nprint(f'err {rank}', file=sys.stderr)")
+    code, out, err = _run("--nproc", "2", "--logs", str(tmp_path / "logs"), script)
+    assert (code, out) == (0, "out 0\n")
+    assert err.splitlines()[-1] == "err 0"
+    kept = tmp_path / "logs" / "rank1"
+    assert (kept / "stdout.log").read_text() == "out 1\n"
+    assert (kept / "stderr.log").read_text() == "err 1\n"
+
+
+def test_lines_of_several_ranks_stay_whole(tmp_path: Path) -> None:
+    body = """
+        for number in range(1000):
+            print(str(rank) * 300, number)
+    """
+    code, out, _ = _run("--nproc", "4", "--show", "1,3", _script(tmp_path, body))
+    assert code == 0
+    lines = out.splitlines()
+    for rank in "13":
+        own = [line for line in lines if f" r{rank}] " in line]
+        assert [line.split("] ")[1] for line in own] == [f"{rank * 300} {number}" for number in range(1000)]
+    assert len(lines) == 2000
+
+
+def test_equal_failures_are_told_once(tmp_path: Path) -> None:
+    code, _, err = _run("--nproc", "3", _script(tmp_path, "raise OSError('no data')"))
+    assert code == 1
+    assert "ddparity: ranks 0 to 2 failed: OSError: no data" in err
+    assert err.count("Traceback") == 1
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    body = """
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        total = torch.tensor(rank)
+        dist.all_reduce(total)
+        print(int(total))
+    """
+    script = _script(tmp_path, body)
+    with _started("--nproc", "2", script) as one, _started("--nproc", "2", script) as other:
+        assert [process.communicate(timeout=60)[0] for process in (one, other)] == ["1\n", "1\n"]
+
+
+STEPS = """
+    import torch, torch.distributed as dist
+    import ddparity as dp
+    with dp.world(device="cpu"), dp.preemption() as stopping:
+        for step in range(1_000_000):
+            dist.all_reduce(torch.ones(2))
+            if step == 5:
+                print(f"ready {rank}", flush=True)
+            if number := stopping():
+                print(f"stopped {step}", flush=True)
+                sys.exit(128 + number)
+"""
+
+
+def test_a_preemption_signal_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
+    with _started("--nproc", "3", "--show", "all", _script(tmp_path, STEPS)) as process:
+        assert process.stdout is not None
+        assert all("ready" in process.stdout.readline() for _ in range(3))
+        process.send_signal(signal.SIGUSR1)
+        out, err = process.communicate(timeout=30)
+    steps = re.findall(r"stopped (\d+)", out)
+    assert len(steps) == 3 and len(set(steps)) == 1
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert err.splitlines()[-1] == "ddparity: all ranks stopped on SIGUSR1"
+
+
+def test_a_script_without_a_handler_ends_on_a_preemption_signal(tmp_path: Path) -> None:
+    with _started("--nproc", "1", _script(tmp_path, "print('ready', flush=True)\ntime.sleep(600)")) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(20) == 128 + signal.SIGUSR2
+
+
 def _where() -> tuple[int, int]:
     with dp.world(device="cpu") as world:
         return world.rank, world.world_size
@@ -167,6 +270,31 @@ def test_launch_raises_what_a_rank_raised() -> None:
     with pytest.raises(dp.RankFailure, match="rank 1 failed in _fails: OSError: disk full") as caught:
         dp.launch(_fails, 1, nproc=2)
     assert caught.value.rank == 1
+    assert isinstance(caught.value.__cause__, OSError)
     assert "in _fails" in "".join(caught.value.__notes__)
     with pytest.raises(ValueError, match="nproc=0"):
         dp.launch(_where, nproc=0)
+
+
+def test_launch_takes_a_function_of_the_script_that_runs(tmp_path: Path) -> None:
+    """As in a notebook: the function is in __main__, which nobody can import, and there is no guard."""
+    path = tmp_path / "main.py"
+    path.write_text(
+        textwrap.dedent("""
+        import os
+        import ddparity as dp
+
+        FACTOR = 10
+
+        class Found:
+            def __init__(self, rank):
+                self.rank = rank
+
+        def work(offset):
+            return Found(int(os.environ["RANK"]) * FACTOR + offset)
+
+        print([found.rank for found in dp.launch(work, 3, nproc=2)])
+        """)
+    )
+    ended = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("[3, 13]\n", "")

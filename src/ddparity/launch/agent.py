@@ -21,8 +21,7 @@ from .exchange import Exchange
 from .fates import Cause, Fate, culprit, from_json, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles
-from .verdict import Verdict, describe, write_stacks
-from .watch import Watch, Watched
+from .watch import Verdict, Watch, Watched, describe
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
 _PAUSE_S = 0.4  # for ranks that fail alike
@@ -98,7 +97,7 @@ class Agent(LocalElasticAgent):
                 print(f"ddparity: {self._watch.stragglers(always=True)}", file=sys.stderr)
             if verdict is not None and self._habits.on_hang == "report":
                 print(f"ddparity: {describe(verdict)}", file=sys.stderr)
-                self._keep_stacks(verdict)
+                self._keep_stacks(verdict, ends=False)
                 verdict = None
             if self._exchange is not None:
                 for number in self._exchange.signals(self._forwarded):
@@ -146,7 +145,7 @@ class Agent(LocalElasticAgent):
             if own and culprit(own).cause in (Cause.CRASHED, Cause.VICTIM):
                 verdict = self._watch.explain()  # Gloo aborts one rank where sizes differ, and cuts off the others
         if verdict is not None:
-            self._keep_stacks(verdict)
+            self._keep_stacks(verdict, ends=True)
         by_themselves = dict(self._seen)
         end(self._pids(), signal.SIGTERM, self._habits.grace_s)
         self._look()
@@ -195,9 +194,9 @@ class Agent(LocalElasticAgent):
             fate = replace(fate, evidence=self._memory.evidence(self._processes()[local]))
         return fate
 
-    def _keep_stacks(self, verdict: Verdict) -> None:
-        if self._files.kept is not None:
-            write_stacks(verdict.stacks, self._files.kept)
+    def _keep_stacks(self, verdict: Verdict, ends: bool) -> None:
+        if self._files.kept is not None and self._watch is not None:
+            self._watch.keep_stacks(verdict, self._files.kept, ends)
             print(f"ddparity: the stacks of all ranks are in {self._files.kept}", file=sys.stderr)
 
     def told(self) -> str:
