@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .output import last_lines
+from .traces import shortened
 
 # What a rank says that was well until another one failed.
 _CONSEQUENCE = re.compile(
@@ -161,7 +162,10 @@ def settled(fates: Sequence[Fate], waited_s: float, patience_s: float, pause_s: 
 
 
 def report(fates: Sequence[Fate], world_size: int) -> str:
-    """The culprit with its traceback, then a line for each other rank; those that ended alike share one."""
+    """The culprit with its traceback, then a line for each other rank; those that ended alike share one.
+
+    A long traceback stands above, whole, and in the report with the user's frames only: the end is read first.
+    """
     found = culprit(fates)
     several = len({fate.host for fate in fates}) > 1
     alike = [fate for fate in fates if fate is not found and fate.trace and _same(fate, found)]
@@ -169,7 +173,9 @@ def report(fates: Sequence[Fate], world_size: int) -> str:
     head = f"ddparity: {_numbers(ranks)} failed: {found.ending()}" + (f" (on {found.host})" if several else "")
     lines = [head]
     if found.trace:
-        lines.append(found.trace)
+        lines.append(brief := shortened(found.trace))
+        if brief != found.trace:
+            lines = [f"ddparity: the whole traceback of {_numbers(ranks)}:\n{found.trace}\n", *lines]
     if found.evidence and found.code >= 0:
         lines.append(f"({found.evidence})")
     others = [fate for fate in fates if fate is not found and fate not in alike]

@@ -71,8 +71,11 @@ def _run(launch: Launch, place: Place) -> int:
     files = partial(RankFiles, show=launch.show, logs=launch.logs)
     card = None if launch.alone else node_card(launch)
     with _agent(place.config, command[0], command[1:], habits, files, variables=place.variables, card=card) as agent:
-        agent.run()
+        result = agent.run()
         if not agent.fates:
+            if result is not None and result.is_failed():
+                print(f"ddparity: torch's agent ended the job: {result.state.name}", file=sys.stderr)
+                return 1
             if slow := agent.slow():
                 print(f"ddparity: {slow}", file=sys.stderr)
             return 0
