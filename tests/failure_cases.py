@@ -105,6 +105,7 @@ exec unshare -rn sh -c '
     until [ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do :; done
     ip link set lo up && ip link add left type veth peer name right && ip link set right netns $! || exit 77
     ip addr add 10.77.3.1/24 dev left && ip link set left up || exit 77
+    exec 9< /proc/$!/ns/net  # the cable is there for as long as one of them runs
     PET_NODE_RANK=0 exec "$@"
 ' sh "$@"
 """
@@ -154,7 +155,7 @@ CASES = (
     Case(
         "raise-everywhere",
         "All ranks raise the same",
-        _GLOO + 'fault()\nraise ValueError("lr must be positive")  # here',
+        '\nfault()\nraise ValueError("lr must be positive")  # here',
         r"ranks 0, 1 failed: ValueError: lr must be positive\n(?!.*rank 1)",
         r"ValueError: lr must be positive",
         culprit=None,
@@ -239,7 +240,7 @@ with dp.world(device="cpu"):
     Case(
         "segfault",
         "A segmentation fault",
-        _in_step("import ctypes\nctypes.string_at(0)  # here"),
+        _alone("import ctypes; ctypes.string_at(0)  # here"),
         r"rank 1 failed: ended by SIGSEGV \(a segmentation fault, in C code\)",
         r"SIGSEGV",
         code=139,
@@ -390,7 +391,7 @@ train()
         "disk-full",
         "The disk is full at a checkpoint",
         _CHECKPOINT.format(path="disk/last.safetensors", change="if rank == 0: fault()", here="# here"),
-        r"rank 0 failed: OSError: \[Errno 28\] No space left on device.*disk/last.safetensors",
+        r"rank 0 failed: OSError: \[Errno 28\] the checkpoint could not be written .No space left on device.: 'disk/last",
         r"No space left on device",
         culprit=0,
         before=_SMALL_DISK,
@@ -475,8 +476,10 @@ class Outcome:
 
     code: int | None
     seconds: float  # from the fault until the launcher, and then what it had started, has ended
+    from_start: bool  # there was no fault of a rank: the seconds are those since the launcher was started
     text: str  # what stood on the terminal
     left: tuple[str, ...]  # command lines of processes that were there a while after the launcher
+    folder: Path
 
     def end(self, lines: int = 15) -> str:
         return "\n".join(self.text.rstrip().splitlines()[-lines:])
@@ -531,7 +534,8 @@ def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) ->
     text = (folder / "output.txt").read_text(errors="replace").replace(f"{folder}/", "")
     if code == NOT_PERMITTED:
         raise NotPermittedError(text.strip())
-    return Outcome(code, ended - (fault or _fault(folder) or begin), text, names)
+    fault = fault or _fault(folder)
+    return Outcome(code, ended - (fault or begin), fault is None, text, names, folder)
 
 
 def _fault(folder: Path) -> float | None:
