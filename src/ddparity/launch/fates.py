@@ -32,6 +32,7 @@ _MEANING = {
     signal.SIGXCPU: "out of processor time",
 }
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
+_CLOSED = re.compile(r"(Connection(Reset|Refused)|BrokenPipe|EOF|FileNotFound)Error:")
 
 
 class Cause(IntEnum):
@@ -72,7 +73,13 @@ class Fate:
             return Cause.ENDED
         if self.code < 0:
             return Cause.KILLED if self.code == -signal.SIGKILL else Cause.CRASHED
-        return Cause.VICTIM if _CONSEQUENCE.search(self.message) else Cause.FAILED
+        return Cause.VICTIM if _CONSEQUENCE.search(self.message) and not self.lost_worker else Cause.FAILED
+
+    @property
+    def lost_worker(self) -> bool:
+        """Whether a data-loader worker ended: the rank is told so, or finds the connection to it closed."""
+        reads = "torch/utils/data/dataloader.py" in self.trace and "/multiprocessing/" in self.trace
+        return bool(_LOADER_WORKER.search(self.message) or (reads and _CLOSED.match(self.message)))
 
     @property
     def exit_code(self) -> int:
@@ -108,7 +115,7 @@ def read_fate(
     if code < 0 and not ended_by_us and code != -signal.SIGKILL:
         crash, words = _crash(folder / "fatal.txt"), last_lines((logs or folder) / "stderr.log", 3)
         fate = replace(fate, trace=crash, evidence=" ".join(line.strip() for line in words)[-300:])
-    if _LOADER_WORKER.search(fate.message):
+    if fate.lost_worker:
         fate = replace(fate, evidence="a data-loader worker ended: often memory, or shared memory in /dev/shm, ran out")
     return fate
 
