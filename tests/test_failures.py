@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import ddparity as dp
+from ddparity.launch.fates import Cause, Fate
+from ddparity.launch.traces import shortened
 from tests.failure_cases import CASES, OURS, Case, NotPermittedError, Outcome, run_case
 
 PAGE = Path(__file__).parent.parent / "docs" / "failures.md"
@@ -60,6 +63,50 @@ def test_the_end_names_the_cause(case: Case, outcomes: dict[str, Outcome | NotPe
 
 def test_ctrl_c_in_a_save_leaves_the_checkpoint_before(outcomes: dict[str, Outcome | NotPermittedError]) -> None:
     dp.load_checkpoint(_outcome(outcomes, "ctrl-c-in-a-save").folder / "last.safetensors", model=torch.nn.Linear(5, 5))
+
+
+TRACE = """Traceback (most recent call last):
+  File "/home/me/train.py", line 21, in <module>
+    for batch in loader:
+                 ^^^^^^
+  File "/env/lib/python3.11/site-packages/torch/utils/data/dataloader.py", line 725, in __next__
+    data = self._next_data()
+           ^^^^^^^^^^^^^^^^^
+  File "/env/lib/python3.11/site-packages/torch/_utils.py", line 803, in reraise
+    raise exception
+KeyError: Caught KeyError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "/env/lib/python3.11/site-packages/torch/utils/data/_utils/fetch.py", line 54, in fetch
+    data = [self.dataset[idx] for idx in possibly_batched_index]
+  File "/home/me/train.py", line 17, in __getitem__
+    return self.images[index]
+  [Previous line repeated 2 more times]
+KeyError: 20"""
+
+
+def test_a_long_traceback_is_shown_with_the_users_frames() -> None:
+    assert shortened(TRACE).splitlines() == [
+        "Traceback (most recent call last):",
+        '  File "/home/me/train.py", line 21, in <module>',
+        "    for batch in loader:",
+        "  … 2 frames, to torch/_utils.py:803, in reraise",
+        "KeyError: Caught KeyError in DataLoader worker process 0.",
+        "Original Traceback (most recent call last):",
+        "  … 1 frame, torch/utils/data/_utils/fetch.py:54, in fetch",
+        '  File "/home/me/train.py", line 17, in __getitem__',
+        "    return self.images[index]",
+        "  [Previous line repeated 2 more times]",
+        "KeyError: 20",
+    ]
+    short = "\n".join(TRACE.splitlines()[:8])
+    assert shortened(short) == short
+
+
+def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> None:
+    trace = 'File ".../torch/utils/data/dataloader.py", line 1\nFile ".../multiprocessing/connection.py", line 2'
+    closed = Fate(1, "node0", 1, 0.0, message="ConnectionResetError: [Errno 104] Connection reset by peer")
+    assert closed.cause is Cause.VICTIM
+    assert replace(closed, trace=trace).cause is Cause.FAILED
 
 
 def test_the_page_has_each_case() -> None:
