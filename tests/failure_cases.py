@@ -505,6 +505,8 @@ def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) ->
     (folder / "train.py").write_text(case.text())
     with _taken_port() as port, open(folder / "output.txt", "wb") as output:
         prefix = ("sh", "-c", case.before, "sh") if case.before else ()
+        if case.send is not None:  # a shell has what it starts in the background ignore SIGINT
+            prefix = ("env", "--default-signal=INT", *prefix)
         options = case.options.replace(PORT, str(port)).split()
         process = subprocess.Popen(
             # Of the names for the number of processes, this is the one that both launchers have.
