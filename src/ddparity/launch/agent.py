@@ -20,10 +20,10 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from ..compat import PrefixStore, meet_anew
 from ..errors import RendezvousError
-from ..network import bound_waits, holds_store
+from ..network import bound_waits, holds_store, split_endpoint
 from . import across
 from .ending import Guardian, end, how_ended, kill_sessions, runs, send
-from .exchange import Exchange, Machine, machines_of, plain_reason
+from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
 from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles
@@ -31,7 +31,6 @@ from .watch import Verdict, Watch, Watched, describe
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
 _PAUSE_S = 0.4  # for ranks that fail alike
-_SILENT_S = 15.0  # for an answer of the machine that holds the store; a network away for 10 s delays it by less
 _LONG_S = 60.0  # ranks that ran for so long had progressed, whatever they do
 _FORWARDED = ("SIGUSR1", "SIGUSR2")
 
@@ -100,11 +99,11 @@ class Agent(LocalElasticAgent):
         handler, port = worker_group.spec.rdzv_handler, self._port()
         self._close_exchange()
         if port is not None:
-            bound_waits(port, _SILENT_S)
+            bound_waits(port, SILENT_S)
             meet_anew(handler)
         super()._rendezvous(worker_group)
         if port is not None:
-            bound_waits(port, _SILENT_S)  # a static rendezvous connects just now
+            bound_waits(port, SILENT_S)  # a static rendezvous connects just now
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state is WorkerState.HEALTHY and self._exchange is not None:  # torch's loop found a machine
@@ -180,7 +179,9 @@ class Agent(LocalElasticAgent):
         if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
             store = PrefixStore(f"round{own.restarts}", store)
         patience_s = _PATIENCE_S + self._habits.grace_s + 2
-        self._exchange = Exchange(store, node, nodes, own, patience_s, self._count_waiting)
+        assert self._habits.meeting is not None
+        address = split_endpoint(self._habits.meeting)
+        self._exchange = Exchange(store, node, nodes, own, patience_s, self._count_waiting, address)
         # A machine that came late has restarted less often, and torch's ranks meet under the number of restarts.
         restarts = max(machine.restarts for machine in self._exchange.machines)
         self._remaining_restarts = max(0, maximum - restarts)

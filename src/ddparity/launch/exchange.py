@@ -6,10 +6,12 @@ A request to a store takes as long as the network is away: a thread makes them, 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -17,7 +19,10 @@ from functools import partial
 from ..compat import PrefixStore, Store, append
 
 _BEAT_S = 0.5  # between two looks at the store
-_SILENT_S = 20.0  # a network that is away for 10 s brings the delayed requests within 15 s or so
+# Where the network is away for 10 s, the kernel's next try to deliver may come as late as after 21 s in all.
+SILENT_S = 30.0
+_UNREACHED_S = 15.0  # no connection to the store either, for so long: its machine has gone
+_UNANSWERED_S = 60.0  # a machine that takes connections but does not answer
 _GONE_S = 3.0  # in a failure, a machine that does not even beat has gone
 _MEET_S = 30.0  # from the rendezvous to the first word of each machine
 _LEAVE_S = 3.0  # the store ends with the machine that holds it: the others read before
@@ -39,18 +44,26 @@ class Exchange:
     """One round of a job: a new one begins with each start of the workers, under keys of its own.
 
     `patience_s`: for the other machines to end their ranks and tell how these ended. `waiting`: how many machines wait
-    to be taken in.
+    to be taken in. `address`: of the store, where another machine may hold it.
 
     Raises:
         DistError: a machine has gone since the rendezvous.
     """
 
     def __init__(
-        self, store: Store, node: int, nodes: int, own: Machine, patience_s: float, waiting: Callable[[], int]
+        self,
+        store: Store,
+        node: int,
+        nodes: int,
+        own: Machine,
+        patience_s: float,
+        waiting: Callable[[], int],
+        address: tuple[str, int],
     ) -> None:
         self._store = PrefixStore("ddparity", store)
         self._node, self._nodes, self._patience_s = node, nodes, patience_s
         self._count_waiting = waiting
+        self._address = None if own.holds else address
         for key in _BOARD:
             self._store.compare_set(key, "", _NOTHING)
         for other in range(nodes):
@@ -71,6 +84,8 @@ class Exchange:
         self._passed: set[int] = set()
         self._outbox: deque[Callable[[], object]] = deque()
         self._wake, self._closed = threading.Event(), False
+        self._asking: float | None = None  # since when the store has not answered
+        self._probes: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name="ddparity-exchange", daemon=True)
         self._thread.start()
 
@@ -98,12 +113,16 @@ class Exchange:
 
     def failed(self) -> bool:
         """Whether a machine has told of a failure, or has gone."""
+        since = self._asking
+        if since is not None and time.monotonic() - since > _GONE_S and self._probes is None and self._address:
+            self._probes = threading.Thread(target=self._probe, args=(since,), name="ddparity-probe", daemon=True)
+            self._probes.start()
         return bool(self._board["failed"]) or self.lost is not None or bool(self.silent())
 
     def silent(self) -> dict[int, float]:
         """Machines of which nothing was heard for long, and for how many seconds."""
         now = time.monotonic()
-        return {node: now - since for node, (_, since) in self._beats.items() if now - since > _SILENT_S}
+        return {node: now - since for node, (_, since) in self._beats.items() if now - since > SILENT_S}
 
     def change(self) -> None:
         """Tell that this machine ends its ranks to take another machine in, and that no rank has failed."""
@@ -140,7 +159,7 @@ class Exchange:
         """Say what is still to be said, and let go of the store, waiting for it only as long as it may take."""
         self._closed = True
         self._wake.set()
-        self._thread.join(_SILENT_S)
+        self._thread.join(SILENT_S if self.lost is None else 0)
 
     def _post(self, request: Callable[[], object]) -> None:
         self._outbox.append(request)
@@ -166,14 +185,28 @@ class Exchange:
         try:
             while not self._closed:
                 self._turn()
+                self._asking = None
                 self._wake.wait(_BEAT_S)
                 self._wake.clear()
             self._send()
         except Exception as error:  # DistError, or torch's rendezvous' own around it
-            self.lost = plain_reason(error)
+            self.lost = self.lost or plain_reason(error)
+
+    def _probe(self, since: float) -> None:
+        """While the store does not answer, look whether its machine can be reached at all."""
+        assert self._address is not None
+        reached = since
+        while self._asking == since and self.lost is None:
+            with suppress(OSError), socket.create_connection(self._address, 1.0):
+                reached = time.monotonic()
+            now = time.monotonic()
+            if now - reached > _UNREACHED_S or now - since > _UNANSWERED_S:
+                self.lost = f"no answer for {now - since:.0f} s"
+            time.sleep(0.5)
+        self._probes = None
 
     def _turn(self) -> None:
-        began = time.monotonic()
+        self._asking = began = time.monotonic()
         self._send()
         self._beat()
         keys = [*_BOARD, "finished"]
@@ -197,6 +230,7 @@ class Exchange:
             self._outbox.popleft()()
 
     def _beat(self) -> None:
+        self._asking = time.monotonic()
         self._count += 1
         self._store.set(f"state/{self._node}", f"{self._count}\n{self._state}")
         if self.leads:
