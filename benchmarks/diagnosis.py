@@ -1,7 +1,7 @@
 """What the diagnosis of hangs costs a step: the tiny MLP with DDP, with and without the instruments and the polling.
 
 Ranks of both kinds run in turns, a process each for the whole time: in a round, first one job trains for some steps
-and then the other. Prints the median of rounds and of their ratio.
+and then the others; the second plain job shows the noise.
 
     python benchmarks/diagnosis.py --nproc 2 --rounds 40 --steps 500
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import select
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,14 @@ from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 from torch.distributed import TCPStore
 
 from ddparity.launch import instruments
 from ddparity.launch.watch import Watch, Watched
+from results import machine, spread, table, write_section
+
+NAMES = ("plain", "plain again", "watched")
 
 _RANK = """
 import importlib.util, os, sys, time
@@ -107,25 +110,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=500)
     options = parser.parse_args()
+    where = machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        plain = Job(stack, options.nproc, None)
-        watched = Job(stack, options.nproc, folder)
-        plain.train(50), watched.train(50)  # warm
-        times: list[tuple[float, float]] = []
+        jobs = {name: Job(stack, options.nproc, folder if name == "watched" else None) for name in NAMES}
+        for job in jobs.values():
+            job.train(200)  # warm
+        times: dict[str, list[float]] = {name: [] for name in NAMES}
         for number in range(options.rounds):
-            if number % 2:
-                after = watched.train(options.steps)
-                times.append((plain.train(options.steps), after))
-            else:
-                before = plain.train(options.steps)
-                times.append((before, watched.train(options.steps)))
-    without, with_ = (statistics.median(column) for column in zip(*times))
-    ratios = sorted(after / before for before, after in times)
-    quarter = len(ratios) // 4
-    print(f"{options.nproc} ranks, {options.rounds} rounds of {options.steps} steps")
-    print(f"plain {without:.3f} ms a step, watched {with_:.3f} ms")
-    print(f"ratio {statistics.median(ratios):.4f} (quartiles {ratios[quarter]:.4f} to {ratios[-1 - quarter]:.4f})")
+            for shift in range(len(NAMES)):  # each comes first, second and last alike
+                name = NAMES[(number + shift) % len(NAMES)]
+                times[name].append(jobs[name].train(options.steps))
+    base = np.array(times["plain"])
+    row = [f"tiny MLP, {options.nproc} ranks", spread(base, 3)]
+    row += [spread(np.array(times[name]) / base, 3) for name in NAMES[1:]]
+    text = (
+        f"## What the diagnosis of hangs costs a step (`diagnosis.py`)\n\n{where} Plain DDP; medians and quartiles of "
+        f"{options.rounds} interleaved rounds of {options.steps} steps, ratios within a round.\n\n"
+        + table(["", "plain, ms", *NAMES[1:]], [row])
+    )
+    write_section("diagnosis", text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -217,3 +217,20 @@ def test_more_ranks_than_micro_batches_are_refused_on_every_rank() -> None:
 
 def test_an_empty_data_set_has_no_steps() -> None:
     assert list(dp.Loader([], dp.BatchPlan(0, 4, 2)).epoch(0)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.bfloat16])
+def test_rows_of_tensors_are_what_the_data_loader_collates(dtype: torch.dtype) -> None:
+    """They are taken at once, without one sample after the other, and are copies."""
+    images = torch.arange(40 * 3).reshape(40, 3, 1).to(dtype)
+    dataset = torch.utils.data.TensorDataset(images, torch.arange(40))
+    plan = dp.BatchPlan(40, 12, 3, seed=5)
+    for step in dp.Loader(dataset, plan).epoch(0):
+        for micro in step:
+            samples = next(m.samples for m in plan.step(0, step.number) if m.index == micro.index)
+            expected = torch.utils.data.default_collate([dataset[index] for index in samples])
+            assert type(micro.data) is type(expected) is list
+            assert all(torch.equal(one, other) for one, other in zip(micro.data, expected, strict=True))
+            assert [one.dtype for one in micro.data] == [other.dtype for other in expected]
+            micro.data[0].zero_()
+    assert torch.equal(images, torch.arange(40 * 3).reshape(40, 3, 1).to(dtype))

@@ -221,6 +221,31 @@ def test_a_collate_function_and_a_worker_that_fail_name_the_samples(collate: Any
         assert outcome.seconds < 10
 
 
+class Together(Numbers):
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("samples of a batch are asked for together")
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        assert type(indices) is list
+        return torch.tensor(indices) * random.choice([1])
+
+
+def _ends(samples: Any) -> Any:
+    raise StopIteration
+
+
+def test_batches_are_a_data_loaders_with_and_without_workers() -> None:
+    """Without workers no DataLoader's iterator runs."""
+    for num_workers in (0, 1):
+        options: dict[str, Any] = {"num_workers": num_workers}
+        doubled = dp.predict(lambda x: x * 2, Together(7), 3, collate_fn=lambda samples: samples, **options)
+        assert doubled.tolist() == list(range(0, 14, 2))
+        named = dp.predict(lambda batch: batch["x"], [{"x": float(i)} for i in range(5)], 2, **options)
+        assert named.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0] and named.dtype == torch.float64
+    with pytest.raises(dp.DDParityError, match=r"before it gave data-set indices 0 to 2: .*StopIteration"):
+        dp.predict(lambda x: x, Numbers(7), 3, collate_fn=_ends)
+
+
 def _uneven_lengths() -> None:
     dp.predict(lambda batch: batch[0], Numbers(8 + dist.get_rank()), 2)
 

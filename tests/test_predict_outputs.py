@@ -18,6 +18,7 @@ from torch import nn
 
 import ddparity as dp
 from ddparity.meeting import store_root
+from ddparity.predict import packed
 from ddparity.predict.collect import check_each_once
 from tests.ranks import outcomes, run_ranks
 
@@ -119,6 +120,74 @@ def test_any_structure_is_that_of_one_process(world_size: int) -> None:
         for (length, batch_size, to, balance), ours in zip(cases, received, strict=True):
             oracle = _oracle(SAMPLES[:length], batch_size) if to in ("all", rank) else None
             _same(ours, oracle, f"{length} samples, batches of {batch_size}, to {to}, {balance}")
+
+
+ROWS: dict[str, Any] = {  # one tensor or array a batch, as most models give it
+    "dense": lambda x: x[:, None] * torch.ones(3),
+    "a column": lambda x: x,
+    "no columns": lambda x: x[:, None][:, :0],
+    "strided": lambda x: (x[:, None] * torch.ones(6))[:, ::2],
+    "expanded": lambda x: x[:, None].expand(-1, 3),
+    "in memory that is used again": lambda x: _AGAIN[: len(x)].copy_(x[:, None].expand(-1, 3)),
+    "conjugate": lambda x: (x * 1j).conj(),
+    "negative": lambda x: (x * (1 + 2j)).conj().imag,
+    "complex": lambda x: x * 1j,
+    "half": lambda x: x[:, None].to(torch.bfloat16),
+    "bool": lambda x: x > 3,
+    "array": lambda x: np.asarray(x)[:, None],
+    "parameter": lambda x: nn.Parameter(x.float()),
+    "wider now and then": lambda x: x[:, None] * torch.ones(3 if x.max() < 5 else 4),
+    "an array that is wider": lambda x: np.asarray(x[:, None] * torch.ones(3 if x.max() < 5 else 4)),
+    "of gradients": lambda x: torch.enable_grad()(torch.inference_mode(False)(_with_gradient))(x),
+}
+_AGAIN = torch.empty(4, 3)
+
+
+def _with_gradient(x: torch.Tensor) -> torch.Tensor:
+    return x.clone() * torch.ones(3, requires_grad=True)[:1]
+
+
+def _row_cases() -> list[tuple[str, int, Any, str]]:
+    return [(name, n, to, b) for name in ROWS for n in (1, 11) for to in (0, "all") for b in ("contiguous", "dynamic")]
+
+
+def _predicts_rows(block: int) -> list[Any]:
+    data = torch.tensor(SAMPLES, dtype=torch.float32)
+    packed._BLOCK_BYTES = block
+    return [dp.predict(ROWS[name], data[:length], 2, to, balance=balance) for name, length, to, balance in _row_cases()]
+
+
+@pytest.mark.parametrize("block", [2**26, 70])  # a batch or a few in it
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_tensor_a_batch_is_that_of_one_process(world_size: int, block: int) -> None:
+    for rank, received in enumerate(run_ranks(_predicts_rows, world_size, block)):
+        for (name, length, to, balance), ours in zip(_row_cases(), received, strict=True):
+            data = torch.tensor(SAMPLES[:length], dtype=torch.float32)
+            parts = [torch.as_tensor(ROWS[name](data[s : s + 2])).detach().clone() for s in range(0, length, 2)]
+            rows = [row for part in parts for row in part]
+            case = f"{name}: {length} samples to {to}, {balance}"
+            if to not in ("all", rank):
+                assert ours is None, case
+                continue
+            assert isinstance(ours, list) == (len({row.shape for row in rows}) > 1), case
+            for row, oracle in zip(ours, rows, strict=True):
+                assert not isinstance(row, torch.Tensor) or not (row.requires_grad or row.is_inference()), case
+                assert torch.equal(torch.as_tensor(row), oracle), case
+
+
+def test_rows_can_be_written_to() -> None:
+    """They are not the inference mode's, whole or one by one."""
+    for name in ("dense", "wider now and then"):
+        for row in dp.predict(ROWS[name], torch.tensor(SAMPLES), 2):
+            row.add_(1)
+        weight = torch.ones(1, requires_grad=True)
+        (dp.predict(ROWS[name], torch.tensor(SAMPLES), 2)[0] * weight).sum().backward()
+
+
+def test_a_last_batch_of_too_many_rows_is_refused() -> None:
+    """Though its output is like those before."""
+    with pytest.raises(ValueError, match=r"indices 4 to 4 has shape \(2, 3\) for a batch of 1"):
+        dp.predict(lambda x: torch.ones(2, 3), torch.arange(5), 2)
 
 
 def _large(to: Any) -> list[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +254,38 @@ def test_strict_on_another_world_size_it_ends_with_the_same_bits(forward: int, t
     for world_size, dies in ((3, forward), (2, 20)):
         assert outcomes(_train_strictly, world_size, str(tmp_path / "killed"), dies)[0].exitcode == -9
     assert run_ranks(_train_strictly, 4, str(tmp_path / "killed")) == [expected] * 4
+
+
+class _Preempted:
+    """The loss of a Task, with the scheduler's signal to the own process in the `count`-th call."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def __call__(self, model: nn.Module, data: list[torch.Tensor]) -> torch.Tensor:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return F.cross_entropy(model(data[0]), data[1])
+
+
+def _train_preempted(path: str, forwards: list[int]) -> object:
+    task = _task()
+    task.loss = _Preempted(forwards[dist.get_rank()])
+    try:
+        train(task, Path(path), reduction="strict", saving=Saves(resume=True))
+    except SystemExit as ending:
+        return ending.code
+    return "ended"
+
+
+@pytest.mark.parametrize("forwards", [[4], [7, 2], [3, 9, 4]])
+def test_a_training_that_a_scheduler_stops_goes_on_where_it_was(forwards: list[int], tmp_path: Path) -> None:
+    """The signal comes to ranks in different steps; it is passed on again to a training that resumes."""
+    (expected,) = run_ranks(_train_strictly, 1, str(tmp_path / "undisturbed"))
+    for _ in range(2):
+        assert run_ranks(_train_preempted, len(forwards), str(tmp_path / "stopped"), forwards) == [138] * len(forwards)
+    assert run_ranks(_train_strictly, 2, str(tmp_path / "stopped")) == [expected] * 2
 
 
 def test_on_another_world_size_it_ends_the_same_to_rounding(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def run(context: typer.Context) -> None:
         wanted = parse(context.args)
     except ValueError as error:
         _refuse(str(error))
-    _leave(run_launch(wanted))
+    raise _Ended(run_launch(wanted))
 
 
 @app.command()
@@ -311,14 +311,7 @@ def _launch(arguments: list[str], nproc: int | None) -> NoReturn:
             f"{placement.engine} started this process already, as rank {placement.rank} of {placement.world_size}: "
             f"run the script itself"
         )
-    _leave(run_command(arguments, count))
-
-
-def _leave(code: int) -> NoReturn:
-    """End at once: all that was started has ended, and taking torch's modules apart takes half a second."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    raise _Ended(run_command(arguments, count))
 
 
 def _in_this_process(work: Callable[[], object]) -> None:
@@ -341,5 +334,15 @@ def _refuse(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+class _Ended(SystemExit):
+    """All that this launcher had started has ended."""
+
+
 def main() -> None:
-    app()
+    try:
+        app()
+    except _Ended as ending:
+        # At once: taking torch's modules apart takes half a second.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(ending.code or 0))

@@ -14,7 +14,7 @@ from ..errors import DDParityError
 from ..trees import Node, assembled, leaves_of, new_tensor, plain_values, single
 from ..wire import Receiver, exchange, move, move_json, takes_part
 from .outputs import Rows, Schema, on_device
-from .packed import Packed, Packer
+from .packed import Packed, Packer, Run
 from .source import Source
 
 _PIECE_BYTES = 4 * 2**20  # of small batches that are sent together
@@ -34,8 +34,10 @@ class Collected:
         self._length = length
         self._columns: _Column | None = None
 
-    @torch.inference_mode(False)  # the result must be of use in a training
     def add(self, rows: Rows) -> None:
+        if isinstance(self._columns, _Tensors) and self._columns.has_rows_of(rows.node):
+            self._columns.rows(rows.start, rows.size).copy_(rows.leaves[0])  # as below, in less time
+            return
         targets, finish = self.places(rows.start, rows.size, rows.node)
         for target, leaf in zip(targets, rows.leaves, strict=True):
             target.copy_(leaf)
@@ -57,15 +59,23 @@ class Collected:
 class _Tensors:
     def __init__(self, node: Node, length: int) -> None:
         self._is_array = node["kind"] == "array"
-        self._whole = new_tensor({**node, "shape": [length, *node["shape"][1:]]})
+        self._row = node["shape"][1:]
+        self._whole = _new({**node, "shape": [length, *self._row]})
         self._others: dict[int, torch.Tensor] = {}
 
+    def has_rows_of(self, node: Node) -> bool:
+        return bool(node["shape"][1:] == self._row)
+
+    def rows(self, start: int, size: int) -> torch.Tensor:
+        return self._whole[start : start + size]
+
     def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
-        if node["shape"][1:] == list(self._whole.shape[1:]):
-            targets[node["leaf"]] = self._whole[start : start + size]
+        if self.has_rows_of(node):
+            targets[node["leaf"]] = self.rows(start, size)
             return _nothing
-        batch = targets[node["leaf"]] = new_tensor(node)
-        self._others.update(zip(range(start, start + size), batch, strict=True))
+        batch = targets[node["leaf"]] = _new(node)
+        with torch.inference_mode(False):  # as of a tensor, of its views
+            self._others.update(zip(range(start, start + size), batch, strict=True))
         return _nothing
 
     def value(self) -> Any:
@@ -81,9 +91,9 @@ class _Entries:
 
     def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
         if node["kind"] == "plain list":
-            text = targets[node["leaf"]] = new_tensor(node)
+            text = targets[node["leaf"]] = _new(node)
             return lambda: self._set(start, plain_values(text))
-        builds = [single(item, targets, new_tensor) for item in node["items"]]
+        builds = [single(item, targets, _new) for item in node["items"]]
         return lambda: self._set(start, [build() for build in builds])
 
     def _set(self, start: int, entries: list[Any]) -> None:
@@ -97,7 +107,7 @@ class _Nothing:
     """A field that is None."""
 
     def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
-        targets[node["leaf"]] = new_tensor(node)
+        targets[node["leaf"]] = _new(node)
         return _nothing
 
     def value(self) -> Any:
@@ -135,6 +145,11 @@ def _column(node: Node, length: int) -> _Column:
     return _Nothing() if node["kind"] == "plain" else _Nesting(node, length)
 
 
+def _new(node: Node) -> torch.Tensor:
+    with torch.inference_mode(False):  # the result must be of use in a training
+        return new_tensor(node)
+
+
 def _nothing() -> None: ...
 
 
@@ -152,7 +167,6 @@ class Memory:
         # A rank that also sends places its own when it sends them, so that it never holds them twice.
         placed = self._receives and (world_size == 1 or to != "all") and source.length is not None
         self._result = Collected(source.length) if placed and source.length is not None else None
-        self._held: deque[Packed] = deque()
         self._ran: list[range] = []
         self._packer = Packer()
 
@@ -166,21 +180,22 @@ class Memory:
         if self._result is not None:
             self._result.add(rows)
         else:
-            self._held.append(self._packer.pack(rows))
+            self._packer.pack(rows)
 
     def finish(self) -> Any:
         length, place = self._source.settled(self._ran)
         ran = [range(place(part.start), place(part.start) + len(part)) for part in self._ran]
-        for packed in self._held:
+        held = self._packer.held
+        for packed in held:
             packed.start = place(packed.start)
         result = self._result or Collected(length)
         del self._packer  # and its block
-        bring_together(result, self._held, ran, length, self._to, self._receives)
+        bring_together(result, held, ran, length, self._to, self._receives)
         return result.value() if self._receives else None
 
 
 def bring_together(
-    result: Collected, held: deque[Packed], ran: Sequence[range], length: int, to: Receiver, receives: bool
+    result: Collected, held: deque[Packed | Run], ran: Sequence[range], length: int, to: Receiver, receives: bool
 ) -> None:
     """Move what each rank holds into the receivers' results. All ranks call it.
 
@@ -188,8 +203,9 @@ def bring_together(
         held: this rank's rows that are not in its result yet; emptied, so that memory is free as soon as it is sent.
         ran: the samples that this rank has run, those in its result included.
 
-    Collectives: two all-gathers; then for each 4 MiB of small batches, or each larger one, of a rank that does not
-    receive alone, a description (two messages) and its tensors, sent to `to` or broadcast.
+    Collectives: two all-gathers; then for each 4 MiB of small batches, or each larger one, or each 64 MiB of what are
+    rows of one tensor, of a rank that does not receive alone, a description (two messages) and its tensors, sent to
+    `to` or broadcast.
 
     Raises:
         DDParityError: a sample is missing or there twice; on every rank, before any output moves.
@@ -239,8 +255,8 @@ def merged(ran: Sequence[range]) -> list[range]:
     return merged
 
 
-def _pieces(held: deque[Packed]) -> deque[list[Packed]]:
-    pieces: deque[list[Packed]] = deque()
+def _pieces(held: deque[Packed | Run]) -> deque[list[Packed | Run]]:
+    pieces: deque[list[Packed | Run]] = deque()
     room = 0
     while held:
         packed = held.popleft()

@@ -311,11 +311,13 @@ def _run(
         seed_streams(source.seed(samples))
         where = source.where(samples)
         batch = data if device is None else to_device(data, device)
+        output = None  # the last one's memory is the model's to use again
         try:
             output = call(batch)
         except Exception as error:
             raise DDParityError(f"the model failed for the {where}: {type(error).__name__}: {error}") from error
         sink.take(samples, where, output, batch)
+        del batch, data  # before the next is loaded
         count.add(len(samples))
         if time.monotonic() - looked > _POLL_S:
             looked = time.monotonic()

@@ -84,6 +84,7 @@ class Batches:
         issued = self._order.restart(chunks)
         for data in loaded(self._dataloader, lambda: self.where(issued[0]) if issued else "its first batch"):
             yield issued.popleft(), data
+            del data
 
     def where(self, samples: range) -> str:
         return f"data-set indices {samples.start} to {samples.stop - 1}"
