@@ -57,7 +57,8 @@ def main() -> None:
     text = table(["", f"in {given.minutes:g} minutes"], rows)
     print(text)
     if not given.no_results:
-        write_section("chaos", f"## Chaos\n\n{about}\n\n{text}")
+        note = "Machines are two network namespaces; restarts are counted by each launcher."
+        write_section("chaos", f"## Chaos\n\n{about}\n\n{text}\n\n{note}")
     sys.exit(1 if counts["mismatches"] or counts["hung"] or not counts["trainings finished"] else 0)
 
 
