@@ -35,7 +35,7 @@ ONE = TASK + "small = dp.Task(**parts)\n"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    monkeypatch.delitem(sys.modules, "t", raising=False)  # absent again at the end
     return tmp_path
 
 

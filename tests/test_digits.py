@@ -40,7 +40,7 @@ def _train(folder: Path, nproc: int) -> Run:
 
 def _ddparity(folder: Path, *arguments: object) -> str:
     command = [sys.executable, "-m", "ddparity", *map(str, arguments)]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

@@ -221,7 +221,7 @@ def test_the_command_prints_one_json_document_and_a_picture(tmp_path: Path) -> N
 def test_the_command_ends_with_1_where_runs_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    monkeypatch.delitem(sys.modules, "t", raising=False)  # absent again at the end
     (tmp_path / "t.py").write_text(TASK.format(parts="collate_fn=verify_cases.duplicating_collate"))
     command = ["verify", str(tmp_path / "t.py"), "--world-sizes", "1,2", "--steps", "2", "--reduction", "strict"]
     done = CliRunner().invoke(app, command)

@@ -158,6 +158,9 @@ class Agent(LocalElasticAgent):
                 self._conclude(worker_group, verdict)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
+            if len(self._seen) < len(self._pids()):
+                # torch would look once more: a rank that has failed since would be gone, and the others ended by it.
+                return RunResult(state=WorkerState.HEALTHY)
         if self._finished is None:
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state is not WorkerState.SUCCEEDED or self._exchange is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..marks import PROGRESS
 from .output import last_lines
+from .traces import shortened
 
 # What a rank says that was well until another one failed.
 _CONSEQUENCE = re.compile(
@@ -32,6 +33,7 @@ _MEANING = {
     signal.SIGXCPU: "out of processor time",
 }
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
+_CLOSED = re.compile(r"(Connection(Reset|Refused)|BrokenPipe|EOF|FileNotFound)Error:")
 
 
 class Cause(IntEnum):
@@ -77,7 +79,13 @@ class Fate:
             return Cause.ENDED
         if self.code < 0:
             return Cause.KILLED if self.code == -signal.SIGKILL else Cause.CRASHED
-        return Cause.VICTIM if _CONSEQUENCE.search(self.message) else Cause.FAILED
+        return Cause.VICTIM if _CONSEQUENCE.search(self.message) and not self.lost_worker else Cause.FAILED
+
+    @property
+    def lost_worker(self) -> bool:
+        """Whether a data-loader worker ended: the rank is told so, or finds the connection to it closed."""
+        reads = "torch/utils/data/dataloader.py" in self.trace and "/multiprocessing/" in self.trace
+        return bool(_LOADER_WORKER.search(self.message) or (reads and _CLOSED.match(self.message)))
 
     @property
     def exit_code(self) -> int:
@@ -115,7 +123,7 @@ def read_fate(
     if code < 0 and not ended_by_us and code != -signal.SIGKILL:
         crash, words = _crash(folder / "fatal.txt"), last_lines((logs or folder) / "stderr.log", 3)
         fate = replace(fate, trace=crash, evidence=" ".join(line.strip() for line in words)[-300:])
-    if _LOADER_WORKER.search(fate.message):
+    if fate.lost_worker:
         fate = replace(fate, evidence="a data-loader worker ended: often memory, or shared memory in /dev/shm, ran out")
     return fate
 
@@ -174,7 +182,10 @@ def settled(fates: Sequence[Fate], waited_s: float, patience_s: float, pause_s: 
 
 
 def report(fates: Sequence[Fate], world_size: int) -> str:
-    """The culprit with its traceback, then a line for each other rank; those that ended alike share one."""
+    """The culprit with its traceback, then a line for each other rank; those that ended alike share one.
+
+    A long traceback stands above, whole, and in the report with the user's frames only: the end is read first.
+    """
     found = culprit(fates)
     several = len({fate.host for fate in fates}) > 1
     alike = [fate for fate in fates if fate is not found and (fate.trace or fate.lost) and _same(fate, found)]
@@ -182,7 +193,9 @@ def report(fates: Sequence[Fate], world_size: int) -> str:
     head = f"ddparity: {_numbers(ranks)} failed: {found.ending()}" + (f" (on {found.host})" if several else "")
     lines = [head]
     if found.trace:
-        lines.append(found.trace)
+        lines.append(brief := shortened(found.trace))
+        if brief != found.trace:
+            lines = [f"ddparity: the whole traceback of {_numbers(ranks)}:\n{found.trace}\n", *lines]
     if found.evidence and found.code >= 0:
         lines.append(f"({found.evidence})")
     others = [fate for fate in fates if fate is not found and fate not in alike]

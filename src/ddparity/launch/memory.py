@@ -12,13 +12,18 @@ class MemoryWatch:
 
     def __init__(self) -> None:
         self._before = _kills()
+        self._said: dict[int, str] = {}
 
     def evidence(self, pid: int) -> str:
-        """What speaks for it that this process was killed because memory ran out."""
-        if (kills := _kills()) > self._before:
+        """What speaks for it that this process was killed because memory ran out. Each kill is one process's."""
+        if pid not in self._said:
+            kills = _kills()
+            if kills > self._before:
+                self._said[pid] = f"out of memory: the kernel ended a process of this control group{_limit()}"
+            else:
+                self._said[pid] = "out of memory, unless somebody sent it"
             self._before = kills
-            return f"out of memory: the kernel ended a process of this control group{_limit()}"
-        return "out of memory, unless somebody sent it"
+        return self._said[pid]
 
 
 def _folders() -> list[Path]:

@@ -77,8 +77,11 @@ def _run(launch: Launch, place: Place) -> int:
     files = partial(RankFiles, show=launch.show, logs=launch.logs)
     card = None if launch.alone else node_card(launch)
     with _agent(place.config, command[0], command[1:], habits, files, variables=place.variables, card=card) as agent:
-        agent.run()
+        result = agent.run()
         if not agent.fates:
+            if result is not None and result.is_failed():
+                print(f"ddparity: torch's agent ended the job: {result.state.name}", file=sys.stderr)
+                return 1
             if slow := agent.slow():
                 print(f"ddparity: {slow}", file=sys.stderr)
             return 0
@@ -197,9 +200,7 @@ def _agent(
     `variables`: for the ranks, of a command. `card`: what the machines of a job compare when they have met.
     """
     before, handlers = dict(os.environ), _handlers()
-    elastic = logging.getLogger("torch.distributed.elastic")
-    level = elastic.level
-    elastic.setLevel(logging.CRITICAL)  # its 30 lines say less than our one
+    levels = _silence("torch.distributed.elastic")  # its 30 lines say less than our one
     threads, line = decide_threads(config.nproc_per_node)
     os.environ.update(threads)
     if line is not None and variables is not None:
@@ -221,7 +222,8 @@ def _agent(
                 agent.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            elastic.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
             for name in os.environ.keys() - before.keys():  # the agent sets some of its own, too
                 del os.environ[name]
 
@@ -254,6 +256,15 @@ def _spec(config: LaunchConfig, entrypoint: Callable[..., Any] | str, args: Sequ
         if hasattr(config, name):
             setattr(spec, name, getattr(config, name))
     return spec
+
+
+def _silence(name: str) -> dict[logging.Logger, int]:
+    """Let only critical messages through from this logger and those below it, which have levels of their own."""
+    below = [one for one in list(logging.root.manager.loggerDict) if one.startswith(f"{name}.")]
+    levels = {logger: logger.level for logger in map(logging.getLogger, (name, *below))}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
+    return levels
 
 
 def _handlers() -> dict[int, Any]:

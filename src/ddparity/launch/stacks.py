@@ -67,7 +67,7 @@ class Stack:
 
     def place(self) -> Frame | None:
         """The innermost frame of the user's code; of a library's, or of any, where there is none."""
-        whose = (_is_users, lambda frame: not _is_ours(frame), lambda frame: True)
+        whose = (is_users, lambda frame: not _is_ours(frame), lambda frame: True)
         return next((frame for mine in whose for frame in self.frames if mine(frame)), None)
 
     def doing(self) -> str:
@@ -79,7 +79,7 @@ class Stack:
         if self.state in "ZX":
             return "ended"
         for frame in self.frames:
-            if _is_users(frame) and not _near_top(frame, self.frames):
+            if is_users(frame) and not _near_top(frame, self.frames):
                 continue
             for part, functions, words in _ACTIVITIES:
                 if part in frame.file and (not functions or frame.function.rpartition(".")[2] in functions):
@@ -126,7 +126,8 @@ def _is_ours(frame: Frame) -> bool:
     return "/torch/" in file if "site-packages" in file or "dist-packages" in file else _is_below(file, *_STDLIB)
 
 
-def _is_users(frame: Frame) -> bool:
+def is_users(frame: Frame) -> bool:
+    """Whether the frame is none of a library's, torch's, ddparity's or Python's own."""
     return not _is_ours(frame) and "site-packages" not in frame.file and "dist-packages" not in frame.file
 
 

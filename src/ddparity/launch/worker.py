@@ -51,7 +51,10 @@ def main() -> None:
         sys.stdout.flush()
         os._exit(128 + signal.SIGINT)
     except BaseException as error:
-        _fail(error, folder)
+        try:
+            _fail(error, folder)
+        except Exception as another:  # of a signal's handler, as below
+            _fail(another, folder)
 
 
 def _run(arguments: list[str], folder: Path | None) -> None:
@@ -76,6 +79,9 @@ def _run(arguments: list[str], folder: Path | None) -> None:
 
 def _fail(error: BaseException, folder: Path | None) -> None:
     """Leave the exception for the agent and end with exit code 1, after what the script registered with atexit."""
+    with suppress(AttributeError, ValueError):
+        # torch's handler raises when a data-loader worker has died, which may be the reason why we are here.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     trace = _users_part(error.__traceback__)
     if folder is not None:
         _leave(folder, error, f"{type(error).__name__}: {error}", _text(error, trace))

@@ -1,0 +1,115 @@
+"""Each way to fail of the catalogue: what our launcher says at the end, when, its exit code, and what it leaves."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddparity as dp
+from ddparity.launch.fates import Cause, Fate
+from ddparity.launch.traces import shortened
+from tests.failure_cases import CASES, OURS, Case, NotPermittedError, Outcome, run_case
+
+PAGE = Path(__file__).parent.parent / "docs" / "failures.md"
+HANG_S = 2.0  # --hang-timeout
+WITHIN_S = 10.0  # from the failure, or from when it is called a hang
+STARTED_S = 40.0  # from the start of a launcher that does not come to start a rank
+_LAUNCHERS_OWN = re.compile(r"torch/distributed/(elastic|run|launcher)|ddparity/(launch/|cli|__main__)|runpy")
+
+pytestmark = pytest.mark.timeout(600)  # the first test runs all cases
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | NotPermittedError]:
+    """Three at a time, since much of it is waiting."""
+    folder = tmp_path_factory.mktemp("failures")
+
+    def run(case: Case) -> Outcome | NotPermittedError:
+        try:
+            return run_case(case, (*OURS, "--hang-timeout", str(HANG_S)), folder / case.name, cap_s=60)
+        except NotPermittedError as error:
+            return error
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip((case.name for case in CASES), pool.map(run, CASES)))
+
+
+def _outcome(outcomes: dict[str, Outcome | NotPermittedError], name: str) -> Outcome:
+    found = outcomes[name]
+    if isinstance(found, NotPermittedError):
+        pytest.skip(f"not permitted here: {found}")
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_end_names_the_cause(case: Case, outcomes: dict[str, Outcome | NotPermittedError]) -> None:
+    outcome = _outcome(outcomes, case.name)
+    end = outcome.end(15)
+    assert re.search(case.said, f"{end}\n", re.DOTALL | re.MULTILINE), outcome.text
+    assert outcome.code == case.code, outcome.text
+    assert outcome.seconds < (STARTED_S if outcome.from_start else WITHIN_S + HANG_S * (case.code == 124))
+    assert outcome.left == ()
+    if (line := case.line()) is not None:
+        assert re.search(rf'train\.py(", line |:){line}\b', end), outcome.text
+    if not case.while_starting:
+        assert not _LAUNCHERS_OWN.search(end), outcome.text
+        assert case.send is None or len(outcome.text.splitlines()) <= 1
+
+
+def test_ctrl_c_in_a_save_leaves_the_checkpoint_before(outcomes: dict[str, Outcome | NotPermittedError]) -> None:
+    dp.load_checkpoint(_outcome(outcomes, "ctrl-c-in-a-save").folder / "last.safetensors", model=torch.nn.Linear(5, 5))
+
+
+TRACE = """Traceback (most recent call last):
+  File "/home/me/train.py", line 21, in <module>
+    for batch in loader:
+                 ^^^^^^
+  File "/env/lib/python3.11/site-packages/torch/utils/data/dataloader.py", line 725, in __next__
+    data = self._next_data()
+           ^^^^^^^^^^^^^^^^^
+  File "/env/lib/python3.11/site-packages/torch/_utils.py", line 803, in reraise
+    raise exception
+KeyError: Caught KeyError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "/env/lib/python3.11/site-packages/torch/utils/data/_utils/fetch.py", line 54, in fetch
+    data = [self.dataset[idx] for idx in possibly_batched_index]
+  File "/home/me/train.py", line 17, in __getitem__
+    return self.images[index]
+  [Previous line repeated 2 more times]
+KeyError: 20"""
+
+
+def test_a_long_traceback_is_shown_with_the_users_frames() -> None:
+    assert shortened(TRACE).splitlines() == [
+        "Traceback (most recent call last):",
+        '  File "/home/me/train.py", line 21, in <module>',
+        "    for batch in loader:",
+        "  … 2 frames, to torch/_utils.py:803, in reraise",
+        "KeyError: Caught KeyError in DataLoader worker process 0.",
+        "Original Traceback (most recent call last):",
+        "  … 1 frame, torch/utils/data/_utils/fetch.py:54, in fetch",
+        '  File "/home/me/train.py", line 17, in __getitem__',
+        "    return self.images[index]",
+        "  [Previous line repeated 2 more times]",
+        "KeyError: 20",
+    ]
+    short = "\n".join(TRACE.splitlines()[:8])
+    assert shortened(short) == short
+
+
+def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> None:
+    trace = 'File ".../torch/utils/data/dataloader.py", line 1\nFile ".../multiprocessing/connection.py", line 2'
+    closed = Fate(1, "node0", 1, 0.0, message="ConnectionResetError: [Errno 104] Connection reset by peer")
+    assert closed.cause is Cause.VICTIM
+    assert replace(closed, trace=trace).cause is Cause.FAILED
+
+
+def test_the_page_has_each_case() -> None:
+    """`python benchmarks/failures.py` writes it."""
+    rows = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert rows[1:] == [case.failure for case in CASES]
