@@ -12,7 +12,7 @@ SOURCE = Path(ddparity.__file__).parent
 LAYERS = {
     0: [
         "errors", "compat", "files", "environment", "network", "roster", "meeting", "scheduling", "world", "order",
-        "console",
+        "marks", "console",
     ],
     1: [
         "permutation", "plan", "seeds", "random_state", "batches", "trees", "sampling",

@@ -143,16 +143,16 @@ def test_where_machines_meet(
     config = launch.config
     assert (config.rdzv_backend, config.rdzv_endpoint, launch.node_rank) == (backend, endpoint, rank)
     assert (config.min_nodes, config.max_nodes) == nodes
-    rest = {name: value for name, value in config.rdzv_configs.items() if not name.endswith("timeout")}
+    pace = ("timeout", "interval", "max_attempt")
+    rest = {name: value for name, value in config.rdzv_configs.items() if not name.endswith(pace)}
     assert rest == conf
     assert launch.alone == (endpoint == "localhost:0")
 
 
 def test_the_time_to_meet_is_one_for_both_kinds() -> None:
     config = _parse("--nnodes 2 --rendezvous a:1 --rdzv-conf timeout=20,last_call_timeout=1 t.py").config
-    assert config.rdzv_configs == {"timeout": "20", "join_timeout": "20", "last_call_timeout": "1"} or (
-        config.rdzv_configs == {"timeout": 20, "join_timeout": 20, "last_call_timeout": 1}
-    )
+    expected = {"timeout": 20, "join_timeout": 20, "last_call_timeout": 1}
+    assert {name: int(config.rdzv_configs[name]) for name in expected} == expected
 
 
 def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .compat import uncompiled
 from .files import clear_drafts, earlier, replacing
+from .marks import mark_progress
 from .meeting import agreed
 from .replicate import unwrapped
 from .statefile import Contents, Snapshot, read_states, take_snapshot, write_states
@@ -116,6 +117,7 @@ def save_checkpoint(
             snapshot = take_snapshot(states, about, copy=background)
             if not background:
                 _write(target, snapshot, keep)
+    mark_progress()
     if not background:
         return None
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -55,6 +55,16 @@ def is_store(address: tuple[str, int], timeout_s: float) -> bool:
             return False
 
 
+def meet_anew(rendezvous: object) -> None:
+    """Have each round of torch's rendezvous tell where its first machine's store is, and open a new one there.
+
+    It keeps the address of the round that it saw first: after the first machine has gone, or another one has become
+    the first, the workers of some machines would wait at an address where nobody comes.
+    """
+    if hasattr(rendezvous, "_bootstrap_store_info"):
+        rendezvous._bootstrap_store_info = None
+
+
 @functools.cache
 def can_tell_stores() -> bool:
     """Whether this torch's own store answers like that, which no documentation promises."""

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from .batches import LoadedMicroBatch, Step
 from .keyed import Fetch, KeyedDataset, loaded, sized_length
+from .marks import mark_progress
 from .plan import BatchPlan, MicroBatch, share
 
 # The plan decides these.
@@ -172,6 +173,7 @@ class Loader:
             step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number))
             step.on_end = functools.partial(reach, epoch, number + 1)
             yield step
+            mark_progress()
             step.end()
             if size:
                 step.load(size - 1)  # what was not taken is not the next step's

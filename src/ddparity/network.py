@@ -7,7 +7,7 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -236,3 +236,39 @@ def find_store(address: tuple[str, int], deadline: float, waiting: Callable[[str
             waiting(reason)
         time.sleep(pause)
         pause, patience_s = min(2 * pause, 0.5), 2 * patience_s
+
+
+def holds_store(port: int) -> bool:
+    """Whether this very process listens at a port. False where the system does not tell."""
+    return any(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for connection in _own_sockets(port, -1))
+
+
+def bound_waits(port: int, limit_s: float) -> None:
+    """Have this process's connections to a port of any machine fail when nothing comes back for that long. Linux only.
+
+    torch's store waits for an answer for as long as the kernel tries to deliver the question: a quarter of an hour.
+    """
+    for connection in _own_sockets(-1, port):
+        with suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limit_s * 1000))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 5)):
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _own_sockets(port: int, peers_port: int) -> Iterator[socket.socket]:
+    """The sockets of this process, by their own or their peer's port, whoever in it opened them."""
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            # A copy of the descriptor: options set on it are the connection's.
+            connection = socket.socket(fileno=os.dup(int(name)))
+        except OSError:  # closed by now, or no socket
+            continue
+        with connection, suppress(OSError):
+            if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            listens = connection.getsockname()[1] == port
+            if listens or (peers_port >= 0 and connection.getpeername()[1] == peers_port):
+                yield connection

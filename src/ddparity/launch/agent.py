@@ -12,20 +12,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
+from ..compat import PrefixStore, meet_anew
+from ..errors import RendezvousError
+from ..network import bound_waits, holds_store, split_endpoint
+from . import across
 from .ending import Guardian, end, how_ended, kill_sessions, runs, send
-from .exchange import Exchange
-from .fates import Cause, Fate, culprit, from_json, read_fate, report, settled, to_json, with_leavers
+from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
+from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles
 from .watch import Verdict, Watch, Watched, describe
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
 _PAUSE_S = 0.4  # for ranks that fail alike
+_LONG_S = 60.0  # ranks that ran for so long had progressed, whatever they do
 _FORWARDED = ("SIGUSR1", "SIGUSR2")
+
+
+class MachineLost(RendezvousError):
+    """The machine that holds the job's store has gone, or another one while ranks were started."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Habits:
     grace_s: float = 3.0  # from a signal to SIGKILL
     hang_timeout_s: float = 60.0
     on_hang: Literal["end", "report"] = "end"
+    meeting: str | None = None  # HOST:PORT of the store, of a job on several machines
 
 
 class Agent(LocalElasticAgent):
@@ -55,6 +67,11 @@ class Agent(LocalElasticAgent):
         self._seen: dict[int, tuple[int, float]] = {}  # local rank: exit code, when it was seen
         self._watch: Watch | None = None
         self._exchange: Exchange | None = None
+        self._started = 0.0
+        self._world_size = 0
+        self._finished: RunResult | None = None  # of this machine's ranks, while others run
+        self._count_waiting = spec.rdzv_handler.num_nodes_waiting
+        setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting)  # noqa: B010
         self._asked = False
         self._forwarded: set[int] = set()
 
@@ -65,15 +82,48 @@ class Agent(LocalElasticAgent):
     def close(self) -> None:
         self._guardian.dismiss()
         self._files.close()
+        self._close_exchange()
+
+    def _initialize_workers(self, worker_group: WorkerGroup) -> None:
+        """Also where a machine goes between the rendezvous and the start: then the others meet again."""
+        while True:
+            try:
+                super()._initialize_workers(worker_group)
+                return
+            except (DistError, RendezvousConnectionError) as error:
+                if self._habits.meeting is None:
+                    raise
+                self._not_together(error)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        handler, port = worker_group.spec.rdzv_handler, self._port()
+        self._close_exchange()
+        if port is not None:
+            bound_waits(port, SILENT_S)
+            meet_anew(handler)
+        super()._rendezvous(worker_group)
+        if port is not None:
+            bound_waits(port, SILENT_S)  # a static rendezvous connects just now
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state is WorkerState.HEALTHY and self._exchange is not None:  # torch's loop found a machine
+            self._exchange.change()
+            print("ddparity: a machine has come: starting again, with it", file=sys.stderr)
+        self._close_exchange()
+        super()._restart_workers(worker_group)
+
+    def _exit_barrier(self) -> None:
+        """torch's ends the store under machines that run for five minutes longer; here `_monitor_workers` waits."""
+        if self._exchange is None:
+            super()._exit_barrier()  # type: ignore[no-untyped-call]
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.fates, self.verdict, self._seen = [], None, {}
-        self._exchange = None
-        store, node, nodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
-        assert store is not None and node is not None and nodes is not None, "the rendezvous gives them"
-        if nodes > 1:
-            self._exchange = Exchange(store, node, nodes)
+        self.fates, self.verdict, self._seen, self._finished = [], None, {}, None
+        several = False
+        if (port := self._port()) is not None:
+            several = self._meet(worker_group, holds_store(port))
         started: dict[int, Any] = super()._start_workers(worker_group)
+        self._started = time.monotonic()
         if self._processes():
             self._guardian.watch(self._pids())
             ranks = [
@@ -82,7 +132,7 @@ class Agent(LocalElasticAgent):
                 )
                 for worker in worker_group.workers
             ]
-            self._watch = Watch(ranks, self._habits.hang_timeout_s, self._exchange)
+            self._watch = Watch(ranks, self._habits.hang_timeout_s, self._exchange if several else None)
         _on_signals(_FORWARDED, self._forward)
         _on_signals(("SIGQUIT",), self._ask)
         return started
@@ -102,16 +152,76 @@ class Agent(LocalElasticAgent):
             if self._exchange is not None:
                 for number in self._exchange.signals(self._forwarded):
                     self._forward(number, None)
+            changes = self._exchange is not None and self._exchange.changes()
             elsewhere = self._exchange is not None and self._exchange.failed()
-            if verdict is not None or elsewhere or any(code for code, _ in self._seen.values()):
+            if verdict is not None or changes or elsewhere or any(code for code, _ in self._seen.values()):
                 self._conclude(worker_group, verdict)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
             if len(self._seen) < len(self._pids()):
                 # torch would look once more: a rank that has failed since would be gone, and the others ended by it.
                 return RunResult(state=WorkerState.HEALTHY)
-        result: RunResult = super()._monitor_workers(worker_group)
-        return result
+        if self._finished is None:
+            result: RunResult = super()._monitor_workers(worker_group)
+            if result.state is not WorkerState.SUCCEEDED or self._exchange is None:
+                return result
+            self._finished = result
+            self._exchange.finish()
+        if self._exchange is not None and self._exchange.all_finished():
+            self._exchange.leave()
+            return self._finished
+        return RunResult(state=WorkerState.HEALTHY)
+
+    def _meet(self, worker_group: WorkerGroup, holds: bool) -> bool:
+        """Begin a round with the other machines. Gives whether there are any."""
+        store, node, nodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
+        assert store is not None and node is not None and nodes is not None, "the rendezvous gives them"
+        maximum = worker_group.spec.max_restarts
+        ranks = tuple(worker.global_rank for worker in worker_group.workers)
+        own = Machine(self._host, ranks, maximum - self._remaining_restarts, holds)
+        if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
+            store = PrefixStore(f"round{own.restarts}", store)
+        patience_s = _PATIENCE_S + self._habits.grace_s + 2
+        assert self._habits.meeting is not None
+        address = split_endpoint(self._habits.meeting)
+        self._exchange = Exchange(store, node, nodes, own, patience_s, self._count_waiting, address)
+        # A machine that came late has restarted less often, and torch's ranks meet under the number of restarts.
+        restarts = max(machine.restarts for machine in self._exchange.machines)
+        self._remaining_restarts = max(0, maximum - restarts)
+        world_size = worker_group.workers[0].world_size
+        if self._exchange.leads and self._world_size not in (0, world_size):
+            print(f"ddparity: goes on with {world_size} ranks on {nodes} machines", file=sys.stderr)
+        self._world_size = world_size
+        return nodes > 1
+
+    def _waiting(self) -> int:
+        """How many machines wait to be taken in; asks nobody where a thread does that."""
+        return self._exchange.waiting if self._exchange is not None else int(self._count_waiting())
+
+    def _close_exchange(self) -> None:
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange = None
+
+    def _port(self) -> int | None:
+        """Of the store, where several machines meet."""
+        said = (self._habits.meeting or "").rpartition(":")[2]
+        return int(said) if said.isdigit() else None
+
+    def _not_together(self, error: Exception) -> None:
+        """Tell whether to meet again; raises where not."""
+        try:
+            self._count_waiting()
+        except Exception as gone:
+            raise MachineLost(
+                f"lost {self._habits.meeting}, where the job's machines meet: {plain_reason(gone)}. The job ends here "
+                f"({self._host}): start it again on all machines"
+            ) from error
+        reason = f"a machine went while ranks were started: {plain_reason(error)}"
+        if self._remaining_restarts == 0:
+            raise MachineLost(reason) from error
+        self._remaining_restarts -= 1
+        print(f"ddparity: {reason}: meeting again", file=sys.stderr)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
         if any(runs(pid) for pid in self._pids()):
@@ -142,11 +252,14 @@ class Agent(LocalElasticAgent):
     def _conclude(self, worker_group: WorkerGroup, verdict: Verdict | None) -> None:
         """Wait until the cause is known, end the other ranks, and keep how each ended."""
         assert self._watch is not None
+        exchange = self._exchange
         if verdict is None:
             self._settle()
             own = [self._fate(local, code, at) for local, (code, at) in self._seen.items() if code]
             if own and culprit(own).cause in (Cause.CRASHED, Cause.VICTIM):
                 verdict = self._watch.explain()  # Gloo aborts one rank where sizes differ, and cuts off the others
+            if verdict is None and exchange is not None:
+                verdict = across.unpack_verdict(exchange.verdict() or "")
         if verdict is not None:
             self._keep_stacks(verdict, ends=True)
         by_themselves = dict(self._seen)
@@ -156,16 +269,46 @@ class Agent(LocalElasticAgent):
             self._fate(local, code, at, ended_by_us=local not in by_themselves)
             for local, (code, at) in self._seen.items()
         ]
-        if self._exchange is not None:
-            fates = [fate for text in self._exchange.all_fates(to_json(fates)) for fate in from_json(text)]
+        if exchange is not None and exchange.changes() and all(fate.cause > Cause.LOST for fate in fates):
+            self._remaining_restarts += 1  # which torch takes: this is no failure
+            print("ddparity: a machine has come: starting again, with it", file=sys.stderr)
+            return
+        if self._watch.progressed:
+            fates = [replace(fate, progressed=True) for fate in fates]
+        if exchange is not None:
+            fates = self._of_all_machines(exchange, fates)
         self.fates, self.verdict = with_leavers(fates), verdict
+        if exchange is not None and exchange.lost is not None:
+            self._remaining_restarts = 0  # there is nowhere to meet
         if self._remaining_restarts > 0:
             self._again(worker_group)
 
+    def _of_all_machines(self, exchange: Exchange, own: list[Fate]) -> list[Fate]:
+        silent = exchange.silent()
+        told = exchange.all_fates(to_json(own))
+        fates = [fate for text in told if text is not None for fate in from_json(text)]
+        gone = exchange.lost is not None
+        for node, text in enumerate(told):
+            machine = exchange.machines[node]
+            if text is not None or (gone and not machine.holds):  # of those only the store could tell
+                continue
+            name = machines_of(exchange.machines, [node])
+            if gone:
+                reason = f"lost {name}, which holds the job's store: {exchange.lost}"
+            elif node in silent:
+                reason = f"lost {name}: not heard of for {silent[node]:.0f} s"
+            else:
+                reason = f"lost {name}: no word from it"
+            fates += lost(machine.ranks, machine.host, reason, time.time())
+        return fates
+
     def _again(self, worker_group: WorkerGroup) -> None:
         """Say what failed and that it is tried again, or have it not tried again."""
+        if self.stopped_by() is not None:  # the scheduler takes the machine away
+            self._remaining_restarts = 0
+            return
         found = culprit(self.fates)
-        progress = self._watch is None or self._watch.progressed
+        progress = any(fate.progressed for fate in self.fates) or time.monotonic() - self._started > _LONG_S
         if self.verdict is None and found.cause in (Cause.FAILED, Cause.LEFT) and not progress:
             self._remaining_restarts = 0
             self.fates = [replace(fate, evidence=f"{fate.evidence}it failed before any progress: not tried again")
@@ -183,7 +326,8 @@ class Agent(LocalElasticAgent):
             if len(self._seen) == len(self._pids()):
                 return
             waited = time.monotonic() - start
-            if not any(fate.code for fate in fates) and waited > _PAUSE_S:  # another machine's failure
+            elsewhere = self._exchange is not None and (self._exchange.failed() or self._exchange.changes())
+            if (elsewhere or not any(fate.code for fate in fates)) and waited > _PAUSE_S:
                 return
             if any(fate.code for fate in fates) and settled(fates, waited, _PATIENCE_S, _PAUSE_S):
                 return

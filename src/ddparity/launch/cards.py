@@ -18,6 +18,7 @@ from ..compat import PrefixStore, Store
 from ..errors import RendezvousError
 from .options import Launch
 
+_COME_S = 30.0  # from the rendezvous to the card of each machine
 _LEAVE_S = 5.0  # how long a machine that found a mistake stays for those that still read
 
 
@@ -97,7 +98,7 @@ def exchange_cards(store: Store, group_rank: int, group_world_size: int, card: N
     raise RendezvousError(problem)
 
 
-def check_nodes(handler: RendezvousHandler, card: NodeCard, timeout_s: float = 60.0) -> RendezvousHandler:
+def check_nodes(handler: RendezvousHandler, card: NodeCard, timeout_s: float = _COME_S) -> RendezvousHandler:
     """Have the machines compare their cards whenever they have met through `handler`."""
     meet = handler.next_rendezvous
     met: list[int] = []

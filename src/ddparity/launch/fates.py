@@ -12,6 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from ..marks import PROGRESS
 from .output import last_lines
 from .traces import shortened
 
@@ -42,9 +43,10 @@ class Cause(IntEnum):
     CRASHED = 1
     FAILED = 2  # an exception or an exit code of its own
     LEFT = 3  # exit code 0, while others wait for it
-    VICTIM = 4  # a closed connection, a time-out, another rank's failure
-    ENDED = 5  # by us
-    FINISHED = 6
+    LOST = 4  # with its machine, or with the network to it
+    VICTIM = 5  # a closed connection, a time-out, another rank's failure
+    ENDED = 6  # by us
+    FINISHED = 7
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,13 @@ class Fate:
     evidence: str = ""  # what else is known: that memory was out, the last words of a crash
     left: bool = False  # with exit code 0, while others waited for it
     place: str = ""  # where it stood when we ended it
+    lost: str = ""  # why nothing is known of it
+    progressed: bool = False  # it had done a step, or saved
 
     @property
     def cause(self) -> Cause:
+        if self.lost:
+            return Cause.LOST
         if self.left:
             return Cause.LEFT
         if self.code == 0:
@@ -88,6 +94,8 @@ class Fate:
 
     def ending(self) -> str:
         """In a few words."""
+        if self.lost:
+            return self.lost
         if self.left:
             return "ended with exit code 0 while the others waited for it"
         if self.code < 0:
@@ -102,7 +110,7 @@ def read_fate(
     rank: int, host: str, folder: Path, code: int, at: float, ended_by_us: bool = False, logs: Path | None = None
 ) -> Fate:
     """A rank's end, with what it left in its folder and, at `logs`, among its output."""
-    fate = Fate(rank, host, code, at, ended_by_us)
+    fate = Fate(rank, host, code, at, ended_by_us, progressed=(folder / PROGRESS).exists())
     try:
         record = json.loads((folder / "error.json").read_text())["message"]
         extra: dict[str, Any] = record["extraInfo"]
@@ -133,6 +141,11 @@ def _crash(path: Path) -> str:
     frames = [line for line in current.splitlines() if line.startswith("  File ")]
     frames = [frame for frame in frames if "runpy" not in frame and "ddparity/launch/worker.py" not in frame]
     return "\n".join(["Traceback (most recent call last):", *reversed(frames)]) if frames else ""
+
+
+def lost(ranks: Iterable[int], host: str, reason: str, at: float) -> list[Fate]:
+    """The fates of a machine's ranks that nobody tells: for exit codes, as if they had been killed."""
+    return [Fate(rank, host, -signal.SIGKILL, at, lost=reason) for rank in ranks]
 
 
 def with_leavers(fates: Iterable[Fate]) -> list[Fate]:
@@ -175,7 +188,7 @@ def report(fates: Sequence[Fate], world_size: int) -> str:
     """
     found = culprit(fates)
     several = len({fate.host for fate in fates}) > 1
-    alike = [fate for fate in fates if fate is not found and fate.trace and _same(fate, found)]
+    alike = [fate for fate in fates if fate is not found and (fate.trace or fate.lost) and _same(fate, found)]
     ranks = sorted([found.rank, *(fate.rank for fate in alike)])
     head = f"ddparity: {_numbers(ranks)} failed: {found.ending()}" + (f" (on {found.host})" if several else "")
     lines = [head]
@@ -210,7 +223,7 @@ def _fate_of_another(fate: Fate) -> str:
 
 
 def _same(fate: Fate, other: Fate) -> bool:
-    return (fate.message, fate.trace, fate.code) == (other.message, other.trace, other.code)
+    return (fate.message, fate.trace, fate.code, fate.lost) == (other.message, other.trace, other.code, other.lost)
 
 
 def _numbers(ranks: Sequence[int]) -> str:

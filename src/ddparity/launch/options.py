@@ -27,6 +27,9 @@ from .nodes import Nodes, find_nodes
 from .threads import cores
 
 GRACE_S = 3  # from a signal to SIGKILL
+# Of torch's rendezvous, in seconds. A machine that has gone holds up the others until its beats are overdue, and clocks
+# may be some seconds apart. Late machines are taken in by a restart: no need to wait half a minute for them.
+_PACE = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5, "last_call_timeout": 5, "read_timeout": 30}
 _STATIC_PORT, _C10D_PORT = 29500, 29400  # torchrun's defaults
 
 
@@ -208,7 +211,8 @@ def _complete(config: LaunchConfig, given: argparse.Namespace, rank: int | None,
         config.local_addr = "127.0.0.1"
     if config.rdzv_backend != "c10d" or alone:
         return
-    config.rdzv_configs.setdefault("join_timeout", config.rdzv_configs["timeout"])
+    for name, value in {"join_timeout": config.rdzv_configs["timeout"], **_PACE}.items():
+        config.rdzv_configs.setdefault(name, value)
     # Which machine holds the store: torch guesses from the host name. Where torchrun's own options stand, the number
     # of a machine says nothing about that.
     if rank is not None and given.rdzv_backend is None:

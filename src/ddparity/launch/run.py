@@ -28,7 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from ..errors import RankFailure, RendezvousError
 from . import worker
-from .agent import Agent, Habits
+from .agent import Agent, Habits, MachineLost
 from .cards import NodeCard, check_nodes, node_card
 from .fates import culprit, read_fate
 from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
@@ -39,12 +39,14 @@ from .threads import decide_threads
 
 HANG_EXIT_CODE = 124  # as `timeout` gives it
 RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
+LOST_EXIT_CODE = 137  # a machine has gone: as if its ranks had been killed, which schedulers start again
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 def run_launch(launch: Launch) -> int:
     """Run a job's part on this machine. Gives the exit code: 0, the failed rank's own, 128 + n for a signal n,
-    124 for a hang, 125 where the machines did not meet. What failed is the last thing said on standard error.
+    124 for a hang, 125 where the machines did not meet, 137 also for a machine that has gone. What failed is the last
+    thing said on standard error.
     """
     start = time.monotonic()
     try:
@@ -57,6 +59,9 @@ def run_launch(launch: Launch) -> int:
             if launch.alone or not _is_of_rendezvous(error):
                 raise
             raise explain(error, launch, place, time.monotonic() - start) from error
+    except MachineLost as error:
+        print(f"ddparity: {error}", file=sys.stderr)
+        return LOST_EXIT_CODE
     except RendezvousError as error:
         print(f"ddparity: {error}", file=sys.stderr)
         return RENDEZVOUS_EXIT_CODE
@@ -67,7 +72,8 @@ def run_launch(launch: Launch) -> int:
 
 def _run(launch: Launch, place: Place) -> int:
     command = (sys.executable, worker.__file__, *launch.command) if launch.python else launch.command
-    habits = Habits(launch.grace_s, launch.hang_timeout_s, launch.on_hang)
+    meeting = None if launch.alone else place.config.rdzv_endpoint
+    habits = Habits(launch.grace_s, launch.hang_timeout_s, launch.on_hang, meeting)
     files = partial(RankFiles, show=launch.show, logs=launch.logs)
     card = None if launch.alone else node_card(launch)
     with _agent(place.config, command[0], command[1:], habits, files, variables=place.variables, card=card) as agent:
