@@ -22,7 +22,7 @@ from ..compat import PrefixStore, meet_anew
 from ..errors import RendezvousError
 from ..network import bound_waits, holds_store, split_endpoint
 from . import across
-from .ending import Guardian, end, how_ended, kill_sessions, runs, send
+from .ending import Guardian, end, how_ended, kill_sessions, runs, send, wait_for
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
 from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
@@ -141,7 +141,13 @@ class Agent(LocalElasticAgent):
         if self._processes():
             self._look()
             assert self._watch is not None
+            failing: set[int] = set()
             verdict = self._watch.look()
+            if verdict is not None and (failing := self._failing()):
+                # It takes its time to end: a failure, and no hang.
+                wait_for([self._processes()[local] for local in failing], _PATIENCE_S)
+                self._look()
+                verdict = None
             if self._asked:
                 self._asked = False
                 print(f"ddparity: {self._watch.stragglers(always=True)}", file=sys.stderr)
@@ -154,7 +160,7 @@ class Agent(LocalElasticAgent):
                     self._forward(number, None)
             changes = self._exchange is not None and self._exchange.changes()
             elsewhere = self._exchange is not None and self._exchange.failed()
-            if verdict is not None or changes or elsewhere or any(code for code, _ in self._seen.values()):
+            if verdict is not None or failing or changes or elsewhere or any(code for code, _ in self._seen.values()):
                 self._conclude(worker_group, verdict)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
@@ -246,6 +252,10 @@ class Agent(LocalElasticAgent):
                 if self._watch is not None:
                     self._watch.ended(self._rank(local), code)
 
+    def _failing(self) -> set[int]:
+        """Local ranks that have left their exception."""
+        return {local for local, folder in self._files.folders.items() if (folder / "error.json").exists()}
+
     def _rank(self, local: int) -> int:
         return int(self._worker_group.workers[local].global_rank)
 
@@ -262,11 +272,15 @@ class Agent(LocalElasticAgent):
                 verdict = across.unpack_verdict(exchange.verdict() or "")
         if verdict is not None:
             self._keep_stacks(verdict, ends=True)
-        by_themselves = dict(self._seen)
+        before = set(self._seen)
+        by_themselves = before | self._failing()
         end(self._pids(), signal.SIGTERM, self._habits.grace_s)
         self._look()
         fates = [
-            self._fate(local, code, at, ended_by_us=local not in by_themselves)
+            # One that had left its exception, and was slow to end, did not fail by our signal.
+            self._fate(
+                local, code if local in before or local not in by_themselves else 1, at, local not in by_themselves
+            )
             for local, (code, at) in self._seen.items()
         ]
         if exchange is not None and exchange.changes() and all(fate.cause > Cause.LOST for fate in fates):
