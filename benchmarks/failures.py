@@ -109,7 +109,7 @@ def plain(text: str) -> str:
     """Without what is this machine's own."""
     text = re.sub(r"^\[rank\d+\]: ?", "", text) if "\n" not in text else text
     text = re.sub(r"/\S*/(?:site-packages|lib/python3\.\d+)/", "", text)
-    text = re.sub(r"/\S*/src/ddparity/", "ddparity/", text)
+    text = re.sub(r"/\S*/src/ddparity/", "ddparity/", text).replace(sys.executable, "python")
     return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "node0", text)
 
 
