@@ -27,6 +27,7 @@ from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
 from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles
+from .verdict import placed
 from .watch import Verdict, Watch, Watched, describe
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
@@ -241,10 +242,22 @@ class Agent(LocalElasticAgent):
 
     def _look(self) -> None:
         for local, pid in self._processes().items():
-            if local not in self._seen and (code := how_ended(pid)) is not None:
+            if local in self._seen:
+                continue
+            code = how_ended(pid)
+            if code is None and self._lingers(local):
+                code = 1
+            if code is not None:
                 self._seen[local] = code, time.time()
                 if self._watch is not None:
                     self._watch.ended(self._rank(local), code)
+
+    def _lingers(self, local: int) -> bool:
+        """Whether a rank left its exception a while ago and does not end: another thread of it goes on."""
+        with suppress(OSError):
+            left = (self._files.folders[local] / "error.json").stat().st_mtime
+            return time.time() - left > min(self._habits.grace_s, self._habits.hang_timeout_s / 2)
+        return False
 
     def _rank(self, local: int) -> int:
         return int(self._worker_group.workers[local].global_rank)
@@ -277,7 +290,8 @@ class Agent(LocalElasticAgent):
             fates = [replace(fate, progressed=True) for fate in fates]
         if exchange is not None:
             fates = self._of_all_machines(exchange, fates)
-        self.fates, self.verdict = with_leavers(fates), verdict
+        self.fates = with_leavers(fates)
+        self.verdict = placed(verdict, {fate.rank: fate.trace for fate in fates}) if verdict is not None else None
         if exchange is not None and exchange.lost is not None:
             self._remaining_restarts = 0  # there is nowhere to meet
         if self._remaining_restarts > 0:
