@@ -39,11 +39,11 @@ process group's time-out, half an hour.
 Each row is a job of two ranks, in which {{count}} failures are provoked, started once with `torchrun` and once with
 `ddparity run`: the same script, which knows nothing of either. Seconds count from the failure until the launcher and
 all that it had started have ended (or from the start, where no rank comes to run). "Above the end" counts the lines
-below the cause. torchrun is ended after {CAP_S} s where it says nothing; ours has `--hang-timeout {HANG_S}`, instead
-of 60. `benchmarks/failures.py` writes this page; `tests/test_failures.py` holds ours to it: the cause, its rank and
-line within the last 15 lines, the exit code, ten seconds, nothing left running.
+below the cause. torchrun is ended after {CAP_S} s where it says nothing; ours has `--hang-timeout {HANG_S}`, instead of
+60. `benchmarks/failures.py` writes this page; `tests/test_failures.py` holds ours to it: the cause, its rank and line
+within the last 15 lines, the exit code, ten seconds, nothing left running.
 
-Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, two cores.
+Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, on two cores that others used too, one run of each.
 
 | failure | torchrun | ddparity run |
 | --- | --- | --- |
@@ -110,8 +110,7 @@ def plain(text: str) -> str:
     text = re.sub(r"^\[rank\d+\]: ?", "", text) if "\n" not in text else text
     text = re.sub(r"/\S*/(?:site-packages|lib/python3\.\d+)/", "", text)
     text = re.sub(r"/\S*/(?:src/(?=ddparity/)|bin/(?=python))", "", text)
-    host = socket.gethostname()
-    return re.sub(rf"\b{re.escape(host)}\b", "node0"[: len(host)], text)  # as wide, for tables
+    return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "n0", text)
 
 
 def whole(case: Case, found: dict[str, Outcome]) -> str:

@@ -172,15 +172,6 @@ CASES = (
         r"ValueError: bad batch",
     ),
     Case(
-        "no-destroy",
-        "No failure: a script that ends without `destroy_process_group`",
-        _in_step(""),
-        r"^$",
-        r"terminate called",
-        code=0,
-        culprit=None,
-    ),
-    Case(
         "import-error",
         "An import fails on one rank",
         _alone("import apex_of_my_own  # here"),
