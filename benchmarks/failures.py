@@ -25,7 +25,7 @@ from tests.failure_cases import CASES, OURS, TORCHRUN, Case, NotPermittedError, 
 PAGE = ROOT / "docs" / "failures.md"
 HANG_S = 10
 CAP_S = 60
-WHOLE = ("raise", "kill", "other-shape", "returns-early", "dead-lock", "loader-raises")
+WHOLE = ("raise", "loader-raises", "other-shape", "returns-early", "dead-lock")
 LINES = 30  # of an end that is shown whole
 LAUNCHERS = {"torchrun": TORCHRUN, "ddparity": (*OURS, "--hang-timeout", str(HANG_S))}
 _LINE = 150
@@ -39,11 +39,11 @@ process group's time-out, half an hour.
 Each row is a job of two ranks, in which {{count}} failures are provoked, started once with `torchrun` and once with
 `ddparity run`: the same script, which knows nothing of either. Seconds count from the failure until the launcher and
 all that it had started have ended (or from the start, where no rank comes to run). "Above the end" counts the lines
-below the cause. torchrun is ended after {CAP_S} s where it says nothing; ours has `--hang-timeout {HANG_S}`, instead
-of 60. `benchmarks/failures.py` writes this page; `tests/test_failures.py` holds ours to it: the cause, its rank and
-line within the last 15 lines, the exit code, ten seconds, nothing left running.
+below the cause. torchrun is ended after {CAP_S} s where it says nothing; ours has `--hang-timeout {HANG_S}`, instead of
+60. `benchmarks/failures.py` writes this page; `tests/test_failures.py` holds ours to it: the cause, its rank and line
+within the last 15 lines, the exit code, ten seconds, nothing left running.
 
-Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, two cores.
+Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, on two cores that others used too, one run of each.
 
 | failure | torchrun | ddparity run |
 | --- | --- | --- |
@@ -69,7 +69,7 @@ def torchruns(case: Case, outcome: Outcome) -> str:
     places = [number for number, line in enumerate(lines) if re.search(case.cause, line)]
     if places:
         above = len(lines) - 1 - places[-1]
-        where = f"{above} lines above the end" if above else "at the end"
+        where = f"{above} line{'s' * (above > 1)} above the end" if above else "at the end"
         said.append(f"{quoted(lines[places[-1]])} {where}")
     elif outcome.code is not None and case.send is None:
         said.append("the cause is not said")
@@ -96,7 +96,7 @@ def ending(case: Case, outcome: Outcome, said: str) -> str:
     since = " from the start" if outcome.from_start else ""
     text = f"exit code {code} after {outcome.seconds:.1f} s{since}"
     if outcome.left:
-        text += f"; **{len(outcome.left)} processes go on**"
+        text += f"; **{len(outcome.left)} of its processes go on**"
     return f"{said}<br>{text}" if said else text
 
 
@@ -109,8 +109,8 @@ def plain(text: str) -> str:
     """Without what is this machine's own."""
     text = re.sub(r"^\[rank\d+\]: ?", "", text) if "\n" not in text else text
     text = re.sub(r"/\S*/(?:site-packages|lib/python3\.\d+)/", "", text)
-    text = re.sub(r"/\S*/src/ddparity/", "ddparity/", text).replace(sys.executable, "python")
-    return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "node0", text)
+    text = re.sub(r"/\S*/(?:src/(?=ddparity/)|bin/(?=python))", "", text)
+    return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "n0", text)
 
 
 def whole(case: Case, found: dict[str, Outcome]) -> str:

@@ -128,6 +128,7 @@ class Case:
     before: str = ""
     variables: tuple[tuple[str, str], ...] = ()
     send: signal.Signals | None = None  # to the launcher: once a rank has said `fault`, or
+    rest_s: float = 3.0  # what goes on for longer than this after the launcher is left
     while_starting: bool = False  # while the launcher imports torch
     program: str = "train.py"
 
@@ -141,7 +142,7 @@ class Case:
 
 
 def _hang(name: str, failure: str, change: str, said: str) -> Case:
-    return Case(name, failure, _in_step(change), said, r"hang: ", code=124)
+    return Case(name, failure, _in_step(change), said, r"hang: |enforce fail", code=124)
 
 
 CASES = (
@@ -159,6 +160,16 @@ CASES = (
         r"ranks 0, 1 failed: ValueError: lr must be positive\n(?!.*rank 1)",
         r"ValueError: lr must be positive",
         culprit=None,
+    ),
+    Case(
+        "thread-goes-on",
+        "A rank raises while a thread of it goes on",
+        _in_step(
+            "import threading\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n"
+            'raise ValueError("bad batch")  # here'
+        ),
+        r"rank 1 failed: ValueError: bad batch\n",
+        r"ValueError: bad batch",
     ),
     Case(
         "import-error",
@@ -380,13 +391,14 @@ train()
         "The interface leads nowhere (`GLOO_SOCKET_IFNAME=lo`)",
         _in_step(""),
         r"GLOO_SOCKET_IFNAME=lo: that interface .* give one of left \(10.77.3.1",
-        r"GLOO_SOCKET_IFNAME",
+        r"GLOO_SOCKET_IFNAME|connectFullMesh failed",
         code=125,
         culprit=None,
         nproc=1,
         options=_MEETING,
         before=_TWO_MACHINES,
         variables=(("GLOO_SOCKET_IFNAME", "lo"),),
+        rest_s=30,  # the second machine's launcher ends on its own
     ),
     Case(
         "disk-full",
@@ -402,7 +414,7 @@ train()
         "Ctrl-C while the launcher starts",
         _in_step(""),
         r"^KeyboardInterrupt$",
-        r"SIGINT|KeyboardInterrupt",
+        r"SignalException|KeyboardInterrupt",
         code=-2,
         culprit=None,
         send=signal.SIGINT,
@@ -413,7 +425,7 @@ train()
         "Ctrl-C while the ranks import",
         _GLOO.replace("import", "fault()\nimport", 1),
         r"^ddparity: ended all processes on SIGINT$",
-        r"SIGINT|KeyboardInterrupt",
+        r"SignalException|KeyboardInterrupt",
         code=130,
         culprit=None,
         send=signal.SIGINT,
@@ -429,7 +441,7 @@ while True:
     dist.all_reduce(torch.ones(4))
 """,
         r"^ddparity: ended all processes on SIGINT$",
-        r"SIGINT|KeyboardInterrupt",
+        r"SignalException|KeyboardInterrupt",
         code=130,
         culprit=None,
         send=signal.SIGINT,
@@ -443,7 +455,7 @@ while True:
             here="",
         ),
         r"^ddparity: ended all processes on SIGINT$",
-        r"SIGINT|KeyboardInterrupt",
+        r"SignalException|KeyboardInterrupt",
         code=130,
         culprit=None,
         send=signal.SIGINT,
@@ -453,7 +465,7 @@ while True:
         "The launcher gets SIGTERM",
         _GLOO + "dist.barrier()\nfault()\nif rank == 0:\n    dist.recv(torch.zeros(1), 1)\ntime.sleep(1000)",
         r"^ddparity: ended all processes on SIGTERM$",
-        r"SIGTERM",
+        r"SignalException",
         code=143,
         culprit=None,
         send=signal.SIGTERM,
@@ -492,7 +504,6 @@ class NotPermittedError(Exception):
 
 OURS = (sys.executable, "-m", "ddparity", "run")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-_LEFT_S = 3.0  # what goes on for longer than this after the launcher is left
 
 
 def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) -> Outcome:
@@ -526,7 +537,7 @@ def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) ->
                 fault = fault or _fault(folder)
             code, left = process.poll(), _family(folder)
             ended = time.time()
-            while code is not None and left and time.time() - ended < _LEFT_S:
+            while code is not None and left and time.time() - ended < case.rest_s:
                 time.sleep(0.02)
                 left = _family(folder)
             # Also the time of those that went by themselves.

@@ -22,11 +22,12 @@ from ..compat import PrefixStore, meet_anew
 from ..errors import RendezvousError
 from ..network import bound_waits, holds_store, split_endpoint
 from . import across
-from .ending import Guardian, end, how_ended, kill_sessions, runs, send, wait_for
+from .ending import Guardian, end, how_ended, kill_sessions, runs, send
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
 from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles
+from .verdict import placed
 from .watch import Verdict, Watch, Watched, describe
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
@@ -141,13 +142,7 @@ class Agent(LocalElasticAgent):
         if self._processes():
             self._look()
             assert self._watch is not None
-            failing: set[int] = set()
             verdict = self._watch.look()
-            if verdict is not None and (failing := self._failing()):
-                # It takes its time to end: a failure, and no hang.
-                wait_for([self._processes()[local] for local in failing], _PATIENCE_S)
-                self._look()
-                verdict = None
             if self._asked:
                 self._asked = False
                 print(f"ddparity: {self._watch.stragglers(always=True)}", file=sys.stderr)
@@ -160,7 +155,7 @@ class Agent(LocalElasticAgent):
                     self._forward(number, None)
             changes = self._exchange is not None and self._exchange.changes()
             elsewhere = self._exchange is not None and self._exchange.failed()
-            if verdict is not None or failing or changes or elsewhere or any(code for code, _ in self._seen.values()):
+            if verdict is not None or changes or elsewhere or any(code for code, _ in self._seen.values()):
                 self._conclude(worker_group, verdict)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
@@ -247,14 +242,22 @@ class Agent(LocalElasticAgent):
 
     def _look(self) -> None:
         for local, pid in self._processes().items():
-            if local not in self._seen and (code := how_ended(pid)) is not None:
+            if local in self._seen:
+                continue
+            code = how_ended(pid)
+            if code is None and self._lingers(local):
+                code = 1
+            if code is not None:
                 self._seen[local] = code, time.time()
                 if self._watch is not None:
                     self._watch.ended(self._rank(local), code)
 
-    def _failing(self) -> set[int]:
-        """Local ranks that have left their exception."""
-        return {local for local, folder in self._files.folders.items() if (folder / "error.json").exists()}
+    def _lingers(self, local: int) -> bool:
+        """Whether a rank left its exception a while ago and does not end: another thread of it goes on."""
+        with suppress(OSError):
+            left = (self._files.folders[local] / "error.json").stat().st_mtime
+            return time.time() - left > min(self._habits.grace_s, self._habits.hang_timeout_s / 2)
+        return False
 
     def _rank(self, local: int) -> int:
         return int(self._worker_group.workers[local].global_rank)
@@ -272,15 +275,11 @@ class Agent(LocalElasticAgent):
                 verdict = across.unpack_verdict(exchange.verdict() or "")
         if verdict is not None:
             self._keep_stacks(verdict, ends=True)
-        before = set(self._seen)
-        by_themselves = before | self._failing()
+        by_themselves = dict(self._seen)
         end(self._pids(), signal.SIGTERM, self._habits.grace_s)
         self._look()
         fates = [
-            # One that had left its exception, and was slow to end, did not fail by our signal.
-            self._fate(
-                local, code if local in before or local not in by_themselves else 1, at, local not in by_themselves
-            )
+            self._fate(local, code, at, ended_by_us=local not in by_themselves)
             for local, (code, at) in self._seen.items()
         ]
         if exchange is not None and exchange.changes() and all(fate.cause > Cause.LOST for fate in fates):
@@ -291,7 +290,8 @@ class Agent(LocalElasticAgent):
             fates = [replace(fate, progressed=True) for fate in fates]
         if exchange is not None:
             fates = self._of_all_machines(exchange, fates)
-        self.fates, self.verdict = with_leavers(fates), verdict
+        self.fates = with_leavers(fates)
+        self.verdict = placed(verdict, {fate.rank: fate.trace for fate in fates}) if verdict is not None else None
         if exchange is not None and exchange.lost is not None:
             self._remaining_restarts = 0  # there is nowhere to meet
         if self._remaining_restarts > 0:

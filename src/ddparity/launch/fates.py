@@ -120,6 +120,8 @@ def read_fate(
         )
     except (OSError, ValueError, KeyError, TypeError):
         pass
+    if code < 0 and not ended_by_us and fate.message:
+        return replace(fate, code=1)  # it crashed on its way out: torch's threads may go on while Python ends
     if code < 0 and not ended_by_us and code != -signal.SIGKILL:
         crash, words = _crash(folder / "fatal.txt"), last_lines((logs or folder) / "stderr.log", 3)
         fate = replace(fate, trace=crash, evidence=" ".join(line.strip() for line in words)[-300:])

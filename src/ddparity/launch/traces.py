@@ -43,6 +43,13 @@ def shortened(trace: str) -> str:
     return "\n".join(kept)
 
 
+def last_place(trace: str) -> Frame | None:
+    """The innermost frame of the user's code; none where there is none."""
+    found = (_FRAME.fullmatch(line) for line in trace.splitlines())
+    frames = [Frame(one[2], int(one[3]), one[4]) for one in found if one is not None]
+    return next((frame for frame in reversed(frames) if is_users(frame)), None)
+
+
 def _told(run: list[Frame]) -> str:
     last = run[-1]
     number = f"{len(run)} frames, to" if len(run) > 1 else "1 frame,"

@@ -6,7 +6,7 @@ import io
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 from .compare import RankState
 from .flight import Operation
 from .stacks import Stack
+from .traces import last_place
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ def make_row(
         waits_for=collective,
         since_s=time.time() - shown.created_s if shown is not None else None,
     )
+
+
+def placed(verdict: Verdict, traces: Mapping[int, str]) -> Verdict:
+    """With where a rank stood from its traceback, for those that had ended before anybody looked."""
+    rows = []
+    for row in verdict.rows:
+        place = last_place(traces.get(row.rank, "")) if not row.where else None
+        rows.append(row if place is None else replace(row, where=f"{place.file}:{place.line}", function=place.function))
+    return replace(verdict, rows=tuple(rows))
 
 
 def describe(verdict: Verdict, width: int = 120) -> str:
