@@ -43,7 +43,8 @@ below the cause. torchrun is ended after {CAP_S} s where it says nothing; ours h
 60. `benchmarks/failures.py` writes this page; `tests/test_failures.py` holds ours to it: the cause, its rank and line
 within the last 15 lines, the exit code, ten seconds, nothing left running.
 
-Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, on two cores that others used too, one run of each.
+Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, on two cores that others
+used too, one run of each.
 
 | failure | torchrun | ddparity run |
 | --- | --- | --- |
