@@ -138,7 +138,7 @@ class Job:
                     faults -= 1
                     self._strike(dice)
                     strikes = time.monotonic() + dice.uniform(*PAUSE_S)
-                time.sleep(0.1)
+                time.sleep(0.1)  # faults come at chosen times, whatever the job says
 
     @contextmanager
     def _machines(self) -> Iterator[None]:

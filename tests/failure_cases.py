@@ -77,6 +77,7 @@ with dp.world(device="cpu"):
     {change}
     dp.save_checkpoint("{path}", model=model)  {here}
 """
+_WAITS = _GLOO + "dist.barrier()\nfault()\nif rank == 0:\n    dist.recv(torch.zeros(1), 1)\ntime.sleep(1000)"
 
 # What stands before the launcher's command: it has its arguments in "$@".
 _MEMORY_LIMIT = """
@@ -139,6 +140,20 @@ class Case:
 
     def text(self) -> str:
         return (_HEAD + self.script).lstrip()
+
+
+def _interrupted(name: str, failure: str, script: str) -> Case:
+    """Ctrl-C after ranks have been started."""
+    return Case(
+        name,
+        failure,
+        script,
+        r"^ddparity: ended all processes on SIGINT$",
+        r"SignalException|KeyboardInterrupt",
+        code=130,
+        culprit=None,
+        send=signal.SIGINT,
+    )
 
 
 def _hang(name: str, failure: str, change: str, said: str) -> Case:
@@ -420,17 +435,12 @@ train()
         send=signal.SIGINT,
         while_starting=True,
     ),
-    Case(
+    _interrupted(
         "ctrl-c-at-import",
         "Ctrl-C while the ranks import",
         _GLOO.replace("import", "fault()\nimport", 1),
-        r"^ddparity: ended all processes on SIGINT$",
-        r"SignalException|KeyboardInterrupt",
-        code=130,
-        culprit=None,
-        send=signal.SIGINT,
     ),
-    Case(
+    _interrupted(
         "ctrl-c-in-a-step",
         "Ctrl-C in a step",
         _GLOO
@@ -440,13 +450,8 @@ fault()
 while True:
     dist.all_reduce(torch.ones(4))
 """,
-        r"^ddparity: ended all processes on SIGINT$",
-        r"SignalException|KeyboardInterrupt",
-        code=130,
-        culprit=None,
-        send=signal.SIGINT,
     ),
-    Case(
+    _interrupted(
         "ctrl-c-in-a-save",
         "Ctrl-C in a save",
         _CHECKPOINT.format(
@@ -454,16 +459,11 @@ while True:
             change="os.fsync = lambda descriptor: (fault(), time.sleep(1000))  # a slow disk",
             here="",
         ),
-        r"^ddparity: ended all processes on SIGINT$",
-        r"SignalException|KeyboardInterrupt",
-        code=130,
-        culprit=None,
-        send=signal.SIGINT,
     ),
     Case(
         "terminated",
         "The launcher gets SIGTERM",
-        _GLOO + "dist.barrier()\nfault()\nif rank == 0:\n    dist.recv(torch.zeros(1), 1)\ntime.sleep(1000)",
+        _WAITS,
         r"^ddparity: ended all processes on SIGTERM$",
         r"SignalException",
         code=143,
@@ -473,7 +473,7 @@ while True:
     Case(
         "launcher-killed",
         "The launcher is killed by SIGKILL",
-        _GLOO + "dist.barrier()\nfault()\nif rank == 0:\n    dist.recv(torch.zeros(1), 1)\ntime.sleep(1000)",
+        _WAITS,
         r"^$",
         r"SIGKILL",
         code=-9,

@@ -99,7 +99,7 @@ def _in_this_process(dataloader: DataLoader[Any]) -> Iterator[Any]:
             yield [tensor[rows] for tensor in dataset.dataset.tensors]
         return
     for fetch in order:
-        yield collate(dataset.__getitems__(fetch))  # type: ignore[arg-type]
+        yield collate(dataset.__getitems__(fetch))  # type: ignore[arg-type]  # torch types samplers by their indices
 
 
 def _is_table(dataset: Any) -> bool:

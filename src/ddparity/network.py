@@ -148,8 +148,7 @@ def leave_loopback(master_addr: str) -> None:
     It listens at the host name's address, which on many systems is the loopback's. The variable stays set: groups that
     are made later need it as well.
     """
-    address = hostname_address()
-    if address is not None and not is_loopback(address):
+    if not hostname_is_loopback():
         return
     with suppress(OSError):
         route = routable(master_addr)

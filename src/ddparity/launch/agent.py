@@ -26,7 +26,7 @@ from .ending import Guardian, end, how_ended, kill_sessions, runs, send
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
 from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
-from .output import RankFiles
+from .output import RankFiles, tell
 from .verdict import placed
 from .watch import Verdict, Watch, Watched, describe
 
@@ -34,6 +34,7 @@ _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ende
 _PAUSE_S = 0.4  # for ranks that fail alike
 _LONG_S = 60.0  # ranks that ran for so long had progressed, whatever they do
 _FORWARDED = ("SIGUSR1", "SIGUSR2")
+_TAKEN_IN = "a machine has come: starting again, with it"
 
 
 class MachineLost(RendezvousError):
@@ -62,6 +63,9 @@ class Agent(LocalElasticAgent):
         self.fates: list[Fate] = []
         self.verdict: Verdict | None = None
         self._files, self._habits = files, habits
+        # Where several machines meet at a store; another kind of rendezvous may have no such address.
+        said = habits.meeting or ""
+        self._address = split_endpoint(said) if said.rpartition(":")[2].isdigit() else None
         self._host = socket.gethostname()
         self._guardian = Guardian()
         self._memory = MemoryWatch()
@@ -72,6 +76,7 @@ class Agent(LocalElasticAgent):
         self._world_size = 0
         self._finished: RunResult | None = None  # of this machine's ranks, while others run
         self._count_waiting = spec.rdzv_handler.num_nodes_waiting
+        # An assignment is a type error, since it is a method: torch's loop would wait for the store in it.
         setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting)  # noqa: B010
         self._asked = False
         self._forwarded: set[int] = set()
@@ -97,32 +102,29 @@ class Agent(LocalElasticAgent):
                 self._not_together(error)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        handler, port = worker_group.spec.rdzv_handler, self._port()
         self._close_exchange()
-        if port is not None:
-            bound_waits(port, SILENT_S)
-            meet_anew(handler)
+        if self._address is not None:
+            bound_waits(self._address[1], SILENT_S)
+            meet_anew(worker_group.spec.rdzv_handler)
         super()._rendezvous(worker_group)
-        if port is not None:
-            bound_waits(port, SILENT_S)  # a static rendezvous connects just now
+        if self._address is not None:
+            bound_waits(self._address[1], SILENT_S)  # a static rendezvous connects just now
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state is WorkerState.HEALTHY and self._exchange is not None:  # torch's loop found a machine
             self._exchange.change()
-            print("ddparity: a machine has come: starting again, with it", file=sys.stderr)
+            tell(_TAKEN_IN)
         self._close_exchange()
         super()._restart_workers(worker_group)
 
     def _exit_barrier(self) -> None:
         """torch's ends the store under machines that run for five minutes longer; here `_monitor_workers` waits."""
         if self._exchange is None:
-            super()._exit_barrier()  # type: ignore[no-untyped-call]
+            super()._exit_barrier()  # type: ignore[no-untyped-call]  # torch gives no type
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.fates, self.verdict, self._seen, self._finished = [], None, {}, None
-        several = False
-        if (port := self._port()) is not None:
-            several = self._meet(worker_group, holds_store(port))
+        several = self._address is not None and self._meet(worker_group, self._address)
         started: dict[int, Any] = super()._start_workers(worker_group)
         self._started = time.monotonic()
         if self._processes():
@@ -145,9 +147,9 @@ class Agent(LocalElasticAgent):
             verdict = self._watch.look()
             if self._asked:
                 self._asked = False
-                print(f"ddparity: {self._watch.stragglers(always=True)}", file=sys.stderr)
+                tell(self._watch.stragglers(always=True))
             if verdict is not None and self._habits.on_hang == "report":
-                print(f"ddparity: {describe(verdict)}", file=sys.stderr)
+                tell(describe(verdict))
                 self._keep_stacks(verdict, ends=False)
                 verdict = None
             if self._exchange is not None:
@@ -173,25 +175,23 @@ class Agent(LocalElasticAgent):
             return self._finished
         return RunResult(state=WorkerState.HEALTHY)
 
-    def _meet(self, worker_group: WorkerGroup, holds: bool) -> bool:
+    def _meet(self, worker_group: WorkerGroup, address: tuple[str, int]) -> bool:
         """Begin a round with the other machines. Gives whether there are any."""
         store, node, nodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
         assert store is not None and node is not None and nodes is not None, "the rendezvous gives them"
         maximum = worker_group.spec.max_restarts
         ranks = tuple(worker.global_rank for worker in worker_group.workers)
-        own = Machine(self._host, ranks, maximum - self._remaining_restarts, holds)
+        own = Machine(self._host, ranks, maximum - self._remaining_restarts, holds_store(address[1]))
         if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
             store = PrefixStore(f"round{own.restarts}", store)
         patience_s = _PATIENCE_S + self._habits.grace_s + 2
-        assert self._habits.meeting is not None
-        address = split_endpoint(self._habits.meeting)
         self._exchange = Exchange(store, node, nodes, own, patience_s, self._count_waiting, address)
         # A machine that came late has restarted less often, and torch's ranks meet under the number of restarts.
         restarts = max(machine.restarts for machine in self._exchange.machines)
         self._remaining_restarts = max(0, maximum - restarts)
         world_size = worker_group.workers[0].world_size
         if self._exchange.leads and self._world_size not in (0, world_size):
-            print(f"ddparity: goes on with {world_size} ranks on {nodes} machines", file=sys.stderr)
+            tell(f"goes on with {world_size} ranks on {nodes} machines")
         self._world_size = world_size
         return nodes > 1
 
@@ -203,11 +203,6 @@ class Agent(LocalElasticAgent):
         if self._exchange is not None:
             self._exchange.close()
         self._exchange = None
-
-    def _port(self) -> int | None:
-        """Of the store, where several machines meet."""
-        said = (self._habits.meeting or "").rpartition(":")[2]
-        return int(said) if said.isdigit() else None
 
     def _not_together(self, error: Exception) -> None:
         """Tell whether to meet again; raises where not."""
@@ -222,7 +217,7 @@ class Agent(LocalElasticAgent):
         if self._remaining_restarts == 0:
             raise MachineLost(reason) from error
         self._remaining_restarts -= 1
-        print(f"ddparity: {reason}: meeting again", file=sys.stderr)
+        tell(f"{reason}: meeting again")
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
         if any(runs(pid) for pid in self._pids()):
@@ -275,7 +270,7 @@ class Agent(LocalElasticAgent):
                 verdict = across.unpack_verdict(exchange.verdict() or "")
         if verdict is not None:
             self._keep_stacks(verdict, ends=True)
-        by_themselves = dict(self._seen)
+        by_themselves = set(self._seen)
         end(self._pids(), signal.SIGTERM, self._habits.grace_s)
         self._look()
         fates = [
@@ -284,7 +279,7 @@ class Agent(LocalElasticAgent):
         ]
         if exchange is not None and exchange.changes() and all(fate.cause > Cause.LOST for fate in fates):
             self._remaining_restarts += 1  # which torch takes: this is no failure
-            print("ddparity: a machine has come: starting again, with it", file=sys.stderr)
+            tell(_TAKEN_IN)
             return
         if self._watch.progressed:
             fates = [replace(fate, progressed=True) for fate in fates]
@@ -330,7 +325,7 @@ class Agent(LocalElasticAgent):
             return
         number = worker_group.spec.max_restarts - self._remaining_restarts + 1
         print(self.told(), file=sys.stderr)
-        print(f"ddparity: starting again: restart {number} of {worker_group.spec.max_restarts}", file=sys.stderr)
+        tell(f"starting again: restart {number} of {worker_group.spec.max_restarts}")
 
     def _settle(self) -> None:
         """Give the rank that failed first the time to end: a victim may be quicker."""
@@ -345,7 +340,7 @@ class Agent(LocalElasticAgent):
                 return
             if any(fate.code for fate in fates) and settled(fates, waited, _PATIENCE_S, _PAUSE_S):
                 return
-            time.sleep(0.02)
+            time.sleep(0.02)  # the end of a process, seen without reaping it, wakes nobody
             self._look()
 
     def _fate(self, local: int, code: int, at: float, ended_by_us: bool = False) -> Fate:
@@ -358,7 +353,7 @@ class Agent(LocalElasticAgent):
     def _keep_stacks(self, verdict: Verdict, ends: bool) -> None:
         if self._files.kept is not None and self._watch is not None:
             self._watch.keep_stacks(verdict, self._files.kept, ends)
-            print(f"ddparity: the stacks of all ranks are in {self._files.kept}", file=sys.stderr)
+            tell(f"the stacks of all ranks are in {self._files.kept}")
 
     def told(self) -> str:
         """What the end of the output says."""

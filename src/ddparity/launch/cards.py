@@ -81,7 +81,7 @@ def exchange_cards(store: Store, group_rank: int, group_world_size: int, card: N
     own.add("came", 1)
     deadline = time.monotonic() + timeout_s
     while (came := own.add("came", 0)) < group_world_size and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.02)  # a store wakes nobody when a number changes
     counts = {rank: own.add(f"{rank}/count", 0) for rank in range(group_world_size)}
     cards = {
         rank: [NodeCard(**json.loads(own.get(f"{rank}/{place}"))) for place in range(count)]
@@ -94,7 +94,7 @@ def exchange_cards(store: Store, group_rank: int, group_world_size: int, card: N
     # The store ends with the machine that opened it, and another may still be reading.
     deadline = time.monotonic() + _LEAVE_S
     while own.add("read", 0) < came and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.02)  # as above
     raise RendezvousError(problem)
 
 

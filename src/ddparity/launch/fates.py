@@ -63,7 +63,6 @@ class Fate:
     named: int | None = None  # the rank that it was told had failed
     evidence: str = ""  # what else is known: that memory was out, the last words of a crash
     left: bool = False  # with exit code 0, while others waited for it
-    place: str = ""  # where it stood when we ended it
     lost: str = ""  # why nothing is known of it
     progressed: bool = False  # it had done a step, or saved
 
@@ -217,7 +216,7 @@ def _others(fates: Iterable[Fate], several: bool) -> list[str]:
 
 def _fate_of_another(fate: Fate) -> str:
     if fate.cause is Cause.ENDED:
-        return "ended by the launcher" + (f", {fate.place}" if fate.place else "")
+        return "ended by the launcher"
     if fate.cause is Cause.FINISHED:
         return "finished"
     said = textwrap.shorten(fate.ending(), 160, placeholder=" …")

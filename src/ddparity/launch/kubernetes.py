@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
-from .submission import Submission
+from .submission import Submission, hand_over
 
 
 def manifest(job: Submission) -> str:
@@ -59,12 +57,5 @@ def submit_to_kubernetes(job: Submission) -> int:
     Raises:
         ValueError: there is no kubectl on this machine.
     """
-    text = manifest(job)
-    if job.dry_run:
-        print(text, end="")
-        return 0
-    if shutil.which("kubectl") is None:
-        raise ValueError(
-            "there is no kubectl on this machine: see the manifest with --dry-run, and create it elsewhere"
-        )
-    return subprocess.run(["kubectl", "create", "-f", "-"], input=text, text=True, check=False).returncode
+    otherwise = "see the manifest with --dry-run, and create it elsewhere"
+    return hand_over(manifest(job), ["kubectl", "create", "-f", "-"], job.dry_run, otherwise)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_GROUPS = Path("/sys/fs/cgroup")
+from .cgroups import MOUNT, own_groups
 
 
 class MemoryWatch:
@@ -28,14 +28,10 @@ class MemoryWatch:
 
 def _folders() -> list[Path]:
     """The own control group, of each hierarchy; in a container it is often the root that is seen."""
-    folders = [_GROUPS, _GROUPS / "memory"]
-    try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
-                folders.insert(0, _GROUPS / controllers / path.lstrip("/"))
-    except (OSError, ValueError):
-        pass
+    folders = [MOUNT, MOUNT / "memory"]
+    for controllers, path in own_groups():
+        if controllers in ("", "memory"):
+            folders.insert(0, MOUNT / controllers / path.lstrip("/"))
     return folders
 
 

@@ -17,6 +17,11 @@ _PAUSE_S = 0.1  # between two looks at the files
 _ROTATION = 1 << 16  # bytes read at once
 
 
+def tell(line: str) -> None:
+    """Say a line of the launcher's own, on standard error."""
+    print(f"ddparity: {line}", file=sys.stderr, flush=True)
+
+
 class RankFiles(LogsSpecs):
     """A folder a local rank, for each start of the workers: `rank1/stdout.log`, `stderr.log` and what it leaves for us.
 

@@ -9,7 +9,6 @@ import dataclasses
 import ipaddress
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ..network import (
     unreachable_interface,
 )
 from .options import Launch
+from .output import tell
 
 _QUIET_S = 3.0  # machines of a job rarely start at the same moment
 
@@ -49,10 +49,6 @@ class Place:
 def rendezvous_timeout_s(config: LaunchConfig) -> float:
     """How long the machines wait for each other (`--rdzv-conf timeout=…`; torch's default is 15 minutes)."""
     return float(config.rdzv_configs.get("join_timeout", config.rdzv_configs["timeout"]))
-
-
-def tell(line: str) -> None:
-    print(f"ddparity: {line}", file=sys.stderr, flush=True)
 
 
 def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Place:

@@ -27,13 +27,14 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.launcher.api import LaunchConfig
 
 from ..errors import RankFailure, RendezvousError
+from ..network import split_endpoint
 from . import worker
 from .agent import Agent, Habits, MachineLost
 from .cards import NodeCard, check_nodes, node_card
 from .fates import culprit, read_fate
 from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
-from .output import Inherited, RankFiles
+from .output import Inherited, RankFiles, tell
 from .preflight import Place, check_rendezvous, explain
 from .threads import decide_threads
 
@@ -60,13 +61,13 @@ def run_launch(launch: Launch) -> int:
                 raise
             raise explain(error, launch, place, time.monotonic() - start) from error
     except MachineLost as error:
-        print(f"ddparity: {error}", file=sys.stderr)
+        tell(str(error))
         return LOST_EXIT_CODE
     except RendezvousError as error:
-        print(f"ddparity: {error}", file=sys.stderr)
+        tell(str(error))
         return RENDEZVOUS_EXIT_CODE
     except SignalException as error:
-        print(f"ddparity: ended all processes on {signal.Signals(error.sigval).name}", file=sys.stderr)
+        tell(f"ended all processes on {signal.Signals(error.sigval).name}")
         return 128 + int(error.sigval)
 
 
@@ -80,13 +81,13 @@ def _run(launch: Launch, place: Place) -> int:
         result = agent.run()
         if not agent.fates:
             if result is not None and result.is_failed():
-                print(f"ddparity: torch's agent ended the job: {result.state.name}", file=sys.stderr)
+                tell(f"torch's agent ended the job: {result.state.name}")
                 return 1
             if slow := agent.slow():
-                print(f"ddparity: {slow}", file=sys.stderr)
+                tell(slow)
             return 0
         if (number := agent.stopped_by()) is not None:
-            print(f"ddparity: all ranks stopped on {signal.Signals(number).name}", file=sys.stderr)
+            tell(f"all ranks stopped on {signal.Signals(number).name}")
             return 128 + number
         print(agent.told(), file=sys.stderr)
         return HANG_EXIT_CODE if agent.verdict is not None else culprit(agent.fates).exit_code
@@ -250,8 +251,7 @@ def _spec(config: LaunchConfig, entrypoint: Callable[..., Any] | str, args: Sequ
         local_addr=config.local_addr,
     )
     if config.rdzv_backend == "static":
-        host, _, port = config.rdzv_endpoint.rpartition(":")
-        spec.master_addr, spec.master_port = host, int(port)
+        spec.master_addr, spec.master_port = split_endpoint(config.rdzv_endpoint)
     for name in ("numa_options", "virtual_local_rank"):  # of later versions
         if hasattr(config, name):
             setattr(spec, name, getattr(config, name))

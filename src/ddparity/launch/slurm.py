@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
-from .submission import Submission
+from .submission import Submission, hand_over
 
 # Slurm's own, of which a job here has exactly one a machine; --nnodes says how many machines.
 _DECIDED = ("--nodes", "--ntasks", "--ntasks-per-node", "--array")
@@ -81,12 +79,5 @@ def submit_to_slurm(job: Submission) -> int:
     Raises:
         ValueError: there is no sbatch on this machine, or an option is wrong.
     """
-    script = sbatch_script(job)
-    if job.dry_run:
-        print(script, end="")
-        return 0
-    if shutil.which("sbatch") is None:
-        raise ValueError(
-            "there is no sbatch on this machine: submit from a login node, or see the script with --dry-run"
-        )
-    return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
+    otherwise = "submit from a login node, or see the script with --dry-run"
+    return hand_over(sbatch_script(job), ["sbatch"], job.dry_run, otherwise)

@@ -79,7 +79,7 @@ class Stack:
         if self.state in "ZX":
             return "ended"
         for frame in self.frames:
-            if is_users(frame) and not _near_top(frame, self.frames):
+            if is_users(frame) and frame is not self.frames[0]:
                 continue
             for part, functions, words in _ACTIVITIES:
                 if part in frame.file and (not functions or frame.function.rpartition(".")[2] in functions):
@@ -112,10 +112,6 @@ class Stack:
         if any(word in self.waits_in for word in ("sk_", "inet_", "tcp_", "unix_", "skb", "poll", "select")):
             return "waiting for a connection"
         return "running Python" if top is not None and (self.running or self.state == "R") else ""
-
-
-def _near_top(frame: Frame, frames: Sequence[Frame]) -> bool:
-    return frame is frames[0]
 
 
 def _is_ours(frame: Frame) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,6 +59,20 @@ def find_submission(arguments: Sequence[str]) -> Submission | None:
         options=tuple(unknown),
         dry_run=given.dry_run,
     )
+
+
+def hand_over(text: str, command: Sequence[str], dry_run: bool, otherwise: str) -> int:
+    """Give a job's text to a scheduler's command, or print it; returns the exit code.
+
+    Raises:
+        ValueError: there is no such command on this machine; says `otherwise`, what can be done then.
+    """
+    if dry_run:
+        print(text, end="")
+        return 0
+    if shutil.which(command[0]) is None:
+        raise ValueError(f"there is no {command[0]} on this machine: {otherwise}")
+    return subprocess.run(command, input=text, text=True, check=False).returncode
 
 
 def _without(arguments: list[str], name: str, value: Any) -> list[str]:

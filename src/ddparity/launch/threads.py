@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
+from .cgroups import MOUNT, own_groups
 
 
 def cores() -> int:
@@ -16,14 +16,10 @@ def cores() -> int:
     return bound if quota is None else max(1, min(bound, int(quota)))
 
 
-def cgroup_cores(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
+def cgroup_cores(root: Path = MOUNT, own: Path = Path("/proc/self/cgroup")) -> float | None:
     """The cores' worth of time that the control groups allow, as a container's limit sets it; None: no limit."""
-    try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return None
     limits: list[float] = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
+    for controllers, path in own_groups(own):
         if not controllers:
             limits += _limits(root, path, _quota_v2)
         elif "cpu" in controllers.split(","):

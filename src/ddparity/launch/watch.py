@@ -15,14 +15,13 @@ from . import across, compare
 from .across import Exchange, Report
 from .compare import Finding, RankState
 from .flight import DEFAULT_GROUP, Operation, ask_records, left_record
-from .instruments import FATAL, FLIGHT_ENTRIES, let_abort
+from .instruments import FATAL, let_abort
 from .stacks import PATIENT, Stack, look_at, signal_for_stacks
 from .verdict import Row, Verdict, describe, make_row, write_stacks
 from .waiting import Waits
 
-__all__ = ["RECORDED_COLLECTIVES", "Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
+__all__ = ["Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
 
-RECORDED_COLLECTIVES = int(FLIGHT_ENTRIES)  # what the agent sets TORCH_FR_BUFFER_SIZE to, unless the user has
 _POLL_S = 1.0
 _CHECK_S = 0.5  # while all that is pending was so at the last poll
 _ANSWER_S = 0.2
