@@ -22,21 +22,9 @@ from ..compat import PrefixStore, meet_anew
 from ..errors import RendezvousError
 from ..network import bound_waits, holds_store, split_endpoint
 from . import across
-from .ending import Guardian, end, how_ended, kill_sessions, runs, send, wait_for
+from .ending import Guardian, end, how_ended, kill_sessions, runs, send
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
-from .fates import (
-    Cause,
-    Fate,
-    culprit,
-    from_json,
-    lost,
-    raised_ago_s,
-    read_fate,
-    report,
-    settled,
-    to_json,
-    with_leavers,
-)
+from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles
 from .verdict import placed
@@ -154,13 +142,7 @@ class Agent(LocalElasticAgent):
         if self._processes():
             self._look()
             assert self._watch is not None
-            failing: set[int] = set()
             verdict = self._watch.look()
-            if verdict is not None and (failing := self._failing()):
-                # It takes its time to end: a failure, and no hang.
-                wait_for([self._processes()[local] for local in failing], _PATIENCE_S)
-                self._look()
-                verdict = None
             if self._asked:
                 self._asked = False
                 print(f"ddparity: {self._watch.stragglers(always=True)}", file=sys.stderr)
@@ -173,7 +155,7 @@ class Agent(LocalElasticAgent):
                     self._forward(number, None)
             changes = self._exchange is not None and self._exchange.changes()
             elsewhere = self._exchange is not None and self._exchange.failed()
-            if verdict is not None or failing or changes or elsewhere or any(code for code, _ in self._seen.values()):
+            if verdict is not None or changes or elsewhere or any(code for code, _ in self._seen.values()):
                 self._conclude(worker_group, verdict)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
@@ -259,21 +241,23 @@ class Agent(LocalElasticAgent):
         return list(self._processes().values())
 
     def _look(self) -> None:
-        lingering = self._failing(self._habits.grace_s)  # another thread of it goes on
         for local, pid in self._processes().items():
             if local in self._seen:
                 continue
             code = how_ended(pid)
-            if code is None and local in lingering:
+            if code is None and self._lingers(local):
                 code = 1
             if code is not None:
                 self._seen[local] = code, time.time()
                 if self._watch is not None:
                     self._watch.ended(self._rank(local), code)
 
-    def _failing(self, ago_s: float = 0.0) -> set[int]:
-        """Local ranks that left their exception, at least so long ago."""
-        return {local for local, folder in self._files.folders.items() if raised_ago_s(folder) >= ago_s}
+    def _lingers(self, local: int) -> bool:
+        """Whether a rank left its exception a while ago and does not end: another thread of it goes on."""
+        with suppress(OSError):
+            left = (self._files.folders[local] / "error.json").stat().st_mtime
+            return time.time() - left > min(self._habits.grace_s, self._habits.hang_timeout_s / 2)
+        return False
 
     def _rank(self, local: int) -> int:
         return int(self._worker_group.workers[local].global_rank)
@@ -291,15 +275,11 @@ class Agent(LocalElasticAgent):
                 verdict = across.unpack_verdict(exchange.verdict() or "")
         if verdict is not None:
             self._keep_stacks(verdict, ends=True)
-        before = set(self._seen)
-        by_themselves = before | self._failing()
+        by_themselves = dict(self._seen)
         end(self._pids(), signal.SIGTERM, self._habits.grace_s)
         self._look()
         fates = [
-            # One that had left its exception, and was slow to end, did not fail by our signal.
-            self._fate(
-                local, code if local in before or local not in by_themselves else 1, at, local not in by_themselves
-            )
+            self._fate(local, code, at, ended_by_us=local not in by_themselves)
             for local, (code, at) in self._seen.items()
         ]
         if exchange is not None and exchange.changes() and all(fate.cause > Cause.LOST for fate in fates):
@@ -311,7 +291,7 @@ class Agent(LocalElasticAgent):
         if exchange is not None:
             fates = self._of_all_machines(exchange, fates)
         self.fates = with_leavers(fates)
-        self.verdict = verdict and placed(verdict, {fate.rank: fate.trace for fate in fates})
+        self.verdict = placed(verdict, {fate.rank: fate.trace for fate in fates}) if verdict is not None else None
         if exchange is not None and exchange.lost is not None:
             self._remaining_restarts = 0  # there is nowhere to meet
         if self._remaining_restarts > 0:

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import textwrap
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
@@ -105,14 +104,6 @@ class Fate:
             said = f"ended by {found.name}" + (f" ({meaning})" if meaning else "")
             return f"{said}: {self.evidence}" if self.evidence else said
         return self.message.partition("\n")[0] or f"exit code {self.code}"
-
-
-def raised_ago_s(folder: Path) -> float:
-    """How long ago a rank left its exception; negative where it has not."""
-    try:
-        return max(0.0, time.time() - (folder / "error.json").stat().st_mtime)
-    except OSError:
-        return -1.0
 
 
 def read_fate(
