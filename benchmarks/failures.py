@@ -43,8 +43,8 @@ below the cause. torchrun is ended after {CAP_S} s where it says nothing; ours h
 60. `benchmarks/failures.py` writes this page; `tests/test_failures.py` holds ours to it: the cause, its rank and line
 within the last 15 lines, the exit code, ten seconds, nothing left running.
 
-Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, on two cores that others used too;
-one run of each.
+Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, on two cores that others
+used too, one run of each.
 
 | failure | torchrun | ddparity run |
 | --- | --- | --- |
@@ -110,7 +110,7 @@ def plain(text: str) -> str:
     """Without what is this machine's own."""
     text = re.sub(r"^\[rank\d+\]: ?", "", text) if "\n" not in text else text
     text = re.sub(r"/\S*/(?:site-packages|lib/python3\.\d+)/", "", text)
-    text = re.sub(r"/\S*/src/ddparity/", "ddparity/", text).replace(sys.executable, "python")
+    text = re.sub(r"/\S*/(?:src/(?=ddparity/)|bin/(?=python))", "", text)
     return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "n0", text)
 
 
