@@ -16,6 +16,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -160,11 +161,26 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def run_and_act(module: ModuleType) -> None:
             del loader.exec_module  # the class's own again
-            run(module)
+            with _interrupt_ends():
+                run(module)
             self._action()
 
         loader.exec_module = run_and_act
         return spec
+
+
+@contextlib.contextmanager
+def _interrupt_ends() -> Iterator[None]:
+    """Ctrl-C ends the process at once: a KeyboardInterrupt in a callback from C++ is lost, or ends in an abort."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
     folder = Path(record).parent if record else None
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of ours
     _die_with_the_agent()
     _standard_input()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -41,6 +44,7 @@ def main() -> None:
     if folder is not None:
         _sibling("instruments").install(folder)
     try:
+        signal.signal(signal.SIGINT, interrupt)
         _run(arguments, folder)
     except SystemExit as ending:
         if folder is not None and ending.code is not None and not isinstance(ending.code, int):
