@@ -281,17 +281,20 @@ def test_launch_takes_a_function_of_the_script_that_runs(tmp_path: Path) -> None
     path = tmp_path / "main.py"
     path.write_text(
         textwrap.dedent("""
+        import functools
         import os
         import ddparity as dp
 
-        FACTOR = 10
+        @functools.cache
+        def factor():
+            return 10
 
         class Found:
             def __init__(self, rank):
                 self.rank = rank
 
         def work(offset):
-            return Found(int(os.environ["RANK"]) * FACTOR + offset)
+            return Found(int(os.environ["RANK"]) * factor() + offset)
 
         print([found.rank for found in dp.launch(work, 3, nproc=2)])
         """)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import logging
 import multiprocessing
+import operator
 import os
 import pickle
 import signal
@@ -120,7 +123,7 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any
     config = _alone(nproc).config
     with tempfile.TemporaryDirectory(prefix="ddparity-") as place:
         call = Path(place) / "call.pickle"
-        call.write_bytes(pickle.dumps(sys.path) + cloudpickle.dumps((function, args)))
+        call.write_bytes(pickle.dumps(sys.path) + _dumps((function, args)))
         command = (worker.__file__, "--call", str(call))
         with _agent(config, sys.executable, command, Habits(), Inherited) as agent:
             try:
@@ -131,6 +134,21 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any
                 raise _failure(agent, function)
             folders = agent.folders()
             return [cloudpickle.loads((folders[rank] / "result.pickle").read_bytes()) for rank in range(nproc)]
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle gives no types
+    """Also takes a function of the caller's script that functools caches, which cloudpickle would import by name."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, functools._lru_cache_wrapper) and value.__module__ == "__main__":
+            return operator.call, (functools.lru_cache(**value.cache_parameters()), value.__wrapped__)
+        return super().reducer_override(value)
+
+
+def _dumps(value: object) -> bytes:
+    written = io.BytesIO()
+    _Pickler(written).dump(value)
+    return written.getvalue()
 
 
 def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any]:
