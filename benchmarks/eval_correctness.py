@@ -1,6 +1,7 @@
 """Which evaluation gives what one process gives: ddparity, Accelerate, the recipe of 2020 and Lightning, counted.
 
 python benchmarks/eval_correctness.py [--nproc 1 2 3 4] [--quick]
+python benchmarks/eval_correctness.py --ours  # ddparity alone, on every batch size from 1 to 16
 
 Every contender runs every case (data-set size, batch size, number of processes, kind of output; the data repeats
 samples), and what rank 0 holds at the end is compared, sample by sample, with a plain loop in one process. A case is
@@ -124,6 +125,7 @@ def _unpadded(output: Any) -> list[Tensor]:
 
 
 MEAN = "mean over the data set"
+REFUSED = "two rows an input (one tensor)"
 KINDS = {
     "one tensor": Kind(rows_of_tensor),
     "tuple of two tensors": Kind(two_tensors, _zipped),
@@ -132,7 +134,7 @@ KINDS = {
     "tensor whose width differs by batch": Kind(padded_to_the_longest, _unpadded, objects=True),
     "tuple of ragged masks and classes": Kind(masks_and_classes, _zipped, objects=True),
     "two rows an input (list)": Kind(two_rows_listed, objects=True),
-    "two rows an input (one tensor)": Kind(two_rows, lambda output: list(output.split(2))),
+    REFUSED: Kind(two_rows, lambda output: list(output.split(2))),
     MEAN: Kind(values),
 }
 
@@ -214,7 +216,8 @@ def lightnings(data: Tensor, batch_size: int, kind: Kind, mean: bool) -> list[An
     return trainer.predict(module, loader) or []
 
 
-CONTENDERS = {"ddparity": ddparity, "Accelerate": accelerate, "recipe of 2020": recipe, "Lightning": lightnings}
+OURS = "ddparity"
+CONTENDERS = {OURS: ddparity, "Accelerate": accelerate, "recipe of 2020": recipe, "Lightning": lightnings}
 
 
 # One case
@@ -376,6 +379,22 @@ def merged(verdicts: Sequence[Verdict]) -> Verdict:
 # The report
 
 
+def report_ours(facts: str, cases: list[Case], found: dict[int, dict[str, list[Verdict]]]) -> str:
+    counts: Counter[tuple[str, int, str]] = Counter()
+    for ranks, every in found.items():
+        for case, verdict in zip(cases, every[OURS], strict=True):
+            counts[OURS if case.kind != REFUSED else REFUSED, ranks, verdict.what] += 1
+    rows = [[str(ranks), _cell(counts, OURS, ranks), _cell(counts, REFUSED, ranks)] for ranks in found]
+    return "\n\n".join(
+        [
+            "### ddparity on every batch size from 1 to 16",
+            facts,
+            "The same cases for ddparity alone: right / **wrong** / refused. Refused: two rows for one input.",
+            table(["processes", "outputs of one row an input, or a mean", REFUSED], rows),
+        ]
+    )
+
+
 def report(facts: str, cases: list[Case], found: dict[int, dict[str, list[Verdict]]]) -> str:
     by_kind: Counter[tuple[str, str, str]] = Counter()
     by_ranks: Counter[tuple[str, int, str]] = Counter()
@@ -432,24 +451,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--quick", action="store_true", help="few sizes, printed only")
+    parser.add_argument("--ours", action="store_true", help="ddparity alone, on every batch size")
     options = parser.parse_args()
     sizes = [0, 1, 3, 7, 14] if options.quick else range(68)
-    batch_sizes = [1, 4] if options.quick else [1, 4, 16]
+    batch_sizes = [1, 4] if options.quick else range(1, 17) if options.ours else [1, 4, 16]
+    names = [OURS] if options.ours else list(CONTENDERS)
     cases = [Case(kind, size, batch_size) for kind in KINDS for batch_size in batch_sizes for size in sizes]
     facts, start = machine("accelerate", "pytorch-lightning"), time.monotonic()
     found = {}
     for nproc in options.nproc:
-        of_ranks = dp.launch(run_all, list(CONTENDERS), cases, nproc=nproc)
+        of_ranks = dp.launch(run_all, names, cases, nproc=nproc)
         found[nproc] = {
             name: [merged(verdicts) for verdicts in zip(*(every[name] for every in of_ranks), strict=True)]
-            for name in CONTENDERS
+            for name in names
         }
-    text = report(facts, cases, found)
+    text = (report_ours if options.ours else report)(facts, cases, found)
     print(text)
     print(f"\n{time.monotonic() - start:.0f} s")
     if not options.quick:
-        write_section("eval_correctness", text)
-    ours = Counter(verdict.what for every in found.values() for verdict in every["ddparity"])
+        write_section("eval_correctness_ours" if options.ours else "eval_correctness", text)
+    ours = Counter(verdict.what for every in found.values() for verdict in every[OURS])
     if ours["wrong"] or ours["hung"]:
         sys.exit(1)
 

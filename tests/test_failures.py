@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ddparity as dp
-from ddparity.launch.fates import Cause, Fate, read_fate
+from ddparity.launch.fates import Cause, Fate, read_fate, report
 from ddparity.launch.traces import shortened
 from ddparity.launch.verdict import Row, Verdict, placed
 from tests.failure_cases import CASES, OURS, Case, NotPermittedError, Outcome, run_case
@@ -124,6 +124,31 @@ def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> 
     closed = Fate(1, "node0", 1, 0.0, message="ConnectionResetError: [Errno 104] Connection reset by peer")
     assert closed.cause is Cause.VICTIM
     assert replace(closed, trace=trace).cause is Cause.FAILED
+
+
+def test_a_victim_that_raises_an_exception_of_its_own_is_no_cause(tmp_path: Path) -> None:
+    def fate(before: str) -> Fate:
+        extra = {"py_callstack": TRACE, "before": [before]}
+        (tmp_path / "error.json").write_text(json.dumps({"message": {"message": "Stop: no loss", "extraInfo": extra}}))
+        return read_fate(0, "node0", tmp_path, 1, 0.0)
+
+    assert fate("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4").cause is Cause.VICTIM
+    # The connection to a store of data is no connection between ranks.
+    assert fate("ConnectionResetError: [Errno 104] Connection reset by peer").cause is Cause.FAILED
+
+
+def test_rank_0_s_traceback_is_told_where_another_rank_is_the_cause() -> None:
+    cause = Fate(1, "node0", -signal.SIGSEGV, 1.0)
+    own = Fate(0, "node0", 1, 2.0, message="KeyError: 20", trace=TRACE)
+    told = report([own, cause], 2)
+    assert told.startswith(f"ddparity: the traceback of rank 0:\n{TRACE}\n")
+    assert told.splitlines()[-1] == "ddparity: rank 0: KeyError: 20"
+    victim = replace(own, message="RankFailure: rank 1 failed")
+    assert TRACE not in report([victim, cause], 2)
+
+
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    assert Fate(0, "node0", -signal.SIGRTMIN - 3, 0.0).ending() == f"ended by signal {signal.SIGRTMIN + 3}"
 
 
 def test_the_page_has_each_case() -> None:

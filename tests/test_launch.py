@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -167,6 +169,37 @@ def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:
         assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_ranks_are_started_leaves_none(sent: signal.Signals) -> None:
+    with _started("--nproc", "8", "--no-python", "sleep", "600") as process:
+        family = psutil.Process(process.pid)
+        while len(ranks := family.children()) < 3:  # the shell that guards them, and two
+            assert process.poll() is None
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (128 + sent, f"ddparity: ended all processes on {sent.name}\n")
+        assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_what_ranks_leave_running_ends_with_the_job(tmp_path: Path) -> None:
+    script = _script(tmp_path, "import subprocess\nprint(subprocess.Popen(['sleep', '600']).pid, flush=True)")
+    code, out, _ = _run("--nproc", "1", script)
+    assert code == 0
+    assert psutil.wait_procs([psutil.Process(int(out))] if psutil.pid_exists(int(out)) else [], timeout=5)[1] == []
+
+
+def test_a_program_gets_its_input_and_its_exit_code_is_the_launchers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ddparity", "run", "--nproc", "1", "--no-python", "sh", "-c", "cat; exit 7"]
+    ended = subprocess.run(command, input="a line", capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (7, "a line")
+    broken = tmp_path / "program"
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
+    code, _, err = _run("--nproc", "2", "--no-python", str(broken))
+    assert code == 1
+    assert err.endswith(f"ddparity: ranks 0, 1 failed: cannot start {str(broken)!r}: Exec format error\n")
+
+
 def test_only_rank_0_reads_the_standard_input(tmp_path: Path) -> None:
     script = _script(tmp_path, "print(f'{rank} read {sys.stdin.read()!r}\\n', end='')")
     command = [sys.executable, "-m", "ddparity", "run", "--nproc", "2", "--show", "all", script]
@@ -252,6 +285,81 @@ def test_a_script_without_a_handler_ends_on_a_preemption_signal(tmp_path: Path) 
         assert process.wait(20) == 128 + signal.SIGUSR2
 
 
+def test_ranks_that_stop_on_a_warning_may_save_for_as_long_as_they_need(tmp_path: Path) -> None:
+    body = """
+        def stop(number, frame):
+            if rank == 0:
+                time.sleep(5)  # longer than a rank is waited for that does not end with the others
+                print("saved", flush=True)
+            sys.exit(128 + number)
+        signal.signal(signal.SIGUSR1, stop)
+        print("ready", flush=True)
+        time.sleep(600)
+    """
+    with _started("--nproc", "2", "--show", "all", _script(tmp_path, body)) as process:
+        assert process.stdout is not None
+        assert all("ready" in process.stdout.readline() for _ in range(2))
+        process.send_signal(signal.SIGUSR1)
+        out, err = process.communicate(timeout=30)
+    assert "saved" in out
+    assert (process.returncode, err) == (128 + signal.SIGUSR1, "ddparity: all ranks stopped on SIGUSR1\n")
+
+
+def test_a_failure_after_a_warning_is_told_as_a_failure(tmp_path: Path) -> None:
+    body = """
+        if rank == 1:
+            signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(3))
+        print("ready", flush=True)
+        time.sleep(600)
+    """
+    with _started("--nproc", "2", "--show", "all", _script(tmp_path, body)) as process:
+        assert process.stdout is not None
+        assert all("ready" in process.stdout.readline() for _ in range(2))
+        process.send_signal(signal.SIGUSR1)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "all ranks stopped" not in err
+
+
+def test_a_terminal_that_goes_does_not_end_the_job(tmp_path: Path) -> None:
+    body = """
+        print("ready", flush=True)
+        go = __import__("pathlib").Path(sys.argv[1])
+        while not go.exists():
+            time.sleep(0.01)
+        for number in range(3):
+            print("x" * 100, flush=True)
+            time.sleep(0.3)
+        go.with_name(f"done{rank}").touch()
+    """
+    script, go = _script(tmp_path, body), tmp_path / "go"
+    with _started("--nproc", "2", "--show", "1", script, str(go)) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert "ready" in process.stdout.readline()
+        process.stdout.close()
+        go.touch()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+
+
+def test_a_hang_is_found_where_the_temporary_folder_has_a_long_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    body = """
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.all_reduce(torch.ones(2 + 2 * rank)) if rank else dist.broadcast(torch.ones(2), 0)
+        dist.barrier()
+    """
+    code, _, err = _run("--nproc", "2", _script(tmp_path, body))
+    assert code == 124
+    assert "all_reduce" in err and "broadcast" in err
+
+
 def _where() -> tuple[int, int]:
     with dp.world(device="cpu") as world:
         return world.rank, world.world_size
@@ -264,6 +372,65 @@ def _fails(rank: int) -> None:
 
 def test_launch_returns_each_ranks_result() -> None:
     assert dp.launch(_where, nproc=2) == [(0, 2), (1, 2)]
+
+
+def _leaves() -> None:
+    sys.exit(0)
+
+
+def test_launch_tells_of_a_function_that_did_not_return() -> None:
+    with pytest.raises(dp.RankFailure, match="rank 0 ended with exit code 0 before _leaves returned"):
+        dp.launch(_leaves, nproc=1)
+
+
+def test_launch_takes_a_callable_without_a_name() -> None:
+    with pytest.raises(dp.RankFailure, match=r"rank 0 failed in functools\.partial\("):
+        dp.launch(partial(_fails, 0), nproc=1)
+
+
+def test_launch_says_which_result_cannot_travel() -> None:
+    with pytest.raises(dp.RankFailure, match="rank 0 failed in allocate_lock: TypeError: the result cannot be pickled"):
+        dp.launch(threading.Lock, nproc=1)
+
+
+def test_launch_leaves_no_file_open_and_no_variable_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+    dp.launch(_where, nproc=1)
+    before = psutil.Process().num_fds()
+    dp.launch(_where, nproc=1)
+    assert psutil.Process().num_fds() == before
+    assert os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGTERM"
+
+
+def test_a_signal_during_launch_is_the_callers_once_the_ranks_have_ended(tmp_path: Path) -> None:
+    path = tmp_path / "main.py"
+    path.write_text(
+        textwrap.dedent("""
+        import signal, sys, time
+        import ddparity as dp
+
+        def work():
+            print("ready", flush=True)
+            time.sleep(600)
+
+        def told(number, frame):
+            print("told of", number, flush=True)
+            sys.exit(9)
+
+        signal.signal(signal.SIGTERM, told)
+        dp.launch(work, nproc=1)
+        """)
+    )
+    process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.communicate(timeout=20)[0] == f"told of {signal.SIGTERM:d}\n"
+        assert process.returncode == 9
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_launch_raises_what_a_rank_raised() -> None:

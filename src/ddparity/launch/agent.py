@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,25 +14,25 @@ from typing import Any, Literal
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from ..compat import PrefixStore, meet_anew
 from ..errors import RendezvousError
 from ..network import bound_waits, holds_store, split_endpoint
 from . import across
-from .ending import Guardian, end, how_ended, kill_sessions, runs, send
+from .ending import Guardian, end, how_ended, kill_sessions, send
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
 from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
 from .output import RankFiles, tell
+from .signals import Signals
 from .verdict import placed
 from .watch import Verdict, Watch, Watched, describe
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
 _PAUSE_S = 0.4  # for ranks that fail alike
 _LONG_S = 60.0  # ranks that ran for so long had progressed, whatever they do
-_FORWARDED = ("SIGUSR1", "SIGUSR2")
 _TAKEN_IN = "a machine has come: starting again, with it"
 
 
@@ -58,11 +57,13 @@ class Agent(LocalElasticAgent):
     go to main processes first; a job that hangs is named; a failure before any progress is not tried again.
     """
 
-    def __init__(self, spec: WorkerSpec, files: RankFiles, habits: Habits, start_method: str = "spawn") -> None:
+    def __init__(
+        self, spec: WorkerSpec, files: RankFiles, habits: Habits, signals: Signals, start_method: str = "spawn"
+    ) -> None:
         super().__init__(spec, files, start_method=start_method)
         self.fates: list[Fate] = []
         self.verdict: Verdict | None = None
-        self._files, self._habits = files, habits
+        self._files, self._habits, self._signals = files, habits, signals
         # Where several machines meet at a store; another kind of rendezvous may have no such address.
         said = habits.meeting or ""
         self._address = split_endpoint(said) if said.rpartition(":")[2].isdigit() else None
@@ -78,8 +79,7 @@ class Agent(LocalElasticAgent):
         self._count_waiting = spec.rdzv_handler.num_nodes_waiting
         # An assignment is a type error, since it is a method: torch's loop would wait for the store in it.
         setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting)  # noqa: B010
-        self._asked = False
-        self._forwarded: set[int] = set()
+        self._forwarded: set[int] = set()  # of the scheduler's warnings, to the ranks that run
 
     def folders(self) -> dict[int, Path]:
         """What each rank of this machine has left, by rank."""
@@ -87,8 +87,9 @@ class Agent(LocalElasticAgent):
 
     def close(self) -> None:
         self._guardian.dismiss()
-        self._files.close()
+        self._close_files()
         self._close_exchange()
+        delattr(self._worker_group.spec.rdzv_handler, "num_nodes_waiting")  # a cycle, which keeps the store's sockets
 
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
         """Also where a machine goes between the rendezvous and the start: then the others meet again."""
@@ -102,6 +103,8 @@ class Agent(LocalElasticAgent):
                 self._not_together(error)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        self._signals.raising = True
+        self._signals.check()
         self._close_exchange()
         if self._address is not None:
             bound_waits(self._address[1], SILENT_S)
@@ -120,12 +123,16 @@ class Agent(LocalElasticAgent):
     def _exit_barrier(self) -> None:
         """torch's ends the store under machines that run for five minutes longer; here `_monitor_workers` waits."""
         if self._exchange is None:
+            self._signals.raising = True
             super()._exit_barrier()  # type: ignore[no-untyped-call]  # torch gives no type
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.fates, self.verdict, self._seen, self._finished = [], None, {}, None
+        self._forwarded.clear()
         several = self._address is not None and self._meet(worker_group, self._address)
+        self._signals.raising = False
         started: dict[int, Any] = super()._start_workers(worker_group)
+        self._signals.install()
         self._started = time.monotonic()
         if self._processes():
             self._guardian.watch(self._pids())
@@ -136,34 +143,32 @@ class Agent(LocalElasticAgent):
                 for worker in worker_group.workers
             ]
             self._watch = Watch(ranks, self._habits.hang_timeout_s, self._exchange if several else None)
-        _on_signals(_FORWARDED, self._forward)
-        _on_signals(("SIGQUIT",), self._ask)
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._signals.check()
         if self._processes():
             self._look()
             assert self._watch is not None
             verdict = self._watch.look()
-            if self._asked:
-                self._asked = False
+            if self._signals.asked:
+                self._signals.asked = False
                 tell(self._watch.stragglers(always=True))
             if verdict is not None and self._habits.on_hang == "report":
                 tell(describe(verdict))
                 self._keep_stacks(verdict, ends=False)
                 verdict = None
-            if self._exchange is not None:
-                for number in self._exchange.signals(self._forwarded):
-                    self._forward(number, None)
+            self._warn()
             changes = self._exchange is not None and self._exchange.changes()
             elsewhere = self._exchange is not None and self._exchange.failed()
-            if verdict is not None or changes or elsewhere or any(code for code, _ in self._seen.values()):
+            if verdict is not None or changes or elsewhere or self._have_failed():
                 self._conclude(worker_group, verdict)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
             if len(self._seen) < len(self._pids()):
                 # torch would look once more: a rank that has failed since would be gone, and the others ended by it.
                 return RunResult(state=WorkerState.HEALTHY)
+            kill_sessions(self._pids())  # what they started and left
         if self._finished is None:
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state is not WorkerState.SUCCEEDED or self._exchange is None:
@@ -199,6 +204,9 @@ class Agent(LocalElasticAgent):
         """How many machines wait to be taken in; asks nobody where a thread does that."""
         return self._exchange.waiting if self._exchange is not None else int(self._count_waiting())
 
+    def _close_files(self) -> None:
+        self._files.close(hurry=lambda: bool(self._signals.ending))
+
     def _close_exchange(self) -> None:
         if self._exchange is not None:
             self._exchange.close()
@@ -220,13 +228,9 @@ class Agent(LocalElasticAgent):
         tell(f"{reason}: meeting again")
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
-        if any(runs(pid) for pid in self._pids()):
-            try:
-                end(self._pids(), death_sig, self._habits.grace_s)
-            except SignalException:  # the second one
-                kill_sessions(self._pids())
+        end(self._pids(), death_sig, self._habits.grace_s, hurry=lambda: len(self._signals.ending) > 1)
         super()._shutdown(death_sig, *args, **options)
-        self._files.close()
+        self._close_files()
 
     def _processes(self) -> dict[int, int]:
         """Process ids by local rank; none for functions, which multiprocessing runs."""
@@ -246,6 +250,15 @@ class Agent(LocalElasticAgent):
                 self._seen[local] = code, time.time()
                 if self._watch is not None:
                     self._watch.ended(self._rank(local), code)
+
+    def _have_failed(self) -> bool:
+        """Whether ranks of this machine have. Those that stop on a scheduler's warning may save until the last."""
+        codes = {code for code, _ in self._seen.values()} - {0}
+        return bool(codes) and (len(self._seen) == len(self._pids()) or self._warning(codes) is None)
+
+    def _warning(self, codes: set[int]) -> int | None:
+        """The scheduler's warning that all these exit codes tell of."""
+        return next((number for number in self._forwarded if codes and codes <= {128 + number, -number}), None)
 
     def _lingers(self, local: int) -> bool:
         """Whether a rank left its exception a while ago and does not end: another thread of it goes on."""
@@ -271,7 +284,7 @@ class Agent(LocalElasticAgent):
         if verdict is not None:
             self._keep_stacks(verdict, ends=True)
         by_themselves = set(self._seen)
-        end(self._pids(), signal.SIGTERM, self._habits.grace_s)
+        end(self._pids(), signal.SIGTERM, self._habits.grace_s, hurry=lambda: bool(self._signals.ending))
         self._look()
         fates = [
             self._fate(local, code, at, ended_by_us=local not in by_themselves)
@@ -336,9 +349,10 @@ class Agent(LocalElasticAgent):
                 return
             waited = time.monotonic() - start
             elsewhere = self._exchange is not None and (self._exchange.failed() or self._exchange.changes())
-            if (elsewhere or not any(fate.code for fate in fates)) and waited > _PAUSE_S:
+            pause_s = _PATIENCE_S if self._forwarded else _PAUSE_S  # ranks that stop in order may be saving
+            if (elsewhere or not any(fate.code for fate in fates)) and waited > pause_s:
                 return
-            if any(fate.code for fate in fates) and settled(fates, waited, _PATIENCE_S, _PAUSE_S):
+            if any(fate.code for fate in fates) and settled(fates, waited, _PATIENCE_S, pause_s):
                 return
             time.sleep(0.02)  # the end of a process, seen without reaping it, wakes nobody
             self._look()
@@ -364,24 +378,19 @@ class Agent(LocalElasticAgent):
 
     def stopped_by(self) -> int | None:
         """The preemption signal on which all ranks ended in order, having saved."""
-        codes = {fate.code for fate in self.fates if not fate.ended_by_us}
-        return next((number for number in self._forwarded if codes <= {128 + number, -number, 0}), None)
+        if self.verdict is not None or any(fate.ended_by_us or fate.left or fate.lost for fate in self.fates):
+            return None
+        return self._warning({fate.code for fate in self.fates} - {0})
 
     def slow(self) -> str:
         """Which ranks the others waited for; empty where none stood out."""
         return self._watch.stragglers() if self._watch is not None else ""
 
-    def _ask(self, number: int, frame: object) -> None:
-        self._asked = True  # answered at the next look
-
-    def _forward(self, number: int, frame: object) -> None:
-        """Pass a scheduler's warning on to the ranks, and in the next look to the other machines."""
-        if number not in self._forwarded:
+    def _warn(self) -> None:
+        """Pass a scheduler's warning on to the ranks and to the other machines, and theirs to these ranks."""
+        warnings = set(self._signals.warnings)
+        if self._exchange is not None:
+            warnings.update(self._exchange.signals(self._signals.warnings))
+        for number in warnings - self._forwarded:
             self._forwarded.add(number)
             send(self._pids(), number)
-
-
-def _on_signals(names: tuple[str, ...], handler: Callable[[int, object], None]) -> None:
-    for name in names:
-        with suppress(ValueError, AttributeError):  # not the main thread; a system without it
-            signal.signal(getattr(signal, name), handler)

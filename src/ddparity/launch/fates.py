@@ -14,6 +14,7 @@ from typing import Any
 
 from ..marks import PROGRESS
 from .output import last_lines
+from .signals import name_of
 from .traces import shortened
 
 # What a rank says that was well until another one failed.
@@ -21,7 +22,7 @@ _CONSEQUENCE = re.compile(
     r"RankFailure:|RendezvousError:|DistNetworkError:|Connection (closed|reset) by peer|Broken pipe|Socket closed"
     r"|Timed out waiting|timed out after|NCCL communicator was aborted|remote process exited|recvValue failed"
 )
-_MEANING = {
+_MEANING: dict[int, str] = {
     signal.SIGKILL: "killed",
     signal.SIGSEGV: "a segmentation fault, in C code",
     signal.SIGBUS: "a bus error: often a full /dev/shm or a truncated file that is mapped",
@@ -32,6 +33,8 @@ _MEANING = {
     signal.SIGINT: "interrupted, from outside",
     signal.SIGXCPU: "out of processor time",
 }
+# Where an exception is raised from one of these, the network between ranks was its cause, and no file or web server.
+_OF_THE_GROUP = re.compile(r"(RankFailure|RendezvousError|RuntimeError|Dist\w*Error):")
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
 _CLOSED = re.compile(r"(Connection(Reset|Refused)|BrokenPipe|EOF|FileNotFound)Error:")
 
@@ -65,6 +68,7 @@ class Fate:
     left: bool = False  # with exit code 0, while others waited for it
     lost: str = ""  # why nothing is known of it
     progressed: bool = False  # it had done a step, or saved
+    consequence: bool = False  # its exception was raised from that of another rank's end
 
     @property
     def cause(self) -> Cause:
@@ -78,7 +82,8 @@ class Fate:
             return Cause.ENDED
         if self.code < 0:
             return Cause.KILLED if self.code == -signal.SIGKILL else Cause.CRASHED
-        return Cause.VICTIM if _CONSEQUENCE.search(self.message) and not self.lost_worker else Cause.FAILED
+        follows = self.consequence or bool(_CONSEQUENCE.search(self.message))
+        return Cause.VICTIM if follows and not self.lost_worker else Cause.FAILED
 
     @property
     def lost_worker(self) -> bool:
@@ -98,9 +103,8 @@ class Fate:
         if self.left:
             return "ended with exit code 0 while the others waited for it"
         if self.code < 0:
-            found = signal.Signals(-self.code)
-            meaning = _MEANING.get(found)
-            said = f"ended by {found.name}" + (f" ({meaning})" if meaning else "")
+            meaning = _MEANING.get(-self.code)
+            said = f"ended by {name_of(-self.code)}" + (f" ({meaning})" if meaning else "")
             return f"{said}: {self.evidence}" if self.evidence else said
         return self.message.partition("\n")[0] or f"exit code {self.code}"
 
@@ -115,7 +119,13 @@ def read_fate(
         extra: dict[str, Any] = record["extraInfo"]
         named = extra.get("rank")
         fate = replace(
-            fate, message=record["message"], trace=extra["py_callstack"], named=named if named != rank else None
+            fate,
+            message=record["message"],
+            trace=extra["py_callstack"],
+            named=named if named != rank else None,
+            consequence=any(
+                _OF_THE_GROUP.match(text) and _CONSEQUENCE.search(text) for text in extra.get("before", [])
+            ),
         )
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -189,7 +199,9 @@ def report(fates: Sequence[Fate], world_size: int) -> str:
     """
     found = culprit(fates)
     several = len({fate.host for fate in fates}) > 1
-    alike = [fate for fate in fates if fate is not found and (fate.trace or fate.lost) and _same(fate, found)]
+    alike = [
+        fate for fate in fates if fate is not found and (fate.message or fate.trace or fate.lost) and _same(fate, found)
+    ]
     ranks = sorted([found.rank, *(fate.rank for fate in alike)])
     head = f"ddparity: {_numbers(ranks)} failed: {found.ending()}" + (f" (on {found.host})" if several else "")
     lines = [head]
@@ -200,10 +212,19 @@ def report(fates: Sequence[Fate], world_size: int) -> str:
     if found.evidence and found.code >= 0:
         lines.append(f"({found.evidence})")
     others = [fate for fate in fates if fate is not found and fate not in alike]
+    lines = [*_of_rank_0(others), *lines]
     lines += [f"ddparity: {line}" for line in _others(others, several)]
     if missing := sorted(set(range(world_size)) - {fate.rank for fate in fates}):
         lines.append(f"ddparity: {_numbers(missing)}: no word")
     return "\n".join(lines)
+
+
+def _of_rank_0(others: Iterable[Fate]) -> list[str]:
+    """Its traceback, which it leaves to the launcher, where that is more than another rank's failure."""
+    for fate in others:
+        if fate.rank == 0 and fate.trace and (fate.cause is Cause.FAILED or fate.consequence):
+            return [f"ddparity: the traceback of rank 0:\n{fate.trace}\n"]
+    return []
 
 
 def _others(fates: Iterable[Fate], several: bool) -> list[str]:

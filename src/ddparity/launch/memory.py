@@ -18,11 +18,13 @@ class MemoryWatch:
         """What speaks for it that this process was killed because memory ran out. Each kill is one process's."""
         if pid not in self._said:
             kills = _kills()
-            if kills > self._before:
-                self._said[pid] = f"out of memory: the kernel ended a process of this control group{_limit()}"
-            else:
+            if kills is None or self._before is None:
                 self._said[pid] = "out of memory, unless somebody sent it"
-            self._before = kills
+            elif kills > self._before:
+                self._said[pid] = f"out of memory: the kernel ended a process of this control group{_limit()}"
+                self._before += 1
+            else:
+                self._said[pid] = "somebody sent it: by the kernel's count, memory has not run out"
         return self._said[pid]
 
 
@@ -35,7 +37,8 @@ def _folders() -> list[Path]:
     return folders
 
 
-def _kills() -> int:
+def _kills() -> int | None:
+    """None where the kernel shows no count."""
     for folder in _folders():
         for name in ("memory.events", "memory.oom_control"):
             try:
@@ -44,7 +47,7 @@ def _kills() -> int:
                         return int(line.split()[1])
             except (OSError, ValueError):
                 continue
-    return 0
+    return None
 
 
 def _limit() -> str:

@@ -6,7 +6,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -19,7 +20,8 @@ _ROTATION = 1 << 16  # bytes read at once
 
 def tell(line: str) -> None:
     """Say a line of the launcher's own, on standard error."""
-    print(f"ddparity: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # the terminal has gone: the job goes on
+        print(f"ddparity: {line}", file=sys.stderr, flush=True)
 
 
 class RankFiles(LogsSpecs):
@@ -40,6 +42,7 @@ class RankFiles(LogsSpecs):
         self._forwarders: list[Forwarder] = []
         self.folders: dict[int, Path] = {}  # of each local rank, in the attempt that runs
         self.logs: dict[int, Path] = {}
+        self.variables: dict[str, str] = {}  # of the ranks, and not of this process
 
     @property
     def root_log_dir(self) -> str:
@@ -54,6 +57,7 @@ class RankFiles(LogsSpecs):
         for local, folder in self.folders.items():
             folder.mkdir(parents=True)
             self.logs[local].mkdir(parents=True, exist_ok=True)
+            envs[local].update(self.variables)
             envs[local]["TORCHELASTIC_ERROR_FILE"] = str(folder / "error.json")
         files = {
             stream: {local: "" if self._writes_itself(rank) else str(self.logs[local] / f"{stream}.log")
@@ -67,10 +71,10 @@ class RankFiles(LogsSpecs):
         errors = {local: str(folder / "error.json") for local, folder in self.folders.items()}
         return LogsDest(stdouts=files["stdout"], stderrs=files["stderr"], error_files=errors)
 
-    def close(self) -> None:
-        """Forward what is left. Called when the ranks have ended."""
+    def close(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Forward what is left, unless `hurry()`: a pager may not read on. Called when the ranks have ended."""
         for forwarder in self._forwarders:
-            forwarder.close()
+            forwarder.close(hurry)
         self._forwarders.clear()
 
     def _writes_itself(self, rank: int) -> bool:
@@ -102,21 +106,25 @@ class Forwarder:
         self._thread = threading.Thread(target=self._forward, name="ddparity-output", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
+    def close(self, hurry: Callable[[], bool] = lambda: False) -> None:
         self._ended.set()
-        self._thread.join()
+        while self._thread.is_alive() and not hurry():
+            self._thread.join(_PAUSE_S)
 
     def _forward(self) -> None:
-        while not self._ended.wait(_PAUSE_S):
-            self._copy(whole=True)
-        self._copy(whole=False)
+        with suppress(OSError, ValueError):  # the terminal has gone: the job goes on, and its files stay
+            while not self._ended.wait(_PAUSE_S):
+                self._copy(whole=True)
+            self._copy(whole=False)
 
     def _copy(self, whole: bool) -> None:
         for rank, path in self._files.items():
             while (text := self._next(rank, path, whole)) is not None:
                 lines = text.splitlines(keepends=True)
                 prefixed = b"".join(self._prefixes[rank] + line for line in lines)
-                self._terminal.write(prefixed.decode(errors="replace"))
+                encoding = self._terminal.encoding or "utf-8"
+                shown = prefixed.decode(errors="replace").encode(encoding, "backslashreplace").decode(encoding)
+                self._terminal.write(shown)
                 self._terminal.flush()
 
     def _next(self, rank: int, path: Path, whole: bool) -> bytes | None:
@@ -125,17 +133,22 @@ class Forwarder:
             with open(path, "rb") as file:
                 file.seek(self._offsets[rank])
                 text = file.read(_ROTATION)
-                while text and b"\n" not in text and (more := file.read(_ROTATION)):
+                while text and _end_of_lines(text) == 0 and (more := file.read(_ROTATION)):
                     text += more
         except FileNotFoundError:
             return None
-        end = text.rfind(b"\n") + 1
+        end = _end_of_lines(text)
         if end == 0 and not whole and text:
             end, text = len(text), text + b"\n"
             self._offsets[rank] += end
             return text
         self._offsets[rank] += end
         return text[:end] or None
+
+
+def _end_of_lines(text: bytes) -> int:
+    """Where the last whole line ends. A bar of progress ends its lines with a carriage return."""
+    return max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
 
 
 def last_lines(path: Path, count: int = 5) -> list[str]:

@@ -12,7 +12,6 @@ import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +38,15 @@ from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
 from .output import Inherited, RankFiles, tell
 from .preflight import Place, check_rendezvous, explain
+from .signals import Signals, name_of
 from .threads import decide_threads
 
 HANG_EXIT_CODE = 124  # as `timeout` gives it
 RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
 LOST_EXIT_CODE = 137  # a machine has gone: as if its ranks had been killed, which schedulers start again
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+_LONGEST_PAUSE_S = 1.0  # between two looks, at which signals are answered, too
+_SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+_LONGEST_FOLDER = 60  # of the 107 bytes that a unix socket's path may have
 
 
 def run_launch(launch: Launch) -> int:
@@ -70,12 +72,13 @@ def run_launch(launch: Launch) -> int:
         tell(str(error))
         return RENDEZVOUS_EXIT_CODE
     except SignalException as error:
-        tell(f"ended all processes on {signal.Signals(error.sigval).name}")
+        tell(f"ended all processes on {name_of(error.sigval)}")
         return 128 + int(error.sigval)
 
 
 def _run(launch: Launch, place: Place) -> int:
-    command = (sys.executable, worker.__file__, *launch.command) if launch.python else launch.command
+    kind = () if launch.python else ("--exec",)
+    command = (sys.executable, worker.__file__, str(os.getpid()), *kind, *launch.command)
     meeting = None if launch.alone else place.config.rdzv_endpoint
     habits = Habits(launch.grace_s, launch.hang_timeout_s, launch.on_hang, meeting)
     files = partial(RankFiles, show=launch.show, logs=launch.logs)
@@ -90,7 +93,7 @@ def _run(launch: Launch, place: Place) -> int:
                 tell(slow)
             return 0
         if (number := agent.stopped_by()) is not None:
-            tell(f"all ranks stopped on {signal.Signals(number).name}")
+            tell(f"all ranks stopped on {name_of(number)}")
             return 128 + number
         print(agent.told(), file=sys.stderr)
         return HANG_EXIT_CODE if agent.verdict is not None else culprit(agent.fates).exit_code
@@ -121,19 +124,37 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any
         results = launch(train, "config.toml", nproc=4)
     """
     config = _alone(nproc).config
-    with tempfile.TemporaryDirectory(prefix="ddparity-") as place:
-        call = Path(place) / "call.pickle"
+    with _signals_passed_on(), _folder() as place:
+        call = place / "call.pickle"
         call.write_bytes(pickle.dumps(sys.path) + _dumps((function, args)))
-        command = (worker.__file__, "--call", str(call))
+        command = (worker.__file__, str(os.getpid()), "--call", str(call))
         with _agent(config, sys.executable, command, Habits(), Inherited) as agent:
-            try:
-                agent.run()
-            except SignalException as error:
-                raise KeyboardInterrupt from error
+            agent.run()
             if agent.fates:
                 raise _failure(agent, function)
-            folders = agent.folders()
-            return [cloudpickle.loads((folders[rank] / "result.pickle").read_bytes()) for rank in range(nproc)]
+            return [_result(rank, folder, function) for rank, folder in sorted(agent.folders().items())]
+
+
+def _result(rank: int, folder: Path, function: Callable[..., Any]) -> Any:
+    try:
+        written = (folder / "result.pickle").read_bytes()
+    except FileNotFoundError:
+        raise RankFailure(f"rank {rank} ended with exit code 0 before {_name(function)} returned", rank) from None
+    return cloudpickle.loads(written)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", None) or repr(function)
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """A signal that ended the ranks is then the caller's, whose handlers are back: KeyboardInterrupt for Ctrl-C."""
+    try:
+        yield
+    except SignalException as error:
+        signal.raise_signal(error.sigval)
+        raise InterruptedError(f"all ranks were ended on {name_of(error.sigval)}") from error
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle gives no types
@@ -158,11 +179,9 @@ def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> l
     """
     # torch._dynamo: an optimizer imports it in its first step, in a second or two.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["ddparity", "torch._dynamo"])
-    with _agent(_alone(nproc).config, function, args, Habits(), Inherited, "forkserver") as agent:
-        try:
-            result = agent.run()
-        except SignalException as error:
-            raise KeyboardInterrupt from error
+    config = _alone(nproc).config
+    with _signals_passed_on(), _agent(config, function, args, Habits(), Inherited, "forkserver") as agent:
+        result = agent.run()
         if result.is_failed():
             agent.fates = [
                 read_fate(rank, "", folder, failed.exitcode if (failed := result.failures.get(rank)) else 1, 0.0)
@@ -193,9 +212,9 @@ def _alone(nproc: int, command: tuple[str, ...] = ()) -> Launch:
 
 def _failure(agent: Agent, function: Callable[..., Any]) -> RankFailure:
     if agent.verdict is not None:
-        return RankFailure(f"{function.__name__} hangs:\n{agent.told()}", min(agent.verdict.odd, default=-1))
+        return RankFailure(f"{_name(function)} hangs:\n{agent.told()}", min(agent.verdict.odd, default=-1))
     found = culprit(agent.fates)
-    problem = RankFailure(f"rank {found.rank} failed in {function.__name__}: {found.ending()}", found.rank)
+    problem = RankFailure(f"rank {found.rank} failed in {_name(function)}: {found.ending()}", found.rank)
     if found.trace:
         problem.add_note(f"On rank {found.rank}:\n{found.trace}")
     with suppress(Exception):  # a class that cannot be imported here, or whose pickle is broken
@@ -218,7 +237,7 @@ def _agent(
 
     `variables`: for the ranks, of a command. `card`: what the machines of a job compare when they have met.
     """
-    before, handlers = dict(os.environ), _handlers()
+    before, signals = dict(os.environ), Signals()
     levels = _silence("torch.distributed.elastic")  # its 30 lines say less than our one
     threads, line = decide_threads(config.nproc_per_node)
     os.environ.update(threads)
@@ -226,25 +245,33 @@ def _agent(
         print(line, file=sys.stderr)
     os.environ.update(variables or {})
     os.environ.setdefault(FLIGHT_VARIABLE, FLIGHT_ENTRIES)
-    # What torch's agent reads for itself.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
-    with tempfile.TemporaryDirectory(prefix="ddparity-") as folder:
-        agent = None
-        try:
+    os.environ[_SIGNALS_VARIABLE] = ""  # the handlers that torch's agent sets may raise while a rank is started
+    try:
+        with _folder() as folder, signals.handled(config.signals_to_handle):
             spec = _spec(config, entrypoint, args)
             if card is not None:
                 check_nodes(spec.rdzv_handler, card)
-            agent = Agent(spec, files(Path(folder)), habits, start_method)
-            yield agent
-        finally:
-            if agent is not None:
+            kept = files(folder)
+            kept.variables[_SIGNALS_VARIABLE] = before.get(_SIGNALS_VARIABLE, config.signals_to_handle)
+            agent = Agent(spec, kept, habits, signals, start_method)
+            try:
+                yield agent
+            finally:
                 agent.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            for logger, level in levels.items():
-                logger.setLevel(level)
-            for name in os.environ.keys() - before.keys():  # the agent sets some of its own, too
-                del os.environ[name]
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        for name in os.environ.keys() - before.keys():  # the agent sets some of its own, too
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for what the ranks leave, gone at the end; at a path that leaves room for the name of a unix socket."""
+    long = len(tempfile.gettempdir()) > _LONGEST_FOLDER and os.access("/tmp", os.W_OK | os.X_OK)
+    with tempfile.TemporaryDirectory(prefix="ddparity-", dir="/tmp" if long else None) as folder:
+        yield Path(folder)
 
 
 def _spec(config: LaunchConfig, entrypoint: Callable[..., Any] | str, args: Sequence[Any]) -> WorkerSpec:
@@ -265,7 +292,7 @@ def _spec(config: LaunchConfig, entrypoint: Callable[..., Any] | str, args: Sequ
         args=tuple(args),
         rdzv_handler=get_rendezvous_handler(endpoint),
         max_restarts=config.max_restarts,
-        monitor_interval=config.monitor_interval,
+        monitor_interval=min(config.monitor_interval, _LONGEST_PAUSE_S),
         local_addr=config.local_addr,
     )
     if config.rdzv_backend == "static":
@@ -283,11 +310,3 @@ def _silence(name: str) -> dict[logging.Logger, int]:
     for logger in levels:
         logger.setLevel(logging.CRITICAL)
     return levels
-
-
-def _handlers() -> dict[int, Any]:
-    """This process's handlers of the signals that an agent handles; none outside of the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-    return {number: signal.getsignal(number) for number in numbers}
