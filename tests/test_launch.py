@@ -234,7 +234,7 @@ def test_lines_of_several_ranks_stay_whole(tmp_path: Path) -> None:
 def test_equal_failures_are_told_once(tmp_path: Path) -> None:
     code, _, err = _run("--nproc", "3", _script(tmp_path, "raise OSError('no data')"))
     assert code == 1
-    assert "ddparity: ranks 0 to 2 failed: OSError: no data" in err
+    assert "ddparity: ranks 0-2 failed: OSError: no data" in err
     assert err.count("Traceback") == 1
 
 

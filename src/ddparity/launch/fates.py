@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..marks import PROGRESS
+from .compare import describe_ranks
 from .output import last_lines
 from .signals import name_of
 from .traces import shortened
@@ -203,19 +204,19 @@ def report(fates: Sequence[Fate], world_size: int) -> str:
         fate for fate in fates if fate is not found and (fate.message or fate.trace or fate.lost) and _same(fate, found)
     ]
     ranks = sorted([found.rank, *(fate.rank for fate in alike)])
-    head = f"ddparity: {_numbers(ranks)} failed: {found.ending()}" + (f" (on {found.host})" if several else "")
+    head = f"ddparity: {describe_ranks(ranks)} failed: {found.ending()}" + (f" (on {found.host})" if several else "")
     lines = [head]
     if found.trace:
         lines.append(brief := shortened(found.trace))
         if brief != found.trace:
-            lines = [f"ddparity: the whole traceback of {_numbers(ranks)}:\n{found.trace}\n", *lines]
+            lines = [f"ddparity: the whole traceback of {describe_ranks(ranks)}:\n{found.trace}\n", *lines]
     if found.evidence and found.code >= 0:
         lines.append(f"({found.evidence})")
     others = [fate for fate in fates if fate is not found and fate not in alike]
     lines = [*_of_rank_0(others), *lines]
     lines += [f"ddparity: {line}" for line in _others(others, several)]
     if missing := sorted(set(range(world_size)) - {fate.rank for fate in fates}):
-        lines.append(f"ddparity: {_numbers(missing)}: no word")
+        lines.append(f"ddparity: {describe_ranks(missing)}: no word")
     return "\n".join(lines)
 
 
@@ -232,7 +233,7 @@ def _others(fates: Iterable[Fate], several: bool) -> list[str]:
     for fate in sorted(fates, key=lambda fate: (fate.cause, fate.rank)):
         host = f" (on {fate.host})" if several else ""
         groups.setdefault(_fate_of_another(fate) + host, []).append(fate.rank)
-    return [f"{_numbers(ranks)}: {text}" for text, ranks in groups.items()]
+    return [f"{describe_ranks(ranks)}: {text}" for text, ranks in groups.items()]
 
 
 def _fate_of_another(fate: Fate) -> str:
@@ -246,15 +247,6 @@ def _fate_of_another(fate: Fate) -> str:
 
 def _same(fate: Fate, other: Fate) -> bool:
     return (fate.message, fate.trace, fate.code, fate.lost) == (other.message, other.trace, other.code, other.lost)
-
-
-def _numbers(ranks: Sequence[int]) -> str:
-    """ "rank 3", "ranks 0 to 3", "ranks 0, 2, 5"."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
-        return f"ranks {ranks[0]} to {ranks[-1]}"
-    return "ranks " + ", ".join(map(str, ranks))
 
 
 def to_json(fates: Iterable[Fate]) -> str:
