@@ -130,9 +130,8 @@ class Agent(LocalElasticAgent):
         self.fates, self.verdict, self._seen, self._finished = [], None, {}, None
         self._forwarded.clear()
         several = self._address is not None and self._meet(worker_group, self._address)
-        self._signals.raising = False
-        started: dict[int, Any] = super()._start_workers(worker_group)
-        self._signals.install()
+        with self._signals.starting():
+            started: dict[int, Any] = super()._start_workers(worker_group)
         self._started = time.monotonic()
         if self._processes():
             self._guardian.watch(self._pids())

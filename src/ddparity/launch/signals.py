@@ -50,15 +50,25 @@ class Signals:
             self._own[number] = self._ask if name == _STATUS else self._end if name in chosen else self._warn
         before = {number: signal.getsignal(number) for number in self._own}
         try:
-            self.install()
+            self._install()
             yield
         finally:
             if _in_main_thread():
                 for number, handler in before.items():
                     signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def install(self) -> None:
-        """Also again, after torch's agent has set handlers of its own."""
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around the start of ranks. They begin with Ctrl-C blocked, and let it through once they can end quietly."""
+        self.raising = False
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            self._install()  # torch's agent has set handlers of its own, in earlier versions
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def _install(self) -> None:
         if _in_main_thread():
             for number, handler in self._own.items():
                 signal.signal(number, handler)

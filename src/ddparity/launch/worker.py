@@ -38,6 +38,7 @@ def main() -> None:
     interrupt = signal.getsignal(signal.SIGINT)
     if interrupt is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of ours
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the agent starts us with
     _die_with(int(agent))
     _standard_input()
     if arguments[0] == "--exec":
