@@ -11,7 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import psutil
 import pytest
 
 import ddparity as dp
+
+from .ranks import free_port
 
 CHEAP = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
@@ -321,6 +323,82 @@ def test_a_failure_after_a_warning_is_told_as_a_failure(tmp_path: Path) -> None:
     assert "all ranks stopped" not in err
 
 
+def test_a_warning_is_not_sent_again_to_ranks_that_are_started_anew(tmp_path: Path) -> None:
+    body = """
+        signal.signal(signal.SIGUSR1, lambda number, frame: print("saved", flush=True))
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        print(f"ready {attempt}", flush=True)
+        if attempt == "0":
+            time.sleep(600)
+        print("finished", flush=True)
+    """
+    line = ["--nproc", "2", "--max-restarts", "1", "--show", "all", _script(tmp_path, body)]
+    with _started(*line) as process:
+        assert process.stdout is not None
+        assert all("ready 0" in process.stdout.readline() for _ in range(2))
+        process.send_signal(signal.SIGUSR1)
+        assert all("saved" in process.stdout.readline() for _ in range(2))
+        ranks = [child for child in psutil.Process(process.pid).children() if "script.py" in str(child.cmdline())]
+        ranks[1].kill()
+        out, err = process.communicate(timeout=30)
+    assert out.count("finished") == 2 and "saved" not in out
+    assert process.returncode == 0, err
+
+
+def test_machines_whose_ranks_stop_on_a_warning_wait_for_those_that_save(tmp_path: Path) -> None:
+    body = """
+        def stop(number, frame):
+            if rank == 1:
+                time.sleep(6)  # longer than a failed machine waits for the others
+                print("saved", flush=True)
+            sys.exit(128 + number)
+        signal.signal(signal.SIGUSR1, stop)
+        print("ready", flush=True)
+        time.sleep(600)
+    """
+    line = ["--nnodes", "2", "--nproc", "1", "--show", "all", "--rendezvous", f"127.0.0.1:{free_port()}"]
+    line += ["--max-restarts", "1", _script(tmp_path, body)]
+    with _started(*line) as one, _started(*line) as other:
+        for process in (one, other):
+            assert process.stdout is not None and "ready" in process.stdout.readline()
+        one.send_signal(signal.SIGUSR1)
+        said = [process.communicate(timeout=40) for process in (one, other)]
+    assert "".join(out for out, _ in said).count("saved") == 1
+    assert [process.returncode for process in (one, other)] == [128 + signal.SIGUSR1] * 2
+    assert [err.splitlines()[-1] for _, err in said] == ["ddparity: all ranks stopped on SIGUSR1"] * 2
+
+
+def test_a_signal_ends_a_launcher_whose_report_nobody_reads(tmp_path: Path) -> None:
+    body = """
+        print(os.getpid(), flush=True)
+        raise ValueError("x" * 2**20)  # more than a pipe holds
+    """
+    with _started("--nproc", "1", _script(tmp_path, body)) as process:
+        assert process.stdout is not None
+        rank = psutil.Process(int(process.stdout.readline()))
+        psutil.wait_procs([rank], timeout=20)
+        for _ in range(10):  # whichever wait the first one meets, a later one ends it
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.6)
+                break
+        # The second where it met the last word, with the handlers from before.
+        assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
+
+
+def test_a_restart_needs_no_terminal(tmp_path: Path) -> None:
+    body = """
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("again", flush=True)
+    """
+    with _started("--nproc", "1", "--max-restarts", "1", _script(tmp_path, body)) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stderr.close()
+        assert process.stdout.readline() == "again\n"
+        assert process.wait(30) == 0
+
+
 def test_a_terminal_that_goes_does_not_end_the_job(tmp_path: Path) -> None:
     body = """
         print("ready", flush=True)
@@ -425,6 +503,42 @@ def test_a_signal_during_launch_is_the_callers_once_the_ranks_have_ended(tmp_pat
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.communicate(timeout=20)[0] == f"told of {signal.SIGTERM:d}\n"
+        assert process.returncode == 9
+    finally:
+        process.kill()
+        process.communicate()
+
+
+LATE = """
+import os, signal, sys, time
+import ddparity as dp
+
+def fails():
+    if os.environ["RANK"] == "1":
+        raise OSError("disk full")
+    signal.signal(signal.SIGTERM, lambda number, frame: print("ending", flush=True))
+    print("ready", flush=True)
+    time.sleep(600)
+
+def told(number, frame):
+    print("told of", number, flush=True)
+    sys.exit(9)
+
+signal.signal(signal.SIGTERM, told)
+dp.launch(fails, nproc=2)
+"""
+
+
+def test_a_signal_while_launch_ends_the_ranks_is_not_lost(tmp_path: Path) -> None:
+    """Rank 0 ignores the end that rank 1's failure brings it: the launcher waits, and gets a signal of its own."""
+    path = tmp_path / "main.py"
+    path.write_text(LATE)
+    process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ending\n"]
         process.terminate()
         assert process.communicate(timeout=20)[0] == f"told of {signal.SIGTERM:d}\n"
         assert process.returncode == 9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,13 +24,14 @@ from .ending import Guardian, end, how_ended, kill_sessions, send
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
 from .fates import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .memory import MemoryWatch
-from .output import RankFiles, tell
+from .output import RankFiles, say, tell
 from .signals import Signals
 from .verdict import placed
 from .watch import Verdict, Watch, Watched, describe
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
 _PAUSE_S = 0.4  # for ranks that fail alike
+_FORWARD_S = 2.0  # for the last output, when a signal has come
 _LONG_S = 60.0  # ranks that ran for so long had progressed, whatever they do
 _TAKEN_IN = "a machine has come: starting again, with it"
 
@@ -80,10 +80,19 @@ class Agent(LocalElasticAgent):
         # An assignment is a type error, since it is a method: torch's loop would wait for the store in it.
         setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting)  # noqa: B010
         self._forwarded: set[int] = set()  # of the scheduler's warnings, to the ranks that run
+        self._heard: set[int] = set()  # of those, from other machines
+        self._waited_for = False  # these ranks have stopped on one, those of other machines may be at work
 
     def folders(self) -> dict[int, Path]:
         """What each rank of this machine has left, by rank."""
         return {self._rank(local): folder for local, folder in self._files.folders.items()}
+
+    def run(self, *args: Any, **options: Any) -> RunResult:
+        try:
+            found: RunResult = super().run(*args, **options)
+            return found
+        finally:
+            self._signals.raising = True  # no rank runs
 
     def close(self) -> None:
         self._guardian.dismiss()
@@ -116,7 +125,7 @@ class Agent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state is WorkerState.HEALTHY and self._exchange is not None:  # torch's loop found a machine
             self._exchange.change()
-            tell(_TAKEN_IN)
+            self._tell(_TAKEN_IN)
         self._close_exchange()
         super()._restart_workers(worker_group)
 
@@ -124,14 +133,19 @@ class Agent(LocalElasticAgent):
         """torch's ends the store under machines that run for five minutes longer; here `_monitor_workers` waits."""
         if self._exchange is None:
             self._signals.raising = True
+            self._signals.check()
             super()._exit_barrier()  # type: ignore[no-untyped-call]  # torch gives no type
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.fates, self.verdict, self._seen, self._finished = [], None, {}, None
         self._forwarded.clear()
+        self._waited_for = False
         several = self._address is not None and self._meet(worker_group, self._address)
         with self._signals.starting():
             started: dict[int, Any] = super()._start_workers(worker_group)
+        if not self._processes():  # of functions: torch waits for those as long as they take
+            self._signals.raising = True
+            self._signals.check()
         self._started = time.monotonic()
         if self._processes():
             self._guardian.watch(self._pids())
@@ -152,9 +166,9 @@ class Agent(LocalElasticAgent):
             verdict = self._watch.look()
             if self._signals.asked:
                 self._signals.asked = False
-                tell(self._watch.stragglers(always=True))
+                self._tell(self._watch.stragglers(always=True))
             if verdict is not None and self._habits.on_hang == "report":
-                tell(describe(verdict))
+                self._tell(describe(verdict))
                 self._keep_stacks(verdict, ends=False)
                 verdict = None
             self._warn()
@@ -164,7 +178,7 @@ class Agent(LocalElasticAgent):
                 self._conclude(worker_group, verdict)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
-            if len(self._seen) < len(self._pids()):
+            if len(self._seen) < len(self._pids()) or self._waited_for:
                 # torch would look once more: a rank that has failed since would be gone, and the others ended by it.
                 return RunResult(state=WorkerState.HEALTHY)
             kill_sessions(self._pids())  # what they started and left
@@ -189,13 +203,15 @@ class Agent(LocalElasticAgent):
         if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
             store = PrefixStore(f"round{own.restarts}", store)
         patience_s = _PATIENCE_S + self._habits.grace_s + 2
-        self._exchange = Exchange(store, node, nodes, own, patience_s, self._count_waiting, address)
+        self._exchange = Exchange(
+            store, node, nodes, own, patience_s, self._count_waiting, address, self._signals.patience
+        )
         # A machine that came late has restarted less often, and torch's ranks meet under the number of restarts.
         restarts = max(machine.restarts for machine in self._exchange.machines)
         self._remaining_restarts = max(0, maximum - restarts)
         world_size = worker_group.workers[0].world_size
         if self._exchange.leads and self._world_size not in (0, world_size):
-            tell(f"goes on with {world_size} ranks on {nodes} machines")
+            self._tell(f"goes on with {world_size} ranks on {nodes} machines")
         self._world_size = world_size
         return nodes > 1
 
@@ -204,7 +220,7 @@ class Agent(LocalElasticAgent):
         return self._exchange.waiting if self._exchange is not None else int(self._count_waiting())
 
     def _close_files(self) -> None:
-        self._files.close(hurry=lambda: bool(self._signals.ending))
+        self._files.close(hurry=self._signals.patience(_FORWARD_S))
 
     def _close_exchange(self) -> None:
         if self._exchange is not None:
@@ -224,10 +240,10 @@ class Agent(LocalElasticAgent):
         if self._remaining_restarts == 0:
             raise MachineLost(reason) from error
         self._remaining_restarts -= 1
-        tell(f"{reason}: meeting again")
+        self._tell(f"{reason}: meeting again")
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
-        end(self._pids(), death_sig, self._habits.grace_s, hurry=lambda: len(self._signals.ending) > 1)
+        end(self._pids(), death_sig, self._habits.grace_s, hurry=self._signals.repeated)
         super()._shutdown(death_sig, *args, **options)
         self._close_files()
 
@@ -251,9 +267,18 @@ class Agent(LocalElasticAgent):
                     self._watch.ended(self._rank(local), code)
 
     def _have_failed(self) -> bool:
-        """Whether ranks of this machine have. Those that stop on a scheduler's warning may save until the last."""
+        """Whether ranks have. Those that stop on a scheduler's warning may save until the last, on all machines."""
         codes = {code for code, _ in self._seen.values()} - {0}
-        return bool(codes) and (len(self._seen) == len(self._pids()) or self._warning(codes) is None)
+        if not codes or self._warning(codes) is None:
+            return bool(codes)
+        if len(self._seen) < len(self._pids()):
+            return False
+        if self._exchange is None:
+            return True
+        if not self._waited_for:
+            self._waited_for = True
+            self._exchange.finish()
+        return self._exchange.all_finished()
 
     def _warning(self, codes: set[int]) -> int | None:
         """The scheduler's warning that all these exit codes tell of."""
@@ -291,7 +316,7 @@ class Agent(LocalElasticAgent):
         ]
         if exchange is not None and exchange.changes() and all(fate.cause > Cause.LOST for fate in fates):
             self._remaining_restarts += 1  # which torch takes: this is no failure
-            tell(_TAKEN_IN)
+            self._tell(_TAKEN_IN)
             return
         if self._watch.progressed:
             fates = [replace(fate, progressed=True) for fate in fates]
@@ -336,8 +361,9 @@ class Agent(LocalElasticAgent):
                           if fate is found else fate for fate in self.fates]  # fmt: skip
             return
         number = worker_group.spec.max_restarts - self._remaining_restarts + 1
-        print(self.told(), file=sys.stderr)
-        tell(f"starting again: restart {number} of {worker_group.spec.max_restarts}")
+        with self._signals.let_through():
+            say(self.told())
+        self._tell(f"starting again: restart {number} of {worker_group.spec.max_restarts}")
 
     def _settle(self) -> None:
         """Give the rank that failed first the time to end: a victim may be quicker."""
@@ -366,7 +392,7 @@ class Agent(LocalElasticAgent):
     def _keep_stacks(self, verdict: Verdict, ends: bool) -> None:
         if self._files.kept is not None and self._watch is not None:
             self._watch.keep_stacks(verdict, self._files.kept, ends)
-            tell(f"the stacks of all ranks are in {self._files.kept}")
+            self._tell(f"the stacks of all ranks are in {self._files.kept}")
 
     def told(self) -> str:
         """What the end of the output says."""
@@ -387,9 +413,15 @@ class Agent(LocalElasticAgent):
 
     def _warn(self) -> None:
         """Pass a scheduler's warning on to the ranks and to the other machines, and theirs to these ranks."""
-        warnings = set(self._signals.warnings)
-        if self._exchange is not None:
-            warnings.update(self._exchange.signals(self._signals.warnings))
-        for number in warnings - self._forwarded:
+        own = self._signals.take_warnings()
+        others = self._exchange.signals(own) if self._exchange is not None else []
+        # A scheduler may warn all machines: ranks get one of both.
+        mine = [number for number in own if number not in self._heard]
+        self._heard = self._heard - set(own) | set(others)
+        for number in dict.fromkeys([*mine, *others]):
             self._forwarded.add(number)
             send(self._pids(), number)
+
+    def _tell(self, line: str) -> None:
+        with self._signals.let_through():
+            tell(line)

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ _UNANSWERED_S = 60.0  # a machine that takes connections but does not answer
 _GONE_S = 3.0  # in a failure, a machine that does not even beat has gone
 _MEET_S = 30.0  # from the rendezvous to the first word of each machine
 _LEAVE_S = 3.0  # the store ends with the machine that holds it: the others read before
+_HURRY_S = 1.0  # to tell the others what is to be told, when a signal has come
 _NOTHING = "-"
 _BOARD = ("verdict", "failed", "changes", "signals", "beat")
 
@@ -44,7 +45,8 @@ class Exchange:
     """One round of a job: a new one begins with each start of the workers, under keys of its own.
 
     `patience_s`: for the other machines to end their ranks and tell how these ended. `waiting`: how many machines wait
-    to be taken in. `address`: of the store, where another machine may hold it.
+    to be taken in. `address`: of the store, where another machine may hold it. `patience`: gives whether to stop
+    waiting, since the user waits, when so many seconds are over.
 
     Raises:
         DistError: a machine has gone since the rendezvous.
@@ -59,10 +61,11 @@ class Exchange:
         patience_s: float,
         waiting: Callable[[], int],
         address: tuple[str, int],
+        patience: Callable[[float], Callable[[], bool]],
     ) -> None:
         self._store = PrefixStore("ddparity", store)
         self._node, self._nodes, self._patience_s = node, nodes, patience_s
-        self._count_waiting = waiting
+        self._count_waiting, self._patience = waiting, patience
         self._address = None if own.holds else address
         for key in _BOARD:
             self._store.compare_set(key, "", _NOTHING)
@@ -131,12 +134,15 @@ class Exchange:
     def changes(self) -> bool:
         return bool(self._board["changes"])
 
-    def signals(self, own: Collection[int]) -> list[int]:
-        """Pass on the warnings that came here, and hear of those that came to other machines."""
-        for number in set(own) - self._passed:
-            self._post(partial(append, self._store, "signals", f"{number} "))
-        self._passed |= set(own)
-        return [number for number in map(int, self._board["signals"].split()) if number not in self._passed]
+    def signals(self, own: Iterable[int]) -> list[int]:
+        """Pass on the warnings that came here, and hear of those that came to other machines; each one once."""
+        for number in own:
+            if number not in self._passed:
+                self._post(partial(append, self._store, "signals", f"{number} "))
+                self._passed.add(number)
+        heard = [number for number in map(int, self._board["signals"].split()) if number not in self._passed]
+        self._passed.update(heard)
+        return heard
 
     def finish(self) -> None:
         """Tell that all ranks of this machine have finished."""
@@ -159,7 +165,9 @@ class Exchange:
         """Say what is still to be said, and let go of the store, waiting for it only as long as it may take."""
         self._closed = True
         self._wake.set()
-        self._thread.join(SILENT_S if self.lost is None else 0)
+        deadline, hurry = time.monotonic() + SILENT_S, self._patience(_HURRY_S)
+        while self._thread.is_alive() and self.lost is None and time.monotonic() < deadline and not hurry():
+            self._thread.join(0.1)
 
     def _post(self, request: Callable[[], object]) -> None:
         self._outbox.append(request)
@@ -177,8 +185,8 @@ class Exchange:
 
         if self.lost is None:
             self._post(made)
-            deadline = time.monotonic() + timeout_s
-            while not done.wait(0.05) and self.lost is None and time.monotonic() < deadline:
+            deadline, hurry = time.monotonic() + timeout_s, self._patience(_HURRY_S)
+            while not done.wait(0.05) and self.lost is None and time.monotonic() < deadline and not hurry():
                 pass
 
     def _run(self) -> None:

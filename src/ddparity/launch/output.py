@@ -20,8 +20,13 @@ _ROTATION = 1 << 16  # bytes read at once
 
 def tell(line: str) -> None:
     """Say a line of the launcher's own, on standard error."""
-    with suppress(OSError, ValueError):  # the terminal has gone: the job goes on
-        print(f"ddparity: {line}", file=sys.stderr, flush=True)
+    say(f"ddparity: {line}")
+
+
+def say(text: str) -> None:
+    """On standard error. Where that has gone, the job goes on."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class RankFiles(LogsSpecs):

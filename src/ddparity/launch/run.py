@@ -36,7 +36,7 @@ from .cards import NodeCard, check_nodes, node_card
 from .fates import culprit, read_fate
 from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
-from .output import Inherited, RankFiles, tell
+from .output import Inherited, RankFiles, say, tell
 from .preflight import Place, check_rendezvous, explain
 from .signals import Signals, name_of
 from .threads import decide_threads
@@ -45,6 +45,7 @@ HANG_EXIT_CODE = 124  # as `timeout` gives it
 RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
 LOST_EXIT_CODE = 137  # a machine has gone: as if its ranks had been killed, which schedulers start again
 _LONGEST_PAUSE_S = 1.0  # between two looks, at which signals are answered, too
+_ENDING = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 _SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _LONGEST_FOLDER = 60  # of the 107 bytes that a unix socket's path may have
 
@@ -95,7 +96,7 @@ def _run(launch: Launch, place: Place) -> int:
         if (number := agent.stopped_by()) is not None:
             tell(f"all ranks stopped on {name_of(number)}")
             return 128 + number
-        print(agent.told(), file=sys.stderr)
+        say(agent.told())
         return HANG_EXIT_CODE if agent.verdict is not None else culprit(agent.fates).exit_code
 
 
@@ -123,12 +124,12 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any
     Example:
         results = launch(train, "config.toml", nproc=4)
     """
-    config = _alone(nproc).config
-    with _signals_passed_on(), _folder() as place:
+    config, signals = _alone(nproc).config, Signals()
+    with _passed_on(signals), _folder() as place:
         call = place / "call.pickle"
         call.write_bytes(pickle.dumps(sys.path) + _dumps((function, args)))
         command = (worker.__file__, str(os.getpid()), "--call", str(call))
-        with _agent(config, sys.executable, command, Habits(), Inherited) as agent:
+        with _agent(config, sys.executable, command, Habits(), Inherited, signals=signals) as agent:
             agent.run()
             if agent.fates:
                 raise _failure(agent, function)
@@ -148,13 +149,18 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 @contextmanager
-def _signals_passed_on() -> Iterator[None]:
+def _passed_on(signals: Signals) -> Iterator[None]:
     """A signal that ended the ranks is then the caller's, whose handlers are back: KeyboardInterrupt for Ctrl-C."""
+    interrupted = None
     try:
         yield
     except SignalException as error:
-        signal.raise_signal(error.sigval)
-        raise InterruptedError(f"all ranks were ended on {name_of(error.sigval)}") from error
+        interrupted = error
+    finally:
+        if signals.ending:
+            signal.raise_signal(signals.ending[0])
+    if interrupted is not None:
+        raise InterruptedError(f"all ranks were ended on {name_of(interrupted.sigval)}") from interrupted
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle gives no types
@@ -179,8 +185,9 @@ def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> l
     """
     # torch._dynamo: an optimizer imports it in its first step, in a second or two.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["ddparity", "torch._dynamo"])
-    config = _alone(nproc).config
-    with _signals_passed_on(), _agent(config, function, args, Habits(), Inherited, "forkserver") as agent:
+    config, signals = _alone(nproc).config, Signals()
+    ranks = _agent(config, function, args, Habits(), Inherited, "forkserver", signals=signals)
+    with _passed_on(signals), ranks as agent:
         result = agent.run()
         if result.is_failed():
             agent.fates = [
@@ -232,27 +239,29 @@ def _agent(
     start_method: str = "spawn",
     variables: dict[str, str] | None = None,
     card: NodeCard | None = None,
+    signals: Signals | None = None,
 ) -> Iterator[Agent]:
     """torch's agent for this configuration; what it needs around it is put back at the end.
 
     `variables`: for the ranks, of a command. `card`: what the machines of a job compare when they have met.
     """
-    before, signals = dict(os.environ), Signals()
+    before, signals = dict(os.environ), signals or Signals()
+    ending = getattr(config, "signals_to_handle", _ENDING)  # earlier versions have no such choice
     levels = _silence("torch.distributed.elastic")  # its 30 lines say less than our one
     threads, line = decide_threads(config.nproc_per_node)
     os.environ.update(threads)
     if line is not None and variables is not None:
-        print(line, file=sys.stderr)
+        say(line)
     os.environ.update(variables or {})
     os.environ.setdefault(FLIGHT_VARIABLE, FLIGHT_ENTRIES)
     os.environ[_SIGNALS_VARIABLE] = ""  # the handlers that torch's agent sets may raise while a rank is started
     try:
-        with _folder() as folder, signals.handled(config.signals_to_handle):
+        with _folder() as folder, signals.handled(ending):
             spec = _spec(config, entrypoint, args)
             if card is not None:
                 check_nodes(spec.rdzv_handler, card)
             kept = files(folder)
-            kept.variables[_SIGNALS_VARIABLE] = before.get(_SIGNALS_VARIABLE, config.signals_to_handle)
+            kept.variables[_SIGNALS_VARIABLE] = before.get(_SIGNALS_VARIABLE, ending)
             agent = Agent(spec, kept, habits, signals, start_method)
             try:
                 yield agent

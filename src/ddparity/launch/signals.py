@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 _WARNINGS = ("SIGUSR1", "SIGUSR2")
 _STATUS = "SIGQUIT"
+_APART_S = 0.5  # `timeout` sends a signal to its child and to its group: that is one
 
 
 def name_of(number: int) -> str:
@@ -28,15 +30,15 @@ class Signals:
     An exception from a handler may come between the start of a rank and the moment when its process id is kept, so
     that nobody would end that rank. While `raising` is False, a signal is therefore only kept, for `check`.
 
-    `ending`: those that end the job, in the order they came. `warnings`: a scheduler's, which the ranks get. `asked`:
-    SIGQUIT has asked for the state.
+    `ending`: those that end the job, in the order they came. `asked`: SIGQUIT has asked for the state.
     """
 
     def __init__(self) -> None:
         self.ending: list[int] = []
-        self.warnings: set[int] = set()
         self.asked = False
         self.raising = True
+        self._times: list[float] = []  # of those in `ending`
+        self._warnings: list[int] = []
         self._own: dict[int, Any] = {}
 
     @contextmanager
@@ -45,9 +47,11 @@ class Signals:
         chosen = [name.strip() for name in names.split(",")]
         for name in dict.fromkeys([*chosen, *_WARNINGS, _STATUS]):
             number = getattr(signal, name, None)
-            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
+            if number is None:
                 continue
             self._own[number] = self._ask if name == _STATUS else self._end if name in chosen else self._warn
+            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                self._own[number] = signal.SIG_IGN  # nohup
         before = {number: signal.getsignal(number) for number in self._own}
         try:
             self._install()
@@ -79,13 +83,37 @@ class Signals:
             number = self.ending[0]
             raise SignalException(f"the launcher got {name_of(number)}", signal.Signals(number))
 
+    @contextmanager
+    def let_through(self) -> Iterator[None]:
+        """While something may block, such as a full pipe: a signal ends that."""
+        before, self.raising = self.raising, True
+        try:
+            yield
+        finally:
+            self.raising = before
+
+    def repeated(self) -> bool:
+        """Whether a second signal says that it shall end at once."""
+        return bool(self._times) and self._times[-1] - self._times[0] > _APART_S
+
+    def patience(self, seconds: float) -> Callable[[], bool]:
+        """Whether to stop waiting, to be asked again and again: a signal has come, and `seconds` from now are over."""
+        start = time.monotonic()
+        return lambda: bool(self.ending) and (self.repeated() or time.monotonic() - start > seconds)
+
+    def take_warnings(self) -> list[int]:
+        """A scheduler's warnings, for the ranks, that have come since it was asked last."""
+        taken, self._warnings = self._warnings, []
+        return taken
+
     def _end(self, number: int, frame: object) -> None:
         self.ending.append(number)
+        self._times.append(time.monotonic())
         if self.raising:
             self.check()
 
     def _warn(self, number: int, frame: object) -> None:
-        self.warnings.add(number)
+        self._warnings.append(number)
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True  # answered at the next look
