@@ -105,7 +105,7 @@ def _one(output: Any, batch: Any) -> int:
 
 
 def _of_different_kinds() -> None:
-    dp.predict(lambda x: x, Sharded() if dist.get_rank() else torch.arange(8), 2)
+    dp.predict(lambda x: x, Sharded() if dist.get_rank() else torch.arange(8), 2, metric=_one)
 
 
 @pytest.mark.parametrize("options", [{}, {"to": "all"}, {"metric": _one}, {"num_workers": 1}])
