@@ -230,6 +230,45 @@ class Together(Numbers):
         return torch.tensor(indices) * random.choice([1])
 
 
+class Loses(Numbers):
+    """Gives three samples of four from index 4 on."""
+
+    def __init__(self, length: int, kind: str) -> None:
+        super().__init__(length)
+        self.kind = kind
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        found = [float(i) for i in indices if i != 5]
+        return {"list": list, "tensor": torch.tensor, "array": np.array}[self.kind](found)
+
+
+def _loses(kind: str, num_workers: int, metric: Any) -> None:
+    options: dict[str, Any] = {} if kind == "list" else {"collate_fn": torch.as_tensor}
+    dp.predict(lambda x: x, Loses(8, kind), 4, metric=metric, num_workers=num_workers, **options)
+
+
+@pytest.mark.parametrize(("kind", "num_workers"), [("list", 0), ("list", 1), ("tensor", 0), ("array", 0)])
+def test_samples_that_a_data_set_loses_are_refused(kind: str, num_workers: int) -> None:
+    for metric in (None, _mean):
+        for outcome in outcomes(_loses, 2, kind, num_workers, metric):
+            said = "SampleError: the data set's __getitems__ gave 3 samples for the 4 indices [4, 5, 6, 7]"
+            assert said in outcome.error and outcome.seconds < 10
+
+
+def _mean(output: torch.Tensor, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return output.sum(), len(output)
+
+
+class Columns(Together):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return {"x": torch.tensor(indices), "y": -torch.tensor(indices)}
+
+
+def test_a_data_set_may_give_a_whole_batch() -> None:
+    found = dp.predict(lambda batch: batch["x"] - batch["y"], Columns(7), 3, collate_fn=lambda batch: batch)
+    assert found.tolist() == list(range(0, 14, 2))
+
+
 def _ends(samples: Any) -> Any:
     raise StopIteration
 

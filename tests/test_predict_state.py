@@ -91,6 +91,97 @@ def test_changes_without_a_trace_are_undone() -> None:
     model(torch.ones(4, 2, requires_grad=True)).sum().backward()
 
 
+LAYOUTS: dict[str, Any] = {
+    "coo": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr(),
+    "csc": lambda x: x.to_sparse_csc(),
+    "bsr": lambda x: x.to_sparse_bsr((2, 2)),
+    "bsc": lambda x: x.to_sparse_bsc((2, 2)),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+}
+
+
+class OfLayout(nn.Module):
+    """Changes a buffer in place."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.register_buffer("kept", LAYOUTS[layout](torch.eye(4)))
+        self.register_buffer("changed", LAYOUTS[layout](torch.eye(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.changed.copy_(LAYOUTS[layout_of(self.changed)](2 * torch.eye(4)))
+        return x
+
+
+def layout_of(tensor: torch.Tensor) -> str:
+    if tensor.dtype is torch.float8_e4m3fn:
+        return "float8"
+    return str(tensor.layout).removeprefix("torch.").removeprefix("sparse_").removeprefix("_")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta state:UserWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_buffers_of_any_layout_are_as_before(layout: str) -> None:
+    model = OfLayout(layout)
+    kept, changed, version = model.kept, model.changed, model.kept._version
+    dp.predict(model, torch.ones(4, 2), 2)
+    assert model.kept is kept and model.changed is changed and kept._version == version
+    for buffer in (kept, changed):
+        dense = buffer.float() if layout == "float8" else buffer.to_dense()
+        assert torch.equal(dense, torch.eye(4))
+
+
+class Keeps(nn.Module):
+    """Caches in a container of its own what a training would want, beside what it counts."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(2, 2)
+        self.first = torch.ones(2)
+        self.named: dict[Any, Any] = {"first": self.first, "sizes": 0}
+        self.row: list[Any] = [self.first, None]
+        self.pair: Any = None
+        self.sizes: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(x))
+        self.named["sizes"] += len(x)
+        if self.how == "dict":
+            self.named["first"] = self.named.get("cache", self.named["first"]) * 1
+            mask = self.named.setdefault("cache", torch.ones(2))
+        elif self.how == "list":
+            self.row[1] = self.row[1] if self.row[1] is not None else torch.ones(2)
+            mask = self.row[1]
+        elif self.how == "window":
+            if not self.row[-1:] or self.row[-1] is None or not self.row[-1].is_inference():
+                self.row.pop(0)
+                self.row.append(torch.ones(2))
+            mask = self.row[-1]
+        elif self.how == "tuple":
+            self.pair = self.pair or (torch.ones(2), 1)
+            mask = self.pair[0]
+        elif self.how == "keys and values":
+            mask, _ = self.named.setdefault("cache", (torch.ones(2), 1))
+        else:  # another dict
+            self.named = {**self.named, "cache": self.named.get("cache", torch.ones(2))}
+            mask = self.named["cache"]
+        return self.layer(x) * mask
+
+
+@pytest.mark.parametrize("how", ["dict", "list", "window", "tuple", "keys and values", "new"])
+def test_what_a_container_caches_is_forgotten(how: str) -> None:
+    model = Keeps(how)
+    named, row = model.named, model.row
+    dp.predict(model, torch.ones(4, 2), 2)
+    assert model.named is named and model.row is row and model.pair is None
+    assert set(named) == {"first", "sizes"} and named["first"] is model.first
+    assert len(row) == 2 and row[0] is model.first and row[1] is None
+    assert model.sizes == [2, 2] and named["sizes"] == (2 if how == "new" else 4)  # no tensors: they stay
+    model(torch.ones(4, 2)).sum().backward()
+
+
 class Merges(nn.Module):
     """As layers with low-rank adapters: merged into the weight in eval mode."""
 

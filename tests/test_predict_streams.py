@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
 import ddparity as dp
@@ -81,6 +83,43 @@ def _model_fails() -> None:
 def test_a_model_that_fails_names_the_shard() -> None:
     for outcome in outcomes(_model_fails, 2):
         assert "the model failed for the samples 2 to 3 of shard 3: ZeroDivisionError" in outcome.error
+
+
+class Differs(Sharded):
+    """Has another number of shards on each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_shards = len(SIZES) - dist.get_rank()
+
+    def shard(self, num_shards: int, index: int) -> Sharded:
+        return super().shard(len(SIZES), index)
+
+
+def _of_different_numbers(options: dict[str, Any]) -> None:
+    dp.predict(_model, Differs(), 2, **options)
+
+
+def _one(output: Any, batch: Any) -> int:
+    return 1
+
+
+def _of_different_kinds() -> None:
+    dp.predict(lambda x: x, Sharded() if dist.get_rank() else torch.arange(8), 2, metric=_one)
+
+
+@pytest.mark.parametrize("options", [{}, {"to": "all"}, {"metric": _one}, {"num_workers": 1}])
+def test_numbers_of_shards_that_differ_are_refused_on_every_rank(options: dict[str, Any]) -> None:
+    ended = outcomes(_of_different_numbers, 2, options)
+    for outcome in ended:
+        assert re.search("the data set's num_shards differs between ranks: [45] on rank [01], [45] on", outcome.error)
+        assert outcome.seconds < 10
+
+
+def test_a_stream_on_one_rank_alone_is_refused() -> None:
+    for outcome in outcomes(_of_different_kinds, 2):
+        assert "the data set's length differs between ranks" in outcome.error
+        assert outcome.seconds < 10
 
 
 class Endless(IterableDataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
@@ -41,9 +42,16 @@ class KeyedDataset:
         together = getattr(self.dataset, "__getitems__", None)
         if together is not None:
             try:
-                return together(list(fetch))  # type: ignore[no-any-return]
+                given = together(list(fetch))
             except Exception as error:
                 raise SampleError(_message(f"one of the indices {list(fetch)}", error)) from error
+            # Of what may be a whole batch, as a dict of columns, the number of samples is not known.
+            if isinstance(given, (list, torch.Tensor, np.ndarray)) and len(given) != len(fetch):
+                raise SampleError(
+                    f"the data set's __getitems__ gave {len(given)} samples for the {len(fetch)} indices "
+                    f"{list(fetch)}: it must give one for each, in their order"
+                )
+            return given  # type: ignore[no-any-return]
         dataset, items, index = self.dataset, [], None
         try:
             for index in fetch:

@@ -13,8 +13,9 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -84,11 +85,16 @@ class Meeting:
             failure.add_note(f"On rank {rank}:\n{text}")
         raise failure
 
-    def all_same(self, values: dict[str, object]) -> None:
-        """As `same`, of several values in one request: words and numbers, of the same names on every rank."""
+    def all_same(self, values: dict[str, object], said: Mapping[str, Callable[[Any], str]] | None = None) -> None:
+        """As `same`, of several values in one request: words and numbers, of the same names on every rank.
+
+        `said`: what to say instead where the value of that name differs, given the other rank's.
+        """
         text = json.dumps(values, default=str)
         theirs = json.loads(self.first_said("same", text))
         for name, value in json.loads(text).items():
+            if theirs[name] != value and said is not None and name in said:
+                raise ValueError(said[name](theirs[name]))
             if theirs[name] != value:
                 raise ValueError(
                     f"{name} differs between ranks: {value!r} on rank {self._rank}, {theirs[name]!r} on another"

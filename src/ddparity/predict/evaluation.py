@@ -12,8 +12,11 @@ from torch.nn.parameter import is_lazy
 
 from ..replicate import unwrapped
 from ..seeds import kept_streams
+from .contents import is_same, put_back
 
 Model = nn.Module | Callable[[Any], Any]
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def callable_of(model: Model, inputs: Callable[[Any], Any] | None) -> tuple[Callable[[Any], Any], torch.device | None]:
@@ -42,7 +45,7 @@ def evaluating(model: Model) -> Iterator[None]:
             f"predict() got a model with a {lazy[0]} that has not seen its input: run one batch through it before"
         )
     modes = [(module, module.training) for module in modules]
-    before = [(module, dict(vars(module)), dict(module._buffers), set(_not_saved(module))) for module in modules]
+    before = [(module, _Attributes(module), dict(module._buffers), set(_not_saved(module))) for module in modules]
     copies = {id(one): (one, one.clone()) for _, _, named, _ in before for one in named.values() if one is not None}
     try:
         with kept_streams(), torch.inference_mode():
@@ -60,9 +63,12 @@ def evaluating(model: Model) -> Iterator[None]:
             module._buffers.update(named)
             _not_saved(module).clear()
             _not_saved(module).update(not_saved)
-            _forget_inference_tensors(module, attributes)
-        for buffer, copy in copies.values():
-            _restore(buffer, copy)
+            attributes.forget_inference_tensors()
+        for buffer, kept in copies.values():
+            # By content: `.data` and NumPy write without a trace. Only where it differs: a backward may still want it
+            # as it is.
+            if not is_same(buffer, kept):
+                put_back(buffer, kept)
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -74,19 +80,45 @@ def _not_saved(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
-def _forget_inference_tensors(module: nn.Module, before: dict[str, Any]) -> None:
-    """What a module has cached in inference mode as an attribute cannot take part in a training."""
-    for name, value in list(vars(module).items()):
-        if isinstance(value, torch.Tensor) and value.is_inference() and value is not before.get(name):
+class _Attributes:
+    """What a module holds, to undo what it caches in inference mode, which cannot take part in a training.
+
+    That is a tensor, or a dict, list or tuple of some, as an attribute or in a dict or list that is one. Whatever else
+    it keeps there, as a count or the names of what it has seen, stays.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._before = module, _own(module)
+        self._dicts = [(value, dict(value)) for value in self._before.values() if isinstance(value, dict)]
+        self._lists = [(value, list(value)) for value in self._before.values() if isinstance(value, list)]
+
+    def forget_inference_tensors(self) -> None:
+        for named, entries in self._dicts:
+            _forget(named, entries, named)
+        for row, items in self._lists:
+            if any(_is_new(item, items) for item in row):
+                row[:] = items  # places may have moved, as in a window
+        _forget(vars(self._module), self._before, _own(self._module))
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes but for those that every module has."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def _forget(values: dict[Any, Any], before: dict[Any, Any], looked_at: dict[Any, Any]) -> None:
+    for name, value in list(looked_at.items()):
+        if value is not before.get(name) and _holds_inference_tensors(value):
             if name in before:
-                vars(module)[name] = before[name]
+                values[name] = before[name]
             else:
-                del vars(module)[name]
+                del values[name]
 
 
-def _restore(buffer: torch.Tensor, copy: torch.Tensor) -> None:
-    # By content: `.data` and NumPy write without a trace. Only where it differs: a backward may still want it as it is.
-    same = buffer.shape == copy.shape and bool(((buffer == copy) | ((buffer != buffer) & (copy != copy))).all())
-    if not same:
-        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-            buffer.resize_(copy.shape).copy_(copy)
+def _is_new(item: Any, before: list[Any]) -> bool:
+    return _holds_inference_tensors(item) and not any(item is one for one in before)
+
+
+def _holds_inference_tensors(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(item, torch.Tensor) and item.is_inference() for item in items)

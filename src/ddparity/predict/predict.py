@@ -26,6 +26,7 @@ from .evaluation import Model, callable_of, evaluating
 from .identity import identity, identity_of_dataset
 from .metrics import Metric
 from .outputs import Schema
+from .replicas import Replica
 from .source import Balance, Batches, Source, assigned, check_balance, cut
 from .streams import Shards, is_stream
 
@@ -98,8 +99,9 @@ def predict(
     of `gather` for a metric, or none for a directory.
 
     Raises:
-        TypeError, ValueError: a bad argument; an output without one row a sample; a batch whose output has another
-            structure than the first one's; a directory that holds something else.
+        TypeError, ValueError: a bad argument, or one that differs between ranks; parameters, or buffers that are saved,
+            that differ between ranks; an output without one row a sample; a batch whose output has another structure
+            than the first one's; a directory that holds something else.
         DDParityError: the model failed; names the data-set indices of the batch. SampleError: the data set did.
         RankFailure: on every other rank, where one failed.
 
@@ -226,7 +228,9 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
                 }
                 own |= {"metric": kind, "rows_per_file": given.rows_per_file}
                 named: dict[str, object] = {f"predict's {name}": value for name, value in own.items()}
-                meeting.all_same({"the data set's length": source.length, **named})
+                named |= {"the data set's length": source.length, "the data set's num_shards": source.shards}
+                replica = Replica(given.model)
+                meeting.all_same({**named, "the model": replica.text}, {"the model": replica.difference})
             call, device = callable_of(given.model, given.inputs)
             path, chunks = given.directory(), cut(len(source), world_size, balance)
             sink: Sink

@@ -23,11 +23,13 @@ _DECIDED = ("shuffle", "sampler", "batch_sampler", "drop_last", "in_order")
 class Source(Protocol):
     """What `Batches` and `Shards` are to the rest: `len` things that ranks share out, run as batches of samples.
 
-    `length`: samples; None: known when all have been run.
+    `length`: samples; None: known when all have been run. `shards`: of the data set; None: it has none.
     """
 
     @property
     def length(self) -> int | None: ...
+    @property
+    def shards(self) -> int | None: ...
     def __len__(self) -> int: ...
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]: ...
     def seed(self, samples: range) -> int: ...
@@ -40,6 +42,8 @@ class Batches:
 
     `length`: samples. `__len__`: batches, of all ranks.
     """
+
+    shards = None
 
     def __init__(
         self,

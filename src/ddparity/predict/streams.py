@@ -55,20 +55,20 @@ class Shards:
         dataloader_options: dict[str, Any],
     ) -> None:
         self.dataset = dataset
-        self._count = int(_shards_of(dataset))
+        self.shards = int(_shards_of(dataset))
         self._key = derive(seed, "predict")
         joined = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         options = (checked_batch_size(batch_size), self._key, collate_fn or default_collate)
         self._dataloader: DataLoader[Any] = DataLoader(
-            _Stream(dataset, self._count, share(self._count, rank, world_size), *options),
+            _Stream(dataset, self.shards, share(self.shards, rank, world_size), *options),
             batch_size=None,
             num_workers=num_workers,
             **loader_options(num_workers, dataloader_options),
         )
 
     def __len__(self) -> int:
-        return self._count
+        return self.shards
 
     def seed(self, samples: range) -> int:
         return _seed(self._key, samples.start)
@@ -88,7 +88,7 @@ class Shards:
         mine = Counter[int]()
         for samples in ran:
             mine[samples.start // _SHARD_SAMPLES] += len(samples)
-        sizes = [0] * self._count
+        sizes = [0] * self.shards
         for theirs in exchange(sorted(mine.items())):
             for shard, size in theirs:
                 sizes[shard] += size
