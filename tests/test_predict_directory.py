@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 import ddparity as dp
+from ddparity.predict import directory
 from ddparity.predict.content import Contents
 from ddparity.predict.identity import identity, identity_of_dataset
 from tests import test_predict_directory as directory_tests
@@ -538,3 +539,77 @@ def test_files_have_a_size_of_their_own(tmp_path: Path) -> None:
     assert json.loads((path / "_run.json").read_text())["run"]["rows_per_file"] == 8
     with pytest.raises(ValueError, match="a run that resumes does not see all outputs"):
         dp.predict(lambda x: x, torch.arange(4), 2, tmp_path / "two", metric=lambda o, b: 1)
+
+
+def _to(path: str) -> None:
+    dp.predict(_model, torch.arange(LENGTH), 3, path)
+
+
+@pytest.mark.parametrize("below", ["", "/in/side"])
+def test_a_file_in_the_way_is_known_to_all(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.parquet"
+    file.write_text("of somebody")
+    for outcome in outcomes(_to, 2, f"{file}{below}"):
+        assert "ValueError" in outcome.error and f"{file} is a file, and outputs go to a directory" in outcome.error
+        assert "give one that is empty or new" in outcome.error
+        assert outcome.seconds < 10
+    assert file.read_text() == "of somebody"
+
+
+def _lists(batch: list[Any]) -> torch.Tensor:
+    return torch.stack(batch)
+
+
+def _negated(batch: list[Any]) -> torch.Tensor:
+    return -torch.stack(batch)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({}, {"collate_fn": _lists}, "its collate_fn is None, and here it is _lists"),
+        ({"collate_fn": _lists}, {"collate_fn": _negated}, "its collate_fn is _lists"),
+        ({"collate_fn": _lists}, {}, "and here it is None"),
+        ({}, {"schema": pa.schema([("noise", pa.float64())])}, "its schema is None, and here it is noise: double"),
+        ({"schema": pa.schema([("noise", pa.float64())])}, {"schema": None}, "its schema is noise: double"),
+    ],
+)
+def test_other_options_are_another_run(before: Any, now: Any, named: str, tmp_path: Path) -> None:
+    _writes(str(tmp_path), **before)
+    whole = _digests(tmp_path)
+    with pytest.raises(ValueError, match=f"holds the results of another run: .*{named}"):
+        _writes(str(tmp_path), **now)
+    assert _digests(tmp_path) == whole
+    _writes(str(tmp_path), **before)
+
+
+def _kept_little(path: str) -> int:
+    """Batches of 48 KB, of which a rank may hold 100 KB; gives how much it held."""
+    held = [0]
+    copied = directory._copied
+
+    def counted(table: pa.Table) -> pa.Table:
+        held[0] = max(held[0], table.nbytes)
+        return copied(table)
+
+    with mock.patch.multiple(directory, _ROW_GROUP_BYTES=100_000, _copied=counted):
+        dp.predict(_wide, torch.arange(96), 4, path, rows_per_file=48)
+    return held[0]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x[:, None].float().expand(-1, 3_000).contiguous()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_go_to_disk_as_they_come(world_size: int, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    batch = max(run_ranks(_kept_little, world_size, str(path)))
+    for file in sorted(path.glob("part-*")):
+        metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        assert sum(group.num_rows for group in groups) == 48
+        # A group is written with the batch that reaches the limit.
+        assert max(group.num_rows for group in groups) * batch / 4 < 100_000 + batch
+        assert len(groups) == 4
+    assert torch.equal(dp.read_predictions(path), _wide(torch.arange(96)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import SampleError
 from ..replicate import unwrapped
 from ..seeds import kept_streams, seed_streams
 from .content import Contents
@@ -28,14 +29,25 @@ def identity(value: Any) -> str | None:
 
 
 def identity_of_dataset(dataset: Any, length: int) -> str:
-    """The type, the length, and the content of the first, the middle and the last sample."""
+    """The type, the length, and the content of the first, the middle and the last sample.
+
+    Raises:
+        SampleError: the data set did not give one of them.
+    """
     contents, digests = Contents(), []
     with kept_streams():
         for number in sorted({0, length // 2, length - 1} if length else ()):
             seed_streams(number)  # augmentation draws the same again
-            digests.append(contents.digest(dataset[number]))
+            digests.append(contents.digest(_sample(dataset, number)))
     whole = _sealed(contents, contents.digest(digests))
     return f"{type(dataset).__qualname__} of {length} samples {whole}"
+
+
+def _sample(dataset: Any, number: int) -> Any:
+    try:
+        return dataset[number]
+    except Exception as error:
+        raise SampleError(f"the data set failed for index {number}: {type(error).__name__}: {error}") from error
 
 
 def _sealed(contents: Contents, digest: str) -> str:
