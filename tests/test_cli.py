@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import ddparity as dp
@@ -180,6 +184,174 @@ def test_a_task_may_be_a_subclass(folder: Path) -> None:
     assert isinstance(task, dp.Task)
     assert task.epochs == 3
     assert task.plan(10).steps_per_epoch == 3
+
+
+WITH_METRIC = ONE.replace("**parts)", "metric=lambda outputs, dataset: outputs.mean(), **parts)")
+SUMS = ONE.replace("**parts)", "sums=lambda output, batch: output.sum(), **parts)")
+
+
+def _checkpoint(source: str = ONE) -> None:
+    """Of the Task in `t.py`, as a training would write it."""
+    Path("t.py").write_text(source)
+    dp.save_checkpoint("good", model=load_task("t.py").model())
+
+
+def _bad() -> None:
+    Path("good").write_bytes(Path("good").read_bytes()[:-3])
+
+
+def _of_another_model() -> None:
+    dp.save_checkpoint("good", model=torch.nn.Linear(7, 7))
+
+
+def _of_another_run() -> None:
+    dp.predict(torch.nn.Linear(2, 1), torch.ones(10, 2), 2, "out")
+
+
+def _occupied() -> None:
+    Path("out").mkdir()
+    Path("out/thesis.tex").touch()
+
+
+REFUSED = [
+    (_bad, "good is no whole checkpoint: Error while deserializing header"),
+    (_of_another_model, "good does not fit model, a Linear: RuntimeError: Error(s) in loading state_dict"),
+    (_of_another_run, "out holds the results of another run: its model is Linear"),
+    (_occupied, "out holds thesis.tex, which is no result of predict(): give a directory that is empty or new"),
+    (Path("out").touch, "predict(to='out'): out is a file, and outputs go to a directory"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "message"), REFUSED, ids=[message[:25] for _, message in REFUSED])
+def test_a_prediction_that_cannot_be_is_one_line(folder: Path, prepare: Callable[[], None], message: str) -> None:
+    _checkpoint()
+    prepare()
+    result = CliRunner().invoke(app, ["predict", "t.py", "--nproc", "1", "--checkpoint", "good", "--to", "out"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("ddparity: ") and message in line
+
+
+@pytest.mark.parametrize("prepare", [_bad, _of_another_run])
+def test_nor_do_several_processes_show_a_traceback(folder: Path, prepare: Callable[[], None]) -> None:
+    _checkpoint()
+    prepare()
+    done = _predict("--nproc", "2", "--to", "out")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(line.startswith("ddparity: ") for line in done.stderr.splitlines())
+    assert "good is no whole checkpoint" in done.stderr or "out holds the results of another run" in done.stderr
+
+
+def _predict(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ddparity", "predict", "t.py", "--checkpoint", "good", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_tasks_own_error_keeps_its_traceback(folder: Path) -> None:
+    _checkpoint(ONE.replace("torch.ones(10, 2)", "Broken()") + BROKEN)
+    done = _predict("--nproc", "1", "--to", "out")
+    assert done.returncode == 1
+    assert "SampleError: the data set failed for index 0: ValueError: no such image" in done.stderr
+    assert "in __getitem__" in done.stderr
+
+
+BROKEN = """
+class Broken:
+    def __len__(self): return 10
+    def __getitem__(self, index): raise ValueError("no such image")
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        (ONE, "--metric", "--metric: t.py has no metric"),
+        (ONE, "--metric --to out", "--metric: t.py has no metric"),
+        (SUMS, "--metric --to out", "--metric: t.py has no metric of outputs"),
+    ],
+)
+def test_a_metric_that_a_task_does_not_have_is_refused(folder: Path, source: str, arguments: str, message: str) -> None:
+    _checkpoint(source)
+    result = CliRunner().invoke(app, f"predict t.py --nproc 1 --checkpoint good {arguments}".split())
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"ddparity: {message}\n")
+    assert not Path("out").exists()
+
+
+INTERRUPTED = (
+    WITH_METRIC.replace("nn.Linear(2, 1)", "Net()", 1)
+    .replace(
+        "def loss",
+        """class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 1)
+
+    def forward(self, x):
+        import os, pathlib
+        if not pathlib.Path("repaired").exists() and x[0, 0] == 8:
+            os._exit(9)
+        return super().forward(x)
+
+def loss""",
+    )
+    .replace("torch.ones(10, 2)", "torch.arange(20.0).reshape(10, 2)")
+)
+
+
+def test_the_same_command_completes_a_prediction(folder: Path) -> None:
+    """Batches of 2 samples, a file each; the process that comes to that of sample 4 ends without a word."""
+    _checkpoint(INTERRUPTED)
+    assert _predict("--nproc", "1", "--to", "out").returncode == 9
+    before = {file.name: file.stat().st_mtime_ns for file in Path("out").glob("part-*")}
+    assert sorted(before) == ["part-000000000000.parquet", "part-000000000002.parquet"]
+    Path("repaired").touch()
+    done = _predict("--nproc", "2", "--to", "out", "--metric")
+    assert done.returncode == 0, done.stderr
+    after = {file.name: file.stat().st_mtime_ns for file in Path("out").glob("part-*")}
+    assert len(after) == 5 and after.items() > before.items()
+    task, model = load_task("t.py"), load_task("t.py").model()
+    dp.load_checkpoint("good", model=model)
+    expected = dp.predict(model, task.dataset("test"), 2)
+    assert torch.equal(dp.read_predictions("out"), expected)
+    assert f"{expected.mean().item():.6g}" in done.stdout
+
+
+SLOW = ONE.replace("nn.Linear(2, 1)", "Net()", 1).replace(
+    "def loss",
+    """class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 1)
+
+    def forward(self, x):
+        import threading
+        print("running", flush=True)
+        threading.Event().wait(600)
+
+def loss""",
+)
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_ctrl_c_ends_a_prediction(folder: Path, nproc: str) -> None:
+    _checkpoint(SLOW)
+    command = [sys.executable, "-m", "ddparity", "predict", "t.py", "--checkpoint", "good", "--nproc", nproc]
+    with subprocess.Popen(
+        [*command, "--to", "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            while "running" not in (line := process.stdout.readline()):
+                assert line, process.communicate(timeout=60)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 130
+    assert "Traceback" not in err and "KeyboardInterrupt" not in err
+    assert err.splitlines()[-1].startswith("ddparity: ")
+    assert not list(Path("out").glob("*part-*")), "half a file"
 
 
 FAILS = ONE.replace("def loss(model, data):\n", "def loss(model, data):\n    import os, signal\n    {fault}\n")

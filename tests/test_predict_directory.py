@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import os
+import random
+import re
+import sys
+import threading
+import types
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -19,7 +27,10 @@ import torch
 from torch import nn
 
 import ddparity as dp
+from ddparity.predict import directory
+from ddparity.predict.content import Contents
 from ddparity.predict.identity import identity, identity_of_dataset
+from tests import test_predict_directory as directory_tests
 from tests.ranks import free_port, kill_self, outcomes, run_ranks, torchrun_env
 
 LENGTH = 53
@@ -212,11 +223,74 @@ def _closure(factor: Any) -> Any:
     return lambda x: x * factor
 
 
+class Holds(nn.Module):
+    """Anything, as an attribute."""
+
+    def __init__(self, held: Any, hook: Any = None) -> None:
+        super().__init__()
+        self.held = held
+        if hook is not None:
+            self.register_forward_hook(hook)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: Any) -> None:
+        self.factor = factor
+
+
+class Labels(list):  # type: ignore[type-arg]
+    factor = 0
+
+
+def _ring(factor: Any) -> list[Any]:
+    ring: list[Any] = [factor]
+    ring.append({"around": ring})
+    return ring
+
+
+def _edited(source: str) -> Any:
+    """A module of the user's class, as a file says at one time and at another."""
+    names: dict[str, Any] = {"nn": nn, "__name__": "__main__"}
+    exec(f"class Net(nn.Module):\n    {source}", names)
+    return names["Net"]()
+
+
 FACTOR = 2.0
+SETTINGS: dict[str, Any] = {"factor": 2.0}
+NET: Any = None
 
 
 def _of_a_global(x: torch.Tensor) -> torch.Tensor:
     return x * FACTOR
+
+
+def _in_a_lambda(x: torch.Tensor) -> Any:
+    return (lambda y: y * FACTOR)(x)
+
+
+def _in_a_generator(x: torch.Tensor) -> Any:
+    return list(NET(y) for y in x)  # noqa: C400
+
+
+def _in_a_comprehension(x: torch.Tensor) -> Any:
+    return [NET(y) for y in x]
+
+
+def _of_settings(x: torch.Tensor) -> Any:
+    return x * SETTINGS["factor"]
+
+
+def _of_another_function(x: torch.Tensor) -> Any:
+    return _of_a_global(x)
+
+
+def _of_a_module(x: torch.Tensor) -> Any:
+    return directory_tests.FACTOR * x
 
 
 LINEAR = nn.Linear(1, 1)
@@ -235,6 +309,42 @@ LINEAR = nn.Linear(1, 1)
         (Callable(2).__call__, Callable(100).__call__),
         (WithAttribute(2), WithAttribute(100)),
         (nn.Sequential(LINEAR, nn.ReLU()), nn.Sequential(LINEAR, nn.Tanh())),
+        *[
+            (Holds(make(2)), Holds(make(100)))
+            for make in (
+                lambda n: {"a": n},
+                lambda n: {n: "a"},
+                lambda n: [[n]],
+                lambda n: (1, (n,)),
+                lambda n: {1, n},
+                lambda n: frozenset([(1, n)]),
+                lambda n: [{"a": {n, "b"}}],
+                lambda n: Found([n], None),
+                lambda n: Callable(Callable(n)),
+                lambda n: Slotted(n),
+                lambda n: {Slotted(n)},
+                lambda n: collections.deque([n]),
+                lambda n: collections.OrderedDict(a=n),
+                lambda n: types.MappingProxyType({"a": n}),
+                lambda n: Labels([n]),
+                lambda n: re.compile(str(n)),
+                lambda n: random.Random(n),
+                lambda n: np.array([n, None], dtype=object),
+                lambda n: lambda x: x * n,
+                lambda n: functools.cache(_closure(n)),
+                lambda n: functools.partial(_times, factor=n),
+                lambda n: nn.init.zeros_ if n == 2 else nn.init.ones_,
+                lambda n: nn.ReLU if n == 2 else nn.Tanh,
+                lambda n: [nn.Linear(1, n)],
+                lambda n: _ring(n),
+                lambda n: [_ring(1), n],
+            )
+        ],
+        (Holds([1, [2]]), Holds([1, 2, []])),
+        (Holds(["a", "b"]), Holds(["a\nstr\n'b'"])),
+        (Holds(0, lambda module, x, y: y * 2), Holds(0, lambda module, x, y: y * 3)),
+        (_edited("def forward(self, x): return x"), _edited("def forward(self, x): return -x")),
+        (_edited("factor = 2"), _edited("factor = 3")),
     ],
 )
 def test_models_that_compute_something_else_have_another_identity(one: Any, other: Any) -> None:
@@ -242,15 +352,85 @@ def test_models_that_compute_something_else_have_another_identity(one: Any, othe
     assert identity(one) == identity(one)
 
 
-def test_a_function_is_known_by_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = identity(_of_a_global)
-    assert identity(_of_a_global) == before
-    monkeypatch.setattr(f"{__name__}.FACTOR", 3.0)
-    assert identity(_of_a_global) != before
+@pytest.mark.parametrize(
+    ("function", "name", "value"),
+    [
+        (_of_a_global, "FACTOR", 3.0),
+        (_in_a_lambda, "FACTOR", 3.0),
+        (_of_another_function, "FACTOR", 3.0),
+        (_of_a_module, "FACTOR", 3.0),
+        (_of_settings, "SETTINGS", {"factor": 3.0}),
+        (_in_a_generator, "NET", nn.Linear(1, 1)),
+        (_in_a_comprehension, "NET", nn.Linear(1, 1)),
+    ],
+)
+def test_a_function_is_known_by_what_it_names(
+    function: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = identity(function)
+    assert identity(function) == before
+    monkeypatch.setattr(directory_tests, name, value)
+    assert identity(function) != before
+
+
+class Counts(Holds):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.held += 1
+        return x
+
+
+def test_a_module_that_counts_its_calls_is_another_model_after_them(tmp_path: Path) -> None:
+    """What it counts may be what it computes with."""
+    model = Counts(0)
+    _writes(str(tmp_path), model=model)
+    with pytest.raises(ValueError, match="its model is Counts"):
+        _writes(str(tmp_path), model=model)
+    _writes(str(tmp_path), model=Counts(0))  # as another process would
+
+
+def test_what_cannot_be_looked_into_is_never_the_same(tmp_path: Path) -> None:
+    model = Holds(n for n in range(3))
+    _writes(str(tmp_path), model=model)
+    with pytest.raises(ValueError, match="with a generator, which cannot be compared"):
+        _writes(str(tmp_path), model=model)
+
+
+def test_work_is_bounded_and_what_is_beyond_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):  # far beyond what recursion can
+        deep = [deep]
+    assert identity(Holds(deep)) == identity(Holds(deep))
+    assert "cannot be compared" not in str(identity(Holds(deep)))
+    monkeypatch.setattr(sys.modules[Contents.__module__], "_OBJECTS", 1000)
+    assert "with more than 1,000 objects, which cannot be compared" in str(identity(Holds(deep)))
+
+
+@pytest.mark.parametrize(
+    "held", [threading.Lock(), threading.RLock(), sys.stderr, torch.device("cpu"), weakref.ref(LINEAR)]
+)
+def test_what_computes_nothing_is_no_reason_to_refuse(held: Any) -> None:
+    assert identity(Holds(held)) == identity(Holds(held))
+    assert "cannot be compared" not in str(identity(Holds(held)))
+
+
+def _in_a_world(wrap: bool) -> list[str | None]:
+    model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight), nn.init.ones_(model.bias)
+    replicated = dp.replicate(model) if wrap else model
+    with dp.world(device="cpu") as world:
+        return [identity(replicated), identity(lambda x: replicated(x.to(world.device)))]
+
+
+def test_a_model_is_the_same_at_any_world_size() -> None:
+    (alone,) = run_ranks(_in_a_world, 1, False)
+    assert run_ranks(_in_a_world, 2, True) == [alone] * 2
 
 
 def _identities() -> list[str | None]:
+    words = ["a", "b", "c", "d"]
     models = [_model, lambda x: x in {"a", "b", "c", "d"}, Callable(2), functools.partial(_times, factor=2)]
+    models += [Holds([{*words}, {Labels: {(word, word) for word in words}}]), Holds(_ring({Slotted}))]
+    models += [Holds({_closure(word) for word in words}), _in_a_generator, _of_a_module]
     return [*map(identity, models), identity_of_dataset([{"image": Pixels(7), "label": i} for i in range(5)], 5)]
 
 
@@ -359,3 +539,77 @@ def test_files_have_a_size_of_their_own(tmp_path: Path) -> None:
     assert json.loads((path / "_run.json").read_text())["run"]["rows_per_file"] == 8
     with pytest.raises(ValueError, match="a run that resumes does not see all outputs"):
         dp.predict(lambda x: x, torch.arange(4), 2, tmp_path / "two", metric=lambda o, b: 1)
+
+
+def _to(path: str) -> None:
+    dp.predict(_model, torch.arange(LENGTH), 3, path)
+
+
+@pytest.mark.parametrize("below", ["", "/in/side"])
+def test_a_file_in_the_way_is_known_to_all(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.parquet"
+    file.write_text("of somebody")
+    for outcome in outcomes(_to, 2, f"{file}{below}"):
+        assert "ValueError" in outcome.error and f"{file} is a file, and outputs go to a directory" in outcome.error
+        assert "give one that is empty or new" in outcome.error
+        assert outcome.seconds < 10
+    assert file.read_text() == "of somebody"
+
+
+def _lists(batch: list[Any]) -> torch.Tensor:
+    return torch.stack(batch)
+
+
+def _negated(batch: list[Any]) -> torch.Tensor:
+    return -torch.stack(batch)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({}, {"collate_fn": _lists}, "its collate_fn is None, and here it is _lists"),
+        ({"collate_fn": _lists}, {"collate_fn": _negated}, "its collate_fn is _lists"),
+        ({"collate_fn": _lists}, {}, "and here it is None"),
+        ({}, {"schema": pa.schema([("noise", pa.float64())])}, "its schema is None, and here it is noise: double"),
+        ({"schema": pa.schema([("noise", pa.float64())])}, {"schema": None}, "its schema is noise: double"),
+    ],
+)
+def test_other_options_are_another_run(before: Any, now: Any, named: str, tmp_path: Path) -> None:
+    _writes(str(tmp_path), **before)
+    whole = _digests(tmp_path)
+    with pytest.raises(ValueError, match=f"holds the results of another run: .*{named}"):
+        _writes(str(tmp_path), **now)
+    assert _digests(tmp_path) == whole
+    _writes(str(tmp_path), **before)
+
+
+def _kept_little(path: str) -> int:
+    """Batches of 48 KB, of which a rank may hold 100 KB; gives how much it held."""
+    held = [0]
+    copied = directory._copied
+
+    def counted(table: pa.Table) -> pa.Table:
+        held[0] = max(held[0], table.nbytes)
+        return copied(table)
+
+    with mock.patch.multiple(directory, _ROW_GROUP_BYTES=100_000, _copied=counted):
+        dp.predict(_wide, torch.arange(96), 4, path, rows_per_file=48)
+    return held[0]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x[:, None].float().expand(-1, 3_000).contiguous()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_go_to_disk_as_they_come(world_size: int, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    batch = max(run_ranks(_kept_little, world_size, str(path)))
+    for file in sorted(path.glob("part-*")):
+        metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        assert sum(group.num_rows for group in groups) == 48
+        # A group is written with the batch that reaches the limit.
+        assert max(group.num_rows for group in groups) * batch / 4 < 100_000 + batch
+        assert len(groups) == 4
+    assert torch.equal(dp.read_predictions(path), _wide(torch.arange(96)))

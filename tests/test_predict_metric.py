@@ -192,6 +192,7 @@ def _fails(how: str) -> None:
         "pair": lambda output, batch: {"a": (1, 2) if 4 in batch[1].tolist() else 1},
         "list": lambda output, batch: [output.sum(), len(output)],
         "object": object(),
+        "class": torchmetrics.MeanSquaredError,
         "step": torchmetrics.Accuracy(task="multiclass", num_classes=4, dist_sync_on_step=True),
         "targets": torchmetrics.MeanSquaredError(),
     }[how]
@@ -213,6 +214,7 @@ def _fails(how: str) -> None:
         ("pair", "the metric failed for the data-set indices 4 to 5: ValueError: a metric function returned (1, 2)"),
         ("list", "the metric failed for the data-set indices 0 to 1: TypeError: a metric function returned [tensor"),
         ("object", "TypeError: predict(metric=…) got a object: give a torchmetrics object"),
+        ("class", "TypeError: predict(metric=MeanSquaredError) got a class: give an instance, as in metric=MeanSq"),
         ("step", "ValueError: MulticlassAccuracy has dist_sync_on_step=True"),
         ("targets", "TypeError: the batch is a Tensor without a second entry to compare outputs with"),
     ],

@@ -20,7 +20,7 @@ from .errors import RankFailure
 from .launch import find_submission, parse, run_command, run_launch, submit
 from .launch.doctor import doctor as examine_machine
 from .task import Task, check_task, load_task
-from .train import Saves, predict_task
+from .train import Refused, Saves, predict_task
 from .train import train as train_task
 from .verification import compare_runs
 from .verify import plot, show
@@ -317,6 +317,8 @@ def _launch(arguments: list[str], nproc: int | None) -> NoReturn:
 def _in_this_process(work: Callable[[], object]) -> None:
     try:
         work()
+    except Refused as error:
+        _refuse(str(error))
     except KeyboardInterrupt:
         if find_placement() is not None:  # the launcher says it, once for all ranks
             raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -250,20 +251,39 @@ def _named(value: Any) -> dict[str, float]:
     return {name: float(one) for name, one in (value if isinstance(value, dict) else {"metric": value}).items()}
 
 
+class Refused(ValueError):
+    """A command was given what does not fit its Task; the message says all there is to say."""
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Around what raises ValueError and TypeError for its arguments alone: the Task's own come as other errors."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise Refused(": ".join([str(error), *getattr(error, "__notes__", [])])) from error
+
+
 def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, num_workers: int = 0) -> None:
-    """Predict a Task's held-out set with a checkpoint's weights: outputs to a directory, the metric to the screen."""
+    """Predict a Task's held-out set with a checkpoint's weights: outputs to a directory, the metric to the screen.
+
+    Raises:
+        Refused: the checkpoint is damaged or of another model; the directory holds something else.
+    """
     with world() as here:
         setup_logging()
         with first("node"):
             test_set = task.dataset("test")
         model = task.model().to(here.device)
-        load_checkpoint(checkpoint, model=model)
+        with _refusing():
+            load_checkpoint(checkpoint, model=model)
         predict, start = predictor(task, test_set, num_workers), time.monotonic()
         metrics: dict[str, float] = {}
         if to is None:
             metrics = evaluate(task, model, predict, show_progress=True)
         else:
-            predict(model, to, inputs=task.inputs, show_progress=True)
+            with _refusing():
+                predict(model, to, inputs=task.inputs, show_progress=True)
         seconds = time.monotonic() - start
         if to is not None and metric:
             with agreed("reading the outputs"):

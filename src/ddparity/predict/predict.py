@@ -202,13 +202,26 @@ class _Call:
         """Where outputs go, if not to ranks.
 
         Raises:
-            ValueError: a string that was hardly meant as one.
+            ValueError: a string that was hardly meant as one; a file is in the way.
         """
         if not isinstance(self.to, (str, os.PathLike)) or self.to == "all":
             return None
         if isinstance(self.to, str) and (not self.to or self.to.isdigit()):
             raise ValueError(f'predict(to={self.to!r}): give a rank as an integer, "all", or the path of a directory')
-        return Path(self.to)
+        path = Path(self.to)
+        # On every rank, and not where one makes the directory: each tells its user the same.
+        if (found := next(filter(os.path.lexists, (path, *path.parents)), None)) is not None and not found.is_dir():
+            raise ValueError(
+                f"predict(to={os.fspath(self.to)!r}): {found} is a file, and outputs go to a directory: give one that "
+                f"is empty or new, or remove the file"
+            )
+        return path
+
+    def check_metric(self) -> None:
+        """Raises TypeError where the metric is a class, which is callable, too."""
+        if isinstance(self.metric, type):
+            name = self.metric.__name__
+            raise TypeError(f"predict(metric={name}) got a class: give an instance, as in metric={name}(…)")
 
 
 def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
@@ -216,6 +229,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     with ExitStack() as shown:
         with agreed("predict") as meeting:
+            given.check_metric()
             made = predictor()
             source, balance = made._source, made._balance
             if meeting is not None:
