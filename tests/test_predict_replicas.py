@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
-from ddparity.predict.contents import check_words, parts
 from ddparity.predict.replicas import Replica
+from ddparity.predict.storage import check_words, parts
 from tests.ranks import outcomes, run_ranks
 
 ONE_PASS = 8 * 1021  # bytes, from twice of which on sums stand for a tensor

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..replicate import unwrapped
 from ..seeds import kept_streams
-from .contents import is_same, put_back
+from .storage import is_same, put_back
 
 Model = nn.Module | Callable[[Any], Any]
 

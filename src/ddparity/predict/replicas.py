@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..replicate import unwrapped
-from .contents import check_words, parts
+from .storage import check_words, parts
 
 _DIGITS = 8  # of a word of 32 bits, in hex
 
