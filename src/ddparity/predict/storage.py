@@ -76,7 +76,7 @@ def check_words(tensors: Sequence[list[torch.Tensor]], headers: Sequence[str]) -
 
 def _condensed(part: torch.Tensor) -> list[torch.Tensor]:
     """Its bytes where they are few, else sums of them as 64-bit integers, which wrap, and what is left behind these."""
-    data = _bytes(_in_order(part))
+    data = _bytes(part)
     rows = data.numel() // _ROW_BYTES
     if rows < 2:
         return [data]
@@ -84,12 +84,6 @@ def _condensed(part: torch.Tensor) -> list[torch.Tensor]:
     if table.data_ptr() % 8:  # of a view, or of a file that is mapped into memory
         table = table.clone()
     return [table.view(torch.int64).view(rows, _COLUMNS).sum(0).view(torch.uint8), rest]
-
-
-def _in_order(tensor: torch.Tensor) -> torch.Tensor:
-    """Its dimensions as they lie in memory, which spares the copy of one in channels_last."""
-    order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
-    return tensor.permute(order)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
