@@ -16,7 +16,7 @@ import torch.distributed as dist
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-# A shell starts what runs in the background with Ctrl-C ignored, which the processes that tests interrupt would inherit.
+# A shell starts what runs in the background with Ctrl-C ignored, which processes that tests interrupt would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
