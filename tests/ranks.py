@@ -11,10 +11,11 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed import TCPStore
@@ -161,6 +162,18 @@ def _main(
         outcome = Outcome(error=f"{type(error).__name__}: {error}\n{notes}".rstrip(), trace=traceback.format_exc())
     pipe.send_bytes(pickle.dumps(outcome))  # not `send`: torch would share tensors' memory with a process that ends
     pipe.close()
+
+
+@contextlib.contextmanager
+def nothing_pickled() -> Iterator[None]:
+    """Fails where something is pickled meanwhile, also by torch's collectives of objects."""
+    refuse = mock.Mock(side_effect=AssertionError("something was pickled"))
+    with (
+        mock.patch("pickle.dumps", refuse),
+        mock.patch("pickle.Pickler", refuse),
+        mock.patch("torch.distributed.distributed_c10d._object_to_tensor", refuse),
+    ):
+        yield
 
 
 def kill_self() -> None:

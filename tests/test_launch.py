@@ -480,45 +480,16 @@ def test_launch_leaves_no_file_open_and_no_variable_changed(monkeypatch: pytest.
     assert os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGTERM"
 
 
-def test_a_signal_during_launch_is_the_callers_once_the_ranks_have_ended(tmp_path: Path) -> None:
-    path = tmp_path / "main.py"
-    path.write_text(
-        textwrap.dedent("""
-        import signal, sys, time
-        import ddparity as dp
-
-        def work():
-            print("ready", flush=True)
-            time.sleep(600)
-
-        def told(number, frame):
-            print("told of", number, flush=True)
-            sys.exit(9)
-
-        signal.signal(signal.SIGTERM, told)
-        dp.launch(work, nproc=1)
-        """)
-    )
-    process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.terminate()
-        assert process.communicate(timeout=20)[0] == f"told of {signal.SIGTERM:d}\n"
-        assert process.returncode == 9
-    finally:
-        process.kill()
-        process.communicate()
-
-
-LATE = """
+# A caller of launch() with a handler of its own. Rank 1, where there is one, fails; rank 0 does not end by SIGTERM.
+CALLER = """
 import os, signal, sys, time
 import ddparity as dp
 
-def fails():
+def work():
     if os.environ["RANK"] == "1":
         raise OSError("disk full")
-    signal.signal(signal.SIGTERM, lambda number, frame: print("ending", flush=True))
+    if os.environ["WORLD_SIZE"] == "2":
+        signal.signal(signal.SIGTERM, lambda number, frame: print("ending", flush=True))
     print("ready", flush=True)
     time.sleep(600)
 
@@ -527,18 +498,22 @@ def told(number, frame):
     sys.exit(9)
 
 signal.signal(signal.SIGTERM, told)
-dp.launch(fails, nproc=2)
+dp.launch(work, nproc=int(sys.argv[1]))
 """
 
 
-def test_a_signal_while_launch_ends_the_ranks_is_not_lost(tmp_path: Path) -> None:
-    """Rank 0 ignores the end that rank 1's failure brings it: the launcher waits, and gets a signal of its own."""
+@pytest.mark.parametrize(("nproc", "said"), [(1, ["ready\n"]), (2, ["ready\n", "ending\n"])])
+def test_a_signal_during_launch_is_the_callers_once_the_ranks_have_ended(
+    tmp_path: Path, nproc: int, said: list[str]
+) -> None:
+    """Also one that comes while launch ends the ranks, since one has failed."""
     path = tmp_path / "main.py"
-    path.write_text(LATE)
-    process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    path.write_text(CALLER)
+    command = [sys.executable, str(path), str(nproc)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ending\n"]
+        assert [process.stdout.readline() for _ in said] == said
         process.terminate()
         assert process.communicate(timeout=20)[0] == f"told of {signal.SIGTERM:d}\n"
         assert process.returncode == 9

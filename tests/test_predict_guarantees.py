@@ -15,7 +15,7 @@ from torch import nn
 
 import ddparity as dp
 from ddparity import wire
-from tests.ranks import outcomes, run_ranks
+from tests.ranks import nothing_pickled, outcomes, run_ranks
 
 MIB = 2**20
 module = importlib.import_module("ddparity.predict.predict")  # the package has a function of that name
@@ -123,12 +123,7 @@ def test_a_metric_that_fails_on_one_rank_is_named_on_every_rank() -> None:
 
 
 def _nothing_pickled() -> None:
-    refuse = mock.Mock(side_effect=AssertionError("something was pickled"))
-    with (
-        mock.patch("pickle.dumps", refuse),
-        mock.patch("pickle.Pickler", refuse),
-        mock.patch("torch.distributed.distributed_c10d._object_to_tensor", refuse),
-    ):
+    with nothing_pickled():
         dp.gather([{"x": torch.ones(2), "name": "a", "n": 1}], "all")
         dp.predict(lambda x: x, torch.arange(8.0), 2, metric=lambda o, b: {"sum": o.sum(), "n": len(o)})
 

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections import namedtuple
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ import ddparity as dp
 from ddparity.meeting import store_root
 from ddparity.predict import packed
 from ddparity.predict.collect import check_each_once
-from tests.ranks import outcomes, run_ranks
+from tests.ranks import nothing_pickled, outcomes, run_ranks
 
 Pair = namedtuple("Pair", "left right")
 SAMPLES = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]  # some are there twice
@@ -342,12 +341,7 @@ def test_outputs_can_be_kept_elsewhere() -> None:
 
 
 def _nothing_pickled() -> Any:
-    refuse = mock.Mock(side_effect=AssertionError("something was pickled"))
-    with (
-        mock.patch("pickle.dumps", refuse),
-        mock.patch("pickle.Pickler", refuse),
-        mock.patch("torch.distributed.distributed_c10d._object_to_tensor", refuse),
-    ):
+    with nothing_pickled():
         return [dp.predict(_everything, torch.tensor(SAMPLES), 3, to) is None for to in (0, "all")]
 
 

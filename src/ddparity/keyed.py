@@ -51,7 +51,7 @@ class KeyedDataset:
                     f"the data set's __getitems__ gave {len(given)} samples for the {len(fetch)} indices "
                     f"{list(fetch)}: it must give one for each, in their order"
                 )
-            return given  # type: ignore[no-any-return]
+            return given  # type: ignore[no-any-return]  # the data set's own method
         dataset, items, index = self.dataset, [], None
         try:
             for index in fetch:
