@@ -143,11 +143,11 @@ class Agent(LocalElasticAgent):
         several = self._address is not None and self._meet(worker_group, self._address)
         with self._signals.starting():
             started: dict[int, Any] = super()._start_workers(worker_group)
+        self._started = time.monotonic()
         if not self._processes():  # of functions: torch waits for those as long as they take
             self._signals.raising = True
             self._signals.check()
-        self._started = time.monotonic()
-        if self._processes():
+        else:
             self._guardian.watch(self._pids())
             ranks = [
                 Watched(
