@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -167,6 +168,26 @@ def test_who_is_waited_for(
     assert found is not None
     assert (found.kind, found.odd, found.waiting) == (kind, odd, waiting)
     assert sentence(found, states) == said
+
+
+@pytest.mark.parametrize(
+    ("last_told", "kind", "said"),
+    [
+        (
+            8,
+            "absent",
+            "rank 1 has not come to it: rank 0 waits in all_reduce of 4 float32 (collective #9), its last was",
+        ),
+        (9, "stalled", "rank 1 does not answer: rank 0 waits in all_reduce of 4 float32 (collective #9) that all"),
+    ],
+)
+def test_what_a_silent_rank_waited_in_is_not_known_any_more(last_told: int, kind: str, said: str) -> None:
+    states = _states([_op(9, pending=True)], [_op(last_told, pending=True)])
+    states[1] = replace(states[1], silent=True)
+    finding = find_absent(states, "0", (0, 1))
+    assert finding is not None
+    assert (finding.kind, finding.odd, finding.waiting) == (kind, (1,), (0,))
+    assert sentence(finding, states).startswith(said)
 
 
 def test_nothing_pending_is_nothing_to_find() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,21 @@ def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path: Path, bo
         written = running.watch.keep_stacks(verdict, tmp_path / "stacks")
         assert {path.name for path in written} == {"stacks-rank-0.txt", "stacks-rank-1.txt"}
         assert "script.py" in written[1].read_text()
+
+
+def test_a_rank_that_is_stopped_while_it_waits(tmp_path: Path) -> None:
+    """What it has told last is that it waits, as the others do."""
+    body = "ready()\nwhile rank == 0 and not os.path.exists('go'): time.sleep(0.01)\ndist.all_reduce(torch.ones(4))"
+    with job(tmp_path, f"os.chdir({str(tmp_path)!r})\n{body}") as running:
+        running.until_ready()
+        running.until(lambda job: "rank 0 was waited for" in job.watch.stragglers(always=True))
+        running.processes[1].send_signal(signal.SIGSTOP)
+        (tmp_path / "go").touch()
+        running.until(_ended)
+        verdict = running.verdict
+        assert verdict is not None, running.endings
+        assert (verdict.odd, verdict.rows[1].doing) == ((1,), "stopped (SIGSTOP)")
+        assert verdict.sentence.startswith("rank 1 does not answer: rank 0 waits in all_reduce of 4 float32")
 
 
 def test_a_stuck_data_loader(tmp_path: Path) -> None:

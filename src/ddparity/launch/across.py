@@ -37,10 +37,7 @@ class Report:
 
 
 def pack(report: Report) -> str:
-    ranks = [
-        {"rank": rank, "exitcode": state.exitcode, "operations": to_json(_newest(state.operations))}
-        for rank, state in report.states.items()
-    ]
+    ranks = [{**vars(state), "operations": to_json(_newest(state.operations))} for state in report.states.values()]
     rows = [asdict(row) for row in report.rows]
     content = {"host": report.host, "ranks": ranks, "repeated": sorted(report.repeated), "answers": report.answers}
     return json.dumps({**content, "rows": rows})
@@ -48,9 +45,7 @@ def pack(report: Report) -> str:
 
 def unpack(text: str) -> Report:
     content = json.loads(text)
-    states = {
-        one["rank"]: RankState(one["rank"], from_json(one["operations"]), one["exitcode"]) for one in content["ranks"]
-    }
+    states = {one["rank"]: RankState(**{**one, "operations": from_json(one["operations"])}) for one in content["ranks"]}
     repeated = frozenset((rank, group) for rank, group in content["repeated"])
     rows = tuple(Row(**row) for row in content["rows"])
     return Report(content["host"], states, repeated, content["answers"], rows)

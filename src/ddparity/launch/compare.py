@@ -20,18 +20,24 @@ _ANY_DTYPE = ("scatter", "gather", "all_to_all", "alltoall", "alltoall_base", "b
 
 @dataclass(frozen=True)
 class RankState:
-    """What is known of one rank: its collectives, oldest first; its exit code where it has ended."""
+    """What is known of one rank: its collectives, oldest first; its exit code where it has ended.
+
+    `silent`: it runs but has not answered lately, so that what it waited in then it may have left since.
+    """
 
     rank: int
     operations: tuple[Operation, ...] = ()
     exitcode: int | None = None
+    silent: bool = False
 
     def last(self, group: str) -> Operation | None:
         own = [one for one in self.operations if one.group == group and not one.point_to_point]
         return own[-1] if own else None
 
     def pending(self, group: str) -> Operation | None:
-        """The first of the group's collectives that is not done: the one that is waited in."""
+        """The first of the group's collectives that is not done: the one that is waited in, as far as is known."""
+        if self.silent:
+            return None
         own = (one for one in self.operations if one.group == group and not one.point_to_point and one.pending)
         return next(own, None)
 
@@ -112,7 +118,7 @@ def _minority(signatures: Mapping[int, object]) -> tuple[int, ...]:
 
 
 def find_absent(states: Mapping[int, RankState], group: str, ranks: Iterable[int]) -> Finding | None:
-    """Ranks that have not issued the collective that others wait in; `stalled` with no odd rank where all have.
+    """Ranks that have not issued the collective that others wait in; `stalled` where all have: odd are silent ones.
 
     `finished`: an absent rank has ended well, and so will never come.
     """
@@ -132,7 +138,8 @@ def find_absent(states: Mapping[int, RankState], group: str, ranks: Iterable[int
         first = min(one.sequence for one in pending.values())
         if len(ranks) == 1:  # nobody else was ever seen in this group
             return Finding("absent", group, (), ranks, first, operations)
-        return Finding("stalled", group, (), tuple(pending), first, operations)
+        silent = tuple(rank for rank in ranks if states[rank].silent)
+        return Finding("stalled", group, silent, tuple(pending), first, operations)
     sequence, absent = min(lacking)
     waiting = tuple(rank for rank, one in pending.items() if one.sequence <= sequence or rank not in absent)
     gone = tuple(rank for rank in absent if states[rank].exitcode == 0)
@@ -190,6 +197,9 @@ def sentence(finding: Finding, states: Mapping[int, RankState]) -> str:
     call = next((one for rank in finding.waiting if (one := finding.operations.get(rank)) is not None), None)
     what = f"{call} (collective #{number}{place})"
     if finding.kind == "stalled":
+        if finding.odd:
+            do = "do" if len(finding.odd) > 1 else "does"
+            return f"{describe_ranks(finding.odd)} {do} not answer: {waits} {wait} in {what} that all have issued"
         return f"{waits} {wait} in {what} that all have issued: no data moves, the network stalls"
     if not finding.odd:
         return f"{waits} {wait} in {what} that no other rank has come to"

@@ -84,7 +84,10 @@ class Watch:
         elif rank in self._ranks:
             self._unrecorded.add(rank)
         self._states[rank] = replace(
-            state, exitcode=exitcode, operations=left.operations if left is not None else state.operations
+            state,
+            exitcode=exitcode,
+            operations=left.operations if left is not None else state.operations,
+            silent=False,
         )
         self._next = min(self._next, time.monotonic())
 
@@ -164,6 +167,8 @@ class Watch:
             self._answered[rank] = now
             self._note(replace(self._states[rank], operations=record.operations), now)
             self._note_repeats(rank, record.operations)
+        for rank in folders:
+            self._states[rank] = replace(self._states[rank], silent=self._silent_s(rank, now) >= _SILENT_S)
         local = {rank: self._states[rank] for rank in self._ranks}
         groups = {one.group for state in local.values() for one in state.operations}
         self.waits.count(local, {group: compare.members(local, group, self._groups) for group in groups})
@@ -285,10 +290,8 @@ class Watch:
             return finding if still_s > _UNRECORDED_S or not set(finding.odd) & self._unrecorded else None
         if self._timeout_s <= 0 or still_s < self._timeout_s or finding.key() in self._told:
             return None
-        # Who waits in a collective answers; who does not is about to end. Others may be stopped.
-        if any(self._silent_s(rank, now) > 0 for rank in finding.waiting):
-            return None
-        if any(0 < self._silent_s(rank, now) < _SILENT_S for rank in finding.odd):
+        # Who does not answer is about to end, or else stopped: then it is silent for longer.
+        if any(self._silent_s(rank, now) > 0 and not self._states[rank].silent for rank in ranks):
             return None
         if still_s < self._timeout_s * _PATIENCE:
             if now < self._check_at.get(group, now):
