@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import ddparity as dp
-from ddparity.batchnorm import fused
+from ddparity.batchnorm import fused, passes
 
 Shape = tuple[int, ...]
 
@@ -35,6 +37,7 @@ class Case:
     input_gradients: tuple[bool, ...] = (True,)
     parameter_gradients: bool = True
     autocast: bool = False
+    device: str = "cpu"
 
     def values(self, rank: int, step: int) -> tuple[Tensor, Tensor]:
         """(x, dy) of a rank, as float64 numbers that the case's dtype can hold."""
@@ -70,7 +73,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "strided":
-        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
         wide[..., ::2] = x
         return wide[..., ::2]
     if layout == "permuted":
@@ -88,13 +91,14 @@ def run(case: Case) -> dict[str, Any]:
     """On a rank: what the case's layer gives."""
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_group() else (0, 1)
     assert len(case.shapes) == world_size
-    compiled = fused._fused
-    if case.stock:
-        fused._fused = None
-    try:
+    with without_compiled_passes() if case.stock else contextlib.nullcontext():
         return _run(case, rank)
-    finally:
-        fused._fused = compiled
+
+
+@contextlib.contextmanager
+def without_compiled_passes() -> Iterator[None]:
+    with mock.patch.object(fused, "_fused", None), mock.patch.object(passes, "_kernels", return_value=None):
+        yield
 
 
 def is_group() -> bool:
@@ -102,31 +106,31 @@ def is_group() -> bool:
 
 
 def _run(case: Case, rank: int) -> dict[str, Any]:
-    layer = case.layer(dp.SyncBatchNorm, case.dtype)
+    layer = case.layer(dp.SyncBatchNorm, case.dtype).to(case.device)
     outputs: dict[str, Any] = {"y": [], "dx": []}
     needs_gradient = case.input_gradients[rank % len(case.input_gradients)]
     for step in range(case.steps):
-        x, dy = (value.to(case.dtype) for value in case.values(rank, step))
+        x, dy = (value.to(case.device, case.dtype) for value in case.values(rank, step))
         x = laid_out(x, case.layout).detach().requires_grad_(needs_gradient)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast):
+        with torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.autocast):
             y = layer(x)
         assert y.dtype == case.dtype and y.shape == x.shape
         if case.layout in ("contiguous", "channels_last"):
             assert y.stride() == x.stride(), (y.stride(), x.stride())
         if y.requires_grad:
             y.backward(laid_out(dy, case.dy_layout))
-        outputs["y"].append(y.detach().double())
+        outputs["y"].append(y.detach().double().cpu())
         if needs_gradient:
             assert x.grad is not None and x.grad.shape == x.shape
-            outputs["dx"].append(x.grad.double())
+            outputs["dx"].append(x.grad.double().cpu())
     for name in ("weight", "bias"):
         parameter = getattr(layer, name)
         if parameter is not None and parameter.grad is not None:
             assert parameter.grad.dtype == parameter.dtype
-            outputs[name] = parameter.grad.double()
+            outputs[name] = parameter.grad.double().cpu()
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         if getattr(layer, name) is not None:
-            outputs[name] = getattr(layer, name).double()
+            outputs[name] = getattr(layer, name).double().cpu()
     return outputs
 
 

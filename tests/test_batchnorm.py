@@ -97,11 +97,26 @@ def given_results() -> dict[str, list[Any]]:
     return results
 
 
+def _has_oracle(case: Case) -> bool:
+    return "bias" not in case.options or "bias" in nn.BatchNorm1d.__init__.__annotations__
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_it_is_the_batch_norm_of_the_joined_batch(case: Case, given_results: dict[str, list[Any]]) -> None:
-    if case.name.startswith("bias=False") and "bias" not in nn.BatchNorm1d.__init__.__annotations__:
+    if not _has_oracle(case):
         pytest.skip("this torch's own layer has no bias argument, so there is no oracle")
     check(case, given_results[case.name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_it_is_on_a_card_that_ranks_share_over_gloo(world_size: int, stock: bool) -> None:
+    given = [case for case in BY_WORLD_SIZE[world_size] if case.stock == stock and _has_oracle(case)]
+    cases = [replace(case, device="cuda") for case in given]
+    of_ranks = run_ranks(_run_all, world_size, cases, timeout_s=200)
+    for number, case in enumerate(cases):
+        check(case, [one[number] for one in of_ranks])
 
 
 @st.composite

@@ -329,3 +329,35 @@ def test_what_a_module_is_called_with() -> None:
     assert dp.predict(identity, Numbers(2), 2, inputs=lambda batch: batch[1]).tolist() == [0, -1]
     assert dp.predict(lambda batch: batch[1], Numbers(2), 2).tolist() == [0, -1]
     assert os.environ.get("RANK") is None
+
+
+def _on_card(to: Any, device: str | None) -> Any:
+    net = Net().cuda()
+
+    def model(batch: list[torch.Tensor]) -> dict[str, Any]:
+        x, targets = (part.cuda() for part in batch)
+        ragged = [x[i, :1].repeat(1 + i % 3) for i in range(len(x))]
+        return {"y": net.eval()(x), "ragged": ragged, "name": [str(int(t)) for t in targets], "target": targets.cpu()}
+
+    result = dp.predict(model, Numbers(17), 4, to=to, device=device)
+    whole = dp.predict(net, Numbers(17), 4, to=to)
+    if result is None:
+        return None
+    kinds = (result["y"].device.type, result["ragged"][0].device.type, result["target"].device.type)
+    return kinds, result["y"].cpu(), [one.cpu() for one in result["ragged"]], result["name"], whole.cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("to", [0, "all"])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_outputs_of_a_card_that_ranks_share_over_gloo(to: Any, device: str | None) -> None:
+    ((kinds, y, ragged, names, whole),) = run_ranks(_on_card, 1, to, device)
+    assert kinds == (("cpu",) * 3 if device else ("cuda", "cuda", "cpu"))
+    for world_size in (2, 3):
+        for rank, got in enumerate(run_ranks(_on_card, world_size, to, device)):
+            if to == 0 and rank:
+                assert got is None
+                continue
+            assert got[0] == kinds and got[3] == names
+            assert torch.equal(got[1], y) and torch.equal(got[4], whole)
+            assert all(torch.equal(one, other) for one, other in zip(got[2], ragged, strict=True))

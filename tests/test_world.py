@@ -353,6 +353,21 @@ def test_two_ranks_that_see_the_same_single_gpu() -> None:
         assert outcome.seconds < 10
 
 
+def _sharing(backend: str | None, device: str) -> None:
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.get_device_properties = lambda device: device
+    with dp.world(backend, device, timeout=30) as w:
+        assert w.device == torch.device("cuda", 0)
+
+
+def test_over_gloo_ranks_may_share_a_card_that_is_named() -> None:
+    assert [outcome.error for outcome in outcomes(_sharing, 2, "gloo", "cuda:0", in_world=False)] == [None, None]
+    for outcome in outcomes(_sharing, 2, "gloo", "cuda", in_world=False):
+        assert "RankFailure: ranks 0 and 1 both claim GPU cuda:0 of" in (outcome.error or "")
+
+
 def _wrong_device_on(rank: int) -> None:
     device = "no-such-device" if int(os.environ["RANK"]) == rank else "cpu"
     with dp.world(device=device, timeout=30):

@@ -60,7 +60,8 @@ def world(
 
     Args:
         backend: of `torch.distributed.init_process_group`; None: "nccl" on CUDA, "gloo" on the CPU.
-        device: None: this process's GPU where there are GPUs, else the CPU.
+        device: None: this process's GPU where there are GPUs, else the CPU. Over Gloo, ranks may share a card that
+            is named with its index ("cuda:0").
         timeout: seconds or timedelta, for the rendezvous and for each collective; None: torch's default.
 
     Raises:
@@ -107,6 +108,11 @@ def world(
             _leave_last(store, joined)
 
 
+def _shares(backend: str | None, device: torch.device | str | None) -> bool:
+    """Whether the user has named one card for this process, which over Gloo, unlike NCCL, other ranks may use too."""
+    return backend == "gloo" and device is not None and torch.device(device).index is not None
+
+
 def _is_on_cpu(backend: str | None, device: torch.device | str | None) -> bool:
     """Whether this process will exchange over Gloo."""
     if backend is not None:
@@ -151,7 +157,7 @@ def _join(
     card, bound, problem = own_card(placement), None, None
     try:
         bound = _bind(device, placement.local_rank, placement.local_world_size or 1)
-        if bound.type == "cuda":
+        if bound.type == "cuda" and not _shares(backend, device):
             card = replace(card, gpu=str(getattr(torch.cuda.get_device_properties(bound), "uuid", bound)))
     except Exception as error:  # told to the others, who would wait for this rank
         problem = error

@@ -38,7 +38,7 @@ _WIDE = {torch.float32: 0, torch.float64: 1}
 _DOUBLE = 8  # bytes
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int]:
+def sizes(x: Tensor) -> tuple[int, int, int]:
     """(N, C, M) of planes, or (rows, C, 1)."""
     batch, channels = x.shape[:2]
     if has_planes(x) and x.numel():
@@ -47,7 +47,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:
-    n, c, m = _sizes(x)
+    n, c, m = sizes(x)
     payload = torch.empty(2 * c + 1, dtype=torch.float64)
     payload[-1] = n * m
     at = payload.data_ptr()
@@ -64,7 +64,7 @@ def join(gathered: Tensor, eps: float) -> Tensor:
 
 
 def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    n, c, m = _sizes(x)
+    n, c, m = sizes(x)
     y = torch.empty_like(x)
     weight, bias = _double(weight), _double(bias)
     at = stats.data_ptr()
@@ -97,7 +97,7 @@ def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: f
 
 
 def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-    n, c, m = _sizes(x)
+    n, c, m = sizes(x)
     sums = torch.empty(2 * c, dtype=torch.float64)
     at = sums.data_ptr()
     threads = torch.get_num_threads()
@@ -108,7 +108,7 @@ def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
 
 
 def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
-    n, c, m = _sizes(x)
+    n, c, m = sizes(x)
     dx = torch.empty_like(x)
     weight = _double(weight)
     at, of_sums = stats.data_ptr(), sums.data_ptr()

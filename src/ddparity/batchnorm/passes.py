@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..compat import is_plain_tensor
 from . import fused, stock
+
+logger = logging.getLogger(__name__)
 
 
 def passes_for(x: Tensor, *others: Tensor | None) -> Any:
     """The module with the functions that `stock` describes, for this input and these tensors with it."""
+    if x.device.type == "cuda":
+        kernels = _kernels()
+        if kernels is not None and _on_cuda(kernels, x, others):
+            return kernels
+        return stock
     return fused if fused.handles(x, *others) else stock
+
+
+def _on_cuda(kernels: Any, x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+    return all(value is None or (value.dtype in kernels.KINDS and is_plain_tensor(value)) for value in (x, *others))
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The Triton kernels; None where there is no Triton, or no device for it."""
+    if torch.cuda.get_device_capability()[0] < 8:  # Triton supports no older ones
+        return None
+    try:
+        kernels = importlib.import_module(f"{__package__}.kernels")
+    except ImportError:
+        return None
+    logger.info("SyncBatchNorm compiles its CUDA kernels with Triton: some seconds, once; Triton keeps them on disk")
+    return kernels

@@ -100,11 +100,18 @@ def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, invstd = stats[:channels], stats[channels : 2 * channels]
     high = mean.to(kind)
-    _, scaled, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        dy.to(kind), x.to(kind), None, high, invstd.pow(-2).to(kind), None, None, False, 0.0, [False, True, True]
-    )
-    sums = torch.cat([sum_dy, scaled]).to(stats.dtype)
-    sums[channels:].div_(invstd.to(kind)).addcmul_(sums[:channels], mean - high, value=-1)
+    scale = invstd.to(kind)
+    if x.is_cuda:  # whose kernel for the other one needs a weight and running statistics
+        sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+            dy.to(kind), x.to(kind), high, scale, None, True, False, False
+        )
+    else:
+        _, scaled, sum_dy = torch.ops.aten.native_batch_norm_backward(
+            dy.to(kind), x.to(kind), None, None, None, high, scale, True, 0.0, [False, True, True]
+        )
+        sum_dy_xmu = scaled / scale
+    sums = torch.cat([sum_dy, sum_dy_xmu]).to(stats.dtype)
+    sums[channels:].addcmul_(sums[:channels], mean - high, value=-1)
     return sums
 
 

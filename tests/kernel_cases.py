@@ -1,0 +1,70 @@
+"""Compares the Triton kernels with torch's operators in float64; on the CPU by Triton's interpreter.
+
+Run as a program, with TRITON_INTERPRET=1 and the name of a device.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from ddparity.batchnorm import kernels, stock
+
+SHAPES = [(4, 3, 5, 5), (6, 70, 4), (33, 5), (300, 2), (2, 130, 3, 3, 2), (1, 2, 1100), (5, 4, 1, 1), (0, 3, 4), (1, 1)]
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3}
+
+
+def compare(shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    x = (2 * x + (3 if dtype is torch.float16 else 1e3)).to(device, dtype)  # a mean that would cancel
+    dy = dy.to(device, dtype)
+    if last:
+        x, dy = (value.movedim(1, -1).contiguous().movedim(-1, 1) for value in (x, dy))
+    weight, bias = (torch.rand(shape[1], generator=generator).to(device) for _ in range(2))
+    wide = [value.double() for value in (dy, x, weight, bias)]
+    payload, _ = kernels.moments(x)
+    expected, kept = stock.moments(wide[1])
+    _close(payload, expected, 1e-11)
+    other = torch.stack([payload, torch.cat([payload[:-1] + 1, payload[-1:] * 3])])
+    stats = kernels.join(other, 1e-5)
+    _close(stats, stock.join(other, 1e-5), 1e-13)
+    constant = torch.tensor([[5.0, 0.0, 7.0]], dtype=torch.float64, device=device)
+    _close(kernels.join(constant, 0.1), stock.join(constant, 0.1), 1e-14)  # Triton would take a float for float32
+    tolerance = TOLERANCES[dtype]
+    _close(kernels.normalise(x, None, stats, weight, bias), stock.normalise(wide[1], kept, stats, *wide[2:]), tolerance)
+    _close(kernels.normalise(x, None, stats, None, None), stock.normalise(wide[1], kept, stats, None, None), tolerance)
+    sums = kernels.backward_sums(dy, x, stats)
+    _close(sums, stock.backward_sums(*wide[:2], stats), 1e-10)
+    for scale in (weight, None):
+        got = kernels.backward_input(dy, x, stats, scale, sums)
+        _close(got, stock.backward_input(*wide[:2], stats, None if scale is None else wide[2], sums), tolerance)
+        assert got.stride() == x.stride() and got.dtype == dtype
+    running = [torch.zeros_like(wide[2]), torch.ones_like(wide[2])]
+    moved = [value.clone() for value in running]
+    kernels.update(*moved, stats, 0.1)
+    stock.update(*running, stats, 0.1)
+    for one, another in zip(moved, running, strict=True):
+        _close(one, another, 1e-14)
+        assert one._version == 1
+
+
+def _close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape and got.isfinite().all()
+    if expected.numel():
+        error = (got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-300)
+        assert error <= tolerance, f"off by {error:.1e}"
+
+
+def main() -> None:
+    for shape in SHAPES:
+        for dtype in TOLERANCES:
+            for last in (False, True):
+                compare(shape, dtype, last, sys.argv[1])
+    print("all agree")
+
+
+if __name__ == "__main__":
+    main()
