@@ -33,6 +33,12 @@ from results import machine, spread, table, write_section
 SHAPES = [(32, 64, 56, 56), (64, 256, 14, 14), (16, 512, 7, 7)]
 STEP = "ResNet-18, batch 16 at 64×64, whole step"
 Times = dict[str, list[float]]
+HOW = {
+    "cpu": "“stock operators”: ddparity without its compiled passes. “simple”: sums and sums of squares, reduced, and "
+    "autograd. Each process has a core of its own, and the C library keeps freed memory: nobody pays for another's "
+    "page faults.",
+    "cuda": "Both processes share one card, which NCCL refuses: what they exchange goes through the host.",
+}
 
 
 class Simple(nn.BatchNorm2d):
@@ -169,6 +175,91 @@ def _in_turns(runs: dict[str, Callable[[], None]], rounds: int, times: int, devi
     return taken
 
 
+def measure_on_card(device: torch.device, rounds: int) -> list[tuple[str, Times]]:
+    """For each input, each contender's microseconds in each round: what the card itself does, as a CUDA graph."""
+    rows = []
+    for shape in [*SHAPES, (256, 64, 56, 56)]:
+        for kind in (torch.float32, torch.bfloat16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape, device=device, dtype=kind).to(memory_format=layout).requires_grad_()
+                graphs = {name: _captured(work) for name, work in _passes(x).items()}
+                taken: Times = {name: [] for name in graphs}
+                for _ in range(rounds):
+                    for name, graph in graphs.items():
+                        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                        start.record()
+                        for _ in range(10):
+                            graph.replay()
+                        end.record()
+                        end.synchronize()
+                        taken[name].append(start.elapsed_time(end) * 100)
+                name = f"{shape}, {str(kind).removeprefix('torch.')}"
+                rows.append((name + (", channels_last" if layout is torch.channels_last else ""), taken))
+    return rows
+
+
+def _passes(x: Tensor) -> dict[str, Callable[[], object]]:
+    """A forward and a backward without the exchange."""
+    from ddparity.batchnorm import kernels
+
+    layer, dy = nn.BatchNorm2d(x.size(1), device=x.device), torch.randn_like(x)
+    values, weight, bias = x.detach(), layer.weight.detach(), layer.bias.detach()
+    count = torch.tensor([x.numel() // x.size(1)], device=x.device, dtype=torch.int32)
+
+    def ours() -> object:
+        payload, kept = kernels.moments(values)
+        stats = kernels.join(payload[None], 1e-5)
+        kernels.update(layer.running_mean, layer.running_var, stats, 0.1)
+        sums = kernels.backward_sums(dy, values, stats)
+        return kernels.normalise(values, kept, stats, weight, bias), kernels.backward_input(
+            dy, values, stats, weight, sums
+        )
+
+    def torchs() -> object:
+        mean, invstd = torch.batch_norm_stats(values, 1e-5)
+        torch.batch_norm_gather_stats_with_counts(
+            values, mean[None], invstd[None], layer.running_mean, layer.running_var, 0.1, 1e-5, count.to(mean.dtype)
+        )
+        sums = torch.batch_norm_backward_reduce(dy, values, mean, invstd, weight, True, True, True)
+        return torch.batch_norm_elemt(values, weight, bias, mean, invstd, 1e-5), torch.batch_norm_backward_elemt(
+            dy, values, mean, invstd, weight, *sums[:2], count
+        )
+
+    return {
+        "local": lambda: torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), dy),
+        "ddparity": ours,
+        "torch's": torchs,
+    }
+
+
+def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def report_on_card(rows: list[tuple[str, Times]], rounds: int) -> str:
+    cells = [
+        [name, f"{np.median(taken['local']):.0f}"]
+        + [spread([a / b for a, b in zip(taken[one], taken["local"], strict=True)]) for one in ("ddparity", "torch's")]
+        for name, taken in rows
+    ]
+    return "\n\n".join(
+        [
+            f"What the card itself does in a forward and a backward, the exchange left out, as CUDA graphs: medians of "
+            f"{rounds} interleaved rounds of ten; the ratios are to the local layer's time in the same round.",
+            table(["input", "local, µs", "ddparity", "torch's"], cells),
+        ]
+    )
+
+
 def report(facts: str, repeats: list[list[tuple[str, Times]]], rounds: int, device: str) -> str:
     names = list(repeats[0][0][1])[1:]
     rows = []
@@ -193,9 +284,7 @@ def report(facts: str, repeats: list[list[tuple[str, Times]]], rounds: int, devi
             facts,
             f"`sync_batchnorm.py`, 2 processes over Gloo, {runs}medians of {rounds} interleaved rounds. Forward and "
             f"backward of one layer, milliseconds with the local layer, then each contender's time over its in the "
-            f"same round; “local again” is a second copy of it, and shows the noise. “stock operators”: ddparity "
-            f"without its compiled passes. “simple”: sums and sums of squares, reduced, and autograd. Each process "
-            f"has a core of its own, and the C library keeps freed memory: nobody pays for another's page faults.",
+            f"same round; “local again” is a second copy of it, and shows the noise. {HOW[device]}",
             table(["input of a rank", "local, ms", *names], rows),
         ]
     )
@@ -211,11 +300,15 @@ def main() -> None:
     if options.quick:
         options.rounds, options.repeat = 2, 1
     facts, start = machine("torchvision"), time.monotonic()
+    if options.device != "cpu":
+        facts = facts.replace(";", f"; {torch.cuda.get_device_name(options.device)};", 1)
     repeats: list[Any] = [
         dp.launch(measure, options.device, options.rounds, options.quick, nproc=2)[0] for _ in range(options.repeat)
     ]
     kind = torch.device(options.device).type
     text = report(facts, repeats, options.rounds, kind)
+    if kind == "cuda":
+        text += "\n\n" + report_on_card(measure_on_card(torch.device(options.device), options.rounds), options.rounds)
     print(text)
     print(f"\n{time.monotonic() - start:.0f} s")
     if not options.quick:

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..compat import is_plain_tensor
@@ -39,5 +40,6 @@ def _kernels() -> Any:
         kernels = importlib.import_module(f"{__package__}.kernels")
     except ImportError:
         return None
-    logger.info("SyncBatchNorm compiles its CUDA kernels with Triton: some seconds, once; Triton keeps them on disk")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.warning("SyncBatchNorm compiles its kernels for this GPU as they are first used: seconds, kept on disk")
     return kernels
