@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from ddparity.launch.across import Report, pack, unpack
 from ddparity.launch.compare import (
     RankState,
     describe_ranks,
@@ -188,6 +189,8 @@ def test_what_a_silent_rank_waited_in_is_not_known_any_more(last_told: int, kind
     assert finding is not None
     assert (finding.kind, finding.odd, finding.waiting) == (kind, (1,), (0,))
     assert sentence(finding, states).startswith(said)
+    report = Report("host", states, frozenset({(0, "0")}), "", ())
+    assert unpack(pack(report)) == report
 
 
 def test_nothing_pending_is_nothing_to_find() -> None:

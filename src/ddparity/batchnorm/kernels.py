@@ -1,6 +1,7 @@
 """The layer's passes over memory as Triton kernels, for CUDA; the same functions as in `stock`.
 
-Import it only where there is Triton, which CUDA builds of torch bring along; a kernel is compiled at its first use.
+Import it only where there is Triton, which CUDA builds of torch bring along. A kernel is compiled at its first use, for
+a number of channels and positions (whether they are multiples of 16), not for a batch size.
 
 All sums run in float64 around a shift, so that large means cost no digits, and in an order that depends on the shape
 alone. What a channel has is cut into parts, so that few channels too occupy the whole device.
@@ -30,6 +31,8 @@ _BLOCK = 128
 @triton.jit
 def _tile(number, part, more, n, c, m, per_n, per_m, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """A program's channels, the first position of its part in each direction, and where that part ends."""
+    part = part.to(tl.int64)
+    more = more.to(tl.int64)
     if ROWS:
         channel = number * B + tl.arange(0, B)[None, :]
         inner = tl.zeros((1, B), tl.int32)
@@ -40,7 +43,7 @@ def _tile(number, part, more, n, c, m, per_n, per_m, ROWS: tl.constexpr, A: tl.c
     return channel, outer, inner, tl.minimum(n, (part + 1) * per_n), tl.minimum(m, (more + 1) * per_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "per_n"])
 def _sums(x, dy, mean, parts, n, c, m, per_n, per_m, BACKWARD: tl.constexpr, ROWS: tl.constexpr, A: tl.constexpr,
           B: tl.constexpr):  # fmt: skip
     """Of one part: sums of x - x[0] and of its square; in the backward of dy and of dy * (x - mean)."""
@@ -56,7 +59,7 @@ def _sums(x, dy, mean, parts, n, c, m, per_n, per_m, BACKWARD: tl.constexpr, ROW
         for step_m in range(0, per_m, B):
             at_n, at_m = outer + step_n, inner + step_m
             inside = (at_n < n_end) & (at_m < m_end) & (channel < c)
-            at = (at_n.to(tl.int64) * c + channel) * m + at_m
+            at = (at_n * c + channel) * m + at_m
             value = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(tl.float64) - centre, 0.0)
             if BACKWARD:
                 gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float64)
@@ -75,7 +78,7 @@ def _sums(x, dy, mean, parts, n, c, m, per_n, per_m, BACKWARD: tl.constexpr, ROW
         tl.store(to + c + number, tl.sum(second))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "total"])
 def _finish(parts, count, x, out, c, m, total, BACKWARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """Add the parts up; forward: to the payload."""
     channel = tl.program_id(0) * B + tl.arange(0, B)
@@ -100,7 +103,7 @@ def _finish(parts, count, x, out, c, m, total, BACKWARD: tl.constexpr, A: tl.con
     tl.store(out + c + channel, two, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ranks"])
 def _join(gathered, ranks, c, eps, more_eps, stats, BLOCK: tl.constexpr):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < c
@@ -124,7 +127,7 @@ def _join(gathered, ranks, c, eps, more_eps, stats, BLOCK: tl.constexpr):
     tl.store(stats + 3 * c + channel, total + tl.zeros((BLOCK,), tl.float64), mask=channel == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "per_n"])
 def _scale(x, dy, out, stats, weight, bias, sums, n, c, m, per_n, per_m, KIND: tl.constexpr, WEIGHT: tl.constexpr,
            BIAS: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, A: tl.constexpr,
            B: tl.constexpr):  # fmt: skip
@@ -154,7 +157,7 @@ def _scale(x, dy, out, stats, weight, bias, sums, n, c, m, per_n, per_m, KIND: t
         for step_m in range(0, per_m, B):
             at_n, at_m = outer + step_n, inner + step_m
             inside = (at_n < n_end) & (at_m < m_end) & known
-            at = (at_n.to(tl.int64) * c + channel) * m + at_m
+            at = (at_n * c + channel) * m + at_m
             value = (tl.load(x + at, mask=inside, other=0.0).to(KIND) - high) * slope + shift
             if BACKWARD:
                 value += tl.load(dy + at, mask=inside, other=0.0).to(KIND) * scale

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
+import time
 from typing import Any
 
 import torch
@@ -14,16 +16,16 @@ from torch import Tensor
 from ..compat import is_plain_tensor
 from . import fused, stock
 
+_COMPILED_S = 0.2  # a kernel that is on disk is loaded sooner
+
 logger = logging.getLogger(__name__)
 
 
 def passes_for(x: Tensor, *others: Tensor | None) -> Any:
     """The module with the functions that `stock` describes, for this input and these tensors with it."""
     if x.device.type == "cuda":
-        kernels = _kernels()
-        if kernels is not None and _on_cuda(kernels, x, others):
-            return kernels
-        return stock
+        kernels = _kernels(x.device)
+        return kernels if kernels is not None and _on_cuda(kernels, x, others) else stock
     return fused if fused.handles(x, *others) else stock
 
 
@@ -32,14 +34,20 @@ def _on_cuda(kernels: Any, x: Tensor, others: tuple[Tensor | None, ...]) -> bool
 
 
 @functools.cache
-def _kernels() -> Any:
-    """The Triton kernels; None where there is no Triton, or no device for it."""
-    if torch.cuda.get_device_capability()[0] < 8:  # Triton supports no older ones
+def _kernels(device: torch.device) -> Any:
+    """The Triton kernels; None where there is no Triton, none for this card, or no C compiler, which it needs."""
+    if torch.cuda.get_device_capability(device)[0] < 8 or importlib.util.find_spec("triton") is None:
         return None
+    speaks = not dist.is_initialized() or dist.get_rank() == 0
     try:
         kernels = importlib.import_module(f"{__package__}.kernels")
-    except ImportError:
+        start = time.monotonic()
+        kernels.join(torch.zeros(1, 3, dtype=torch.float64, device=device), 1e-5)
+    except Exception as error:  # Triton raises what its compiler, or its folder for compiled kernels, gives it
+        if speaks:
+            reason = str(error).partition("\n")[0]
+            logger.warning("SyncBatchNorm uses torch's operators, as Triton does not work here: %s", reason)
         return None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if speaks and time.monotonic() - start > _COMPILED_S:
         logger.warning("SyncBatchNorm compiles its kernels for this GPU as they are first used: seconds, kept on disk")
     return kernels

@@ -36,7 +36,7 @@ class RankState:
 
     def pending(self, group: str) -> Operation | None:
         """The first of the group's collectives that is not done: the one that is waited in, as far as is known."""
-        if self.silent:
+        if self.silent or self.exitcode is not None:
             return None
         own = (one for one in self.operations if one.group == group and not one.point_to_point and one.pending)
         return next(own, None)
@@ -54,7 +54,8 @@ class Finding:
     operations: Mapping[int, Operation | None] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
-        return self.kind, self.group, self.odd, self.sequence
+        """The same for the same hang; in a stall other ranks may be silent at another look."""
+        return self.kind, self.group, () if self.kind == "stalled" else self.odd, self.sequence
 
 
 def stuck_groups(states: Mapping[int, RankState]) -> list[str]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ _ACTIVITIES: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 PATIENT = ("compiling", "saving or loading a checkpoint")  # a long time in these is no hang
 _LOCKS = ("wait", "acquire", "join", "_wait_for_tstate_lock", "__enter__")
+_SETTLED_S = 0.1
 _FILES = ("read", "write", "readinto", "readline", "flush", "fsync", "open")
 
 
@@ -133,12 +134,12 @@ def _is_below(file: str, *folders: str) -> bool:
 
 def look_at(pids: Mapping[int, int], folders: Mapping[int, Path], timeout_s: float = 3.0) -> dict[int, Stack]:
     """Where these ranks of this machine stand, without a signal to any: by py-spy, torch's server, /proc."""
-    dumps = _py_spy(pids, timeout_s)
+    states = _processes(pids)
+    dumps = _py_spy(pids, {rank for rank, (state, _) in states.items() if state in "TtD"}, timeout_s)
     rest = {rank: folders[rank] for rank in pids if rank not in dumps}
     traces = ask_traces(rest, min(1.0, timeout_s)) if rest else {}
     found = {}
-    for rank, pid in pids.items():
-        state, waits_in = _process(pid)
+    for rank, (state, waits_in) in states.items():
         if rank in dumps:
             found[rank] = _from_py_spy(dumps[rank], state, waits_in)
         elif rank in traces:
@@ -163,14 +164,14 @@ def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
     return ""
 
 
-def _py_spy(pids: Mapping[int, int], timeout_s: float) -> dict[int, Any]:
+def _py_spy(pids: Mapping[int, int], stopped: Set[int], timeout_s: float) -> dict[int, Any]:
     program = _program()
     if program is None:
         return {}
     started = {}
     for rank, pid in pids.items():
         # A process that is stopped never comes to the point where py-spy would hold it.
-        how = ["--nonblocking"] if _process(pid)[0] in "TtD" else []
+        how = ["--nonblocking"] if rank in stopped else []
         with contextlib.suppress(OSError):
             started[rank] = subprocess.Popen(
                 [program, "dump", "--json", *how, "--pid", str(pid)],
@@ -216,6 +217,17 @@ def _from_trace(text: str) -> tuple[Frame, ...]:
     """The last thread of faulthandler's text, which is the main one: it writes the newest first."""
     found = _LINE.findall(text.rpartition("hread 0x")[2])
     return tuple(Frame(file, int(line) if line.isdigit() else 0, name) for file, line, name in found)
+
+
+def _processes(pids: Mapping[int, int]) -> dict[int, tuple[str, str]]:
+    """`_process` of each. What py-spy has held runs for a moment afterwards, whatever it waits in: only who goes on
+    running does run."""
+    found = {rank: _process(pid) for rank, pid in pids.items()}
+    deadline = time.monotonic() + _SETTLED_S
+    while (running := [rank for rank in pids if found[rank][0] == "R"]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        found.update({rank: _process(pids[rank]) for rank in running})
+    return found
 
 
 def _process(pid: int) -> tuple[str, str]:

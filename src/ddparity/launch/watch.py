@@ -67,6 +67,7 @@ class Watch:
         self._told: set[tuple[object, ...]] = set()
         self._unrecorded: set[int] = set()  # ended without flight.json, as by os._exit
         self._answered: dict[int, float] = {}
+        self._missed: dict[int, int] = {}  # polls that a rank has not answered, since it last did
         self._check_at: dict[str, float] = {}  # by group: the next look at stacks
         self._excused: dict[str, float] = {}  # by group: when there was a reason to wait
         self._candidate: Finding | None = None  # what the other machines are asked about
@@ -168,7 +169,9 @@ class Watch:
             self._note(replace(self._states[rank], operations=record.operations), now)
             self._note_repeats(rank, record.operations)
         for rank in folders:
-            self._states[rank] = replace(self._states[rank], silent=self._silent_s(rank, now) >= _SILENT_S)
+            self._missed[rank] = 0 if self._answered.get(rank, now) == now else self._missed.get(rank, 0) + 1
+            silent = self._missed[rank] > 1 and now - self._answered[rank] >= _SILENT_S
+            self._states[rank] = replace(self._states[rank], silent=silent)
         local = {rank: self._states[rank] for rank in self._ranks}
         groups = {one.group for state in local.values() for one in state.operations}
         self.waits.count(local, {group: compare.members(local, group, self._groups) for group in groups})
@@ -252,8 +255,10 @@ class Watch:
         self._candidate = None
         still_s = now - max(self._moved[rank] for rank in self._members(finding.group))
         patient = any(rows[rank].doing in PATIENT for rank in finding.odd if rank in rows)
-        moved = finding.kind in ("absent", "stalled") and still_s < now - self._asked_at
-        if moved or (finding.kind == "absent" and patient and still_s < self._timeout_s * _PATIENCE):
+        waits = finding.kind in ("absent", "stalled")
+        moved = waits and still_s < now - self._asked_at
+        answers = finding.kind == "stalled" and not all(self._states[rank].silent for rank in finding.odd)
+        if moved or answers or (waits and patient and still_s < self._timeout_s * _PATIENCE):
             self._told.discard(finding.key())
             self._excused[finding.group] = now
             exchange.tell("")
@@ -291,7 +296,7 @@ class Watch:
         if self._timeout_s <= 0 or still_s < self._timeout_s or finding.key() in self._told:
             return None
         # Who does not answer is about to end, or else stopped: then it is silent for longer.
-        if any(self._silent_s(rank, now) > 0 and not self._states[rank].silent for rank in ranks):
+        if any(self._missed.get(rank) and self._alive(rank) and not self._states[rank].silent for rank in ranks):
             return None
         if still_s < self._timeout_s * _PATIENCE:
             if now < self._check_at.get(group, now):
@@ -303,14 +308,14 @@ class Watch:
                 return None
         return finding if self._still(ranks) else None
 
-    def _silent_s(self, rank: int, now: float) -> float:
-        return now - self._answered.get(rank, now) if self._alive(rank) else 0.0
-
     def _still(self, ranks: Sequence[int]) -> bool:
-        """Whether no rank has come further while the stacks were looked at."""
+        """Whether no rank has come further, or answers again, while the stacks were looked at."""
         folders = {rank: self._ranks[rank].folder for rank in ranks if self._alive(rank)}
         asked = ask_records(folders, _ANSWER_S)
-        return all(_progress(asked[rank].operations) == _progress(self._states[rank].operations) for rank in asked)
+        return all(
+            not self._states[rank].silent and _progress(record.operations) == _progress(self._states[rank].operations)
+            for rank, record in asked.items()
+        )
 
     def _has_reason(self, finding: Finding, ranks: Sequence[int], now: float) -> bool:
         """Whether a long wait is to be expected: in the first step, in a compiler, in a checkpoint, or data moves."""
