@@ -68,7 +68,7 @@ def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
 
 
 # DDP reads a hook's annotations as objects, and they are words in this file: the hooks go without.
-def _gather_then(group, bucket):  # type: ignore[no-untyped-def]
+def _gather_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
     """As `sum_hook`, but does not wait: DDP waits for the future, in which a callback sums."""
     buffer: torch.Tensor = bucket.buffer()
     copies = buffer.new_empty(dist.get_world_size(group), *buffer.shape)
@@ -76,7 +76,7 @@ def _gather_then(group, bucket):  # type: ignore[no-untyped-def]
     return work.get_future().then(lambda _: copies.sum(0))
 
 
-def _reduce_then(group, bucket):  # type: ignore[no-untyped-def]
+def _reduce_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
     """An all-reduce at any size."""
     return dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda done: done.value()[0])
 

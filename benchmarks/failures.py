@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 # The cases are those of the tests, which are found once the folder above is.
-from tests.failure_cases import CASES, OURS, TORCHRUN, Case, NotPermittedError, Outcome, run_case  # noqa: E402
+from tests.failure_cases import CASES, OURS, TORCHRUN, Case, NotPermittedError, Outcome, run_case  # noqa: E402 - needs the path
 
 PAGE = ROOT / "docs" / "failures.md"
 HANG_S = 10

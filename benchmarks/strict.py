@@ -227,7 +227,7 @@ def measure_over_link(cases: list[Case], rounds: int, steps: int) -> dict[str, l
         finally:
             for process in processes:
                 process.kill()
-        return json.loads(Path(f"{folder}/0").read_text())  # type: ignore[no-any-return]
+        return json.loads(Path(f"{folder}/0").read_text())  # type: ignore[no-any-return]  # what `_work` wrote
 
 
 def _work(job: dict[str, Any]) -> None:

@@ -200,7 +200,7 @@ def measure_on_card(device: torch.device, rounds: int) -> list[tuple[str, Times]
 
 def _passes(x: Tensor) -> dict[str, Callable[[], object]]:
     """A forward and a backward without the exchange."""
-    from ddparity.batchnorm import kernels
+    from ddparity.batchnorm import kernels  # needs Triton, as the rest of this file does not
 
     layer, dy = nn.BatchNorm2d(x.size(1), device=x.device), torch.randn_like(x)
     values, weight, bias = x.detach(), layer.weight.detach(), layer.bias.detach()

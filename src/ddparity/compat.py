@@ -41,7 +41,7 @@ def default_store() -> Store:
 
 def append(store: Store, key: str, text: str) -> None:
     """Append to a key of a store, at once for all ranks (the method is missing in torch's type stubs)."""
-    store.append(key, text)  # type: ignore[attr-defined]
+    store.append(key, text)  # type: ignore[attr-defined]  # the stubs again
 
 
 def is_store(address: tuple[str, int], timeout_s: float) -> bool:
@@ -156,7 +156,7 @@ def in_backward() -> bool:
 
 def constant_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compiler.assume_constant_result`, which imports the compiler to set this mark: a second at each start."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's mark on functions
     return function
 
 
@@ -174,7 +174,7 @@ def layer_versions(state: Any) -> dict[str, Any] | None:
 def with_layer_versions(state: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
     """A state dict that has these versions of layers."""
     ordered = OrderedDict(state)
-    ordered._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
+    ordered._metadata = OrderedDict(versions)  # type: ignore[attr-defined]  # where torch looks for them
     return ordered
 
 
@@ -186,6 +186,7 @@ def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
 
 def group_of_name(name: str) -> dist.ProcessGroup:
     """The process group of this name: what is compiled into a graph is a name."""
+    # Private, and typed for a name of torch's own kind, which is a str.
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 

@@ -154,7 +154,7 @@ def _silence(bar: Any) -> None:
         def silent(self: Any, *args: Any, **kwargs: Any) -> None:
             loud(self, *args, **{**kwargs, "disable": True})
 
-        silent.silenced = True  # type: ignore[attr-defined]
+        silent.silenced = True  # type: ignore[attr-defined]  # a mark, so that it is wrapped once
         bar.__init__ = silent
 
 

@@ -93,7 +93,7 @@ def revert_sync_batchnorm(model: Model) -> Model:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, SyncBatchNorm)}
     plain = {path: _plain(path, module) for path, module in layers.items()}
     for path, module in layers.items():
-        module.__class__ = plain[path]  # type: ignore[assignment]
+        module.__class__ = plain[path]  # type: ignore[assignment]  # mypy lets no class change
         for name in _OWN_ATTRIBUTES:
             module.__dict__.pop(name, None)
     return model
@@ -172,7 +172,7 @@ def synchronised_subclass(kind: type[_BatchNorm]) -> type[SyncBatchNorm]:
 
 
 def _restored(kind: type[_BatchNorm]) -> nn.Module:
-    return nn.Module.__new__(synchronised_subclass(kind))  # type: ignore[arg-type]
+    return nn.Module.__new__(synchronised_subclass(kind))  # type: ignore[arg-type]  # a class made at run time
 
 
 def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -109,7 +109,8 @@ class _SyncBatchNorm(Function):
         )
 
 
-# torch looks the signature up in every call of `apply`, which takes longer than one of the passes.
+# torch looks the signature up in every call of `apply`, which takes longer than one of the passes. (For mypy functions
+# have no such attribute, for `inspect` they have.)
 _SyncBatchNorm.forward.__signature__ = inspect.signature(_SyncBatchNorm.forward)  # type: ignore[attr-defined]
 
 

@@ -19,7 +19,7 @@ from .layout import has_planes
 try:
     from . import _fused
 except ImportError:  # built without a compiler
-    _fused = None  # type: ignore[assignment]
+    _fused = None  # type: ignore[assignment]  # it is a module otherwise
 
 
 def available() -> bool:

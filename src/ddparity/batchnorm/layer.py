@@ -155,7 +155,7 @@ class SyncBatchNorm(_BatchNorm):
                 "process_group, or it will synchronise over all ranks",
                 f" ({state['_path']})" if state.get("_path") else "",
             )
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch gives no type
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         """A copy in this process, which keeps the process group."""

@@ -78,7 +78,7 @@ class Agent(LocalElasticAgent):
         self._finished: RunResult | None = None  # of this machine's ranks, while others run
         self._count_waiting = spec.rdzv_handler.num_nodes_waiting
         # An assignment is a type error, since it is a method: torch's loop would wait for the store in it.
-        setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting)  # noqa: B010
+        setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting)  # noqa: B010 - see above
         self._forwarded: set[int] = set()  # of the scheduler's warnings, to the ranks that run
         self._heard: set[int] = set()  # of those, from other machines
         self._waited_for = False  # these ranks have stopped on one, those of other machines may be at work

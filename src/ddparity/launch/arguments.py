@@ -126,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         if not any(f"--{name}" in action.option_strings for action in parser._actions):
             parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", type=kind, default=default)
     # An assignment to a method is a type error; the parser is torch's, and no class of ours. Not argparse's pages:
-    setattr(parser, "format_help", help_text)  # noqa: B010
-    setattr(parser, "error", _refuse)  # noqa: B010
+    setattr(parser, "format_help", help_text)  # noqa: B010 - see above
+    setattr(parser, "error", _refuse)  # noqa: B010 - see above
     return parser
 
 

@@ -94,7 +94,7 @@ def exchange_cards(store: Store, group_rank: int, group_world_size: int, card: N
     # The store ends with the machine that opened it, and another may still be reading.
     deadline = time.monotonic() + _LEAVE_S
     while own.add("read", 0) < came and time.monotonic() < deadline:
-        time.sleep(0.02)  # as above
+        time.sleep(0.02)  # a store wakes nobody when a number changes
     raise RendezvousError(problem)
 
 

@@ -41,7 +41,7 @@ _ACTIVITIES: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 PATIENT = ("compiling", "saving or loading a checkpoint")  # a long time in these is no hang
 _LOCKS = ("wait", "acquire", "join", "_wait_for_tstate_lock", "__enter__")
-_SETTLED_S = 0.1
+_SETTLED_S = 0.1  # for a process that was held to wait again
 _FILES = ("read", "write", "readinto", "readline", "flush", "fsync", "open")
 
 
