@@ -337,34 +337,25 @@ def test_more_local_ranks_than_gpus() -> None:
         assert outcome.seconds < 10
 
 
-def _on_one_gpu() -> None:
+def _on_one_gpu(backend: str | None, device: str | None) -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.set_device = lambda device: None
     torch.cuda.get_device_properties = lambda device: device  # without a UUID: the index stands for it
-    with dp.world(timeout=30):
-        pass
-
-
-def test_two_ranks_that_see_the_same_single_gpu() -> None:
-    """A scheduler may show each process its own as index 0; the roster knows whether it is."""
-    for outcome in outcomes(_on_one_gpu, 2, in_world=False):
-        assert "RankFailure: ranks 0 and 1 both claim GPU cuda:0 of" in (outcome.error or "")
-        assert outcome.seconds < 10
-
-
-def _sharing(backend: str | None, device: str) -> None:
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.set_device = lambda device: None
-    torch.cuda.get_device_properties = lambda device: device
     with dp.world(backend, device, timeout=30) as w:
         assert w.device == torch.device("cuda", 0)
 
 
+def test_two_ranks_that_see_the_same_single_gpu() -> None:
+    """A scheduler may show each process its own as index 0; the roster knows whether it is."""
+    for outcome in outcomes(_on_one_gpu, 2, None, None, in_world=False):
+        assert "RankFailure: ranks 0 and 1 both claim GPU cuda:0 of" in (outcome.error or "")
+        assert outcome.seconds < 10
+
+
 def test_over_gloo_ranks_may_share_a_card_that_is_named() -> None:
-    assert [outcome.error for outcome in outcomes(_sharing, 2, "gloo", "cuda:0", in_world=False)] == [None, None]
-    for outcome in outcomes(_sharing, 2, "gloo", "cuda", in_world=False):
+    assert [outcome.error for outcome in outcomes(_on_one_gpu, 2, "gloo", "cuda:0", in_world=False)] == [None, None]
+    for outcome in outcomes(_on_one_gpu, 2, "gloo", "cuda", in_world=False):
         assert "RankFailure: ranks 0 and 1 both claim GPU cuda:0 of" in (outcome.error or "")
 
 

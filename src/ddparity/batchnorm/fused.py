@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..compat import is_plain_tensor
 from . import stock
-from .layout import has_planes
+from .layout import sizes
 
 try:
     from . import _fused
@@ -36,14 +36,6 @@ def handles(x: Tensor, *others: Tensor | None) -> bool:
 
 _WIDE = {torch.float32: 0, torch.float64: 1}
 _DOUBLE = 8  # bytes
-
-
-def sizes(x: Tensor) -> tuple[int, int, int]:
-    """(N, C, M) of planes, or (rows, C, 1)."""
-    batch, channels = x.shape[:2]
-    if has_planes(x) and x.numel():
-        return batch, channels, x.numel() // (batch * channels)
-    return x.numel() // channels, channels, 1
 
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:

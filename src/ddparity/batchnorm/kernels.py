@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import stock
-from .fused import sizes
+from .layout import sizes
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _TILE = 2048  # elements that a program holds at once

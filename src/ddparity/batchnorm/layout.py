@@ -28,6 +28,14 @@ def has_planes(x: Tensor) -> bool:
     return x.dim() > 2 and x.is_contiguous()
 
 
+def sizes(x: Tensor) -> tuple[int, int, int]:
+    """(N, C, M) of planes, or (rows, C, 1) of a dense input."""
+    batch, channels = x.shape[:2]
+    if has_planes(x) and x.numel():
+        return batch, channels, x.numel() // (batch * channels)
+    return x.numel() // channels, channels, 1
+
+
 def reduced_dims(x: Tensor) -> list[int]:
     """All dimensions but the channels'."""
     return [dim for dim in range(x.dim()) if dim != 1]
