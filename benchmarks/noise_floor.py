@@ -26,7 +26,7 @@ from ddparity.verify.report import draw, pyplot_of_matplotlib
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
-from results import machine, table, write_section  # noqa: E402 - needs the path above where ranks load this file
+from results import machine, table, write_section  # noqa: E402 - after the path above
 
 DIGITS = load_task(str(ROOT / "examples" / "digits.py"))
 
