@@ -149,6 +149,11 @@ def is_plain_tensor(x: torch.Tensor) -> bool:
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def in_transform() -> bool:
+    """Whether a torch.func transform is at work, as in `torch.func.grad`."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward here: a forward then recomputes what activation checkpointing dropped."""
     return torch._C._current_graph_task_id() != -1

@@ -17,18 +17,35 @@
 #endif
 
 #define BLOCK 4096 /* elements that are summed in the input's own type, and stay in the cache between two reads */
-#define TILE 128   /* channels at most that are handled together */
-#define ROWS 64    /* of a block of rows; TILE * ROWS elements stay in the cache */
-#define CHUNK 4096 /* rows that one thread takes at a time */
+#define ROWS 64    /* samples of a block of columns */
+#define SHORT (BLOCK / ROWS) /* elements of a plane up to which each of them is a column, or most time goes into ends */
+#define TILE 256   /* columns that are handled together; TILE * ROWS elements stay in the cache */
+#define CHUNK 4096 /* elements of a channel that one thread takes at a time, in columns */
+#define END(number, size, all) (((number) + 1) * (size) < (all) ? ((number) + 1) * (size) : (all))
 
-/* Channels whose planes are read together: short runs of memory are slow to come. */
+/* Channels that are handled together; of long planes too, since short runs of memory are slow to come. */
 static ssize_t tile_of(ssize_t M)
 {
+    if (M <= SHORT)
+        return TILE / M;
     ssize_t tile = BLOCK / M;
     return tile < 1 ? 1 : tile > 16 ? 16 : tile;
 }
 
-static ssize_t chunks_of(ssize_t rows) { return rows > CHUNK ? (rows + CHUNK - 1) / CHUNK : 1; }
+static ssize_t chunks_of(ssize_t N, ssize_t chunk) { return N > chunk ? (N + chunk - 1) / chunk : 1; }
+
+/* Values of the channels, float32 or float64, or none. */
+struct values {
+    int wide;
+    const void *at;
+};
+
+static inline double at(struct values values, ssize_t c, double otherwise)
+{
+    if (!values.at)
+        return otherwise;
+    return values.wide ? ((const double *)values.at)[c] : (double)((const float *)values.at)[c];
+}
 
 #define T float
 #define SUFFIX _float
@@ -81,6 +98,14 @@ static void move_running(int wide, void *running, const double *target, ssize_t 
             ((float *)running)[c] = (float)(((float *)running)[c] + part * (target[c] - ((float *)running)[c]));
 }
 
+static void fill(int wide, void *out, ssize_t c, double value)
+{
+    if (wide)
+        ((double *)out)[c] = value;
+    else
+        ((float *)out)[c] = (float)value;
+}
+
 static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected, ssize_t *out)
 {
     if (given != expected) {
@@ -102,41 +127,68 @@ static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected,
 #define D(k) ((double *)a[k])
 #define F(k) ((float *)a[k])
 
+#define V(k) ((struct values){(int)a[k], (const void *)a[(k) + 1]})
+
 static PyObject *moments(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
-    ssize_t a[8];
-    if (numbers(args, n, 8, a))
+    ssize_t a[7];
+    if (numbers(args, n, 7, a))
         return NULL;
-    RUN(moments_float(F(1), a[2], a[3], a[4], D(5), D(6), (int)a[7]),
-        moments_double(D(1), a[2], a[3], a[4], D(5), D(6), (int)a[7]));
+    double *payload = D(5);
+    ssize_t C = a[3];
+    payload[2 * C] = (double)a[2] * (double)a[4];
+    RUN(moments_float(F(1), a[2], C, a[4], payload, payload + C, (int)a[6]),
+        moments_double(D(1), a[2], C, a[4], payload, payload + C, (int)a[6]));
 }
 
 static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
-    ssize_t a[11];
-    if (numbers(args, n, 11, a))
+    ssize_t a[12];
+    if (numbers(args, n, 12, a))
         return NULL;
-    RUN(normalise_float(F(1), F(2), a[3], a[4], a[5], D(6), D(7), D(8), D(9), (int)a[10]),
-        normalise_double(D(1), D(2), a[3], a[4], a[5], D(6), D(7), D(8), D(9), (int)a[10]));
+    const double *stats = D(6);
+    ssize_t C = a[4];
+    RUN(normalise_float(F(1), F(2), a[3], C, a[5], stats, stats + C, V(7), V(9), (int)a[11]),
+        normalise_double(D(1), D(2), a[3], C, a[5], stats, stats + C, V(7), V(9), (int)a[11]));
 }
 
 static PyObject *backward_sums(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
-    ssize_t a[10];
-    if (numbers(args, n, 10, a))
+    ssize_t a[9];
+    if (numbers(args, n, 9, a))
         return NULL;
-    RUN(backward_sums_float(F(1), F(2), a[3], a[4], a[5], D(6), D(7), D(8), (int)a[9]),
-        backward_sums_double(D(1), D(2), a[3], a[4], a[5], D(6), D(7), D(8), (int)a[9]));
+    double *sums = D(7);
+    ssize_t C = a[4];
+    RUN(backward_sums_float(F(1), F(2), a[3], C, a[5], D(6), sums, sums + C, (int)a[8]),
+        backward_sums_double(D(1), D(2), a[3], C, a[5], D(6), sums, sums + C, (int)a[8]));
 }
 
 static PyObject *backward_input(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
-    ssize_t a[14];
-    if (numbers(args, n, 14, a))
+    ssize_t a[12];
+    if (numbers(args, n, 12, a))
         return NULL;
-    double total = *D(12);
-    RUN(backward_input_float(F(1), F(2), F(3), a[4], a[5], a[6], D(7), D(8), D(9), D(10), D(11), total, (int)a[13]),
-        backward_input_double(D(1), D(2), D(3), a[4], a[5], a[6], D(7), D(8), D(9), D(10), D(11), total, (int)a[13]));
+    const double *stats = D(7), *sums = D(10);
+    ssize_t C = a[5];
+    double total = stats[3 * C];
+    RUN(backward_input_float(F(1), F(2), F(3), a[4], C, a[6], stats, stats + C, V(8), sums, sums + C, total, (int)a[11]),
+        backward_input_double(D(1), D(2), D(3), a[4], C, a[6], stats, stats + C, V(8), sums, sums + C, total,
+                              (int)a[11]));
+}
+
+/* Of weight and bias, in their own types. */
+static PyObject *parameter_gradients(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    ssize_t a[7];
+    if (numbers(args, n, 7, a))
+        return NULL;
+    const double *stats = D(1), *sums = D(2);
+    ssize_t C = a[0];
+    for (ssize_t c = 0; c < C; c++) {
+        fill((int)a[3], (void *)a[4], c, sums[C + c] * stats[C + c]);
+        fill((int)a[5], (void *)a[6], c, sums[c]);
+    }
+    Py_RETURN_NONE;
 }
 
 static PyObject *join(PyObject *self, PyObject *const *args, Py_ssize_t n)
@@ -149,19 +201,25 @@ static PyObject *join(PyObject *self, PyObject *const *args, Py_ssize_t n)
     Py_RETURN_NONE;
 }
 
+/* An empty batch moves nothing. */
 static PyObject *move(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
-    ssize_t a[4];
-    double part = n == 5 ? PyFloat_AsDouble(args[4]) : 0;
-    if (PyErr_Occurred() || numbers(args, n - 1, 4, a))
+    ssize_t a[6];
+    double part = n == 7 ? PyFloat_AsDouble(args[6]) : 0;
+    if (PyErr_Occurred() || numbers(args, n - 1, 6, a))
         return NULL;
-    move_running((int)a[0], (void *)a[1], D(2), a[3], part);
+    const double *stats = D(5);
+    ssize_t C = a[4];
+    if (stats[3 * C] < 1)
+        part = 0;
+    move_running((int)a[0], (void *)a[1], stats, C, part);
+    move_running((int)a[2], (void *)a[3], stats + 2 * C, C, part);
     Py_RETURN_NONE;
 }
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {METHOD(moments), METHOD(join), METHOD(move), METHOD(normalise), METHOD(backward_sums),
-                                METHOD(backward_input), {NULL, NULL, 0, NULL}};
+                                METHOD(backward_input), METHOD(parameter_gradients), {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_fused", NULL, 0, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__fused(void) { return PyModule_Create(&module); }

@@ -68,33 +68,59 @@ CLONES static void NAME(moments_planes)(
     }
 }
 
-/* Rows x[r][c]: the moments of channels first..last-1 over the rows from..to-1. */
-CLONES static void NAME(moments_rows)(const T *x, ssize_t C, ssize_t from, ssize_t to, ssize_t first, ssize_t last,
-                                      double *mean, double *m2)
+/* A value for each channel becomes one for each of its M columns, in place. */
+static inline void NAME(spread)(T *values, ssize_t channels, ssize_t M)
 {
-    T shift[TILE], centre[TILE], sums[TILE], squares[TILE];
-    ssize_t width = last - first;
-    for (ssize_t k = 0; k < width; k++) {
-        mean[k] = m2[k] = 0;
-        shift[k] = from < to ? x[from * C + first + k] : 0;
+    if (M > 1)
+        for (ssize_t c = channels - 1; c >= 0; c--) {
+            T value = values[c];
+            for (ssize_t m = 0; m < M; m++)
+                values[c * M + m] = value;
+        }
+}
+
+/* The sum of each channel's M columns, in place. */
+static inline void NAME(fold)(T *values, ssize_t channels, ssize_t M)
+{
+    if (M > 1)
+        for (ssize_t c = 0; c < channels; c++) {
+            T sum = 0;
+            for (ssize_t m = 0; m < M; m++)
+                sum += values[c * M + m];
+            values[c] = sum;
+        }
+}
+
+/* The same for short planes, and for rows, whose planes are of one element: samples from..to-1, in columns. */
+CLONES static void NAME(moments_columns)(const T *x, ssize_t C, ssize_t M, ssize_t from, ssize_t to, ssize_t first,
+                                         ssize_t last, double *mean, double *m2)
+{
+    T near[TILE], shift[TILE], centre[TILE], sums[TILE], squares[TILE];
+    ssize_t channels = last - first, width = channels * M;
+    for (ssize_t c = 0; c < channels; c++) {
+        mean[c] = m2[c] = 0;
+        near[c] = shift[c] = from < to ? x[(from * C + first + c) * M] : 0;
     }
+    NAME(spread)(shift, channels, M);
     for (ssize_t r0 = from; r0 < to; r0 += ROWS) {
         ssize_t r1 = r0 + ROWS < to ? r0 + ROWS : to;
         for (ssize_t k = 0; k < width; k++)
             sums[k] = squares[k] = 0;
         for (ssize_t r = r0; r < r1; r++) {
-            const T *run = x + r * C + first;
+            const T *run = x + (r * C + first) * M;
 #pragma omp simd
             for (ssize_t k = 0; k < width; k++)
                 sums[k] += run[k] - shift[k];
         }
-        T count = (T)(r1 - r0);
-        for (ssize_t k = 0; k < width; k++) {
-            centre[k] = shift[k] + sums[k] / count;
+        NAME(fold)(sums, channels, M);
+        T count = (T)((r1 - r0) * M);
+        for (ssize_t c = 0; c < channels; c++)
+            centre[c] = near[c] + sums[c] / count;
+        NAME(spread)(centre, channels, M);
+        for (ssize_t k = 0; k < width; k++)
             sums[k] = 0;
-        }
         for (ssize_t r = r0; r < r1; r++) {
-            const T *run = x + r * C + first;
+            const T *run = x + (r * C + first) * M;
 #pragma omp simd
             for (ssize_t k = 0; k < width; k++) {
                 T d = run[k] - centre[k];
@@ -102,16 +128,29 @@ CLONES static void NAME(moments_rows)(const T *x, ssize_t C, ssize_t from, ssize
                 squares[k] += d * d;
             }
         }
-        double seen = (double)(r0 - from), n = (double)(r1 - r0);
-        for (ssize_t k = 0; k < width; k++) {
-            double off = (double)sums[k] / n;
-            NAME(merge)(mean + k, m2 + k, seen, n, (double)centre[k] + off, (double)squares[k] - n * off * off);
+        NAME(fold)(sums, channels, M);
+        NAME(fold)(squares, channels, M);
+        double seen = (double)(r0 - from) * M, n = (double)(r1 - r0) * M;
+        for (ssize_t c = 0; c < channels; c++) {
+            double off = (double)sums[c] / n; /* of the block's mean from its rounded centre */
+            NAME(merge)(mean + c, m2 + c, seen, n, (double)centre[c * M] + off, (double)squares[c] - n * off * off);
         }
     }
 }
 
-/* y = (x - mean) * scale + shift over one run. The mean comes in two parts, high and low: where it is large against the
- * deviation, its rounding alone would cost digits. */
+/* What a channel's elements are multiplied with, and what is added. The mean comes in two parts, high and low: where it
+ * is large against the deviation, its rounding alone would cost digits. */
+struct NAME(affine) {
+    T *high, *low, *scale, *slope, *shift;
+};
+
+static inline void NAME(take)(T *columns, const T *values, ssize_t first, ssize_t last, ssize_t M)
+{
+    memcpy(columns, values + first, (last - first) * sizeof(T));
+    NAME(spread)(columns, last - first, M);
+}
+
+/* y = (x - mean) * scale + shift over one run. */
 CLONES static void NAME(normalise_plane)(const T *x, T *y, ssize_t M, T high, T low, T scale, T shift)
 {
 #pragma omp simd
@@ -119,15 +158,21 @@ CLONES static void NAME(normalise_plane)(const T *x, T *y, ssize_t M, T high, T 
         y[m] = (x[m] - high - low) * scale + shift;
 }
 
-CLONES static void NAME(normalise_rows)(const T *x, T *y, ssize_t C, ssize_t from, ssize_t to, const T *high,
-                                        const T *low, const T *scale, const T *shift)
+CLONES static void NAME(normalise_columns)(const T *x, T *y, ssize_t C, ssize_t M, ssize_t from, ssize_t to,
+                                           ssize_t first, ssize_t last, const struct NAME(affine) *of)
 {
+    T high[TILE], low[TILE], scale[TILE], shift[TILE];
+    ssize_t width = (last - first) * M;
+    NAME(take)(high, of->high, first, last, M);
+    NAME(take)(low, of->low, first, last, M);
+    NAME(take)(scale, of->scale, first, last, M);
+    NAME(take)(shift, of->shift, first, last, M);
     for (ssize_t r = from; r < to; r++) {
-        const T *in = x + r * C;
-        T *out = y + r * C;
+        const T *in = x + (r * C + first) * M;
+        T *out = y + (r * C + first) * M;
 #pragma omp simd
-        for (ssize_t c = 0; c < C; c++)
-            out[c] = (in[c] - high[c] - low[c]) * scale[c] + shift[c];
+        for (ssize_t k = 0; k < width; k++)
+            out[k] = (in[k] - high[k] - low[k]) * scale[k] + shift[k];
     }
 }
 
@@ -152,28 +197,33 @@ CLONES static void NAME(sums_planes)(const T *dy, const T *x, ssize_t N, ssize_t
             }
 }
 
-CLONES static void NAME(sums_rows)(const T *dy, const T *x, ssize_t C, ssize_t from, ssize_t to, ssize_t first,
-                                   ssize_t last, const T *high, const T *low, double *sum_dy, double *sum_dy_xmu)
+CLONES static void NAME(sums_columns)(const T *dy, const T *x, ssize_t C, ssize_t M, ssize_t from, ssize_t to,
+                                      ssize_t first, ssize_t last, const struct NAME(affine) *of, double *sum_dy,
+                                      double *sum_dy_xmu)
 {
-    T sums[TILE], products[TILE];
-    ssize_t width = last - first;
-    for (ssize_t k = 0; k < width; k++)
-        sum_dy[k] = sum_dy_xmu[k] = 0;
+    T high[TILE], low[TILE], sums[TILE], products[TILE];
+    ssize_t channels = last - first, width = channels * M;
+    NAME(take)(high, of->high, first, last, M);
+    NAME(take)(low, of->low, first, last, M);
+    for (ssize_t c = 0; c < channels; c++)
+        sum_dy[c] = sum_dy_xmu[c] = 0;
     for (ssize_t r0 = from; r0 < to; r0 += ROWS) {
         ssize_t r1 = r0 + ROWS < to ? r0 + ROWS : to;
         for (ssize_t k = 0; k < width; k++)
             sums[k] = products[k] = 0;
         for (ssize_t r = r0; r < r1; r++) {
-            const T *d = dy + r * C + first, *in = x + r * C + first;
+            const T *d = dy + (r * C + first) * M, *in = x + (r * C + first) * M;
 #pragma omp simd
             for (ssize_t k = 0; k < width; k++) {
                 sums[k] += d[k];
-                products[k] += d[k] * (in[k] - high[first + k] - low[first + k]);
+                products[k] += d[k] * (in[k] - high[k] - low[k]);
             }
         }
-        for (ssize_t k = 0; k < width; k++) {
-            sum_dy[k] += sums[k];
-            sum_dy_xmu[k] += products[k];
+        NAME(fold)(sums, channels, M);
+        NAME(fold)(products, channels, M);
+        for (ssize_t c = 0; c < channels; c++) {
+            sum_dy[c] += sums[c];
+            sum_dy_xmu[c] += products[c];
         }
     }
 }
@@ -187,15 +237,22 @@ CLONES static void NAME(input_plane)(
         dx[m] = dy[m] * scale + ((x[m] - high - low) * slope + shift);
 }
 
-CLONES static void NAME(input_rows)(const T *dy, const T *x, T *dx, ssize_t C, ssize_t from, ssize_t to, const T *high,
-                                    const T *low, const T *scale, const T *slope, const T *shift)
+CLONES static void NAME(input_columns)(const T *dy, const T *x, T *dx, ssize_t C, ssize_t M, ssize_t from, ssize_t to,
+                                       ssize_t first, ssize_t last, const struct NAME(affine) *of)
 {
+    T high[TILE], low[TILE], scale[TILE], slope[TILE], shift[TILE];
+    ssize_t width = (last - first) * M;
+    NAME(take)(high, of->high, first, last, M);
+    NAME(take)(low, of->low, first, last, M);
+    NAME(take)(scale, of->scale, first, last, M);
+    NAME(take)(slope, of->slope, first, last, M);
+    NAME(take)(shift, of->shift, first, last, M);
     for (ssize_t r = from; r < to; r++) {
-        const T *d = dy + r * C, *in = x + r * C;
-        T *out = dx + r * C;
+        const T *d = dy + (r * C + first) * M, *in = x + (r * C + first) * M;
+        T *out = dx + (r * C + first) * M;
 #pragma omp simd
-        for (ssize_t c = 0; c < C; c++)
-            out[c] = d[c] * scale[c] + ((in[c] - high[c] - low[c]) * slope[c] + shift[c]);
+        for (ssize_t k = 0; k < width; k++)
+            out[k] = d[k] * scale[k] + ((in[k] - high[k] - low[k]) * slope[k] + shift[k]);
     }
 }
 
@@ -203,98 +260,98 @@ CLONES static void NAME(input_rows)(const T *dy, const T *x, T *dx, ssize_t C, s
 
 static int NAME(moments)(const T *x, ssize_t N, ssize_t C, ssize_t M, double *mean, double *m2, int threads)
 {
-    if (M > 1) {
-        ssize_t tile = tile_of(M), tiles = (C + tile - 1) / tile;
+    ssize_t tile = tile_of(M), tiles = (C + tile - 1) / tile;
+    if (M > SHORT) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (ssize_t t = 0; t < tiles; t++)
-            NAME(moments_planes)(x, N, C, M, t * tile, (t + 1) * tile < C ? (t + 1) * tile : C, mean, m2);
+            NAME(moments_planes)(x, N, C, M, t * tile, END(t, tile, C), mean, m2);
         return 0;
     }
-    ssize_t chunks = chunks_of(N), tiles = (C + TILE - 1) / TILE;
+    ssize_t chunk = CHUNK / M, chunks = chunks_of(N, chunk);
     double *parts = malloc(2 * chunks * C * sizeof(double));
     if (!parts)
         return -1;
 #pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
     for (ssize_t k = 0; k < chunks; k++)
         for (ssize_t t = 0; t < tiles; t++) {
-            ssize_t to = (k + 1) * CHUNK < N ? (k + 1) * CHUNK : N, last = (t + 1) * TILE < C ? (t + 1) * TILE : C;
-            double *part = parts + 2 * k * C + t * TILE;
-            NAME(moments_rows)(x, C, k * CHUNK, to, t * TILE, last, part, part + C);
+            double *part = parts + 2 * k * C + t * tile;
+            NAME(moments_columns)(x, C, M, k * chunk, END(k, chunk, N), t * tile, END(t, tile, C), part, part + C);
         }
     memcpy(mean, parts, C * sizeof(double));
     memcpy(m2, parts + C, C * sizeof(double));
     for (ssize_t k = 1; k < chunks; k++) {
-        double n = (double)((k + 1) * CHUNK < N ? CHUNK : N - k * CHUNK);
+        double n = (double)(END(k, chunk, N) - k * chunk) * M;
         for (ssize_t c = 0; c < C; c++)
-            NAME(merge)(mean + c, m2 + c, (double)(k * CHUNK), n, parts[2 * k * C + c], parts[(2 * k + 1) * C + c]);
+            NAME(merge)(mean + c, m2 + c, (double)(k * chunk) * M, n, parts[2 * k * C + c], parts[(2 * k + 1) * C + c]);
     }
     free(parts);
     return 0;
 }
 
-/* Splits each mean in two; `space` has room for `parts` arrays of C. */
-static T *NAME(split)(const double *mean, ssize_t C, int parts)
+/* The channels' numbers; the caller frees `high`, which is NULL where there is no memory. */
+static struct NAME(affine) NAME(affine)(ssize_t C, const double *mean)
 {
-    T *space = malloc((C ? C : 1) * parts * sizeof(T));
-    if (space)
-        for (ssize_t c = 0; c < C; c++) {
-            space[c] = (T)mean[c];
-            space[C + c] = (T)(mean[c] - (double)space[c]);
-        }
-    return space;
+    T *space = malloc((C ? C : 1) * 5 * sizeof(T));
+    struct NAME(affine) of = {space, space + C, space + 2 * C, space + 3 * C, space + 4 * C};
+    for (ssize_t c = 0; space && c < C; c++) {
+        of.high[c] = (T)mean[c];
+        of.low[c] = (T)(mean[c] - (double)of.high[c]);
+    }
+    return of;
 }
 
 static int NAME(normalise)(const T *x, T *y, ssize_t N, ssize_t C, ssize_t M, const double *mean, const double *invstd,
-                           const double *weight, const double *bias, int threads)
+                           struct values weight, struct values bias, int threads)
 {
-    T *high = NAME(split)(mean, C, 4), *low = high + C, *scale = low + C, *shift = scale + C;
-    if (!high)
+    struct NAME(affine) of = NAME(affine)(C, mean);
+    if (!of.high)
         return -1;
     for (ssize_t c = 0; c < C; c++) {
-        scale[c] = (T)(weight ? weight[c] * invstd[c] : invstd[c]);
-        shift[c] = (T)(bias ? bias[c] : 0);
+        of.scale[c] = (T)(at(weight, c, 1) * invstd[c]);
+        of.shift[c] = (T)at(bias, c, 0);
     }
-    if (M > 1) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (ssize_t p = 0; p < N * C; p++)
-            NAME(normalise_plane)(x + p * M, y + p * M, M, high[p % C], low[p % C], scale[p % C], shift[p % C]);
+    if (M > SHORT) {
+#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
+        for (ssize_t n = 0; n < N; n++)
+            for (ssize_t c = 0; c < C; c++)
+                NAME(normalise_plane)(x + (n * C + c) * M, y + (n * C + c) * M, M, of.high[c], of.low[c], of.scale[c],
+                                      of.shift[c]);
     } else {
-        ssize_t chunks = chunks_of(N);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+        ssize_t tile = tile_of(M), tiles = (C + tile - 1) / tile, chunk = CHUNK / M, chunks = chunks_of(N, chunk);
+#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
         for (ssize_t k = 0; k < chunks; k++)
-            NAME(normalise_rows)(x, y, C, k * CHUNK, (k + 1) * CHUNK < N ? (k + 1) * CHUNK : N, high, low, scale, shift);
+            for (ssize_t t = 0; t < tiles; t++)
+                NAME(normalise_columns)(x, y, C, M, k * chunk, END(k, chunk, N), t * tile, END(t, tile, C), &of);
     }
-    free(high);
+    free(of.high);
     return 0;
 }
 
 static int NAME(backward_sums)(const T *dy, const T *x, ssize_t N, ssize_t C, ssize_t M, const double *mean,
                                double *sum_dy, double *sum_dy_xmu, int threads)
 {
-    T *high = NAME(split)(mean, C, 2), *low = high + C;
-    if (!high)
+    struct NAME(affine) of = NAME(affine)(C, mean);
+    if (!of.high)
         return -1;
-    if (M > 1) {
-        ssize_t tile = tile_of(M), tiles = (C + tile - 1) / tile;
+    ssize_t tile = tile_of(M), tiles = (C + tile - 1) / tile;
+    if (M > SHORT) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (ssize_t t = 0; t < tiles; t++)
-            NAME(sums_planes)(dy, x, N, C, M, t * tile, (t + 1) * tile < C ? (t + 1) * tile : C, high, low, sum_dy,
-                              sum_dy_xmu);
-        free(high);
+            NAME(sums_planes)(dy, x, N, C, M, t * tile, END(t, tile, C), of.high, of.low, sum_dy, sum_dy_xmu);
+        free(of.high);
         return 0;
     }
-    ssize_t chunks = chunks_of(N), tiles = (C + TILE - 1) / TILE;
+    ssize_t chunk = CHUNK / M, chunks = chunks_of(N, chunk);
     double *parts = malloc(2 * chunks * C * sizeof(double));
     if (!parts) {
-        free(high);
+        free(of.high);
         return -1;
     }
 #pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
     for (ssize_t k = 0; k < chunks; k++)
         for (ssize_t t = 0; t < tiles; t++) {
-            ssize_t to = (k + 1) * CHUNK < N ? (k + 1) * CHUNK : N, last = (t + 1) * TILE < C ? (t + 1) * TILE : C;
-            double *part = parts + 2 * k * C + t * TILE;
-            NAME(sums_rows)(dy, x, C, k * CHUNK, to, t * TILE, last, high, low, part, part + C);
+            double *part = parts + 2 * k * C + t * tile;
+            NAME(sums_columns)(dy, x, C, M, k * chunk, END(k, chunk, N), t * tile, END(t, tile, C), &of, part, part + C);
         }
     memcpy(sum_dy, parts, C * sizeof(double));
     memcpy(sum_dy_xmu, parts + C, C * sizeof(double));
@@ -304,37 +361,39 @@ static int NAME(backward_sums)(const T *dy, const T *x, ssize_t N, ssize_t C, ss
             sum_dy_xmu[c] += parts[(2 * k + 1) * C + c];
         }
     free(parts);
-    free(high);
+    free(of.high);
     return 0;
 }
 
 static int NAME(backward_input)(const T *dy, const T *x, T *dx, ssize_t N, ssize_t C, ssize_t M, const double *mean,
-                                const double *invstd, const double *weight, const double *sum_dy,
+                                const double *invstd, struct values weight, const double *sum_dy,
                                 const double *sum_dy_xmu, double total, int threads)
 {
-    T *high = NAME(split)(mean, C, 5), *low = high + C, *scale = low + C, *slope = scale + C, *shift = slope + C;
-    if (!high)
+    struct NAME(affine) of = NAME(affine)(C, mean);
+    if (!of.high)
         return -1;
     for (ssize_t c = 0; c < C; c++) {
-        double a = weight ? weight[c] * invstd[c] : invstd[c];
-        scale[c] = (T)a;
-        slope[c] = (T)(-a * invstd[c] * invstd[c] * sum_dy_xmu[c] / total);
-        shift[c] = (T)(-a * sum_dy[c] / total);
+        double a = at(weight, c, 1) * invstd[c];
+        of.scale[c] = (T)a;
+        of.slope[c] = (T)(-a * invstd[c] * invstd[c] * sum_dy_xmu[c] / total);
+        of.shift[c] = (T)(-a * sum_dy[c] / total);
     }
-    if (M > 1) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (ssize_t p = 0; p < N * C; p++) {
-            ssize_t c = p % C;
-            NAME(input_plane)(dy + p * M, x + p * M, dx + p * M, M, high[c], low[c], scale[c], slope[c], shift[c]);
-        }
+    if (M > SHORT) {
+#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
+        for (ssize_t n = 0; n < N; n++)
+            for (ssize_t c = 0; c < C; c++) {
+                ssize_t p = (n * C + c) * M;
+                NAME(input_plane)(dy + p, x + p, dx + p, M, of.high[c], of.low[c], of.scale[c], of.slope[c],
+                                  of.shift[c]);
+            }
     } else {
-        ssize_t chunks = chunks_of(N);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+        ssize_t tile = tile_of(M), tiles = (C + tile - 1) / tile, chunk = CHUNK / M, chunks = chunks_of(N, chunk);
+#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
         for (ssize_t k = 0; k < chunks; k++)
-            NAME(input_rows)(dy, x, dx, C, k * CHUNK, (k + 1) * CHUNK < N ? (k + 1) * CHUNK : N, high, low, scale,
-                             slope, shift);
+            for (ssize_t t = 0; t < tiles; t++)
+                NAME(input_columns)(dy, x, dx, C, M, k * chunk, END(k, chunk, N), t * tile, END(t, tile, C), &of);
     }
-    free(high);
+    free(of.high);
     return 0;
 }
 

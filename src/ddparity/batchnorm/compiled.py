@@ -36,7 +36,9 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, d_weight, d_bias = input_gradients(dy, dense(x), weight, stats, eps, group_of_name(group))
+    both = stats.dtype, stats.dtype
+    dx, d_weight, d_bias = input_gradients(dy, dense(x), weight, stats, eps, group_of_name(group), both)
+    assert d_weight is not None and d_bias is not None, "both were asked for"
     return dx, d_weight, d_bias
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from ..compat import in_transform
 from ..reduction import sum_over_ranks
 from .layout import dense, dense_like, over, reduced_dims
 from .moments import Moments, SumOverRanks, joined
 from .passes import passes_for
 
 Announce = Callable[[str], None]
+Dtypes = tuple[torch.dtype | None, torch.dtype | None]  # of weight and bias
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]  # of x, weight and bias
 
 
 def sync_batch_norm(
@@ -41,7 +43,11 @@ def sync_batch_norm(
     running_mean, running_var = running or (None, None)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     arguments = (dense(x), running_mean, running_var, weight, bias, momentum, eps, group, announce)
-    y: Tensor = _SyncBatchNorm.apply(*arguments)[0]
+    y: Tensor
+    if in_transform():
+        y, _ = _Transformed.apply(*arguments)
+    else:
+        y = _SyncBatchNorm.apply(*arguments)
     return y
 
 
@@ -57,9 +63,58 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
             )
 
 
+def _forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    group: dist.ProcessGroup,
+    announce: Announce | None,
+) -> tuple[Tensor, Tensor]:
+    if announce is not None:
+        announce("forward")
+    y, stats = normalised(x, weight, bias, eps, group)
+    if running_mean is not None and running_var is not None:
+        passes_for(stats, running_mean, running_var).update(running_mean, running_var, stats, momentum)
+    return y, stats
+
+
+def _keep(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    eps: float,
+    group: dist.ProcessGroup,
+    announce: Announce | None,
+) -> None:
+    dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
+    ctx.others = eps, group, announce, dtypes
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, stats)
+
+
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, stats = ctx.saved_tensors
+    eps, group, announce, dtypes = ctx.others
+    if dy is None:  # the others wait for this rank all the same
+        dy = torch.zeros_like(x)
+    if announce is not None:
+        announce("backward")
+    # Gradient mode is on where the backward itself is to be differentiated (create_graph).
+    gradients = _differentiable if torch.is_grad_enabled() else input_gradients
+    dx, d_weight, d_bias = gradients(dy, x, weight, stats, eps, group, dtypes)
+    return dx, None, None, d_weight, d_bias, None, None, None, None
+
+
 class _SyncBatchNorm(Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -69,49 +124,31 @@ class _SyncBatchNorm(Function):
         eps: float,
         group: dist.ProcessGroup,
         announce: Announce | None,
-    ) -> tuple[Tensor, Tensor]:
-        if announce is not None:
-            announce("forward")
-        y, stats = normalised(x, weight, bias, eps, group)
-        if running_mean is not None and running_var is not None:
-            passes_for(stats, running_mean, running_var).update(running_mean, running_var, stats, momentum)
-        return y, stats
+    ) -> Tensor:
+        y, stats = _forward(x, running_mean, running_var, weight, bias, momentum, eps, group, announce)
+        _keep(ctx, x, weight, bias, stats, eps, group, announce)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        return _backward(ctx, dy)
+
+
+class _Transformed(Function):
+    """The same for torch.func, which demands that the context is set up afterwards: that takes longer."""
+
+    forward = staticmethod(_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, _, weight, bias, _, ctx.eps, ctx.group, ctx.announce = inputs
+        x, _, _, weight, bias, _, eps, group, announce = inputs
         _, stats = output
-        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, stats)
+        _keep(ctx, x, weight, bias, stats, eps, group, announce)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
-        x, weight, stats = ctx.saved_tensors
-        if dy is None:  # the others wait for this rank all the same
-            dy = torch.zeros_like(x)
-        if ctx.announce is not None:
-            ctx.announce("backward")
-        # Gradient mode is on where the backward itself is to be differentiated (create_graph).
-        gradients = _differentiable if torch.is_grad_enabled() else input_gradients
-        dx, d_weight, d_bias = gradients(dy, x, weight, stats, ctx.eps, ctx.group)
-        return (
-            dx,
-            None,
-            None,
-            None if weight is None else d_weight.to(weight.dtype),
-            None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-# torch looks the signature up in every call of `apply`, which takes longer than one of the passes. (For mypy functions
-# have no such attribute, for `inspect` they have.)
-_SyncBatchNorm.forward.__signature__ = inspect.signature(_SyncBatchNorm.forward)  # type: ignore[attr-defined]
+        return _backward(ctx, dy)
 
 
 def normalised(
@@ -131,21 +168,19 @@ def normalised(
 
 
 def input_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: dist.ProcessGroup, dtypes: Dtypes
+) -> Gradients:
     """Gradients of the input, and of weight and bias from this rank's samples alone: DDP adds those up."""
-    channels = x.size(1)
     dy = dense_like(dy, x)
     passes = passes_for(x, dy, weight)
-    local = passes.backward_sums(dy, x, stats)
-    d_bias, d_weight = local[:channels].clone(), local[channels:] * stats[channels : 2 * channels]
-    sums = sum_over_ranks(local, group)
-    return passes.backward_input(dy, x, stats, weight, sums), d_weight, d_bias
+    sums = passes.backward_sums(dy, x, stats)
+    d_weight, d_bias = passes.parameter_gradients(sums, stats, *dtypes)
+    return passes.backward_input(dy, x, stats, weight, sum_over_ranks(sums, group)), d_weight, d_bias
 
 
 def _differentiable(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: dist.ProcessGroup, dtypes: Dtypes
+) -> Gradients:
     """`input_gradients` in operations that are differentiable themselves, the collectives included."""
     mean, variance, total = Moments.apply(x, group)
     dims = reduced_dims(x)
@@ -156,4 +191,8 @@ def _differentiable(
     n = total.clamp(min=1)
     projection = centred * over(invstd.square() * all_dy_xmu / n, x)
     dx = (wide_dy - over(all_dy / n, x) - projection) * over(scale, x)
-    return dx.to(x.dtype), sum_dy_xmu * invstd, sum_dy
+    d_weight, d_bias = (
+        None if dtype is None else gradient.to(dtype)
+        for gradient, dtype in zip((sum_dy_xmu * invstd, sum_dy), dtypes, strict=True)
+    )
+    return dx.to(x.dtype), d_weight, d_bias

@@ -35,15 +35,12 @@ def handles(x: Tensor, *others: Tensor | None) -> bool:
 
 
 _WIDE = {torch.float32: 0, torch.float64: 1}
-_DOUBLE = 8  # bytes
 
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:
     n, c, m = sizes(x)
     payload = torch.empty(2 * c + 1, dtype=torch.float64)
-    payload[-1] = n * m
-    at = payload.data_ptr()
-    _fused.moments(_WIDE[x.dtype], x.data_ptr(), n, c, m, at, at + c * _DOUBLE, torch.get_num_threads())
+    _fused.moments(_WIDE[x.dtype], x.data_ptr(), n, c, m, payload.data_ptr(), torch.get_num_threads())
     return payload, None
 
 
@@ -58,8 +55,7 @@ def join(gathered: Tensor, eps: float) -> Tensor:
 def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     n, c, m = sizes(x)
     y = torch.empty_like(x)
-    weight, bias = _double(weight), _double(bias)
-    at = stats.data_ptr()
+    weight, bias = _readable(weight), _readable(bias)
     _fused.normalise(
         _WIDE[x.dtype],
         x.data_ptr(),
@@ -67,43 +63,55 @@ def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: 
         n,
         c,
         m,
-        at,
-        at + c * _DOUBLE,
-        _address(weight),
-        _address(bias),
+        stats.data_ptr(),
+        *_place(weight),
+        *_place(bias),
         torch.get_num_threads(),
     )
     return y
 
 
 def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor) -> None:
-    both, channels = (running_mean, running_var), running_mean.numel()
-    if any(running.dtype not in _WIDE or not running.is_contiguous() for running in both):
+    if _readable(running_mean) is not running_mean or _readable(running_var) is not running_var:
         stock.update(running_mean, running_var, stats, momentum)
         return
-    part = float(momentum) * min(1.0, float(stats[-1]))  # an empty batch moves none
-    for running, offset in zip(both, (0, 2 * channels), strict=True):
-        target = stats.data_ptr() + offset * _DOUBLE
-        _fused.move(_WIDE[running.dtype], running.data_ptr(), target, channels, part)
-    torch.autograd.graph.increment_version(both)
+    channels = running_mean.numel()
+    _fused.move(*_place(running_mean), *_place(running_var), channels, stats.data_ptr(), float(momentum))
+    torch.autograd.graph.increment_version((running_mean, running_var))
 
 
 def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     n, c, m = sizes(x)
     sums = torch.empty(2 * c, dtype=torch.float64)
-    at = sums.data_ptr()
-    threads = torch.get_num_threads()
     _fused.backward_sums(
-        _WIDE[x.dtype], dy.data_ptr(), x.data_ptr(), n, c, m, stats.data_ptr(), at, at + c * _DOUBLE, threads
+        _WIDE[x.dtype],
+        dy.data_ptr(),
+        x.data_ptr(),
+        n,
+        c,
+        m,
+        stats.data_ptr(),
+        sums.data_ptr(),
+        torch.get_num_threads(),
     )
     return sums
+
+
+def parameter_gradients(
+    sums: Tensor, stats: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if weight_dtype not in _WIDE or bias_dtype not in _WIDE:
+        return stock.parameter_gradients(sums, stats, weight_dtype, bias_dtype)
+    channels = sums.numel() // 2
+    d_weight, d_bias = torch.empty(channels, dtype=weight_dtype), torch.empty(channels, dtype=bias_dtype)
+    _fused.parameter_gradients(channels, stats.data_ptr(), sums.data_ptr(), *_place(d_weight), *_place(d_bias))
+    return d_weight, d_bias
 
 
 def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
     n, c, m = sizes(x)
     dx = torch.empty_like(x)
-    weight = _double(weight)
-    at, of_sums = stats.data_ptr(), sums.data_ptr()
+    weight = _readable(weight)
     _fused.backward_input(
         _WIDE[x.dtype],
         dy.data_ptr(),
@@ -112,20 +120,21 @@ def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, 
         n,
         c,
         m,
-        at,
-        at + c * _DOUBLE,
-        _address(weight),
-        of_sums,
-        of_sums + c * _DOUBLE,
-        at + 3 * c * _DOUBLE,
+        stats.data_ptr(),
+        *_place(weight),
+        sums.data_ptr(),
         torch.get_num_threads(),
     )
     return dx
 
 
-def _double(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.to(torch.float64).contiguous()
+def _readable(values: Tensor | None) -> Tensor | None:
+    """The values themselves where the passes can read them as they are."""
+    if values is None or (values.dtype in _WIDE and values.is_contiguous()):
+        return values
+    return values.to(torch.float64).contiguous()
 
 
-def _address(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
+def _place(values: Tensor | None) -> tuple[int, int]:
+    """Whether they are float64, and where."""
+    return (0, 0) if values is None else (_WIDE[values.dtype], values.data_ptr())

@@ -1,6 +1,6 @@
 """The layer's passes over memory with torch's own operators: for every device and dtype, and no compiler.
 
-Both this module and `fused` have these six functions. Statistics are float64:
+Both this module and `fused` have these seven functions. Statistics are float64:
 
     payload  [mean (C), sum of squared deviations (C), count]                  what a rank sends
     stats    [mean (C), 1/sqrt(biased variance + eps) (C), unbiased variance (C), total count]    of all ranks
@@ -113,6 +113,15 @@ def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     sums = torch.cat([sum_dy, sum_dy_xmu]).to(stats.dtype)
     sums[channels:].addcmul_(sums[:channels], mean - high, value=-1)
     return sums
+
+
+def parameter_gradients(
+    sums: Tensor, stats: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """From this rank's samples alone; none for what the layer does not have."""
+    channels = sums.numel() // 2
+    d_weight = None if weight_dtype is None else (sums[channels:] * stats[channels : 2 * channels]).to(weight_dtype)
+    return d_weight, None if bias_dtype is None else sums[:channels].to(bias_dtype, copy=True)
 
 
 def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
