@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:  # torch.distributed exports these in a way that type checkers do not see
-    from torch._C._distributed_c10d import GradBucket, PrefixStore, Store, TCPStore
+    from torch._C._distributed_c10d import AllgatherOptions, GradBucket, PrefixStore, Store, TCPStore
 else:
     from torch.distributed import GradBucket, PrefixStore, Store, TCPStore
+    from torch.distributed.distributed_c10d import AllgatherOptions
 
 __all__ = ["GradBucket", "PrefixStore", "Store", "TCPStore"]
 
@@ -29,9 +31,21 @@ __all__ = ["GradBucket", "PrefixStore", "Store", "TCPStore"]
 def all_gather_single(
     output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
-    """All-gather into one tensor. torch 2.13 renamed `all_gather_into_tensor`, which earlier versions have alone."""
-    gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(output, value, group=group, async_op=async_op)
+    """All-gather into one flat tensor.
+
+    By the group's own method, which torch 2.13 renamed: torch.distributed's function around it takes as long to check
+    its arguments as Gloo to send a small tensor.
+    """
+    options = AllgatherOptions()
+    options.asyncOp = async_op
+    everyone: Any = dist.group.WORLD if group is None else group
+    gather = getattr(everyone, "all_gather_single", None) or everyone._allgather_base
+    work = gather(output, value, options)
+    if async_op:
+        return work
+    if work is not None:  # some backends have waited already
+        work.wait()
+    return None
 
 
 def default_store() -> Store:
@@ -146,7 +160,7 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 def is_plain_tensor(x: torch.Tensor) -> bool:
     """Whether the tensor is nothing but its memory: no subclass, and not wrapped by a torch.func transform."""
     plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return plain and not is_functorch_wrapped_tensor(x)
 
 
 def in_transform() -> bool:

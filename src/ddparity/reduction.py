@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: DDP reads the hook's annotations as objects.
 
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,6 +16,8 @@ from .compat import GradBucket, all_gather_single
 # less, and wins as long as a rank's bytes, and all ranks' together, stay below these (benchmarks/collectives.py).
 GATHERED_BYTES = 2**19
 GATHERED_BYTES_OF_ALL = 2**21
+
+YIELDS = 1000  # before a rank that waits for a small exchange goes to sleep; about a microsecond each
 
 
 def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -44,9 +47,27 @@ def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The ranks' tensors, of one shape and dtype, as (world size, *shape); one all-gather. All ranks call it."""
-    copies = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    all_gather_single(copies.view(-1), tensor.reshape(-1), group=group)
-    return copies
+    ranks = dist.get_world_size(group)
+    copies = tensor.new_empty(ranks * tensor.numel())
+    on_cpu = tensor.is_cpu
+    work = all_gather_single(copies, tensor.reshape(-1), group=group, async_op=on_cpu)
+    if on_cpu:
+        _stay_awake(work)
+        work.wait()
+    return copies.view(ranks, *tensor.shape)
+
+
+def _stay_awake(work: dist.Work) -> None:
+    """Give the core up again and again, for about a millisecond, until the exchange is done.
+
+    Ranks that keep step are soon done; then to sleep and to be woken takes longer than the exchange itself
+    (benchmarks/RESULTS.md, "Scheduling").
+    """
+    if hasattr(os, "sched_yield"):
+        for _ in range(YIELDS):
+            if work.is_completed():
+                return
+            os.sched_yield()
 
 
 def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
@@ -108,7 +129,7 @@ def _sum_flat(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -
 
 def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
     """Whether gathering `numel` elements of each rank, of this tensor's dtype and device, beats exchanging sums."""
-    if like.device.type != "cpu" or like.layout != torch.strided:
+    if not like.is_cpu or like.layout != torch.strided:
         return False
     own = numel * like.element_size()
     return own <= GATHERED_BYTES and own * dist.get_world_size(group) <= GATHERED_BYTES_OF_ALL

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..compat import in_transform
-from ..reduction import sum_over_ranks
+from ..reduction import copies_of_ranks, sum_over_ranks
 from .layout import dense, dense_like, over, reduced_dims
-from .moments import Moments, SumOverRanks, joined
+from .moments import Moments, SumOverRanks
 from .passes import passes_for
 
 Announce = Callable[[str], None]
@@ -53,12 +53,13 @@ def sync_batch_norm(
 
 def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
     """Refuse what the passes, which work on addresses, must never see."""
-    if x.size(1) == 0:
+    channels, device = x.size(1), x.device
+    if channels == 0:
         raise ValueError(f"SyncBatchNorm got input of shape {tuple(x.shape)}: it needs at least one channel")
     for name, values in per_channel.items():
-        if values is not None and (values.numel() != x.size(1) or values.device != x.device):
+        if values is not None and (values.numel() != channels or values.device != device):
             raise ValueError(
-                f"SyncBatchNorm got input of shape {tuple(x.shape)} on {x.device}, but its {name} has "
+                f"SyncBatchNorm got input of shape {tuple(x.shape)} on {device}, but its {name} has "
                 f"{values.numel()} elements on {values.device}"
             )
 
@@ -76,10 +77,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if announce is not None:
         announce("forward")
-    y, stats = normalised(x, weight, bias, eps, group)
-    if running_mean is not None and running_var is not None:
-        passes_for(stats, running_mean, running_var).update(running_mean, running_var, stats, momentum)
-    return y, stats
+    running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    return normalised(x, weight, bias, eps, group, running, momentum)
 
 
 def _keep(
@@ -152,19 +151,32 @@ class _Transformed(Function):
 
 
 def normalised(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: dist.ProcessGroup,
+    running: tuple[Tensor, Tensor] | None = None,
+    momentum: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The output and the statistics of all ranks. Raises ValueError where all ranks together have one value."""
+    """The output and the statistics of all ranks; moves the running ones, if given.
+
+    Raises ValueError where all ranks together have one value.
+    """
     passes = passes_for(x, weight, bias)
     payload, kept = passes.moments(x)
-    stats = joined(payload, eps, group)
+    for_channels = passes_for(payload, *running or ())  # these are float64 where x may be half precision
+    stats = for_channels.join(copies_of_ranks(payload, group), eps)
     # Only a rank with no value or one can be in a batch of one; the others need not read the device.
     if x.numel() <= x.size(1) and stats[-1] == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} and one value on "
             f"all {dist.get_world_size(group)} ranks together"
         )
-    return passes.normalise(x, kept, stats, weight, bias), stats
+    y = passes.normalise(x, kept, stats, weight, bias)
+    if running is not None:
+        for_channels.update(*running, stats, momentum)
+    return y, stats
 
 
 def input_gradients(

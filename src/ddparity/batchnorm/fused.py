@@ -29,9 +29,9 @@ def available() -> bool:
 
 def handles(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the passes can work on this input, which is dense, with these other tensors."""
-    if _fused is None or x.dtype not in _WIDE or x.device.type != "cpu":
+    if _fused is None or x.dtype not in _WIDE or not x.is_cpu or not is_plain_tensor(x):
         return False
-    return all(value is None or is_plain_tensor(value) for value in (x, *others))
+    return all(value is None or is_plain_tensor(value) for value in others)
 
 
 _WIDE = {torch.float32: 0, torch.float64: 1}

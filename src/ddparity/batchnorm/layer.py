@@ -105,17 +105,17 @@ class SyncBatchNorm(_BatchNorm):
 
     def _running(self) -> tuple[Tensor, Tensor] | None:
         """The running statistics that this training forward moves."""
-        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
-            return None
-        return self.running_mean, self.running_var
+        mean, var = self.running_mean, self.running_var  # each look at a buffer goes through Module.__getattr__
+        return None if not self.track_running_stats or mean is None or var is None else (mean, var)
 
     def _count(self) -> float | Tensor:
         """Count this batch; by how much the running statistics move."""
-        if not self.track_running_stats or self.num_batches_tracked is None:
+        batches = self.num_batches_tracked
+        if not self.track_running_stats or batches is None:
             return 0.0 if self.momentum is None else self.momentum
         if not in_backward_of_eager():
-            self.num_batches_tracked.add_(1)
-        return self.num_batches_tracked.double().reciprocal() if self.momentum is None else self.momentum
+            batches.add_(1)
+        return batches.double().reciprocal() if self.momentum is None else self.momentum
 
     def _normalise(
         self,

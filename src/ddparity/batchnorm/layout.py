@@ -30,10 +30,11 @@ def has_planes(x: Tensor) -> bool:
 
 def sizes(x: Tensor) -> tuple[int, int, int]:
     """(N, C, M) of planes, or (rows, C, 1) of a dense input."""
-    batch, channels = x.shape[:2]
-    if has_planes(x) and x.numel():
-        return batch, channels, x.numel() // (batch * channels)
-    return x.numel() // channels, channels, 1
+    channels, elements = x.size(1), x.numel()
+    if elements and has_planes(x):
+        batch = x.size(0)
+        return batch, channels, elements // (batch * channels)
+    return elements // channels, channels, 1
 
 
 def reduced_dims(x: Tensor) -> list[int]:

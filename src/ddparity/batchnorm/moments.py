@@ -75,13 +75,6 @@ def group_of_several(process_group: dist.ProcessGroup | None) -> dist.ProcessGro
     return group if size > 1 else None
 
 
-def joined(payload: Tensor, eps: float, group: dist.ProcessGroup | None) -> Tensor:
-    """The ranks' payloads joined (see `stock`); one all-gather where there is a group."""
-    gathered = payload[None] if group is None else copies_of_ranks(payload, group)
-    stats: Tensor = passes_for(gathered).join(gathered, eps)
-    return stats
-
-
 class SumOverRanks(Function):
     """The sum over the ranks, whose gradient is again the sum: every rank's result depends on every rank's input."""
 
@@ -104,8 +97,10 @@ class Moments(Function):
     @staticmethod
     def forward(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
         channels = x.size(1)
-        payload, _ = passes_for(x).moments(x)
-        mean, _, unbiased, total = joined(payload, 1.0, group).split([channels, channels, channels, 1])
+        passes = passes_for(x)
+        payload, _ = passes.moments(x)
+        gathered = payload[None] if group is None else copies_of_ranks(payload, group)
+        mean, _, unbiased, total = passes.join(gathered, 1.0).split([channels, channels, channels, 1])
         return mean.clone(), unbiased * (total - 1).clamp(min=1) / total.clamp(min=1), total[0].clone()
 
     @staticmethod

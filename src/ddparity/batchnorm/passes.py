@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def passes_for(x: Tensor, *others: Tensor | None) -> Any:
     """The module with the functions that `stock` describes, for this input and these tensors with it."""
-    if x.device.type == "cuda":
+    if x.is_cuda:
         kernels = _kernels(x.device)
         return kernels if kernels is not None and _on_cuda(kernels, x, others) else stock
     return fused if fused.handles(x, *others) else stock
