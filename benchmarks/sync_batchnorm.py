@@ -212,7 +212,7 @@ def _passes(x: Tensor) -> dict[str, Callable[[], object]]:
         kernels.update(layer.running_mean, layer.running_var, stats, 0.1)
         sums = kernels.backward_sums(dy, values, stats)
         return kernels.normalise(values, kept, stats, weight, bias), kernels.backward_input(
-            dy, values, stats, weight, sums
+            dy, values, stats, weight, sums[None]
         )
 
     def torchs() -> object:

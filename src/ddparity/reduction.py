@@ -40,14 +40,21 @@ def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Futu
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The sum of a tensor over the ranks, perhaps in place; one collective of its bytes. All ranks call it."""
     if gathers(tensor.numel(), tensor, group):
-        return _gathered_sum(tensor, group)
+        return copies_of_ranks(tensor, group).sum(0)  # in rank order, the same bits on every rank
     dist.all_reduce(tensor, group=group)
     return tensor
 
 
+def parts_of_sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`sum_over_ranks` for who adds up himself: the sum is that over the first dimension of the result."""
+    if gathers(tensor.numel(), tensor, group):
+        return copies_of_ranks(tensor, group)
+    return sum_over_ranks(tensor, group).unsqueeze(0)
+
+
 def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The ranks' tensors, of one shape and dtype, as (world size, *shape); one all-gather. All ranks call it."""
-    ranks = dist.get_world_size(group)
+    ranks = _size(group)
     copies = tensor.new_empty(ranks * tensor.numel())
     on_cpu = tensor.is_cpu
     work = all_gather_single(copies, tensor.reshape(-1), group=group, async_op=on_cpu)
@@ -63,11 +70,12 @@ def _stay_awake(work: dist.Work) -> None:
     Ranks that keep step are soon done; then to sleep and to be woken takes longer than the exchange itself
     (benchmarks/RESULTS.md, "Scheduling").
     """
-    if hasattr(os, "sched_yield"):
-        for _ in range(YIELDS):
-            if work.is_completed():
-                return
-            os.sched_yield()
+    # Not work.is_completed(): it waits, with Python's lock held, for a lock under which a profiler may want Python's.
+    done = work.get_future().done
+    for _ in range(YIELDS if hasattr(os, "sched_yield") else 0):
+        if done():
+            return
+        os.sched_yield()
 
 
 def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
@@ -132,9 +140,9 @@ def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> 
     if not like.is_cpu or like.layout != torch.strided:
         return False
     own = numel * like.element_size()
-    return own <= GATHERED_BYTES and own * dist.get_world_size(group) <= GATHERED_BYTES_OF_ALL
+    return own <= GATHERED_BYTES and own * _size(group) <= GATHERED_BYTES_OF_ALL
 
 
-def _gathered_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The sum in rank order, the same bits on every rank."""
-    return copies_of_ranks(tensor, group).sum(0)
+def _size(group: dist.ProcessGroup | None) -> int:
+    """By the group's own method, as `dist.get_world_size` takes longer."""
+    return dist.get_world_size() if group is None else group.size()

@@ -19,7 +19,7 @@
 #define BLOCK 4096 /* elements that are summed in the input's own type, and stay in the cache between two reads */
 #define ROWS 64    /* samples of a block of columns */
 #define SHORT (BLOCK / ROWS) /* elements of a plane up to which each of them is a column, or most time goes into ends */
-#define TILE 256   /* columns that are handled together; TILE * ROWS elements stay in the cache */
+#define TILE 512   /* columns that are handled together; TILE * ROWS elements stay in the cache */
 #define CHUNK 4096 /* elements of a channel that one thread takes at a time, in columns */
 #define END(number, size, all) (((number) + 1) * (size) < (all) ? ((number) + 1) * (size) : (all))
 
@@ -165,15 +165,13 @@ static PyObject *backward_sums(PyObject *self, PyObject *const *args, Py_ssize_t
 
 static PyObject *backward_input(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
-    ssize_t a[12];
-    if (numbers(args, n, 12, a))
+    ssize_t a[13];
+    if (numbers(args, n, 13, a))
         return NULL;
-    const double *stats = D(7), *sums = D(10);
+    const double *stats = D(7), *parts = D(10);
     ssize_t C = a[5];
-    double total = stats[3 * C];
-    RUN(backward_input_float(F(1), F(2), F(3), a[4], C, a[6], stats, stats + C, V(8), sums, sums + C, total, (int)a[11]),
-        backward_input_double(D(1), D(2), D(3), a[4], C, a[6], stats, stats + C, V(8), sums, sums + C, total,
-                              (int)a[11]));
+    RUN(backward_input_float(F(1), F(2), F(3), a[4], C, a[6], stats, V(8), parts, a[11], (int)a[12]),
+        backward_input_double(D(1), D(2), D(3), a[4], C, a[6], stats, V(8), parts, a[11], (int)a[12]));
 }
 
 /* Of weight and bias, in their own types. */

@@ -35,7 +35,8 @@ def backward_input(
     stats: int,
     weight_wide: int,
     weight: int,
-    sums: int,
+    parts: int,
+    count: int,
     threads: int,
     /,
 ) -> None: ...

@@ -365,18 +365,23 @@ static int NAME(backward_sums)(const T *dy, const T *x, ssize_t N, ssize_t C, ss
     return 0;
 }
 
-static int NAME(backward_input)(const T *dy, const T *x, T *dx, ssize_t N, ssize_t C, ssize_t M, const double *mean,
-                                const double *invstd, struct values weight, const double *sum_dy,
-                                const double *sum_dy_xmu, double total, int threads)
+/* `parts`: rows of the two sums, [of dy (C), of dy * (x - mean) (C)], which are added up. */
+static int NAME(backward_input)(const T *dy, const T *x, T *dx, ssize_t N, ssize_t C, ssize_t M, const double *stats,
+                                struct values weight, const double *parts, ssize_t count, int threads)
 {
-    struct NAME(affine) of = NAME(affine)(C, mean);
+    const double *invstd = stats + C, total = stats[3 * C];
+    struct NAME(affine) of = NAME(affine)(C, stats);
     if (!of.high)
         return -1;
     for (ssize_t c = 0; c < C; c++) {
-        double a = at(weight, c, 1) * invstd[c];
+        double a = at(weight, c, 1) * invstd[c], sum_dy = 0, sum_dy_xmu = 0;
+        for (ssize_t p = 0; p < count; p++) {
+            sum_dy += parts[2 * p * C + c];
+            sum_dy_xmu += parts[(2 * p + 1) * C + c];
+        }
         of.scale[c] = (T)a;
-        of.slope[c] = (T)(-a * invstd[c] * invstd[c] * sum_dy_xmu[c] / total);
-        of.shift[c] = (T)(-a * sum_dy[c] / total);
+        of.slope[c] = (T)(-a * invstd[c] * invstd[c] * sum_dy_xmu / total);
+        of.shift[c] = (T)(-a * sum_dy / total);
     }
     if (M > SHORT) {
 #pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)

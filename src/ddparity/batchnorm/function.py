@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..compat import in_transform
-from ..reduction import copies_of_ranks, sum_over_ranks
+from ..reduction import copies_of_ranks, parts_of_sum
 from .layout import dense, dense_like, over, reduced_dims
 from .moments import Moments, SumOverRanks
 from .passes import passes_for
@@ -42,12 +42,12 @@ def sync_batch_norm(
             return sync_batch_norm(x, running, weight, bias, momentum, eps, group, announce)
     running_mean, running_var = running or (None, None)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    arguments = (dense(x), running_mean, running_var, weight, bias, momentum, eps, group, announce)
+    others = momentum, eps, group, announce
     y: Tensor
     if in_transform():
-        y, _ = _Transformed.apply(*arguments)
+        y, _ = _Transformed.apply(dense(x), weight, bias, running_mean, running_var, *others)
     else:
-        y = _SyncBatchNorm.apply(*arguments)
+        y = _SyncBatchNorm.apply(dense(x), weight, bias, running, *others)
     return y
 
 
@@ -64,21 +64,56 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
             )
 
 
-def _forward(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-    group: dist.ProcessGroup,
-    announce: Announce | None,
-) -> tuple[Tensor, Tensor]:
-    if announce is not None:
-        announce("forward")
-    running = None if running_mean is None or running_var is None else (running_mean, running_var)
-    return normalised(x, weight, bias, eps, group, running, momentum)
+class _SyncBatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor, Tensor] | None,
+        momentum: float | Tensor,
+        eps: float,
+        group: dist.ProcessGroup,
+        announce: Announce | None,
+    ) -> Tensor:
+        y, stats = normalised(x, weight, bias, eps, group, running, momentum, announce)
+        _keep(ctx, x, weight, bias, stats, eps, group, announce)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        return *_backward(ctx, dy), None, None, None, None, None
+
+
+class _Transformed(Function):
+    """The same for torch.func, which demands that the context is set up afterwards: that takes longer."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        eps: float,
+        group: dist.ProcessGroup,
+        announce: Announce | None,
+    ) -> tuple[Tensor, Tensor]:
+        running = None if running_mean is None or running_var is None else (running_mean, running_var)
+        return normalised(x, weight, bias, eps, group, running, momentum, announce)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, bias, _, _, _, eps, group, announce = inputs
+        _, stats = output
+        ctx.mark_non_differentiable(stats)
+        _keep(ctx, x, weight, bias, stats, eps, group, announce)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
+        return *_backward(ctx, dy), None, None, None, None, None, None
 
 
 def _keep(
@@ -97,7 +132,7 @@ def _keep(
     ctx.save_for_backward(x, weight, stats)
 
 
-def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None) -> Gradients:
     x, weight, stats = ctx.saved_tensors
     eps, group, announce, dtypes = ctx.others
     if dy is None:  # the others wait for this rank all the same
@@ -106,48 +141,7 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         announce("backward")
     # Gradient mode is on where the backward itself is to be differentiated (create_graph).
     gradients = _differentiable if torch.is_grad_enabled() else input_gradients
-    dx, d_weight, d_bias = gradients(dy, x, weight, stats, eps, group, dtypes)
-    return dx, None, None, d_weight, d_bias, None, None, None, None
-
-
-class _SyncBatchNorm(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        momentum: float | Tensor,
-        eps: float,
-        group: dist.ProcessGroup,
-        announce: Announce | None,
-    ) -> Tensor:
-        y, stats = _forward(x, running_mean, running_var, weight, bias, momentum, eps, group, announce)
-        _keep(ctx, x, weight, bias, stats, eps, group, announce)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Any:
-        return _backward(ctx, dy)
-
-
-class _Transformed(Function):
-    """The same for torch.func, which demands that the context is set up afterwards: that takes longer."""
-
-    forward = staticmethod(_forward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, _, weight, bias, _, eps, group, announce = inputs
-        _, stats = output
-        ctx.mark_non_differentiable(stats)
-        _keep(ctx, x, weight, bias, stats, eps, group, announce)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
-        return _backward(ctx, dy)
+    return gradients(dy, x, weight, stats, eps, group, dtypes)
 
 
 def normalised(
@@ -158,11 +152,14 @@ def normalised(
     group: dist.ProcessGroup,
     running: tuple[Tensor, Tensor] | None = None,
     momentum: float | Tensor = 0.0,
+    announce: Announce | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output and the statistics of all ranks; moves the running ones, if given.
 
     Raises ValueError where all ranks together have one value.
     """
+    if announce is not None:
+        announce("forward")
     passes = passes_for(x, weight, bias)
     payload, kept = passes.moments(x)
     for_channels = passes_for(payload, *running or ())  # these are float64 where x may be half precision
@@ -187,7 +184,7 @@ def input_gradients(
     passes = passes_for(x, dy, weight)
     sums = passes.backward_sums(dy, x, stats)
     d_weight, d_bias = passes.parameter_gradients(sums, stats, *dtypes)
-    return passes.backward_input(dy, x, stats, weight, sum_over_ranks(sums, group)), d_weight, d_bias
+    return passes.backward_input(dy, x, stats, weight, parts_of_sum(sums, group)), d_weight, d_bias
 
 
 def _differentiable(

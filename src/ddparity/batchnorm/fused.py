@@ -108,7 +108,7 @@ def parameter_gradients(
     return d_weight, d_bias
 
 
-def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, parts: Tensor) -> Tensor:
     n, c, m = sizes(x)
     dx = torch.empty_like(x)
     weight = _readable(weight)
@@ -122,7 +122,8 @@ def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, 
         m,
         stats.data_ptr(),
         *_place(weight),
-        sums.data_ptr(),
+        parts.data_ptr(),
+        parts.size(0),
         torch.get_num_threads(),
     )
     return dx

@@ -229,8 +229,8 @@ def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: 
 parameter_gradients = stock.parameter_gradients  # a few numbers
 
 
-def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
-    return _scaled(x, dy, stats, weight, None, sums)
+def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, parts: Tensor) -> Tensor:
+    return _scaled(x, dy, stats, weight, None, parts[0] if parts.size(0) == 1 else parts.sum(0))
 
 
 def _scaled(

@@ -64,15 +64,15 @@ def group_of_several(process_group: dist.ProcessGroup | None) -> dist.ProcessGro
 
     Raises ValueError on a rank that is not in the group.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    everyone = dist.group.WORLD
+    if everyone is None:
         return None
-    group = dist.group.WORLD if process_group is None else process_group
-    size = dist.get_world_size(group)
-    if size < 1:
+    group = everyone if process_group is None else process_group
+    if not isinstance(group, dist.ProcessGroup):  # torch gives a number to a rank that is not in it
         raise ValueError(
             f"rank {dist.get_rank()} is not in the process group it was given: on each rank, pass the group that has it"
         )
-    return group if size > 1 else None
+    return group if group.size() > 1 else None
 
 
 class SumOverRanks(Function):

@@ -4,7 +4,8 @@ Both this module and `fused` have these seven functions. Statistics are float64:
 
     payload  [mean (C), sum of squared deviations (C), count]                  what a rank sends
     stats    [mean (C), 1/sqrt(biased variance + eps) (C), unbiased variance (C), total count]    of all ranks
-    sums     [sum of dy (C), sum of dy * (x - mean) (C)]                       what the backward adds up
+    sums     [sum of dy (C), sum of dy * (x - mean) (C)]                       what the backward adds up; `parts` of it
+                                                                               are rows (P, 2C), to be added
 
 float32 sums would lose digits on two ways: where the mean is large against the deviation, so every sum runs around a
 shift near the mean; and in the mean's own rounding, so a mean is used in two parts, high and low.
@@ -124,8 +125,9 @@ def parameter_gradients(
     return d_weight, None if bias_dtype is None else sums[:channels].to(bias_dtype, copy=True)
 
 
-def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, parts: Tensor) -> Tensor:
     """(dy - sum_dy / n - (x - mean) * invstd² * sum_dy_xmu / n) * invstd * weight"""
+    sums = parts.sum(0)
     channels = x.size(1)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, invstd, total = stats[:channels], stats[channels : 2 * channels], stats[-1].clamp(min=1)
