@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .batches import LoadedMicroBatch, Step, to_device
-from .batchnorm import RunningStatistics, compiled_layers, synchronises, tracks_all_buffers
+from .batchnorm import RunningStatistics, compiled_layers, equal_buffers, synchronises
 from .compat import forward_collectives, forward_collectives_due, no_forward_collectives
 from .reduction import copies_of_ranks, sum_gradients
 from .replicate import Terms, averages, terms_of
@@ -126,9 +126,12 @@ def _accumulate(
     statistics = _statistics(model, terms, group)
     position = -1
     with ExitStack() as window:
-        if replicated is not None and (after or statistics):
+        equal = (
+            replicated is not None and terms is not None and equal_buffers(replicated.module, statistics is not None)
+        )
+        if replicated is not None and (after or equal):
             window.callback(forward_collectives_due, replicated)
-            if statistics and tracks_all_buffers(replicated.module):
+            if equal:
                 no_forward_collectives(replicated)
         if replicated is not None and after:
             forward_collectives(replicated)

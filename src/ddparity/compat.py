@@ -33,14 +33,14 @@ def all_gather_single(
 ) -> Any:
     """All-gather into one flat tensor.
 
-    By the group's own method, which torch 2.13 renamed: torch.distributed's function around it takes as long to check
-    its arguments as Gloo to send a small tensor.
+    By the backend's own method, which torch 2.13 renamed: on the way through torch.distributed and its operator,
+    arguments are checked and boxed for as long as Gloo takes to send a small tensor.
     """
     options = AllgatherOptions()
     options.asyncOp = async_op
     everyone: Any = dist.group.WORLD if group is None else group
-    gather = getattr(everyone, "all_gather_single", None) or everyone._allgather_base
-    work = gather(output, value, options)
+    backend = everyone._get_backend(value.device)
+    work = (getattr(backend, "all_gather_single", None) or backend._allgather_base)(output, value, options)
     if async_op:
         return work
     if work is not None:  # some backends have waited already

@@ -3,7 +3,7 @@
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm, shared_layers, synchronises
 from .moments import sync_moments
-from .running import Room, RunningStatistics, compiled_layers, tracks_all_buffers
+from .running import Room, RunningStatistics, compiled_layers, equal_buffers
 
 __all__ = [
     "Room",
@@ -11,9 +11,9 @@ __all__ = [
     "SyncBatchNorm",
     "compiled_layers",
     "convert_sync_batchnorm",
+    "equal_buffers",
     "revert_sync_batchnorm",
     "shared_layers",
     "sync_moments",
     "synchronises",
-    "tracks_all_buffers",
 ]

@@ -19,7 +19,7 @@
 #define BLOCK 4096 /* elements that are summed in the input's own type, and stay in the cache between two reads */
 #define ROWS 64    /* samples of a block of columns */
 #define SHORT (BLOCK / ROWS) /* elements of a plane up to which each of them is a column, or most time goes into ends */
-#define TILE 512   /* columns that are handled together; TILE * ROWS elements stay in the cache */
+#define TILE 256   /* columns that are handled together; TILE * ROWS elements stay in the cache */
 #define CHUNK 4096 /* elements of a channel that one thread takes at a time, in columns */
 #define END(number, size, all) (((number) + 1) * (size) < (all) ? ((number) + 1) * (size) : (all))
 

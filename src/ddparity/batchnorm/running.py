@@ -137,10 +137,19 @@ class Room:
         self.forwards = 1
 
 
-def tracks_all_buffers(model: nn.Module) -> bool:
-    """Whether all buffers of a model are running statistics that `RunningStatistics` keeps equal on all ranks."""
-    kept = {id(buffer) for module in model.modules() if _is_tracked(module) for buffer in module.buffers(recurse=False)}
-    return all(id(buffer) in kept for buffer in model.buffers())
+def equal_buffers(model: nn.Module, tracked: bool) -> bool:
+    """Whether all buffers of a model are running statistics that move alike on all ranks, with no broadcast.
+
+    Those of batch norms that are synchronised over all ranks, in training, do; where they are `tracked`, those that
+    `RunningStatistics` moves, too.
+    """
+    alike = {
+        id(buffer)
+        for module in model.modules()
+        if (tracked and _is_tracked(module)) or _is_synchronised(module)
+        for buffer in module.buffers(recurse=False)
+    }
+    return all(id(buffer) in alike for buffer in model.buffers())
 
 
 def compiled_layers(model: nn.Module) -> bool:
@@ -158,6 +167,11 @@ def _is_tracked(module: nn.Module) -> TypeGuard[_BatchNorm]:
         and module.running_var is not None
         and not is_lazy(module.running_mean)
     )
+
+
+def _is_synchronised(module: nn.Module) -> bool:
+    everyone = isinstance(module, SyncBatchNorm) and module.process_group in (None, dist.group.WORLD)
+    return everyone and module.training
 
 
 def _running(layer: _BatchNorm) -> Moments:
