@@ -3,7 +3,7 @@
 python benchmarks/sync_batchnorm.py [--rounds 21] [--device cpu] [--repeat 3] [--quick]
 
 Forward and backward of one layer, and a whole training step of two kinds of ResNet-18, in 2 processes; with local norms
-that step is plain PyTorch's. All contenders live in the same processes and take turns, in an order that rotates from
+that step is plain PyTorch's. All contenders live in the same processes and take turns, in an order that changes from
 round to round; a ratio is that of one round. On CUDA the processes share one card, over Gloo, and torch's own
 SyncBatchNorm takes part, which does not run on the CPU.
 """
@@ -15,6 +15,7 @@ import copy
 import ctypes
 import itertools
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -184,12 +185,13 @@ def _step(name: str, model: nn.Module, images: Tensor, targets: Tensor) -> Calla
 
 def _in_turns(runs: dict[str, Callable[[], None]], rounds: int, times: int, device: torch.device) -> Times:
     taken: Times = {name: [] for name in runs}
-    order = list(runs)
+    order, shuffle = list(runs), random.Random(0)  # the same on both ranks
     for _ in range(2):  # each copy of a model once, too
         for run in runs.values():
             run()
-    for number in range(rounds):
-        for name in order[number % len(order) :] + order[: number % len(order)]:
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
             dist.barrier()
             start = time.perf_counter()
             runs[name]()
