@@ -1,8 +1,8 @@
-"""How long a small all-gather over Gloo takes under each of the operating system's policies.
+"""How long a small all-gather over Gloo takes under the operating system's policies, and by ways of waiting.
 
-python benchmarks/scheduling.py [--rounds 300] [--quick]
+python benchmarks/scheduling.py [--rounds 300] [--nproc 2] [--quick]
 
-Between two collectives each of the 2 processes computes for some milliseconds, as in training.
+Between two collectives each process computes for some milliseconds, as in training.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ import torch
 import torch.distributed as dist
 
 import ddparity as dp
-from ddparity.reduction import copies_of_ranks
+from ddparity import reduction
 from results import machine, table, write_section
 
 COMPUTE_MS = (0, 1, 3)
-POLICIES = {"SCHED_OTHER": "SCHED_OTHER", "SCHED_BATCH": "SCHED_BATCH, as in world()"}
+WAYS = {
+    ("SCHED_OTHER", 0): "SCHED_OTHER, waits asleep",
+    ("SCHED_BATCH", 0): "SCHED_BATCH, waits asleep",
+    ("SCHED_BATCH", reduction.YIELDS): "SCHED_BATCH, waits awake for a moment: as it is",
+}
 
 
-def measure(policy: str, rounds: int) -> list[list[float]]:
+def measure(policy: str, yields: int, rounds: int) -> list[list[float]]:
     """On each rank: milliseconds of each all-gather, for each time of computing before it."""
     torch.set_num_threads(1)
+    reduction.YIELDS = yields
     own, times = torch.zeros(1025, dtype=torch.float64), []
     with dp.world(device="cpu"):
         for thread in os.listdir("/proc/self/task"):  # Gloo's, which have begun under world()'s policy
@@ -37,7 +42,7 @@ def measure(policy: str, rounds: int) -> list[list[float]]:
                 while time.perf_counter() < until:
                     pass
                 start = time.perf_counter()
-                copies_of_ranks(own, dist.group.WORLD)
+                reduction.copies_of_ranks(own, dist.group.WORLD)
                 taken.append((time.perf_counter() - start) * 1e3)
             times.append(taken[rounds // 10 :])
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # world() restores from here
@@ -47,13 +52,15 @@ def measure(policy: str, rounds: int) -> list[list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="few rounds, printed only")
     options = parser.parse_args()
     facts, rounds = machine(), 20 if options.quick else options.rounds
-    measured: dict[str, list[list[float]]] = {policy: [[] for _ in COMPUTE_MS] for policy in POLICIES}
+    measured: dict[tuple[str, int], list[list[float]]] = {way: [[] for _ in COMPUTE_MS] for way in WAYS}
     for _ in range(3):  # in turns
-        for policy in POLICIES:
-            for all_times, times in zip(measured[policy], dp.launch(measure, policy, rounds, nproc=2)[0], strict=True):
+        for way in WAYS:
+            taken = dp.launch(measure, *way, rounds, nproc=options.nproc)[0]
+            for all_times, times in zip(measured[way], taken, strict=True):
                 all_times += times
     rows = [
         [
@@ -61,20 +68,20 @@ def main() -> None:
             f"{np.mean(times):.2f}",
             *(f"{value:.2f}" for value in np.percentile(times, [50, 75, 90, 95])),
         ]
-        for policy, shown in POLICIES.items()
-        for compute_ms, times in zip(COMPUTE_MS, measured[policy], strict=True)
+        for way, shown in WAYS.items()
+        for compute_ms, times in zip(COMPUTE_MS, measured[way], strict=True)
     ]
     text = "\n\n".join(
         [
             "## Scheduling",
             facts,
-            f"`scheduling.py`, all-gather of 8,200 bytes a rank, 2 processes over Gloo, unbound: milliseconds "
-            f"of 3 times {rounds} collectives, the mean and percentiles.",
-            table(["policy of all threads", "mean", "50 %", "75 %", "90 %", "95 %"], rows),
+            f"`scheduling.py`, all-gather of 8,200 bytes a rank, {options.nproc} processes over Gloo, unbound: "
+            f"milliseconds of 3 times {rounds} collectives, the mean and percentiles.",
+            table(["policy of all threads, and how they wait", "mean", "50 %", "75 %", "90 %", "95 %"], rows),
         ]
     )
     print(text)
-    if not options.quick:
+    if not options.quick and options.nproc == 2:
         write_section("scheduling", text)
 
 

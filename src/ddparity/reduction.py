@@ -17,7 +17,7 @@ from .compat import GradBucket, all_gather_single
 GATHERED_BYTES = 2**19
 GATHERED_BYTES_OF_ALL = 2**21
 
-YIELDS = 1000  # before a rank that waits for a small exchange goes to sleep; about a microsecond each
+YIELDS = 400  # before a rank that waits for a small exchange goes to sleep; about a microsecond each
 
 
 def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -65,10 +65,10 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
 
 
 def _stay_awake(work: dist.Work) -> None:
-    """Give the core up again and again, for about a millisecond, until the exchange is done.
+    """Give the core up again and again, for less than half a millisecond, until the exchange is done.
 
-    Ranks that keep step are soon done; then to sleep and to be woken takes longer than the exchange itself
-    (benchmarks/RESULTS.md, "Scheduling").
+    Ranks that keep step are soon done; then to sleep and to be woken takes as long as the exchange itself
+    (benchmarks/RESULTS.md, "Scheduling"). Longer, and ranks that share a core would keep each other from it.
     """
     # Not work.is_completed(): it waits, with Python's lock held, for a lock under which a profiler may want Python's.
     done = work.get_future().done
