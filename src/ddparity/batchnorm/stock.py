@@ -13,6 +13,7 @@ shift near the mean; and in the mean's own rounding, so a mean is used in two pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ..compat import statistics_dtype
 from .layout import has_planes, over, reduced_dims
+
+CACHED = 2**18  # elements that a CPU's cache holds from one operator to the next
 
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:
@@ -33,17 +36,21 @@ def moments(x: Tensor) -> tuple[Tensor, Any]:
     plane = count // x.size(0)
     values = x if x.dtype in (torch.float32, torch.float64) else x.float()
     shift = values[: 1 + 15 // plane].mean(reduced_dims(x))
-    shifted = values - over(shift, x)
     mean, m2 = payload[:channels], payload[channels:-1]
-    # A run of one channel at a time: these reductions are much faster than those over several dimensions.
-    runs = shifted.flatten(2) if has_planes(x) else _rows(shifted)
-    dim = -1 if runs.dim() == 3 else 0
-    torch.sum(runs.sum(dim).to(payload.dtype).view(-1, channels), 0, out=mean)
-    if dim == -1:
-        squares = torch.linalg.vector_norm(runs, dim=dim).to(payload.dtype).square_().view(-1, channels)
-        torch.sum(squares, 0, out=m2)
-    else:
-        m2.copy_((runs * runs).sum(dim))
+
+    def shift_and_add_up(part: Tensor) -> Tensor:
+        shifted = part - over(shift, x)
+        if has_planes(x):  # runs of one channel: reducing these is much faster than several dimensions
+            runs = shifted.flatten(2)
+            mean.add_(runs.sum(-1).to(payload.dtype).sum(0))
+            m2.add_(torch.linalg.vector_norm(runs, dim=-1).to(payload.dtype).square_().sum(0))
+        else:
+            rows = _rows(shifted)
+            mean.add_(rows.sum(0))
+            m2.add_((rows * rows).sum(0))
+        return shifted
+
+    shifted = _in_parts(shift_and_add_up, values)
     mean /= count
     m2.addcmul_(mean, mean, value=-count).clamp_(min=0)
     mean += shift
@@ -135,8 +142,22 @@ def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, 
     slope = -scale * invstd.square() * sums[channels:] / total
     high = mean.to(kind)
     shift = -scale * sums[:channels] / total - slope * (mean - high)
-    dx = (x.to(kind) - over(high, x)).mul_(over(slope.to(kind), x)).addcmul_(dy.to(kind), over(scale.to(kind), x))
-    return dx.add_(over(shift.to(kind), x)).to(x.dtype)
+    high, slope, scale, shift = (over(values.to(kind), x) for values in (mean, slope, scale, shift))
+
+    def gradient(x: Tensor, dy: Tensor) -> Tensor:
+        return (x.to(kind) - high).mul_(slope).addcmul_(dy.to(kind), scale).add_(shift).to(x.dtype)
+
+    return _in_parts(gradient, x, dy)
+
+
+def _in_parts(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    """`function(x, *others)`, of each element alone; a large input on the CPU in parts that stay in the cache."""
+    if not x.is_cpu or x.numel() <= 4 * CACHED:
+        return function(x, *others)
+    out, samples = torch.empty_like(x), max(1, CACHED * len(x) // x.numel())
+    for *parts, result in zip(*(tensor.split(samples) for tensor in (x, *others, out)), strict=True):
+        result.copy_(function(*parts))
+    return out
 
 
 def _rows(x: Tensor) -> Tensor:
