@@ -19,7 +19,12 @@ import ddparity as dp
 from ddparity import reduction
 from results import machine, table, write_section
 
-COMPUTE_MS = (0, 1, 3)
+BETWEEN = {  # milliseconds, and whether they sweep the caches
+    (0, False): "nothing in between",
+    (1, False): "1 ms of computing",
+    (3, False): "3 ms of computing",
+    (3, True): "3 ms of copying 8 MB",
+}
 WAYS = {
     ("SCHED_OTHER", 0): "SCHED_OTHER, waits asleep",
     ("SCHED_BATCH", 0): "SCHED_BATCH, waits asleep",
@@ -28,19 +33,21 @@ WAYS = {
 
 
 def measure(policy: str, yields: int, rounds: int) -> list[list[float]]:
-    """On each rank: milliseconds of each all-gather, for each time of computing before it."""
+    """On each rank: milliseconds of each all-gather, for each thing done before it."""
     torch.set_num_threads(1)
     reduction.YIELDS = yields
     own, times = torch.zeros(1025, dtype=torch.float64), []
+    copied, copy = torch.zeros(2, 2**21)
     with dp.world(device="cpu"):
         for thread in os.listdir("/proc/self/task"):  # Gloo's, which have begun under world()'s policy
             os.sched_setscheduler(int(thread), getattr(os, policy), os.sched_param(0))
-        for compute_ms in COMPUTE_MS:
+        for compute_ms, sweeps in BETWEEN:
             taken = []
             for _ in range(rounds):
                 until = time.perf_counter() + compute_ms / 1e3
                 while time.perf_counter() < until:
-                    pass
+                    if sweeps:
+                        copy.copy_(copied)
                 start = time.perf_counter()
                 reduction.copies_of_ranks(own, dist.group.WORLD)
                 taken.append((time.perf_counter() - start) * 1e3)
@@ -56,7 +63,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, printed only")
     options = parser.parse_args()
     facts, rounds = machine(), 20 if options.quick else options.rounds
-    measured: dict[tuple[str, int], list[list[float]]] = {way: [[] for _ in COMPUTE_MS] for way in WAYS}
+    measured: dict[tuple[str, int], list[list[float]]] = {way: [[] for _ in BETWEEN] for way in WAYS}
     for _ in range(3):  # in turns
         for way in WAYS:
             taken = dp.launch(measure, *way, rounds, nproc=options.nproc)[0]
@@ -64,12 +71,12 @@ def main() -> None:
                 all_times += times
     rows = [
         [
-            f"{shown}, {compute_ms} ms of computing",
+            f"{shown}; {between}",
             f"{np.mean(times):.2f}",
             *(f"{value:.2f}" for value in np.percentile(times, [50, 75, 90, 95])),
         ]
         for way, shown in WAYS.items()
-        for compute_ms, times in zip(COMPUTE_MS, measured[way], strict=True)
+        for between, times in zip(BETWEEN.values(), measured[way], strict=True)
     ]
     text = "\n\n".join(
         [

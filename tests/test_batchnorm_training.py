@@ -86,6 +86,33 @@ def test_one_collective_each_way(world_size: int, stock: bool) -> None:
     assert run_ranks(_counted, world_size, stock) == [[one, one, sent]] * world_size
 
 
+def _broadcasts(kind: str) -> bool:
+    model: nn.Module = nn.Sequential(nn.Linear(6, 6), dp.SyncBatchNorm(6))
+    if kind == "another buffer":
+        model.register_buffer("mask", torch.ones(6))
+    elif kind == "a group of its own":
+        model[1].process_group = dist.new_group([0, 1])  # as large, but who knows
+    elif kind == "frozen":
+        model[1].eval()
+    model, x = dp.replicate(model), torch.randn(4, 6)
+
+    def step() -> None:
+        for micro in dp.accumulate(model, [x], equal_counts=True):
+            (model(micro.data).square().mean() * micro.weight).backward()
+
+    for _ in range(3):  # DDP's broadcast of the buckets' order is over
+        step()
+    return "broadcast" in _gloo(step)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("all synchronised", False), ("another buffer", True), ("a group of its own", True), ("frozen", True)],
+)
+def test_running_statistics_that_are_equal_are_not_broadcast(kind: str, expected: bool) -> None:
+    assert run_ranks(_broadcasts, 2, kind) == [expected, expected]
+
+
 def _evaluates_alone() -> list[Any]:
     results = []
     if dist.get_rank() == 1:

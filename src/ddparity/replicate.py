@@ -55,7 +55,8 @@ def replicate(
         ddp_options: of DistributedDataParallel: `find_unused_parameters`, `static_graph`, `process_group`, …
 
     Collectives: DDP's: at construction the parameters and buffers; a step the gradients once, and the buffers once in
-    the first forward (`broadcast_buffers`), unless all of them are running statistics that `accumulate` exchanges. A
+    the first forward (`broadcast_buffers`), in `accumulate` not if all of them are running statistics that are equal
+    anyway: those that it exchanges, and those of norms synchronised over all ranks. A
     strict one also agrees on the number of threads, at construction, through the group's store.
 
     Raises:
