@@ -182,6 +182,7 @@ def _regrouped() -> tuple[bool, bool, bool]:
     kept = dp.convert_sync_batchnorm(layer).process_group is group
     other = dist.new_group([0, 1])
     torchs = dp.convert_sync_batchnorm(nn.SyncBatchNorm(4, process_group=group)).process_group is group
+    dist.barrier()  # or the first one to leave closes the connections that the other still makes
     return kept, dp.convert_sync_batchnorm(layer, other).process_group is other, torchs
 
 

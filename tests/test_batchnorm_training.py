@@ -92,6 +92,8 @@ def _broadcasts(kind: str) -> bool:
         model.register_buffer("mask", torch.ones(6))
     elif kind == "a group of its own":
         model[1].process_group = dist.new_group([0, 1])  # as large, but who knows
+    elif kind == "a buffer of the norm's own":
+        model[1].register_buffer("mask", torch.ones(6))
     elif kind == "frozen":
         model[1].eval()
     model, x = dp.replicate(model), torch.randn(4, 6)
@@ -107,10 +109,33 @@ def _broadcasts(kind: str) -> bool:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("all synchronised", False), ("another buffer", True), ("a group of its own", True), ("frozen", True)],
+    [
+        ("all synchronised", False),
+        ("another buffer", True),
+        ("a buffer of the norm's own", True),
+        ("a group of its own", True),
+        ("frozen", True),
+    ],
 )
 def test_running_statistics_that_are_equal_are_not_broadcast(kind: str, expected: bool) -> None:
     assert run_ranks(_broadcasts, 2, kind) == [expected, expected]
+
+
+def _converted_late() -> list[Tensor]:
+    model = dp.replicate(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), batchnorm_statistics="rank0")
+    means = []
+    for converts in (False, True):
+        if converts:
+            dp.convert_sync_batchnorm(model.module)
+        for micro in dp.accumulate(model, [torch.randn(4, 6) + dist.get_rank()], equal_counts=True):
+            (model(micro.data).square().mean() * micro.weight).backward()
+        means.append(model.module[1].running_mean.clone())
+    return means
+
+
+def test_running_statistics_that_differed_are_equal_after_a_step() -> None:
+    (own, joined), (other, also_joined) = run_ranks(_converted_late, 2)
+    assert not torch.equal(own, other) and torch.equal(joined, also_joined)
 
 
 def _evaluates_alone() -> list[Any]:

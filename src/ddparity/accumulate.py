@@ -126,12 +126,13 @@ def _accumulate(
     statistics = _statistics(model, terms, group)
     position = -1
     with ExitStack() as window:
-        equal = (
-            replicated is not None and terms is not None and equal_buffers(replicated.module, statistics is not None)
-        )
-        if replicated is not None and (after or equal):
+        were_equal = stay_equal = False
+        if replicated is not None and terms is not None:
+            were_equal, terms.buffers_equal = terms.buffers_equal, False  # until the step is over
+            stay_equal = equal_buffers(replicated.module, statistics is not None)
+        if replicated is not None and (after or stay_equal):
             window.callback(forward_collectives_due, replicated)
-            if equal:
+            if were_equal and stay_equal:
                 no_forward_collectives(replicated)
         if replicated is not None and after:
             forward_collectives(replicated)
@@ -171,6 +172,8 @@ def _accumulate(
             sum_gradients(replicated.module.parameters(), group)
         if statistics and terms is not None:
             statistics.replay(max(numbers), terms.room)
+        if terms is not None:
+            terms.buffers_equal = stay_equal
         if step is not None:
             seed_streams(step.seed)
             step.end()

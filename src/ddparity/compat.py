@@ -33,9 +33,14 @@ def all_gather_single(
 ) -> Any:
     """All-gather into one flat tensor.
 
-    By the backend's own method, which torch 2.13 renamed: on the way through torch.distributed and its operator,
-    arguments are checked and boxed for as long as Gloo takes to send a small tensor.
+    By the backend's own method where nothing listens to torch's operators: on the way through torch.distributed and
+    its operator, arguments are checked and boxed for as long as Gloo takes to send a small tensor. torch 2.13 renamed
+    the function and the method.
     """
+    if torch._C._len_torch_dispatch_stack() or not is_plain_tensor(value):
+        function: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return function(output, value, group=group, async_op=async_op)
+
     options = AllgatherOptions()
     options.asyncOp = async_op
     everyone: Any = dist.group.WORLD if group is None else group

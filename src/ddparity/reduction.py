@@ -65,7 +65,7 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
 
 
 def _stay_awake(work: dist.Work) -> None:
-    """Give the core up again and again, for less than half a millisecond, until the exchange is done.
+    """Give the core up again and again, for less than half a millisecond of its time, until the exchange is done.
 
     Ranks that keep step are soon done; then to sleep and to be woken takes as long as the exchange itself
     (benchmarks/RESULTS.md, "Scheduling"). Longer, and ranks that share a core would keep each other from it.

@@ -27,11 +27,15 @@ _TERMS = "_ddparity_terms"
 
 @dataclass
 class Terms:
-    """What `replicate` was asked for, kept on what it returned. `room`: see `RunningStatistics`."""
+    """What `replicate` was asked for, kept on what it returned. `room`: see `RunningStatistics`.
+
+    `buffers_equal`: the construction, or the last step in `accumulate`, left the same buffers on all ranks.
+    """
 
     reduction: Reduction = "fast"
     batchnorm_statistics: Statistics = "all"
     room: Room = field(default_factory=Room)
+    buffers_equal: bool = True
 
 
 def replicate(
@@ -56,8 +60,8 @@ def replicate(
 
     Collectives: DDP's: at construction the parameters and buffers; a step the gradients once, and the buffers once in
     the first forward (`broadcast_buffers`), in `accumulate` not if all of them are running statistics that are equal
-    anyway: those that it exchanges, and those of norms synchronised over all ranks. A
-    strict one also agrees on the number of threads, at construction, through the group's store.
+    anyway since construction or the last step: those that it exchanges, and those of norms synchronised over all ranks.
+    A strict one also agrees on the number of threads, at construction, through the group's store.
 
     Raises:
         TypeError: the model is wrapped already, or no module.
@@ -91,7 +95,8 @@ def replicate(
         ddp_options.setdefault("device_ids", [device])
     replicated = DistributedDataParallel(model, **ddp_options)
     replicated.register_comm_hook(replicated.process_group, sum_hook)
-    replicated.__dict__[_TERMS] = Terms(reduction, batchnorm_statistics)
+    terms = Terms(reduction, batchnorm_statistics, buffers_equal=ddp_options.get("init_sync", True))
+    replicated.__dict__[_TERMS] = terms
     return replicated
 
 

@@ -2,7 +2,8 @@
  *
  * Tensors come as addresses (`data_ptr`) with their sizes, so nothing of torch is compiled in and one build serves every
  * version. `wide`: 1 for float64, 0 for float32. x, y, dy and dx are planes (N, C, M), or rows (N, C) where M is 1;
- * weight and bias are float64 or 0 for none, as are all statistics. The caller holds the tensors.
+ * weight, bias, their gradients and running statistics come with a `wide` of their own (the address is 0 for none), all
+ * other numbers of channels are float64. The caller holds the tensors.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

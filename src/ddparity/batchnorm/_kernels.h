@@ -91,7 +91,7 @@ static inline void NAME(fold)(T *values, ssize_t channels, ssize_t M)
         }
 }
 
-/* The same for short planes, and for rows, whose planes are of one element: samples from..to-1, in columns. */
+/* Moments of short planes, and of rows, whose planes are of one element: samples from..to-1, in columns. */
 CLONES static void NAME(moments_columns)(const T *x, ssize_t C, ssize_t M, ssize_t from, ssize_t to, ssize_t first,
                                          ssize_t last, double *mean, double *m2)
 {

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compat import is_plain_tensor
 from . import stock
 from .layout import sizes
 
@@ -189,6 +190,11 @@ def _plan(n: int, c: int, m: int) -> tuple[tuple[int, int, int], dict[str, int]]
     by_n = triton.cdiv(n, per_n)
     per_m = b * triton.cdiv(triton.cdiv(m, b), max(1, parts // by_n))
     return (across, by_n, triton.cdiv(m, per_m)), {"per_n": per_n, "per_m": per_m, "ROWS": rows, "A": a, "B": b}
+
+
+def handles(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels can work on this input, which is dense, with these other tensors."""
+    return all(value is None or (value.dtype in KINDS and is_plain_tensor(value)) for value in (x, *others))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:

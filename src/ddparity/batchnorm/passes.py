@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..compat import is_plain_tensor
 from . import fused, stock
 
 _COMPILED_S = 0.2  # a kernel that is on disk is loaded sooner
@@ -25,12 +24,8 @@ def passes_for(x: Tensor, *others: Tensor | None) -> Any:
     """The module with the functions that `stock` describes, for this input and these tensors with it."""
     if x.is_cuda:
         kernels = _kernels(x.device)
-        return kernels if kernels is not None and _on_cuda(kernels, x, others) else stock
+        return kernels if kernels is not None and kernels.handles(x, *others) else stock
     return fused if fused.handles(x, *others) else stock
-
-
-def _on_cuda(kernels: Any, x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
-    return all(value is None or (value.dtype in kernels.KINDS and is_plain_tensor(value)) for value in (x, *others))
 
 
 @functools.cache

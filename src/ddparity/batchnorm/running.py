@@ -23,6 +23,8 @@ Moments = tuple[Tensor, Tensor]  # one batch's mean and unbiased variance
 # What no variance is: a layer that was called but did not come to its normalisation leaves it.
 _NOT_RUN = -1.0
 
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
 
 class RunningStatistics:
     """Moves the running statistics of a model's plain batch norms once a step, over all ranks' micro-batches.
@@ -144,9 +146,10 @@ def equal_buffers(model: nn.Module, tracked: bool) -> bool:
     `RunningStatistics` moves, too.
     """
     return all(
-        _is_synchronised(module) or (tracked and _is_tracked(module))
+        (_is_synchronised(module) or (tracked and _is_tracked(module))) and names <= _STATISTICS
         for module in model.modules()
-        if any(buffer is not None for buffer in module._buffers.values())  # `buffers()` takes several times as long
+        # `buffers()` takes several times as long
+        if (names := {name for name, buffer in module._buffers.items() if buffer is not None})
     )
 
 

@@ -151,10 +151,11 @@ def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, 
 
 
 def _in_parts(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
-    """`function(x, *others)`, of each element alone; a large input on the CPU in parts that stay in the cache."""
-    if not x.is_cpu or x.numel() <= 4 * CACHED:
+    """`function(x, *others)`, where samples may come separately; a large input on the CPU in parts for the cache."""
+    samples = CACHED * len(x) // max(1, x.numel())
+    if not x.is_cpu or x.numel() <= 4 * CACHED or samples == 0:
         return function(x, *others)
-    out, samples = torch.empty_like(x), max(1, CACHED * len(x) // x.numel())
+    out = torch.empty_like(x)
     for *parts, result in zip(*(tensor.split(samples) for tensor in (x, *others, out)), strict=True):
         result.copy_(function(*parts))
     return out
