@@ -89,22 +89,21 @@ static void join_moments(const double *gathered, ssize_t W, ssize_t C, double ep
     stats[3 * C] = total;
 }
 
-/* Moves running statistics, float32 or float64, towards those of the batch. */
-static void move_running(int wide, void *running, const double *target, ssize_t C, double part)
-{
-    for (ssize_t c = 0; c < C; c++)
-        if (wide)
-            ((double *)running)[c] += part * (target[c] - ((double *)running)[c]);
-        else
-            ((float *)running)[c] = (float)(((float *)running)[c] + part * (target[c] - ((float *)running)[c]));
-}
-
 static void fill(int wide, void *out, ssize_t c, double value)
 {
     if (wide)
         ((double *)out)[c] = value;
     else
         ((float *)out)[c] = (float)value;
+}
+
+/* Moves running statistics towards those of the batch. */
+static void move_running(struct values running, const double *target, ssize_t C, double part)
+{
+    for (ssize_t c = 0; c < C; c++) {
+        double now = at(running, c, 0);
+        fill(running.wide, (void *)running.at, c, now + part * (target[c] - now));
+    }
 }
 
 static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected, ssize_t *out)
@@ -127,7 +126,6 @@ static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected,
     Py_END_ALLOW_THREADS return failed ? PyErr_NoMemory() : Py_NewRef(Py_None)
 #define D(k) ((double *)a[k])
 #define F(k) ((float *)a[k])
-
 #define V(k) ((struct values){(int)a[k], (const void *)a[(k) + 1]})
 
 static PyObject *moments(PyObject *self, PyObject *const *args, Py_ssize_t n)
@@ -211,8 +209,8 @@ static PyObject *move(PyObject *self, PyObject *const *args, Py_ssize_t n)
     ssize_t C = a[4];
     if (stats[3 * C] < 1)
         part = 0;
-    move_running((int)a[0], (void *)a[1], stats, C, part);
-    move_running((int)a[2], (void *)a[3], stats + 2 * C, C, part);
+    move_running(V(0), stats, C, part);
+    move_running(V(2), stats + 2 * C, C, part);
     Py_RETURN_NONE;
 }
 
