@@ -1,10 +1,10 @@
-"""What chooses `GATHERED_BYTES` in src/ddparity/reduction.py, and how the hook waits.
+"""What chooses `SHORT_BYTES` in src/ddparity/reduction.py, and how the hook waits.
 
 python benchmarks/collectives.py [--rounds 15] [--quick]
 
-First: the sum of a buffer over the ranks by Gloo's all-reduce, and by an all-gather with a local sum in rank order, in
-turn, over sizes and numbers of processes. Second: the whole training step of a small DDP with hooks that differ in how
-they sum and wait. `--quick` only tries that everything runs: it writes nothing.
+First: the sum of a buffer over the ranks by Gloo's all-reduce, and by an all-gather or an all-to-all with a local sum
+in rank order, in turn, over sizes and numbers of processes. Second: the whole training step of a small DDP with hooks
+that differ in how they sum and wait. `--quick` only tries that everything runs: it writes nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
-from ddparity.compat import all_gather_single
-from ddparity.reduction import GATHERED_BYTES, sum_hook
+from ddparity.compat import all_gather_single, all_to_all_single
+from ddparity.reduction import SHORT_BYTES, sum_hook
 from results import machine, spread, table, write_section
 from step_overhead import MICRO_BATCH, MODELS, RATE
 
 SIZES = (100, 1_000, 3_000, 10_000, 30_000, 65_536, 100_000, 131_072, 200_000, 300_000, 1_000_000, 3_000_000)
+ALL_REDUCE = "all-reduce"
 Times = dict[Any, list[float]]
 
 
@@ -64,7 +65,12 @@ def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
         all_gather_single(copies.view(-1), buffer)
         return copies.sum(0)
 
-    return {"all-reduce": lambda: dist.all_reduce(buffer), "all-gather": gathered}
+    def sent() -> torch.Tensor:
+        copies = torch.stack((buffer,) * dist.get_world_size())
+        all_to_all_single(torch.empty_like(copies), copies).wait()
+        return copies.sum(0)
+
+    return {ALL_REDUCE: lambda: dist.all_reduce(buffer), "all-gather": gathered, "all-to-all": sent}
 
 
 # DDP reads a hook's annotations as objects, and they are words in this file: the hooks go without.
@@ -114,16 +120,16 @@ def _step(module: nn.Module, hook: Any, x: torch.Tensor, y: torch.Tensor) -> Cal
 
 
 def suggestion(measured: dict[int, dict[int, Times]]) -> str:
-    """For each number of processes, the largest buffer for which the all-gather takes less time."""
+    """For each number of processes, the largest buffer for which the all-to-all takes less time than the all-reduce."""
     parts = []
     for nproc, sizes in measured.items():
-        wins = max((size for size, times in sizes.items() if np.median(_ratios(times)) < 1), default=0)
+        wins = max((size for size, times in sizes.items() if np.median(_ratios(times, "all-to-all")) < 1), default=0)
         parts.append(f"{nproc} processes: {4 * wins:,} bytes of one rank's buffer, {4 * wins * nproc:,} of all copies")
     return "; ".join(parts)
 
 
-def _ratios(times: Times) -> list[float]:
-    return [gather / reduce for gather, reduce in zip(times["all-gather"], times["all-reduce"], strict=True)]
+def _ratios(times: Times, way: str) -> list[float]:
+    return [own / reduce for own, reduce in zip(times[way], times[ALL_REDUCE], strict=True)]
 
 
 def report(facts: str, measured: dict[int, dict[int, Times]], steps: dict[str, Times], rounds: int) -> str:
@@ -131,12 +137,12 @@ def report(facts: str, measured: dict[int, dict[int, Times]], steps: dict[str, T
     for size in next(iter(measured.values())):
         cells = [f"{size:,}"]
         for sizes in measured.values():
-            reduce, gather = (sizes[size][way] for way in ("all-reduce", "all-gather"))
-            cells += [f"{np.median(reduce):.3f}", f"{np.median(gather):.3f}", spread(_ratios(sizes[size]))]
+            cells.append(f"{np.median(sizes[size][ALL_REDUCE]):.3f}")
+            cells += [spread(_ratios(sizes[size], way)) for way in ("all-gather", "all-to-all")]
         rows.append(cells)
     head = ["floats"]
     for nproc in measured:
-        head += [f"{nproc} processes: all-reduce, ms", "all-gather, ms", "all-gather / all-reduce"]
+        head += [f"{nproc} processes: all-reduce, ms", "all-gather", "all-to-all"]
     step_rows = []
     for model, times in steps.items():
         cells = [model]
@@ -148,9 +154,10 @@ def report(facts: str, measured: dict[int, dict[int, Times]], steps: dict[str, T
         [
             "## Summing over the ranks",
             facts,
-            f"`collectives.py`, Gloo, medians of {rounds} interleaved rounds, of ratios with quartiles. The largest "
-            f"buffer for which an all-gather with a local sum is faster: {suggestion(measured)}. Now "
-            f"`GATHERED_BYTES` is {GATHERED_BYTES:,} of all copies.",
+            f"`collectives.py`, Gloo, medians of {rounds} interleaved rounds: milliseconds of an all-reduce, then the "
+            f"time of an all-gather and of an all-to-all, each with a local sum, over it in the same round, with "
+            f"quartiles. The largest buffer for which the all-to-all is faster: {suggestion(measured)}. Now "
+            f"`SHORT_BYTES` is {SHORT_BYTES:,}, of one rank's.",
             table(head, rows),
             f"The whole step of a DDP on 2 processes, one micro-batch of {MICRO_BATCH}: milliseconds with DDP's own "
             f"reduction, then the time with each hook over it in the same round.",

@@ -239,10 +239,10 @@ def _collectives(micro_batches: int, kind: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("equal", {"gloo:all_gather": 1}),
-        ("counted", {"gloo:all_gather": 2}),
-        ("running statistics", {"gloo:all_gather": 2}),
-        ("rank 0's statistics", {"gloo:all_gather": 1, "gloo:broadcast": 2}),  # float64 and int64 buffers
+        ("equal", {"gloo:all_to_all": 1}),
+        ("counted", {"gloo:all_to_all": 2}),
+        ("running statistics", {"gloo:all_to_all": 2}),
+        ("rank 0's statistics", {"gloo:all_to_all": 1, "gloo:broadcast": 2}),  # float64 and int64 buffers
     ],
 )
 def test_one_reduction_a_step(micro_batches: int, kind: str, expected: dict[str, int]) -> None:

@@ -62,14 +62,14 @@ def _counted(stock: bool) -> list[Any]:
     layer, x = dp.SyncBatchNorm(7), torch.randn(4, 7, 3, 3)
     layer(x).sum().backward()  # the first time, the ranks meet in the store
     sent: list[tuple[torch.dtype, int]] = []
-    gather = reduction.all_gather_single
+    exchange = reduction.all_to_all_single
 
-    def recorded(output: Tensor, value: Tensor, **options: Any) -> Any:
-        sent.append((value.dtype, value.numel()))
-        return gather(output, value, **options)
+    def recorded(output: Tensor, value: Tensor, group: dist.ProcessGroup) -> Any:
+        sent.append((value.dtype, value[0].numel()))  # to each rank
+        return exchange(output, value, group)
 
     with (
-        mock.patch.object(reduction, "all_gather_single", recorded),
+        mock.patch.object(reduction, "all_to_all_single", recorded),
         mock.patch.object(fused, "_fused", None if stock else fused._fused),
     ):
         outputs = []
@@ -81,7 +81,7 @@ def _counted(stock: bool) -> list[Any]:
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("stock", [False, True])
 def test_one_collective_each_way(world_size: int, stock: bool) -> None:
-    one = {"all_gather": 1}
+    one = {"all_to_all": 1}
     sent = [(torch.float64, 2 * 7 + 1), (torch.float64, 2 * 7)]
     assert run_ranks(_counted, world_size, stock) == [[one, one, sent]] * world_size
 
@@ -438,7 +438,7 @@ def _checkpointed(reentrant: bool | None) -> tuple[list[Tensor], dict[str, Tenso
 
     step()
     model.zero_grad()
-    return _gradients_after(model, step), _state(model), _gloo(step).get("all_gather", 0)
+    return _gradients_after(model, step), _state(model), _gloo(step).get("all_to_all", 0)
 
 
 def _gradients_after(model: nn.Module, step: Callable[[], None]) -> list[Tensor]:

@@ -196,7 +196,7 @@ def _without_statistics() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "gathers"),
+    ("make", "exchanges"),
     [
         (_linear, [1, 1, 1]),
         (_without_statistics, [1, 1, 1]),
@@ -205,9 +205,9 @@ def _without_statistics() -> nn.Module:
         (_three_times, [3, 2, 2]),  # the first finds how much room is needed
     ],
 )
-def test_one_gather_a_step(make, gathers: list[int]) -> None:
+def test_one_exchange_a_step(make, exchanges: list[int]) -> None:
     for found in run_ranks(_collectives, 2, make, "strict"):
-        assert [counts.pop("gloo:all_gather") for counts in found] == gathers
+        assert [counts.pop("gloo:all_to_all") for counts in found] == exchanges
         if make is not _evaluating:  # DDP broadcasts the buffers of layers that are left to it
             assert found == [{}] * 3
 

@@ -227,9 +227,9 @@ def _collectives(make: Callable[[], nn.Module], reduction: str, micro_batches: i
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (mlp, {"gloo:all_gather": 1}),
+        (mlp, {"gloo:all_to_all": 1}),
         (wide, {"gloo:send": 2, "gloo:recv": 2}),
-        (cnn, {"gloo:all_gather": 2}),  # the running statistics
+        (cnn, {"gloo:all_to_all": 2}),  # the running statistics
     ],
 )
 def test_collectives_of_a_step(make, expected: dict[str, int], micro_batches: int) -> None:

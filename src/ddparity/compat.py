@@ -31,26 +31,42 @@ __all__ = ["GradBucket", "PrefixStore", "Store", "TCPStore"]
 def all_gather_single(
     output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
-    """All-gather into one flat tensor.
-
-    By the backend's own method where nothing listens to torch's operators: on the way through torch.distributed and
-    its operator, arguments are checked and boxed for as long as Gloo takes to send a small tensor. torch 2.13 renamed
-    the function and the method.
-    """
-    if torch._C._len_torch_dispatch_stack() or not is_plain_tensor(value):
+    """All-gather into one flat tensor. torch 2.13 renamed the function and the method."""
+    backend = _backend_itself(value, group)
+    if backend is None:
         function: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return function(output, value, group=group, async_op=async_op)
-
     options = AllgatherOptions()
     options.asyncOp = async_op
-    everyone: Any = dist.group.WORLD if group is None else group
-    backend = everyone._get_backend(value.device)
     work = (getattr(backend, "all_gather_single", None) or backend._allgather_base)(output, value, options)
     if async_op:
         return work
     if work is not None:  # some backends have waited already
         work.wait()
     return None
+
+
+def all_to_all_single(output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
+    """Send the value's parts, one for each rank and of one size, to these ranks; not waited for."""
+    backend = _backend_itself(value, group)
+    work: Any
+    if backend is None:
+        work = dist.all_to_all_single(output, value, group=group, async_op=True)
+    else:
+        work = backend.alltoall_base(output, value, [], [])
+    return work  # type: ignore[no-any-return]  # torch's stubs know neither method
+
+
+def _backend_itself(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
+    """What does the group's collectives on such a tensor; None where somebody listens to torch's operators.
+
+    Through torch.distributed and its operator, arguments are checked and boxed for as long as Gloo takes to send a
+    small tensor.
+    """
+    if torch._C._len_torch_dispatch_stack() or not is_plain_tensor(value):
+        return None
+    everyone: Any = dist.group.WORLD if group is None else group
+    return everyone._get_backend(value.device)
 
 
 def default_store() -> Store:

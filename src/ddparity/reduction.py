@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .compat import GradBucket, all_gather_single
+from .compat import GradBucket, all_gather_single, all_to_all_single
 
-# Gloo's all-reduce takes milliseconds even when it is tiny; an all-gather with a local sum sends more bytes but waits
-# less, and wins as long as a rank's bytes, and all ranks' together, stay below these (benchmarks/collectives.py).
-GATHERED_BYTES = 2**19
-GATHERED_BYTES_OF_ALL = 2**21
+# Gloo's all-gather hands tensors on from rank to rank, in two messages each; its all-to-all sends as many bytes, but
+# straight and in one. With a local sum it also beats the all-reduce as long as a rank's bytes, and all ranks' together,
+# stay below these (benchmarks/collectives.py). Large ones it sends below a link's speed (benchmarks/strict.py).
+SHORT_BYTES = 2**18
+SHORT_BYTES_OF_ALL = 2**21
 
 YIELDS = 400  # before a rank that waits for a small exchange goes to sleep; about a microsecond each
 
@@ -53,18 +54,24 @@ def parts_of_sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor
 
 
 def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The ranks' tensors, of one shape and dtype, as (world size, *shape); one all-gather. All ranks call it."""
+    """The ranks' tensors, of one shape and dtype, as (world size, *shape). All ranks call it.
+
+    One collective of a rank's bytes to each other: an all-gather, for short tensors on the CPU as an all-to-all.
+    """
     ranks = _size(group)
+    if tensor.is_cpu and tensor.numel() * tensor.element_size() <= SHORT_BYTES:
+        sent = torch.stack((tensor,) * ranks)
+        copies = torch.empty_like(sent)
+        _wait(all_to_all_single(copies, sent, group))
+        return copies
     copies = tensor.new_empty(ranks * tensor.numel())
-    on_cpu = tensor.is_cpu
-    work = all_gather_single(copies, tensor.reshape(-1), group=group, async_op=on_cpu)
-    if on_cpu:
-        _stay_awake(work)
-        work.wait()
+    work = all_gather_single(copies, tensor.reshape(-1), group, async_op=tensor.is_cpu)
+    if work is not None:
+        _wait(work)
     return copies.view(ranks, *tensor.shape)
 
 
-def _stay_awake(work: dist.Work) -> None:
+def _wait(work: dist.Work) -> None:
     """Give the core up again and again, for less than half a millisecond of its time, until the exchange is done.
 
     Ranks that keep step are soon done; then to sleep and to be woken takes as long as the exchange itself
@@ -74,8 +81,9 @@ def _stay_awake(work: dist.Work) -> None:
     done = work.get_future().done
     for _ in range(YIELDS if hasattr(os, "sched_yield") else 0):
         if done():
-            return
+            break
         os.sched_yield()
+    work.wait()
 
 
 def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
@@ -140,7 +148,7 @@ def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> 
     if not like.is_cpu or like.layout != torch.strided:
         return False
     own = numel * like.element_size()
-    return own <= GATHERED_BYTES and own * _size(group) <= GATHERED_BYTES_OF_ALL
+    return own <= SHORT_BYTES and own * _size(group) <= SHORT_BYTES_OF_ALL
 
 
 def _size(group: dist.ProcessGroup | None) -> int:
