@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,48 +89,27 @@ class RunningStatistics:
         A rank sends for each layer the number of its records and of the batches counted so far, then the running
         statistics, then the records.
         """
-        device = _running(self.layers[0])[0].device
-        sizes = [_moments_bytes(layer) for layer in self.layers]
-        lengths = torch.tensor([len(records) for records in self._records], dtype=torch.int64)
-        counted = [
-            lengths.new_zeros(1) if layer.num_batches_tracked is None else layer.num_batches_tracked.view(1)
-            for layer in self.layers
-        ]
-        running = [value for layer in self.layers for value in _running(layer)]
-        recorded = [value for records in self._records for moments in records for value in moments]
-        packed = [value.to(device).view(torch.uint8) for value in (lengths, *counted, *running, *recorded)]
-        own = torch.cat(packed)
+        running = [_running(layer) for layer in self.layers]
+        tracked = [layer.num_batches_tracked for layer in self.layers]
+        device = running[0][0].device
+        sizes = [sum(value.nbytes for value in own) for own in running]
+        lengths = torch.tensor([len(records) for records in self._records])
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        counted = torch.stack([none if count is None else count.to(device) for count in tracked])
+        recorded = [moments for records in self._records for moments in records]
+        own = torch.cat([*_bytes([(lengths, counted)], device), *_bytes(running, device), *_bytes(recorded, device)])
         header = 2 * lengths.nbytes
         fixed, capacity = header + sum(sizes), micro_batches * sum(sizes) * room.forwards
         copies = copies_of_ranks(_padded(own, fixed + capacity), group)
-        numbers = copies[:, :header].reshape(-1).cpu().view(torch.int64).view(len(copies), 2, -1).tolist()
-        needs = [sum(map(operator.mul, counts, sizes)) for counts, _ in numbers]
+        numbers = copies[:, :header].reshape(-1).cpu().view(torch.int64).view(len(copies), 2, -1)
+        counts = numbers[:, 0].tolist()
+        needs = [sum(map(operator.mul, numbers_of_rank, sizes)) for numbers_of_rank in counts]
         if max(needs) > capacity:  # every rank sees it
             room.forwards = -(-max(needs) // (micro_batches * sum(sizes)))
             copies = copies_of_ranks(_padded(own, fixed + max(needs)), group)
         if dist.get_rank(group) != 0:
-            self._take_over(numbers[0][1], copies[0, header:fixed])
-        return [self._unpacked(copy[fixed:], counts) for copy, (counts, _) in zip(copies, numbers, strict=True)]
-
-    def _take_over(self, counted: Sequence[int], packed: Tensor) -> None:
-        """Make another rank's running statistics one's own."""
-        theirs = self._unpacked(packed, [1] * len(self.layers))
-        for layer, count, moments in zip(self.layers, counted, theirs, strict=True):
-            torch._foreach_copy_(list(_running(layer)), list(moments[0]))
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.fill_(count)
-
-    def _unpacked(self, packed: Tensor, counts: Sequence[int]) -> list[list[Moments]]:
-        found: list[list[Moments]] = []
-        start = 0
-        for layer, count in zip(self.layers, counts, strict=True):
-            mean, _ = _running(layer)
-            stop = start + count * _moments_bytes(layer)
-            # A copy, since the bytes may not lie as the dtype needs them.
-            values = packed[start:stop].clone().view(mean.dtype).view(count, 2, mean.numel()).to(mean.device)
-            found.append([(moments[0], moments[1]) for moments in values])
-            start = stop
-        return found
+            _take_over(running, tracked, copies[0, header:fixed], numbers[0, 1])
+        return [_from_bytes(copy[fixed:], running, its) for copy, its in zip(copies, counts, strict=True)]
 
 
 class Room:
@@ -180,8 +160,38 @@ def _running(layer: _BatchNorm) -> Moments:
     return layer.running_mean, layer.running_var
 
 
-def _moments_bytes(layer: _BatchNorm) -> int:
-    return sum(value.nbytes for value in _running(layer))
+def _bytes(values: Sequence[Moments], device: torch.device) -> list[Tensor]:
+    """The values' bytes, one after the other, on the device."""
+    kinds = itertools.groupby(itertools.chain.from_iterable(values), key=_kind)
+    return [torch.cat(list(alike)).view(torch.uint8).to(device) for _, alike in kinds]
+
+
+def _from_bytes(packed: Tensor, like: Sequence[Moments], counts: Sequence[int]) -> list[list[Moments]]:
+    """What `_bytes` packed, as many for each of `like` as `counts` says."""
+    found: list[list[Moments]] = []
+    start = 0
+    for (dtype, device), alike in itertools.groupby(zip(like, counts, strict=True), key=lambda pair: _kind(pair[0][0])):
+        layers = [(mean.numel(), count) for (mean, _), count in alike]
+        stop = start + sum(2 * channels * count for channels, count in layers) * dtype.itemsize
+        # A copy, since the bytes may not lie as the dtype needs them.
+        flat = packed[start:stop].clone().view(dtype).to(device)
+        values = iter(flat.split([channels for channels, count in layers for _ in range(2 * count)]))
+        found += [[(next(values), next(values)) for _ in range(count)] for _, count in layers]
+        start = stop
+    return found
+
+
+def _kind(value: Tensor) -> tuple[torch.dtype, torch.device]:
+    return value.dtype, value.device
+
+
+def _take_over(running: Sequence[Moments], tracked: Sequence[Tensor | None], packed: Tensor, counted: Tensor) -> None:
+    """Make another rank's running statistics one's own."""
+    theirs = [moments for (moments,) in _from_bytes(packed, running, [1] * len(running))]
+    torch._foreach_copy_(list(itertools.chain(*running)), list(itertools.chain(*theirs)))
+    both = [(own, their) for own, their in zip(tracked, counted.unbind(), strict=True) if own is not None]
+    if both:
+        torch._foreach_copy_([own for own, _ in both], [their for _, their in both])
 
 
 def _padded(packed: Tensor, size: int) -> Tensor:
@@ -195,11 +205,10 @@ def _before_forward(swapped: dict[_BatchNorm, tuple[Any, ...]], layer: _BatchNor
     if not layer.training:
         return
     mean, var = _running(layer)
-    swapped[layer] = mean, var, layer.num_batches_tracked, layer.momentum
-    layer.running_mean, layer.running_var = torch.zeros_like(mean), torch.full_like(var, _NOT_RUN)
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked = torch.zeros_like(layer.num_batches_tracked)
-    layer.momentum = 1.0
+    count = layer.num_batches_tracked
+    swapped[layer] = mean, var, count, layer.momentum
+    none = None if count is None else torch.zeros_like(count)
+    _put(layer, torch.zeros_like(mean), torch.full_like(var, _NOT_RUN), none, 1.0)
 
 
 def _after_forward(
@@ -214,7 +223,13 @@ def _after_forward(
 
 
 def _put_back(swapped: dict[_BatchNorm, tuple[Any, ...]], layer: _BatchNorm) -> None:
-    layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum = swapped.pop(layer)
+    _put(layer, *swapped.pop(layer))
+
+
+def _put(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | None, momentum: float | None) -> None:
+    """Without Module.__setattr__, which would take half as long as the layer's forward."""
+    layer._buffers.update(running_mean=mean, running_var=var, num_batches_tracked=count)
+    object.__setattr__(layer, "momentum", momentum)
 
 
 def _move(layers: Sequence[_BatchNorm], batches: Sequence[Sequence[Moments]]) -> None:
@@ -222,25 +237,26 @@ def _move(layers: Sequence[_BatchNorm], batches: Sequence[Sequence[Moments]]) ->
 
     In three roundings of their dtype: a fused multiply and add would give other bits on other processors.
     """
-    counted = [layer.num_batches_tracked for layer in layers]
-    before = [
-        int(count) if count is not None and layer.momentum is None else 0
-        for layer, count in zip(layers, counted, strict=True)
-    ]
-    for number in range(max(map(len, batches))):
-        moving: list[Tensor] = []
-        steps: list[Tensor] = []
-        momenta: list[float] = []
-        for layer, count, start, own in zip(layers, counted, before, batches, strict=True):
-            momentum = layer.momentum
-            if momentum is None:  # the mean over all batches; none, as in torch, where nobody counts them
-                momentum = 1.0 / (start + number + 1) if count is not None else 0.0
-            if number < len(own):
-                moving += _running(layer)
-                steps += own[number]
-                momenta += [momentum, momentum]
-        torch._foreach_mul_(moving, [1 - momentum for momentum in momenta])
-        torch._foreach_add_(moving, torch._foreach_mul(steps, momenta))
-    for count, own in zip(counted, batches, strict=True):
+    alike: dict[Any, list[tuple[Moments, Sequence[Moments]]]] = {}
+    present, numbers = [], []
+    for layer, own in zip(layers, batches, strict=True):
+        running, count, momentum = _running(layer), layer.num_batches_tracked, layer.momentum
+        before = None
         if count is not None:
-            count.add_(len(own))
+            before = int(count) if momentum is None else None
+            present.append(count)
+            numbers.append(len(own))
+        alike.setdefault((_kind(running[0]), momentum, before, len(own)), []).append((running, own))
+    for (_, momentum, before, number), members in alike.items():
+        values = [value for running, _ in members for value in running]
+        moving = torch.cat(values)
+        for position in range(number):
+            part = momentum
+            if part is None:  # the mean over all batches; none, as in torch, where nobody counts them
+                part = 0.0 if before is None else 1.0 / (before + position + 1)
+            steps = torch.cat([value for _, own in members for value in own[position]])
+            moving.mul_(1 - part).add_(steps.mul_(part))
+        if number:
+            torch._foreach_copy_(values, moving.split([value.numel() for value in values]))
+    if present:
+        torch._foreach_add_(present, numbers)
