@@ -91,12 +91,16 @@ def run(case: Case) -> dict[str, Any]:
     """On a rank: what the case's layer gives."""
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_group() else (0, 1)
     assert len(case.shapes) == world_size
-    with without_compiled_passes() if case.stock else contextlib.nullcontext():
+    with torchs_operators(case.stock):
         return _run(case, rank)
 
 
 @contextlib.contextmanager
-def without_compiled_passes() -> Iterator[None]:
+def torchs_operators(alone: bool = True) -> Iterator[None]:
+    """Whether the layers work in these alone, as where nothing was compiled."""
+    if not alone:
+        yield
+        return
     with mock.patch.object(fused, "_fused", None), mock.patch.object(passes, "_kernels", return_value=None):
         yield
 

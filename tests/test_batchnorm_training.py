@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ddparity as dp
 from ddparity import reduction
-from ddparity.batchnorm import fused
 
+from .batchnorm_cases import torchs_operators
 from .ranks import kill_self, outcomes, run_ranks
 
 X = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 + 1
@@ -68,10 +68,7 @@ def _counted(stock: bool) -> list[Any]:
         sent.append((value.dtype, value[0].numel()))  # to each rank
         return exchange(output, value, group)
 
-    with (
-        mock.patch.object(reduction, "all_to_all_single", recorded),
-        mock.patch.object(fused, "_fused", None if stock else fused._fused),
-    ):
+    with mock.patch.object(reduction, "all_to_all_single", recorded), torchs_operators(stock):
         outputs = []
         forward = _gloo(lambda: outputs.append(layer(x)))
         backward = _gloo(lambda: outputs[0].sum().backward())
@@ -159,7 +156,7 @@ class _NoHostRead(TorchDispatchMode):
 
 
 def _reads_nothing() -> bool:
-    with mock.patch.object(fused, "_fused", None), _NoHostRead():
+    with torchs_operators(), _NoHostRead():
         for momentum in (0.1, None):
             layer = dp.SyncBatchNorm(6, momentum=momentum, dtype=torch.float64)
             part = _part() if dist.get_rank() else torch.zeros(2, 6, dtype=torch.float64)
@@ -302,7 +299,7 @@ def _penalised(stock: bool) -> tuple[list[Tensor], Tensor]:
     group = dist.is_initialized()
     model = _net(dp.SyncBatchNorm)
     x = (_part() if group else X.clone()).requires_grad_()
-    with mock.patch.object(fused, "_fused", None if stock else fused._fused):
+    with torchs_operators(stock):
         (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         ((slope.norm(dim=1) - 1).square().sum() + slope.sum()).backward()
     gradients = _gradients(model)
@@ -579,7 +576,7 @@ def _moments(shape: tuple[int, ...], dims: Any, stock: bool) -> Any:
     whole = torch.randn(shape, dtype=torch.float64)
     x = whole.tensor_split(dist.get_world_size(), first)[dist.get_rank()].clone() if group else whole
     x.requires_grad_()
-    with mock.patch.object(fused, "_fused", None if stock else fused._fused):
+    with torchs_operators(stock):
         mean, variance, count = dp.sync_moments(x, dims, keepdim=True)
         y = (x - mean) / (variance + 0.1).sqrt()
         (slope,) = torch.autograd.grad((y.sin()).sum(), x, create_graph=True)
