@@ -66,8 +66,9 @@ def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
         return copies.sum(0)
 
     def sent() -> torch.Tensor:
-        copies = torch.stack((buffer,) * dist.get_world_size())
-        all_to_all_single(torch.empty_like(copies), copies).wait()
+        own = torch.stack((buffer,) * dist.get_world_size())
+        copies = torch.empty_like(own)
+        all_to_all_single(copies, own).wait()
         return copies.sum(0)
 
     return {ALL_REDUCE: lambda: dist.all_reduce(buffer), "all-gather": gathered, "all-to-all": sent}

@@ -1,4 +1,4 @@
-"""How long a small all-gather over Gloo takes under the operating system's policies, and by ways of waiting.
+"""How long a small exchange over Gloo takes under the operating system's policies, and by ways of waiting.
 
 python benchmarks/scheduling.py [--rounds 300] [--nproc 2] [--quick]
 
@@ -33,7 +33,7 @@ WAYS = {
 
 
 def measure(policy: str, yields: int, rounds: int) -> list[list[float]]:
-    """On each rank: milliseconds of each all-gather, for each thing done before it."""
+    """On each rank: milliseconds of each exchange, for each thing done before it."""
     torch.set_num_threads(1)
     reduction.YIELDS = yields
     own, times = torch.zeros(1025, dtype=torch.float64), []
@@ -82,7 +82,7 @@ def main() -> None:
         [
             "## Scheduling",
             facts,
-            f"`scheduling.py`, all-gather of 8,200 bytes a rank, {options.nproc} processes over Gloo, unbound: "
+            f"`scheduling.py`, exchange of 8,200 bytes a rank, {options.nproc} processes over Gloo, unbound: "
             f"milliseconds of 3 times {rounds} collectives, the mean and percentiles.",
             table(["policy of all threads, and how they wait", "mean", "50 %", "75 %", "90 %", "95 %"], rows),
         ]

@@ -30,7 +30,7 @@ def _op(
     pending: bool = False,
     **rest: object,
 ) -> Operation:
-    fields = {"group": "0", "backend": "gloo", "point_to_point": False, "created_s": 0.0}
+    fields = {"group": "0", "backend": "gloo", "point_to_point": False, "created_s": 0.0, "row": 1}
     sizes = () if name == "barrier" else (size,)
     values = {**fields, "record": sequence, "dtypes": (dtype,), "inputs": sizes, "outputs": sizes, **rest}
     return Operation(sequence=sequence, name=name, pending=pending, **values)  # type: ignore[arg-type]
@@ -95,6 +95,13 @@ def test_nccl_gathers_uneven_tensors_and_gloo_does_not() -> None:
     for backend, differs in (("nccl", False), ("gloo", True)):
         ranks = [[_op(1, "all_gather", size, pending=True, backend=backend)] for size in (4, 8)]
         assert (find_mismatch(_states(*ranks), "0") is not None) == differs
+
+
+@pytest.mark.parametrize("differing", [{"row": 2}, {"dtype": "float64"}], ids=str)
+def test_parts_that_go_to_all_over_gloo_have_rows_of_one_kind(differing: dict[str, object]) -> None:
+    for backend in ("nccl", "gloo"):
+        ranks = [_op(1, "all_to_all", pending=True, backend=backend, **rest) for rest in ({}, differing)]
+        assert (find_mismatch(_states(*([one] for one in ranks)), "0") is not None) == (backend == "gloo")
 
 
 def test_what_went_well_is_no_mismatch() -> None:
@@ -255,6 +262,10 @@ def test_a_record_is_read() -> None:
     record = parse(json.dumps({"entries": [ENTRY, done], "pg_config": config}).encode())
     first, second = record.operations
     assert str(first) == "all_reduce of 8 float32" and first.pending and first.created_s == 5.0
+    assert (first.row, parse(json.dumps({"entries": [{**ENTRY, "input_sizes": [[]]}]}).encode()).operations[0].row) == (
+        2,
+        1,
+    )
     assert (second.name, second.backend, second.pending) == ("broadcast", "nccl", False)
     assert record.groups == {"0": (0, 1)}
     assert from_json(json.loads(json.dumps(to_json(record.operations)))) == record.operations

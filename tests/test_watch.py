@@ -38,8 +38,12 @@ def _ended(job: Job) -> bool:
             "dist.all_reduce(torch.ones(4, dtype=torch.float32 if rank == 0 else torch.float64))",
             "rank 0 calls all_reduce of 4 float32, rank 1 all_reduce of 4 float64, as collective #4",
         ),
+        (
+            "from ddparity.reduction import copies_of_ranks\ncopies_of_ranks(torch.ones(4 if rank == 0 else 8))",
+            "rank 0 calls all_to_all of 8 float32, rank 1 all_to_all of 16 float32, as collective #4",
+        ),
     ],
-    ids=["kind", "shape", "dtype"],
+    ids=["kind", "shape", "dtype", "shape of a short one"],
 )
 def test_a_mismatch_is_named_whatever_the_time_out(tmp_path: Path, body: str, said: str) -> None:
     with job(tmp_path, f"ready()\n{body}\ntime.sleep(600)", hang_timeout_s=600) as running:

@@ -58,7 +58,7 @@ def accumulate(
         Micro-batches with `.data` (on the model's device), `.weight` and `.index`.
 
     Collectives: the gradients once, in DDP's buckets, overlapped with the last backward, or in one flat collective
-    where a rank has no micro-batch; strict: those of `StrictReduction`. For running statistics one small all-gather,
+    where a rank has no micro-batch; strict: those of `StrictReduction`. For running statistics one small exchange,
     see `RunningStatistics`. For foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch;
     none with `equal_counts`. Every rank must call it and run a backward for each micro-batch.
 

@@ -57,6 +57,12 @@ def all_to_all_single(output: torch.Tensor, value: torch.Tensor, group: dist.Pro
     return work  # type: ignore[no-any-return]  # torch's stubs know neither method
 
 
+def compares_calls() -> bool:
+    """Whether torch is asked, by TORCH_DISTRIBUTED_DEBUG=DETAIL, to compare what the ranks call before they do."""
+    # Exported in a way that type checkers do not see.
+    return dist.get_debug_level() == dist.DebugLevel.DETAIL  # type: ignore[attr-defined]
+
+
 def _backend_itself(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
     """What does the group's collectives on such a tensor; None where somebody listens to torch's operators.
 

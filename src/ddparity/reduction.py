@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .compat import GradBucket, all_gather_single, all_to_all_single
+from .compat import GradBucket, all_gather_single, all_to_all_single, compares_calls
 
 # Gloo's all-gather hands tensors on from rank to rank, in two messages each; its all-to-all sends as many bytes, but
 # straight and in one. With a local sum it also beats the all-reduce as long as a rank's bytes, and all ranks' together,
@@ -24,8 +24,8 @@ YIELDS = 400  # before a rank that waits for a small exchange goes to sleep; abo
 def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """A DDP communication hook that sums a bucket over the ranks, where DDP's own path averages.
 
-    One collective a bucket: an all-gather of the bucket where that is the faster one, else an all-reduce; the bucket's
-    bytes either way. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
+    One collective a bucket: an exchange of the ranks' copies where that is the faster one, else an all-reduce; the
+    bucket's bytes either way. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
     """
     buffer = bucket.buffer()
     if not bucket.is_last() and not gathers(buffer.numel(), buffer, group):
@@ -59,16 +59,19 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     One collective of a rank's bytes to each other: an all-gather, for short tensors on the CPU as an all-to-all.
     """
     ranks = _size(group)
-    if tensor.is_cpu and tensor.numel() * tensor.element_size() <= SHORT_BYTES:
+    if tensor.dim() != 1:
+        return copies_of_ranks(tensor.reshape(-1), group).view(ranks, *tensor.shape)
+    short = tensor.is_cpu and tensor.numel() * tensor.element_size() <= SHORT_BYTES
+    if short and not compares_calls():  # which looks at an all-gather's sizes, not at an all-to-all's
         sent = torch.stack((tensor,) * ranks)
         copies = torch.empty_like(sent)
         _wait(all_to_all_single(copies, sent, group))
         return copies
     copies = tensor.new_empty(ranks * tensor.numel())
-    work = all_gather_single(copies, tensor.reshape(-1), group, async_op=tensor.is_cpu)
+    work = all_gather_single(copies, tensor.contiguous(), group, async_op=tensor.is_cpu)
     if work is not None:
         _wait(work)
-    return copies.view(ranks, *tensor.shape)
+    return copies.view(ranks, tensor.numel())
 
 
 def _wait(work: dist.Work) -> None:

@@ -31,7 +31,7 @@ class StrictReduction:
     most as many as this rank's share has sub-trees, and one, on several. While they are exchanged, they lie in one
     buffer; beside it a slice of each sub-tree of the other ranks', then the sum, whose parts become the gradients.
 
-    Collectives: none in a world of one. Otherwise, for each pair of dtype and device, an all-gather of the sub-trees'
+    Collectives: none in a world of one. Otherwise, for each pair of dtype and device, an exchange of the sub-trees'
     sums where they are small; else each rank sends each other one the slices of its sums that this one finishes, and
     then the finished slice: where shares are whole sub-trees, the bytes of a ring all-reduce. With a number for each
     parameter, which says whether it has a gradient.

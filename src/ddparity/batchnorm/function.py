@@ -35,7 +35,7 @@ def sync_batch_norm(
 
     `running`: mean and variance to update, if any. `announce`: called before each collective with its direction.
 
-    Collectives: an all-gather of 2C + 1 float64 numbers a rank; the backward a sum of 2C.
+    Collectives: an exchange of 2C + 1 float64 numbers a rank; the backward a sum of 2C.
     """
     if torch.is_autocast_enabled(x.device.type):  # which would choose other dtypes inside
         with torch.autocast(x.device.type, enabled=False):

@@ -43,7 +43,7 @@ class SyncBatchNorm(_BatchNorm):
         eps, momentum, affine, track_running_stats, bias: as in torch.nn.BatchNorm2d.
         process_group: whose ranks; None: all. `torch.save` does not keep it.
 
-    Collectives, in training with several ranks: forward one all-gather of 8 * (2C + 1) bytes a rank; backward one sum
+    Collectives, in training with several ranks: forward one exchange of 8 * (2C + 1) bytes a rank; backward one sum
     of 16C bytes. Every rank of the group must run the layer, in the same order of layers; in a layer's first forward
     and backward the ranks make sure of that through the group's store.
 

@@ -37,7 +37,7 @@ def sync_moments(
         TypeError: x is not a float tensor.
         ValueError: dims is empty, or names a dimension twice or one that x does not have.
 
-    Collectives: an all-gather of 2C + 1 float64 numbers a rank, C being the elements of the mean; each backward a sum
+    Collectives: an exchange of 2C + 1 float64 numbers a rank, C being the elements of the mean; each backward a sum
     of 2C. All ranks call it.
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.

@@ -39,7 +39,7 @@ class RunningStatistics:
     the backward too, as in one process. Layers in eval mode, without running statistics, and synchronised ones are left
     alone; so are norms that are no torch batch norm, whose buffers nobody exchanges.
 
-    Collectives: `replay` runs one all-gather, of 16 bytes a layer, the bytes of the running means and variances, and
+    Collectives: `replay` runs one exchange, of 16 bytes a layer, the bytes of the running means and variances, and
     these again for each micro-batch of the largest share; none in a world of one or without such a layer. In the first
     step in which a rank's layers run more often than once a micro-batch, one more.
     """
@@ -94,8 +94,8 @@ class RunningStatistics:
         device = running[0][0].device
         sizes = [sum(value.nbytes for value in own) for own in running]
         lengths = torch.tensor([len(records) for records in self._records])
-        none = torch.zeros((), dtype=torch.int64, device=device)
-        counted = torch.stack([none if count is None else count.to(device) for count in tracked])
+        none = torch.zeros(1, dtype=torch.int64, device=device)
+        counted = torch.cat([none if count is None else count.view(1).to(device) for count in tracked])
         recorded = [moments for records in self._records for moments in records]
         own = torch.cat([*_bytes([(lengths, counted)], device), *_bytes(running, device), *_bytes(recorded, device)])
         header = 2 * lengths.nbytes
@@ -227,9 +227,14 @@ def _put_back(swapped: dict[_BatchNorm, tuple[Any, ...]], layer: _BatchNorm) -> 
 
 
 def _put(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | None, momentum: float | None) -> None:
-    """Without Module.__setattr__, which would take half as long as the layer's forward."""
-    layer._buffers.update(running_mean=mean, running_var=var, num_batches_tracked=count)
-    object.__setattr__(layer, "momentum", momentum)
+    buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
+    if buffers.keys() <= layer._buffers.keys():
+        layer._buffers.update(buffers)  # Module.__setattr__ takes as long as a small layer's forward
+    else:  # somebody made them something else
+        for name, value in buffers.items():
+            if value is not None:
+                setattr(layer, name, value)
+    layer.momentum = momentum
 
 
 def _move(layers: Sequence[_BatchNorm], batches: Sequence[Sequence[Moments]]) -> None:

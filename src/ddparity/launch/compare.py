@@ -15,7 +15,9 @@ _SAME_SIZES = ("all_reduce", "allreduce", "broadcast", "reduce", "all_reduce_coa
 # Gloo also demands it of these; NCCL gathers uneven tensors by broadcasts.
 _SAME_SIZES_GLOO = ("all_gather", "allgather", "_allgather_base", "allgather_base", "all_gather_into_tensor")
 # The rank that scatters or gathers, and the others, give different tensors, or none.
-_ANY_DTYPE = ("scatter", "gather", "all_to_all", "alltoall", "alltoall_base", "barrier", "coalesced")
+_ANY_DTYPE = ("scatter", "gather", "all_to_all", "alltoall", "barrier", "coalesced")
+# Gloo's is of one tensor, whose rows (the first dimension) are shared out, evenly or not.
+_ROWS_GLOO = ("all_to_all", "alltoall", "alltoall_base")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ def _signature(one: Operation, whole: bool) -> tuple[object, ...]:
     name = one.name
     if not whole:
         return (name,)
-    sized = name in _SAME_SIZES or (one.backend == "gloo" and name in _SAME_SIZES_GLOO)
+    over_gloo = one.backend == "gloo"
+    if over_gloo and name in _ROWS_GLOO:
+        return (name, one.dtypes[:1], one.row)
+    sized = name in _SAME_SIZES or (over_gloo and name in _SAME_SIZES_GLOO)
     return (
         name,
         None if any(name.startswith(kind) for kind in _ANY_DTYPE) else one.dtypes[:1],

@@ -7,7 +7,7 @@ import math
 import selectors
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ _DTYPES = {
 class Operation:
     """One collective of one rank. `sequence`: its place in its group, the same on all ranks; `record`: in its process.
 
-    `inputs`, `outputs`: elements of each tensor. `created_s`: when it was issued, in seconds since 1970.
+    `inputs`, `outputs`: elements of each tensor. `row`: elements of a row, along the first dimension, of the first.
+    `created_s`: when it was issued, in seconds since 1970.
     """
 
     group: str
@@ -49,6 +50,7 @@ class Operation:
     point_to_point: bool
     record: int
     created_s: float
+    row: int
 
     def __str__(self) -> str:
         """As in "all_reduce of 4 float32"."""
@@ -92,6 +94,7 @@ def _operation(entry: Mapping[str, Any]) -> Operation:
     backend, _, name = str(entry["profiling_name"]).rpartition(":")
     done = entry.get("retired") or entry.get("state") == "completed"
     point_to_point = bool(entry.get("is_p2p", False))
+    first: Sequence[int] = next(iter(entry["input_sizes"] or entry["output_sizes"]), [])
     return Operation(
         group=str(entry["process_group"][0]),
         sequence=int(entry["p2p_seq_id" if point_to_point else "collective_seq_id"]),
@@ -104,6 +107,7 @@ def _operation(entry: Mapping[str, Any]) -> Operation:
         point_to_point=point_to_point,
         record=int(entry["record_id"]),
         created_s=entry["time_created_ns"] / 1e9,
+        row=math.prod(first[1:]),
     )
 
 
