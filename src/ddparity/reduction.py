@@ -14,8 +14,9 @@ from .compat import GradBucket, all_gather_single, all_to_all_single, compares_c
 
 # Gloo's all-gather hands tensors on from rank to rank, in two messages each; its all-to-all sends as many bytes, but
 # straight and in one. With a local sum it also beats the all-reduce as long as a rank's bytes, and all ranks' together,
-# stay below these (benchmarks/collectives.py). Large ones it sends below a link's speed (benchmarks/strict.py).
-SHORT_BYTES = 2**18
+# stay below these: by itself up to a quarter or half of it (benchmarks/collectives.py), in a training step up to here
+# (benchmarks/step_overhead.py). Large ones it sends below a link's speed (benchmarks/strict.py).
+SHORT_BYTES = 2**19
 SHORT_BYTES_OF_ALL = 2**21
 
 YIELDS = 400  # before a rank that waits for a small exchange goes to sleep; about a microsecond each
