@@ -8,7 +8,6 @@ Writes docs/verify.png, and how far honest runs of small Tasks came from the noi
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,9 @@ from ddparity.task import load_task
 from ddparity.verification import FALSE_ALARM, compare_runs
 from ddparity.verify import Comparison
 from ddparity.verify.report import draw, pyplot_of_matplotlib
+from results import machine, table, write_section
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent))
-from results import machine, table, write_section  # noqa: E402 - after the path above
 
 DIGITS = load_task(str(ROOT / "examples" / "digits.py"))
 

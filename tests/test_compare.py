@@ -262,13 +262,15 @@ def test_a_record_is_read() -> None:
     record = parse(json.dumps({"entries": [ENTRY, done], "pg_config": config}).encode())
     first, second = record.operations
     assert str(first) == "all_reduce of 8 float32" and first.pending and first.created_s == 5.0
-    assert (first.row, parse(json.dumps({"entries": [{**ENTRY, "input_sizes": [[]]}]}).encode()).operations[0].row) == (
-        2,
-        1,
-    )
+    assert first.row == 2
     assert (second.name, second.backend, second.pending) == ("broadcast", "nccl", False)
     assert record.groups == {"0": (0, 1)}
     assert from_json(json.loads(json.dumps(to_json(record.operations)))) == record.operations
+
+
+def test_a_number_is_a_row() -> None:
+    (one,) = parse(json.dumps({"entries": [{**ENTRY, "input_sizes": [[]]}]}).encode()).operations
+    assert one.row == 1
 
 
 def test_a_group_that_was_made_anew_begins_anew() -> None:

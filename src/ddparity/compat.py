@@ -46,21 +46,17 @@ def all_gather_single(
     return None
 
 
-def all_to_all_single(output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
+def all_to_all_single(output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None) -> Any:
     """Send the value's parts, one for each rank and of one size, to these ranks; not waited for."""
     backend = _backend_itself(value, group)
-    work: Any
     if backend is None:
-        work = dist.all_to_all_single(output, value, group=group, async_op=True)
-    else:
-        work = backend.alltoall_base(output, value, [], [])
-    return work  # type: ignore[no-any-return]  # torch's stubs know neither method
+        return dist.all_to_all_single(output, value, group=group, async_op=True)
+    return backend.alltoall_base(output, value, [], [])
 
 
 def compares_calls() -> bool:
     """Whether torch is asked, by TORCH_DISTRIBUTED_DEBUG=DETAIL, to compare what the ranks call before they do."""
-    # Exported in a way that type checkers do not see.
-    return dist.get_debug_level() == dist.DebugLevel.DETAIL  # type: ignore[attr-defined]
+    return dist.get_debug_level() == dist.DebugLevel.DETAIL  # type: ignore[attr-defined]  # exported unseen by checkers
 
 
 def _backend_itself(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
