@@ -26,11 +26,11 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.results import machine as this_machine
 from benchmarks.results import table, write_section
-from tests.elastic_training import run
+from tests.launcher.elastic_training import run
 from tests.machines import Machine, Network, network
 from tests.ranks import free_port
 
-SCRIPT = str(Path(__file__).parent.parent / "tests" / "elastic_training.py")
+SCRIPT = str(Path(__file__).parent.parent / "tests" / "launcher" / "elastic_training.py")
 EPOCHS, PACE_S = 8, 0.04  # 192 micro-batches
 LIMIT_S = 300.0  # a training that takes longer hangs
 PAUSE_S = (0.5, 12.0)  # between two faults; a start takes about 5 s

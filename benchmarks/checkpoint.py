@@ -19,7 +19,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from tests.checkpoint_faults import killed_at_each_call, killed_at_random
+from tests.checkpoint.kills import killed_at_each_call, killed_at_random
 from tests.ranks import outcomes
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""What chooses `SHORT_BYTES` in src/ddparity/reduction.py, and how the hook waits.
+"""What chooses `SHORT_BYTES` in src/ddparity/comm/allreduce.py, and how the hook waits.
 
 python benchmarks/collectives.py [--rounds 15] [--quick]
 
@@ -23,8 +23,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
+from ddparity.comm.allreduce import SHORT_BYTES, sum_hook
 from ddparity.compat import all_gather_single, all_to_all_single
-from ddparity.reduction import SHORT_BYTES, sum_hook
 from results import machine, spread, table, write_section
 from step_overhead import MICRO_BATCH, MODELS, RATE
 

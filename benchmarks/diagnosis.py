@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from torch.distributed import TCPStore
 
-from ddparity.launch import instruments
-from ddparity.launch.watch import Watch, Watched
+from ddparity.launcher import instruments
+from ddparity.launcher.diagnosis.watch import Watch, Watched
 from results import machine, spread, table, write_section
 
 NAMES = ("plain", "plain again", "watched")

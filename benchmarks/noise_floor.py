@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddparity as dp
-from ddparity.task import load_task
-from ddparity.verification import FALSE_ALARM, compare_runs
-from ddparity.verify import Comparison
-from ddparity.verify.report import draw, pyplot_of_matplotlib
+from ddparity.parity import Comparison
+from ddparity.parity.report import draw, pyplot_of_matplotlib
+from ddparity.parity.verify import FALSE_ALARM, compare_runs
+from ddparity.task.task import load_task
 from results import machine, table, write_section
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import ddparity as dp
-from ddparity import reduction
+from ddparity.comm import allreduce as reduction
 from results import machine, table, write_section
 
 BETWEEN = {  # milliseconds, and whether they sweep the caches

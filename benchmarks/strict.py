@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddparity as dp
+from ddparity.comm.allreduce import exchange
 from ddparity.compat import all_gather_single
-from ddparity.reduction import exchange
 from results import machine, spread, table, write_section
 from step_overhead import MICRO_BATCH, cnn, mlp
 

@@ -14,9 +14,9 @@ from torch.distributed.elastic.rendezvous import registry
 from torch.distributed.launcher.api import elastic_launch
 
 from ddparity.errors import RendezvousError
-from ddparity.launch.cards import check_nodes, node_card
-from ddparity.launch.options import parse
-from ddparity.launch.preflight import check_rendezvous, explain
+from ddparity.launcher.cards import check_nodes, node_card
+from ddparity.launcher.options import parse
+from ddparity.launcher.rendezvous import check_rendezvous, explain
 
 
 def main() -> None:

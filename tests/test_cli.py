@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import ddparity as dp
 from ddparity.cli import app
-from ddparity.task import load_task
+from ddparity.task.task import load_task
 
 TASK = """
 import torch

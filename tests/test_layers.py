@@ -1,92 +1,122 @@
-"""A module imports only from layers below its own, read off the imports themselves."""
+"""A folder imports only from folders on floors below its own; the imports themselves say so."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import types
 from pathlib import Path
+
+import pytest
 
 import ddparity
 
 SOURCE = Path(ddparity.__file__).parent
 
-LAYERS = {
-    0: [
-        "errors", "compat", "files", "environment", "network", "roster", "meeting", "scheduling", "world", "order",
-        "marks", "console",
-    ],
-    1: [
-        "permutation", "plan", "seeds", "random_state", "batches", "trees", "sampling",
-        "summation", "reduction", "strict", "batchnorm", "replicate", "accumulate", "wire", "gather", "fingerprint",
-        "preemption",
-    ],
-    2: ["keyed", "loader", "predict", "statefile", "checkpoint"],
-    3: ["task", "train", "verify"],
-    4: ["launch", "verification", "cli", "__main__", "__init__"],
-}  # fmt: skip
-LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
-# Pure functions, testable to exhaustion: no torch.distributed.
-PURE = ("permutation", "plan", "seeds")
+FLOORS = {
+    0: ["errors", "compat"],
+    1: ["runtime", "comm"],
+    2: ["data", "batchnorm", "checkpoint", "launcher"],
+    3: ["gradients", "inference"],
+    4: ["task"],
+    5: ["parity"],
+    6: ["cli", "__main__", ""],  # "": the public names
+}
+FLOOR_OF = {folder: floor for floor, folders in FLOORS.items() for folder in folders}
+# Pure functions: no torch.distributed, so that tests can run through all of their inputs.
+PURE = ("data.plan", "data.rng")
+# These need what only some machines have.
+NEEDS_TRITON = "batchnorm.kernels"
 
 
-def _imports(path: Path) -> list[str]:
-    """The top modules of ddparity that a file imports."""
-    inside = path.relative_to(SOURCE).parts
-    found = []
+def _name(path: Path) -> str:
+    """A file's module, without "ddparity."; "" for the package itself."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PATHS = {_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def _imports(module: str) -> set[str]:
+    """The modules of ddparity that a module imports anywhere in its file."""
+    path = PATHS[module]
+    inside = path.relative_to(SOURCE).parent.parts
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".") if node.module else []
-            if node.level:  # relative
-                base = list(inside[: len(inside) - node.level])
-                names = parts or [alias.name for alias in node.names]
-                found.append((base + names)[0])
-            elif parts[:1] == ["ddparity"]:
-                found.append(parts[1] if len(parts) > 1 else "__init__")
+            named = tuple((node.module or "").split(".")) if node.module else ()
+            if node.level:
+                base = inside[: len(inside) - node.level + 1] + named
+            elif named[:1] == ("ddparity",):
+                base = named[1:]
+            else:
+                continue
+            for alias in node.names:
+                whole = ".".join((*base, alias.name))
+                found.add(whole if whole in PATHS else ".".join(base))
         elif isinstance(node, ast.Import):
-            found += [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ddparity.")]
-    return found
+            names = [alias.name for alias in node.names]
+            found |= {name.removeprefix("ddparity").removeprefix(".") for name in names if name.startswith("ddparity")}
+    return found - {module}
 
 
-def _module(path: Path) -> str:
-    return path.relative_to(SOURCE).with_suffix("").parts[0]
+def _folder(module: str) -> str:
+    return module.partition(".")[0]
 
 
-FILES = sorted(SOURCE.rglob("*.py"))
+def test_every_folder_has_a_floor() -> None:
+    assert {_folder(module) for module in PATHS} == set(FLOOR_OF)
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {_module(path) for path in FILES} == set(LAYER_OF)
-
-
-def test_no_module_imports_from_a_layer_above() -> None:
+def test_a_folder_imports_only_from_floors_below() -> None:
     wrong = [
-        f"{_module(path)} (layer {LAYER_OF[_module(path)]}) imports {name} (layer {LAYER_OF[name]})"
-        for path in FILES
-        for name in _imports(path)
-        if LAYER_OF[name] > LAYER_OF[_module(path)]
+        f"{module} (floor {FLOOR_OF[_folder(module)]}) imports {name} (floor {FLOOR_OF[_folder(name)]})"
+        for module in PATHS
+        for name in _imports(module)
+        if _folder(name) != _folder(module)
+        and FLOOR_OF[_folder(name)] >= FLOOR_OF[_folder(module)]
+        and module != "__main__"
     ]
     assert not wrong
 
 
-def test_no_two_modules_import_each_other() -> None:
-    edges = {_module(path): set(_imports(path)) - {_module(path)} for path in FILES if _module(path) != "__init__"}
+def test_no_module_needs_itself() -> None:
+    needs = {module: _imports(module) for module in PATHS}
 
-    def reaches(module: str, target: str, seen: frozenset[str] = frozenset()) -> bool:
-        return any(
-            name == target or (name not in seen and reaches(name, target, seen | {name}))
-            for name in edges.get(module, ())
-        )
+    def reached(module: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [module]
+        while waiting:
+            new = needs[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
 
-    assert not [module for module in edges if reaches(module, module)]
-
-
-def test_the_plan_knows_no_process_group() -> None:
-    for name in PURE:
-        text = (SOURCE / f"{name}.py").read_text()
-        assert "torch.distributed" not in text
-        assert set(_imports(SOURCE / f"{name}.py")) <= {*PURE, "compat"}
+    assert not [module for module in PATHS if module in reached(module)]
 
 
-def test_the_test_sees_relative_imports(tmp_path: Path) -> None:
-    assert "plan" in _imports(SOURCE / "predict" / "source.py")
-    assert "errors" in _imports(SOURCE / "launch" / "run.py")
-    assert {"seeds", "permutation"} <= set(_imports(SOURCE / "plan.py"))
+def test_plans_and_random_streams_know_no_process_group() -> None:
+    for module in PURE:
+        assert "torch.distributed" not in PATHS[module].read_text()
+        assert _imports(module) <= {*PURE, "compat"}
+
+
+@pytest.mark.parametrize("module", [module for module in PATHS if module not in ("", "__main__", NEEDS_TRITON)])
+def test_importing_a_module_gives_the_module(module: str) -> None:
+    """`import ddparity.x.y as z` looks each name up in its package, where a function of that name would hide it."""
+    importlib.import_module(f"ddparity.{module}")
+    found: object = ddparity
+    for name in module.split("."):
+        found = getattr(found, name)
+    assert isinstance(found, types.ModuleType)
+
+
+def test_no_module_of_the_package_itself_bears_a_public_name() -> None:
+    assert not {_folder(module) for module in PATHS} & set(ddparity.__all__)
+
+
+def test_the_test_sees_relative_imports() -> None:
+    assert "data.plan" in _imports("inference.source")
+    assert "errors" in _imports("launcher.run")
+    assert "launcher" in _imports("parity.verify")

@@ -1,26 +1,27 @@
 """Train on one process or on a thousand, and get the same model."""
 
-from .accumulate import accumulate
-from .batches import LoadedMicroBatch, Step
 from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm, sync_moments
-from .checkpoint import Saving, load_checkpoint, save_checkpoint
-from .console import setup_logging
+from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint
+from .checkpoint.fingerprint import fingerprint
+from .comm.gather import gather
+from .data.loader import Loader
+from .data.plan import BatchPlan, MicroBatch
+from .data.random_state import RandomState
+from .data.rng import seed_everything
+from .data.sampling import ShardSampler
+from .data.step import LoadedMicroBatch, Step
 from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError
-from .fingerprint import fingerprint
-from .gather import gather
-from .launch import launch
-from .loader import Loader
-from .order import first
-from .plan import BatchPlan, MicroBatch
-from .predict import Predictor, predict, read_predictions
-from .preemption import preemption
-from .random_state import RandomState
-from .replicate import replicate
-from .sampling import ShardSampler
-from .seeds import seed_everything
-from .task import Task
-from .verification import verify
-from .world import World, world
+from .gradients.accumulate import accumulate
+from .gradients.replicate import replicate
+from .inference.predict import Predictor, predict
+from .inference.reading import read_predictions
+from .launcher import launch
+from .parity.verify import verify
+from .runtime.first import first
+from .runtime.logging import setup_logging
+from .runtime.preemption import preemption
+from .runtime.world import World, world
+from .task.task import Task
 
 __all__ = [
     "BatchPlan",

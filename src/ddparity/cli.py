@@ -15,16 +15,16 @@ import torch
 import typer
 import typer.core
 
-from .environment import find_placement
 from .errors import RankFailure
-from .launch import find_submission, parse, run_command, run_launch, submit
-from .launch.doctor import doctor as examine_machine
-from .task import Task, check_task, load_task
-from .train import Refused, Saves, predict_task
-from .train import train as train_task
-from .verification import compare_runs
-from .verify import plot, show
-from .verify.report import pyplot_of_matplotlib
+from .launcher import find_submission, parse, run_command, run_launch, submit
+from .launcher.doctor import doctor as examine_machine
+from .parity import plot, show
+from .parity.report import pyplot_of_matplotlib
+from .parity.verify import compare_runs
+from .runtime.environment import find_placement
+from .task.task import Task, check_task, load_task
+from .task.train import Refused, Saves, predict_task
+from .task.train import train as train_task
 
 app = typer.Typer(
     help="Train on one process or on a thousand, and get the same model.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from ..compat import group_name
-from ..meeting import Meeting, reaching_store, store_root
+from ..runtime.agreement import Meeting, reaching_store, store_root
 
 
 def agree(group: dist.ProcessGroup, what: str) -> None:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from ..comm.allreduce import copies_of_ranks, parts_of_sum
 from ..compat import in_transform
-from ..reduction import copies_of_ranks, parts_of_sum
 from .layout import dense, dense_like, over, reduced_dims
 from .moments import Moments, SumOverRanks
 from .passes import passes_for

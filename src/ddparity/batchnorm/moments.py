@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from ..reduction import copies_of_ranks, sum_over_ranks
+from ..comm.allreduce import copies_of_ranks, sum_over_ranks
 from .layout import dense, over
 from .passes import passes_for
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from ..comm.allreduce import copies_of_ranks
 from ..compat import is_compiled
-from ..reduction import copies_of_ranks
 from .layer import SyncBatchNorm
 
 Moments = tuple[Tensor, Tensor]  # one batch's mean and unbiased variance

@@ -1,0 +1,71 @@
+"""One number for a model: equal exactly where the weights are equal bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..comm.trees import byte_view
+
+# What DDP, torch.compile and activation checkpointing put into the names of a state dict.
+_WRAPPERS_ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS_IN_FRONT = ("module.",)
+
+
+def fingerprint(model_or_state_dict: nn.Module | Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of a state's names, shapes, dtypes and bytes.
+
+    The same for a model and for its state dict, inside of DDP, torch.compile or neither, on any device, in any order
+    of names. Nested state, as an optimizer's, counts as a whole.
+
+    Raises:
+        TypeError: an entry is no tensor, number, string or None, nor a nesting of them.
+
+    Collectives: none.
+
+    Example:
+        >>> fingerprint({"a": torch.zeros(2)}) == fingerprint({"module.a": torch.zeros(2)})
+        True
+    """
+    state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
+    if not isinstance(state, Mapping):
+        raise TypeError(f"fingerprint() got a {type(state).__name__}: give a module or a state dict")
+    digest = hashlib.sha256()
+    for name, value in sorted(_unwrapped(state).items()):
+        _feed(digest, name, value)
+    return digest.hexdigest()
+
+
+def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
+    names = {str(name): value for name, value in state.items()}
+    for wrapper in _WRAPPERS_ANYWHERE:
+        names = {name.replace(wrapper, ""): value for name, value in names.items()}
+    for wrapper in _WRAPPERS_IN_FRONT:
+        while names and all(name.startswith(wrapper) for name in names):
+            names = {name.removeprefix(wrapper): value for name, value in names.items()}
+    return names
+
+
+def _feed(digest: Any, name: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        header = [name, str(dense.dtype), list(dense.shape)]
+        digest.update(json.dumps(header).encode() + b"\0")
+        digest.update(byte_view(dense).numpy())
+    elif isinstance(value, Mapping):
+        digest.update(json.dumps([name, "mapping", len(value)]).encode() + b"\0")
+        for key in sorted(value, key=str):
+            _feed(digest, f"{name}.{key}", value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(json.dumps([name, "sequence", len(value)]).encode() + b"\0")
+        for number, item in enumerate(value):
+            _feed(digest, f"{name}.{number}", item)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        digest.update(json.dumps([name, type(value).__name__, value]).encode() + b"\0")
+    else:
+        raise TypeError(f"fingerprint(): {name} is a {type(value).__name__}, which has no bytes to compare")

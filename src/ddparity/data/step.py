@@ -1,0 +1,103 @@
+"""A step's micro-batches with their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+
+from .rng import seed_streams
+
+
+@dataclass(slots=True)
+class LoadedMicroBatch:
+    """A micro-batch as a training step sees it.
+
+    `data`: what the collate function made. `weight`: its part of the step's mean loss. `index`: its number in the
+    step, over all ranks, or in the list of batches that it came from. `seed`: keys its random streams; None: it has
+    none of its own.
+    """
+
+    data: Any
+    weight: float
+    index: int
+    seed: int | None = None
+
+
+class Step(Sequence[LoadedMicroBatch]):
+    """The micro-batches of one optimizer step on this rank, each loaded when it is first asked for.
+
+    Taking a micro-batch out also sets the random streams to its key, so that a forward after it draws the same numbers
+    on any rank and with any number of workers.
+
+    `number`, `epoch`: the step's. `shares`: how many micro-batches each rank has. `seed`: keys the random streams
+    after the step.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        number: int,
+        size: int,
+        load_next: Callable[[], LoadedMicroBatch],
+        shares: tuple[int, ...],
+        seed: int,
+    ) -> None:
+        self.epoch = epoch
+        self.number = number
+        self.shares = shares
+        self.seed = seed
+        self._size = size
+        self._load_next = load_next
+        self._loaded: list[LoadedMicroBatch] = []
+        self.on_end: Callable[[], None] | None = None
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> LoadedMicroBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LoadedMicroBatch]: ...
+    def __getitem__(self, index: int | slice) -> LoadedMicroBatch | list[LoadedMicroBatch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(self._size))]
+        if not -self._size <= index < self._size:
+            raise IndexError(f"micro-batch {index} of a step that has {self._size} on this rank")
+        micro = self.load(index % self._size)
+        assert micro.seed is not None, "a loader's micro-batches have seeds"
+        seed_streams(micro.seed)
+        return micro
+
+    def __iter__(self) -> Iterator[LoadedMicroBatch]:
+        for index in range(self._size):
+            yield self[index]
+        self.end()
+
+    def end(self) -> None:
+        """The loop over the micro-batches has ended: the loader's position is behind this step now."""
+        if self.on_end is not None:
+            self.on_end()
+
+    def load(self, index: int) -> LoadedMicroBatch:
+        """Micro-batch `index`, without setting the random streams."""
+        while len(self._loaded) <= index:
+            self._loaded.append(self._load_next())
+        return self._loaded[index]
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """Move the tensors in nested dicts, lists and tuples, and anything with a `.to` method, to a device."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device, non_blocking=True)
+    if hasattr(data, "to"):
+        return data.to(device)
+    if isinstance(data, Mapping):
+        return {key: to_device(value, device) for key, value in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(to_device(value, device) for value in data))
+    if isinstance(data, (list, tuple)):
+        return type(data)(to_device(value, device) for value in data)
+    return data

@@ -1,0 +1,1 @@
+"""Distributed inference: the batches of one process, shared out whole, each sample once and in order."""

@@ -1,0 +1,368 @@
+"""`predict`: shares out the batches, runs the model, collects the outputs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..comm.transfer import Receiver, checked_receiver
+from ..data.rng import seed_streams
+from ..data.step import to_device
+from ..errors import DDParityError
+from ..runtime.agreement import Meeting, agreed
+from ..runtime.logging import progress
+from .collect import Memory
+from .identity import identity, identity_of_dataset
+from .iterable import Shards, is_stream
+from .metrics import Metric
+from .model import Model, callable_of, evaluating
+from .outputs import Schema
+from .replicas import Replica
+from .source import Balance, Batches, Source, assigned, check_balance, cut
+
+if TYPE_CHECKING:  # Arrow takes a while to import
+    import pyarrow as pa
+
+    from .directory import Directory
+
+_POLL_S = 0.5  # how often a rank looks whether another one failed, and counts its samples for the progress display
+
+Place = str | os.PathLike[str]
+
+
+def predict(
+    model: Model,
+    dataset: Any,
+    batch_size: int,
+    to: Receiver | Place = 0,
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    metric: Any = None,
+    targets: Callable[[Any], Any] | None = None,
+    balance: Balance = "contiguous",
+    device: torch.device | str | None = None,
+    rows_per_file: int | None = None,
+    schema: pa.Schema | None = None,
+    show_progress: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    **dataloader_options: Any,
+) -> Any:
+    """Run a model over a data set on all ranks; each sample once, outputs in data-set order on rank `to`.
+
+    Batch b is samples b * batch_size and following, whatever the world size, and has random streams of its own. Ranks
+    run whole batches, so the outputs do not depend on the number of processes.
+
+    Args:
+        model: a module, run in eval and inference mode inside of DDP if it is wrapped, or any function of a batch. Its
+            modes and buffers, and the random streams, are as before at the end, also on an exception.
+        dataset: map-style, of the same length on every rank; or a stream that can be cut into shards (`num_shards`,
+            and `shard(num_shards=, index=)`, as datasets.IterableDataset), whose batches are cut within its shards.
+        batch_size: samples a batch, 1 or more.
+        to: the rank that receives; "all"; or a directory for a Parquet data set, with one row a sample, that each rank
+            writes to as it goes, and that the same call completes after an interruption, at any world size.
+        inputs: what a module is called with, from a batch; None: the first entry of a list or tuple, as from a data
+            set of (input, target), else the batch itself. A function is called with the batch.
+        metric: return this instead of outputs, which then do not move. A function of a batch's output and the batch
+            returns a dict whose values are sums, or pairs of a sum and its weight, for the weighted mean; a number
+            or a pair alone will do. Or a torchmetrics object, which is not changed: each rank updates a copy.
+        targets: what a torchmetrics object is updated with behind the output, from a batch; None: the second entry.
+        balance: "contiguous": a contiguous share of the batches each; "dynamic": the next ones for whoever is free,
+            where samples differ in cost.
+        device: where outputs are kept; None: where the model leaves them.
+        rows_per_file: of the Parquet data set, a multiple of `batch_size`; a file is what an interruption can lose.
+        schema: Arrow types of some of its columns, where the first batch does not show them (it holds None, say).
+        show_progress: one bar for all ranks.
+        seed: keys the random streams, with the batch.
+        num_workers, collate_fn, dataloader_options: of torch.utils.data.DataLoader.
+
+    Returns:
+        The outputs, None on a rank that does not receive. The model's output for a batch is a nesting of dicts, tuples,
+        named tuples and dataclasses, whose leaves are tensors and arrays with one row a sample, lists with one entry a
+        sample, or None. In the result a tensor or array has all rows; where the shapes of rows differ it is a list with
+        one tensor a sample. A list has all entries: numbers, strings, None, tensors and arrays of any shape, and
+        nestings of them. Of an empty data set, whose outputs have no structure: an empty tensor.
+        With `metric`, its value; with a directory, its Path on every rank, see `read_predictions`.
+
+    Collectives: while running none, but a look at the store twice a second; at the end those of `bring_together`, or
+    of `gather` for a metric, or none for a directory.
+
+    Raises:
+        TypeError, ValueError: a bad argument, or one that differs between ranks; parameters, or buffers that are saved,
+            that differ between ranks; an output without one row a sample; a batch whose output has another structure
+            than the first one's; a directory that holds something else.
+        DDParityError: the model failed; names the data-set indices of the batch. SampleError: the data set did.
+        RankFailure: on every other rank, where one failed.
+
+    Example:
+        >>> predict(torch.nn.Identity(), torch.arange(5), batch_size=2)
+        tensor([0, 1, 2, 3, 4])
+        >>> predict(torch.nn.Identity(), torch.arange(5), 2, metric=lambda output, batch: (output.sum(), len(output)))
+        2.0
+    """
+
+    def predictor() -> Predictor:
+        return Predictor(
+            dataset,
+            batch_size,
+            balance=balance,
+            seed=seed,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            **{"persistent_workers": False, **dataloader_options},
+        )
+
+    call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+    return _predict(predictor, call)
+
+
+class Predictor:
+    """`predict` with the data loader kept: a loop that predicts after each epoch does so on the same workers.
+
+    Takes the arguments of `predict` that concern the data; a call takes the others.
+
+    Example:
+        >>> predictor = Predictor(torch.arange(5), batch_size=2)
+        >>> for epoch in range(2):
+        ...     outputs = predictor(torch.nn.Identity())
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        balance: Balance = "contiguous",
+        seed: int = 0,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **dataloader_options: Any,
+    ) -> None:
+        check_balance(balance)
+        self.dataset = dataset
+        self._balance = balance
+        make: Callable[..., Source] = Shards if is_stream(dataset) else Batches
+        if make is Shards and balance == "dynamic":
+            raise ValueError('predict(balance="dynamic") needs a map-style data set: workers take shards beforehand')
+        self._source = make(dataset, batch_size, seed, num_workers, collate_fn, dataloader_options)
+        self._seed, self._batch_size = seed, batch_size
+        self._collate_fn = collate_fn
+
+    def __call__(
+        self,
+        model: Model,
+        to: Receiver | Place = 0,
+        *,
+        inputs: Callable[[Any], Any] | None = None,
+        metric: Any = None,
+        targets: Callable[[Any], Any] | None = None,
+        device: torch.device | str | None = None,
+        rows_per_file: int | None = None,
+        schema: pa.Schema | None = None,
+        show_progress: bool = False,
+    ) -> Any:
+        """As `predict`. Every rank calls it."""
+        call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+        return _predict(lambda: self, call)
+
+
+class Sink(Protocol):
+    """What becomes of the outputs. `finish`: once all ranks have run all batches; every rank calls it."""
+
+    def take(self, samples: range, where: str, output: Any, batch: Any) -> None: ...
+    def finish(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What `predict` and `Predictor.__call__` are given beside the data."""
+
+    model: Model
+    to: Receiver | Place
+    inputs: Callable[[Any], Any] | None
+    metric: Any
+    targets: Callable[[Any], Any] | None
+    device: torch.device | str | None
+    rows_per_file: int | None
+    schema: pa.Schema | None
+    show_progress: bool
+
+    def directory(self) -> Path | None:
+        """Where outputs go, if not to ranks.
+
+        Raises:
+            ValueError: a string that was hardly meant as one; a file is in the way.
+        """
+        if not isinstance(self.to, (str, os.PathLike)) or self.to == "all":
+            return None
+        if isinstance(self.to, str) and (not self.to or self.to.isdigit()):
+            raise ValueError(f'predict(to={self.to!r}): give a rank as an integer, "all", or the path of a directory')
+        path = Path(self.to)
+        # On every rank, and not where one makes the directory: each tells its user the same.
+        if (found := next(filter(os.path.lexists, (path, *path.parents)), None)) is not None and not found.is_dir():
+            raise ValueError(
+                f"predict(to={os.fspath(self.to)!r}): {found} is a file, and outputs go to a directory: give one that "
+                f"is empty or new, or remove the file"
+            )
+        return path
+
+    def check_metric(self) -> None:
+        """Raises TypeError where the metric is a class, which is callable, too."""
+        if isinstance(self.metric, type):
+            name = self.metric.__name__
+            raise TypeError(f"predict(metric={name}) got a class: give an instance, as in metric={name}(…)")
+
+
+def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
+    joined = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    with ExitStack() as shown:
+        with agreed("predict") as meeting:
+            given.check_metric()
+            made = predictor()
+            source, balance = made._source, made._balance
+            if meeting is not None:
+                kind = None if given.metric is None else type(given.metric).__name__
+                own: dict[str, object] = {
+                    "batch_size": made._batch_size,
+                    "seed": made._seed,
+                    "balance": balance,
+                    "to": str(given.to),
+                }
+                own |= {"metric": kind, "rows_per_file": given.rows_per_file}
+                named: dict[str, object] = {f"predict's {name}": value for name, value in own.items()}
+                named |= {"the data set's length": source.length, "the data set's num_shards": source.shards}
+                replica = Replica(given.model)
+                meeting.all_same({**named, "the model": replica.text}, {"the model": replica.difference})
+            call, device = callable_of(given.model, given.inputs)
+            path, chunks = given.directory(), cut(len(source), world_size, balance)
+            sink: Sink
+            if path is not None:
+                directory = _directory(path, given, made, meeting, rank)
+                shown.callback(directory.close)
+                sink, chunks = directory, directory.chunks
+            else:
+                to = checked_receiver(given.to, world_size)
+                receives = to in ("all", rank)
+                if given.metric is not None:
+                    sink = Metric(given.metric, given.targets, to, receives, source.length, device)
+                else:
+                    schema = Schema(meeting)
+                    keep = None if given.device is None else torch.device(given.device)
+                    sink = Memory(source, schema, to, rank, world_size, keep)
+            count = _Count(meeting, shown, source.length, rank, given.show_progress)
+            take = partial(meeting.count, "chunks") if meeting is not None else itertools.count(1).__next__
+            mine = assigned(chunks, rank, world_size, balance, lambda: take() - 1)
+            with evaluating(given.model):
+                _run(call, device, source, mine, sink, meeting, count)
+        count.show()  # all have said how many they ran
+    with agreed("collecting the outputs of predict") as meeting:
+        try:
+            return sink.finish()
+        except RuntimeError as error:
+            if meeting is not None and not isinstance(error, DDParityError):
+                meeting.explain(error)  # the backend's words where a peer has gone
+            raise
+
+
+def _directory(path: Path, given: _Call, made: Predictor, meeting: Meeting | None, rank: int) -> Directory:
+    from .directory import Directory, prepare, rows_of_a_file
+
+    source = made._source
+    if given.metric is not None:
+        raise ValueError(
+            f"predict(to={str(path)!r}, metric=…): a run that resumes does not see all outputs. Compute the metric on "
+            f"read_predictions(), or call predict() once for each"
+        )
+    if not isinstance(source, Batches):
+        raise TypeError(
+            f"predict(to={str(path)!r}) got a data set that can only be iterated: a file's rows have an index, which "
+            f"needs one of known length. Collect the outputs on a rank, or give a map-style data set"
+        )
+    if rank == 0:
+        run = {
+            "model": identity(given.model),
+            "inputs": identity(given.inputs),
+            "collate_fn": identity(made._collate_fn),
+            "data set": identity_of_dataset(source.dataset, source.length),
+            "length": source.length,
+            "batch size": source.batch_size,
+            "rows_per_file": rows_of_a_file(source, given.rows_per_file),
+            "seed": made._seed,
+            "schema": None if given.schema is None else str(given.schema),
+        }
+        prepared = prepare(path, run)
+        if meeting is not None:
+            meeting.tell("prepared", prepared)
+    else:
+        assert meeting is not None, "there are other ranks"
+        prepared = meeting.hear("prepared")
+    if meeting is None:  # batches run in order
+        return Directory(path, source, prepared, given.schema, lambda: None, lambda: None)
+    tell: Callable[[], None] = partial(meeting.tell, "types", "")
+    hear: Callable[[], object] = partial(meeting.hear, "types")
+    return Directory(path, source, prepared, given.schema, tell, hear)
+
+
+def _run(
+    call: Callable[[Any], Any],
+    device: torch.device | None,
+    source: Source,
+    chunks: Iterator[range],
+    sink: Sink,
+    meeting: Meeting | None,
+    count: _Count,
+) -> None:
+    looked = time.monotonic()
+    for samples, data in source.loaded(chunks):
+        seed_streams(source.seed(samples))
+        where = source.where(samples)
+        batch = data if device is None else to_device(data, device)
+        output = None  # the last one's memory is the model's to use again
+        try:
+            output = call(batch)
+        except Exception as error:
+            raise DDParityError(f"the model failed for the {where}: {type(error).__name__}: {error}") from error
+        sink.take(samples, where, output, batch)
+        del batch, data  # before the next is loaded
+        count.add(len(samples))
+        if time.monotonic() - looked > _POLL_S:
+            looked = time.monotonic()
+            count.show()
+            if meeting is not None:
+                meeting.look()
+    count.show()
+
+
+class _Count:
+    """The samples that all ranks have run, counted in the store, and rank 0's display of them."""
+
+    def __init__(self, meeting: Meeting | None, shown: ExitStack, length: int | None, rank: int, show: bool) -> None:
+        self._meeting = meeting
+        self._display = shown.enter_context(progress(length, rank, "predict", "samples")) if show else None
+        if show and meeting is not None and rank == 0:
+            meeting.meanwhile = self.show  # also while the others still run
+        self._new = self._total = 0
+
+    def add(self, samples: int) -> None:
+        self._new += samples
+
+    def show(self) -> None:
+        if self._display is None:
+            return
+        before = self._total
+        self._total = before + self._new if self._meeting is None else self._meeting.count("samples", self._new)
+        self._new = 0
+        if self._total > before and self._display.due(self._total):
+            self._display.update(self._total, self._total)

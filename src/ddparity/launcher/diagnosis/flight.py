@@ -1,0 +1,199 @@
+"""A rank's last collectives, from the flight recorder that torch keeps in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import selectors
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..instruments import FLIGHT, SERVER
+
+DEFAULT_GROUP = "0"
+_RECORDS_HANDLER = "fr_trace_json"
+_TRACE_HANDLER = "dump_traceback"
+_DTYPES = {
+    "Float": "float32",
+    "Double": "float64",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One collective of one rank. `sequence`: its place in its group, the same on all ranks; `record`: in its process.
+
+    `inputs`, `outputs`: elements of each tensor. `row`: elements of a row, along the first dimension, of the first.
+    `created_s`: when it was issued, in seconds since 1970.
+    """
+
+    group: str
+    sequence: int
+    name: str
+    backend: str
+    dtypes: tuple[str, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    pending: bool
+    point_to_point: bool
+    record: int
+    created_s: float
+    row: int
+
+    def __str__(self) -> str:
+        """As in "all_reduce of 4 float32"."""
+        sizes = self.inputs or self.outputs
+        if not sizes:
+            return self.name
+        kinds = "/".join(dict.fromkeys(self.dtypes))
+        if len(sizes) > 3:
+            return f"{self.name} of {sum(sizes):,} {kinds} in {len(sizes)} tensors"
+        return f"{self.name} of {' + '.join(f'{size:,}' for size in sizes)} {kinds}".rstrip()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rank tells: its last collectives, oldest first, and the global ranks of the groups that it names."""
+
+    operations: tuple[Operation, ...]
+    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def parse(text: bytes) -> Record:
+    """Read a flight record. Of a group that was made anew under its old name, only the new one's collectives."""
+    content = json.loads(text)
+    kept: dict[str, list[Operation]] = {}
+    for entry in content.get("entries") or []:
+        operation = _operation(entry)
+        own = kept.setdefault(operation.group, [])
+        if own and not operation.point_to_point and operation.sequence < own[-1].sequence:
+            own.clear()
+        own.append(operation)
+    # Gloo names no group here, NCCL does.
+    groups = {
+        one["name"]: tuple(json.loads(one["ranks"]))
+        for one in (content.get("pg_config") or {}).values()
+        if one.get("name")
+    }
+    return Record(tuple(sorted((one for own in kept.values() for one in own), key=lambda one: one.record)), groups)
+
+
+def _operation(entry: Mapping[str, Any]) -> Operation:
+    backend, _, name = str(entry["profiling_name"]).rpartition(":")
+    done = entry.get("retired") or entry.get("state") == "completed"
+    point_to_point = bool(entry.get("is_p2p", False))
+    first: Sequence[int] = next(iter(entry["input_sizes"] or entry["output_sizes"]), [])
+    return Operation(
+        group=str(entry["process_group"][0]),
+        sequence=int(entry["p2p_seq_id" if point_to_point else "collective_seq_id"]),
+        name=name.lstrip("_"),
+        backend=backend,
+        dtypes=tuple(_DTYPES.get(kind, kind) for kind in entry["input_dtypes"] or entry.get("output_dtypes") or ()),
+        inputs=tuple(math.prod(size) for size in entry["input_sizes"]),
+        outputs=tuple(math.prod(size) for size in entry["output_sizes"]),
+        pending=not done,
+        point_to_point=point_to_point,
+        record=int(entry["record_id"]),
+        created_s=entry["time_created_ns"] / 1e9,
+        row=math.prod(first[1:]),
+    )
+
+
+def left_record(folder: Path) -> Record | None:
+    """What a rank that has ended left in its folder; None where it could not."""
+    try:
+        return parse((folder / FLIGHT).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Record]:
+    """The collectives of all ranks that answer, asked at once; takes at most `timeout_s`."""
+    found = {}
+    for rank, text in _ask(folders, _RECORDS_HANDLER, timeout_s).items():
+        try:
+            found[rank] = parse(text)
+        except (ValueError, KeyError, TypeError, IndexError):  # torch has other fields now: as if it gave no answer
+            continue
+    return found
+
+
+def ask_traces(folders: Mapping[int, Path], timeout_s: float) -> dict[int, str]:
+    """All threads' Python frames, of the ranks that answer; needs their GIL."""
+    return {rank: text.decode(errors="replace") for rank, text in _ask(folders, _TRACE_HANDLER, timeout_s).items()}
+
+
+def _ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int, bytes]:
+    """The bodies of the servers' answers. A rank that is stopped, dead or not that far is left out."""
+    request = f"POST /handler/{handler} HTTP/1.1\r\nHost: ddparity\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    deadline = time.monotonic() + timeout_s
+    parts: dict[int, list[bytes]] = {}
+    ended = set()
+    with selectors.DefaultSelector() as selector:
+        try:
+            for rank, folder in folders.items():
+                connection = socket.socket(socket.AF_UNIX)
+                try:
+                    connection.setblocking(False)
+                    connection.connect(str(folder / SERVER))
+                    connection.sendall(request.encode())
+                except OSError:  # also where a stopped process has its queue full
+                    connection.close()
+                    continue
+                parts[rank] = []
+                selector.register(connection, selectors.EVENT_READ, rank)
+            while selector.get_map() and (left_s := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left_s):
+                    connection = key.fileobj  # type: ignore[assignment]
+                    try:
+                        chunk = connection.recv(1 << 20)
+                    except OSError:
+                        chunk = b""
+                    parts[key.data].append(chunk)
+                    if not chunk:
+                        ended.add(key.data)
+                        selector.unregister(connection)
+                        connection.close()
+        finally:
+            for key in list(selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+    return {rank: body for rank in ended if (body := _body(b"".join(parts[rank]))) is not None}
+
+
+def _body(answer: bytes) -> bytes | None:
+    """The body of a whole answer that says 200."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    if not lines[0].startswith(b"HTTP/1.1 200"):
+        return None
+    for line in lines[1:]:
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"content-length" and int(value) != len(body):
+            return None
+    return body
+
+
+def to_json(operations: Iterable[Operation]) -> list[dict[str, Any]]:
+    return [asdict(operation) for operation in operations]
+
+
+def from_json(rows: Iterable[Mapping[str, Any]]) -> tuple[Operation, ...]:
+    found = []
+    for row in rows:
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+        }
+        found.append(Operation(**fields))
+    return tuple(found)

@@ -1,0 +1,235 @@
+"""What a job would find on this machine, and why; and whether two processes of it can form a group."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import DDParityError
+from ..runtime.environment import detect_engine, find_placement
+from ..runtime.network import (
+    hostname_address,
+    hostname_is_loopback,
+    interface_variables,
+    interfaces,
+    is_loopback,
+    plainly,
+    routable,
+    split_endpoint,
+)
+from ..runtime.nodes import find_nodes
+from ..runtime.world import world
+from .resources import cgroup_cores, cores
+from .run import launch
+
+_SHM_BYTES = 1 << 30  # a container has 64 MiB by default, which a few batches of images fill
+_PAIR_S = 30.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table. `wrong`: a job would fail here; `look`: it may."""
+
+    subject: str
+    found: str
+    why: str
+    state: Literal["ok", "look", "wrong"] = "ok"
+
+
+def examine(rendezvous: str | None = None, pair: Callable[[], float] | None = None) -> list[Finding]:
+    """All findings, the group of two processes last. `rendezvous`: a HOST:PORT where machines of a job would meet.
+
+    Raises:
+        ValueError: `rendezvous` is not HOST:PORT.
+    """
+    host = split_endpoint(rendezvous)[0] if rendezvous is not None else None
+    parts = (_engine, lambda: _network(host), _cores, _gpus, _versions, _diagnosis, _shared_memory)
+    return [finding for part in parts for finding in part()] + [_pair(pair or join_two)]
+
+
+def doctor(rendezvous: str | None = None) -> int:
+    """Print the findings; returns 1 where one is wrong, else 0."""
+    found = examine(rendezvous)
+    table = Table("", "found", "why", box=box.SIMPLE_HEAD, title=socket.gethostname(), title_justify="left")
+    marks = {"ok": "", "look": "[yellow]look[/]", "wrong": "[red]wrong[/]"}
+    table.add_column("")
+    for finding in found:
+        table.add_row(finding.subject, finding.found, finding.why, marks[finding.state])
+    Console(soft_wrap=False).print(table)
+    wrong = [finding.subject for finding in found if finding.state == "wrong"]
+    print(f"wrong: {', '.join(wrong)}" if wrong else "two processes of this machine can train together")
+    return 1 if wrong else 0
+
+
+def _engine() -> Iterator[Finding]:
+    try:
+        engine = detect_engine()
+        if engine is not None and engine.name != "Slurm":
+            placement = find_placement()
+            assert placement is not None
+            where = f"rank 0 at {placement.master_addr}:{placement.master_port}"
+            ranks = f"rank {placement.rank} of {placement.world_size}"
+            yield Finding("launcher", engine.name, f"{engine.rank} and {engine.world_size} are set")
+            yield Finding("rank", ranks, f"{where}; the ranks are started: run the script itself")
+            return
+        nodes = find_nodes()
+    except ValueError as error:
+        yield Finding("launcher", "contradictory", str(error), "wrong")
+        return
+    if nodes is None:
+        kubeflow = [name for name in ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR") if name in os.environ]
+        if kubeflow:
+            said = ", ".join(f"{name}={os.environ[name]}" for name in kubeflow)
+            yield Finding("scheduler", "Kubeflow Trainer", f"{said}: `ddparity run` takes them as its options")
+        else:
+            yield Finding("scheduler", "none", "nobody's variables are set: `ddparity run` uses this machine")
+        return
+    through = " through submitit" if "SUBMITIT_EXECUTOR" in os.environ and nodes.engine == "Slurm" else ""
+    place = f"machine {nodes.node_rank} of {nodes.nnodes}"
+    yield Finding("scheduler", nodes.engine + through, f"{place}, meeting at {nodes.address}:{nodes.port}")
+
+
+def _network(host: str | None) -> Iterator[Finding]:
+    name, address = socket.gethostname(), hostname_address()
+    others = [f"{interface} {', '.join(addresses)}" for interface, addresses in interfaces().items()]
+    yield Finding("interfaces", "; ".join(others) or "loopback only", "those that are up, without the loopback")
+    if address is None:
+        yield Finding("host name", f"{name} has no address", "torch asks for it: add it to /etc/hosts", "look")
+    elif hostname_is_loopback():
+        why = "other machines cannot reach it; over several, `run` and `world` use the route's interface instead"
+        yield Finding("host name", f"{name} is {address}", why)
+    else:
+        yield Finding("host name", f"{name} is {address}", "where Gloo listens unless told otherwise")
+    try:
+        route = routable(host or "192.0.2.1")
+    except OSError as error:
+        if host is None:
+            yield Finding("route", "none", "this machine has no default route: it can train alone")
+        else:
+            yield Finding("route", "none", f"to {host}: {plainly(error)}", "wrong")
+    else:
+        variables = " ".join(f"{name}={value}" for name, value in interface_variables(route).items())
+        target = f"to {host}" if host else "the default route"
+        alone = ": only the loopback" if is_loopback(route.address) else ""
+        set_here = f"; over several machines `run` sets {variables}" if variables else ""
+        yield Finding("route", f"{route.address} on {route.interface or 'unknown'}", f"{target}{alone}{set_here}")
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if value := os.environ.get(variable):
+            there = value.lstrip("=^") in interfaces() or value.lstrip("=^") == "lo" or "," in value
+            why = "set by the user, and left alone" if there else "no such interface is up on this machine"
+            yield Finding(variable, value, why, "ok" if there or variable.startswith("NCCL") else "wrong")
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        yield Finding("port", str(probe.getsockname()[1]), "free now, on all addresses; `run` takes such a one")
+
+
+def _cores() -> Iterator[Finding]:
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_cores()
+    limit = f"; the control group allows {quota:g}" if quota is not None else ""
+    yield Finding("cores", str(cores()), f"{os.cpu_count()} in the machine, {bound} for this process{limit}")
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        yield Finding("threads", threads, "OMP_NUM_THREADS is set, and left alone")
+    else:
+        yield Finding("threads", f"{cores()} / N", "the cores shared out over N processes")
+
+
+def _gpus() -> Iterator[Finding]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = "" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}; "
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
+        yield Finding("GPUs", str(count), f"{shown}{', '.join(names)}; one process each")
+    else:
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"
+        yield Finding("GPUs", "none", f"{shown}{built}; one process unless --nproc says more")
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("versions", f"ddparity {metadata.version('ddparity')}", f"Python {platform.python_version()}")
+    yield Finding("torch", torch.__version__, "the same on every machine of a job")
+    nccl = "none"
+    if dist.is_nccl_available() and torch.cuda.is_available():
+        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+    gloo = dist.is_gloo_available()
+    state: Literal["ok", "wrong"] = "ok" if gloo else "wrong"
+    yield Finding("backends", f"Gloo {'yes' if gloo else 'no'}, NCCL {nccl}", "of this torch", state)
+
+
+def _diagnosis() -> Iterator[Finding]:
+    """Whether the launcher may look into its processes' stacks."""
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    level = int(scope.read_text()) if scope.is_file() else 0
+    said = f"ptrace_scope is {level}"
+    spy = shutil.which("py-spy") is not None or Path(sys.executable).with_name("py-spy").is_file()
+    if level >= 2 and not _may_trace():
+        yield Finding("stacks", "not readable", f"{said}: a hang is named by rank, without the line", "look")
+    else:
+        yield Finding(
+            "stacks", "readable", f"{said}; py-spy {'is' if spy else 'is not'} installed", "ok" if spy else "look"
+        )
+
+
+def _may_trace() -> bool:
+    """Whether this process has CAP_SYS_PTRACE (19)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
+        return bool(int(effective, 16) >> 19 & 1)
+    except (OSError, StopIteration):
+        return False
+
+
+def _shared_memory() -> Iterator[Finding]:
+    if not Path("/dev/shm").is_dir():
+        return
+    usage = shutil.disk_usage("/dev/shm")
+    size = f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free"
+    small = usage.free < _SHM_BYTES
+    why = "data-loader workers pass batches through it" + ("; docker run --shm-size=8g gives more" if small else "")
+    yield Finding("/dev/shm", size, why, "look" if small else "ok")
+
+
+def _pair(pair: Callable[[], float]) -> Finding:
+    start = time.monotonic()
+    try:
+        seconds = pair()
+    except (DDParityError, OSError, RuntimeError) as error:
+        return Finding("two processes", "no group", str(error).splitlines()[0], "wrong")
+    whole = time.monotonic() - start
+    return Finding(
+        "two processes", f"{1000 * seconds:.1f} ms", f"an all-reduce over Gloo; the start took {whole:.1f} s"
+    )
+
+
+def join_two() -> float:
+    """The seconds of a small all-reduce between two processes of this machine."""
+    return float(max(launch(_all_reduce, nproc=2)))
+
+
+def _all_reduce() -> float:
+    with world(device="cpu", timeout=_PAIR_S) as joined:
+        value = torch.full((1000,), float(joined.rank + 1))
+        dist.all_reduce(value)  # the first one connects
+        start = time.perf_counter()
+        dist.all_reduce(value)
+        seconds = time.perf_counter() - start
+        if float(value[0]) != 6.0:  # 1 + 2, twice
+            raise DDParityError(f"an all-reduce of 3 over two processes gave {float(value[0])}, not 6")
+        return seconds

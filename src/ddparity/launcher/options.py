@@ -1,0 +1,249 @@
+"""The options of `ddparity run`: torchrun's own parser, with ours added, and where the machines of a job meet."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed.run as torchrun
+from torch.distributed.launcher.api import LaunchConfig
+
+from ..compat import shutdown_timeout
+from ..runtime.environment import detect_engine, find_placement
+from ..runtime.network import join_endpoint, split_endpoint
+from ..runtime.nodes import Nodes, find_nodes
+from .arguments import machines, read, unknown_option
+from .resources import cores
+
+GRACE_S = 3  # from a signal to SIGKILL
+# Of torch's rendezvous, in seconds. A machine that has gone holds up the others until its beats are overdue, and clocks
+# may be some seconds apart. Late machines are taken in by a restart: no need to wait half a minute for them.
+_PACE = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5, "last_call_timeout": 5, "read_timeout": 30}
+_STATIC_PORT, _C10D_PORT = 29500, 29400  # torchrun's defaults
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to start, and how. `config.logs_specs` says nothing: `logs` and `show` do."""
+
+    config: LaunchConfig
+    command: tuple[str, ...]  # a script and its arguments; "-m", a module and its arguments; without Python: a program
+    python: bool
+    logs: Path | None  # where the ranks' output goes, too
+    show: Literal["all"] | frozenset[int]  # ranks whose output goes to the terminal
+    hang_timeout_s: float
+    on_hang: Literal["end", "report"]
+    grace_s: int
+    node_rank: int | None  # None: the rendezvous gives it
+    nproc_given: bool  # as a number, and so meant to be the same on all machines
+    engine: str | None  # the scheduler that said which machines these are
+
+    @property
+    def alone(self) -> bool:
+        """Whether this machine is the only one, and needs no address that others could reach."""
+        return self.config.max_nodes == 1 and self.config.rdzv_endpoint == "localhost:0"
+
+
+def parse(arguments: Sequence[str]) -> Launch:
+    """Read the arguments of `ddparity run`, torchrun's PET_* variables and those of Slurm and SkyPilot.
+
+    Alone on one machine nothing needs to be said: a free port, one process a GPU. An explicit option wins over PET_*,
+    and PET_* over the scheduler.
+
+    Raises:
+        ValueError: an option is unknown or has no sensible value, options contradict each other, there is no such
+            script, or a launcher started this process as a rank already.
+    """
+    given, unknown = read(arguments)
+    if unknown:
+        unknown_option(unknown[0])
+    if given.slurm or given.kubernetes:
+        raise ValueError("--slurm and --kubernetes submit a job: there is nothing to launch here")
+    if given.dry_run:
+        raise ValueError("--dry-run: prints a job, with --slurm or --kubernetes")
+    nodes = _nodes(given)
+    command = _command(given)
+    nproc = _nproc(given.nproc_per_node, nodes)
+    minimum, maximum = machines(given.nnodes if given.nnodes is not None else str(nodes.nnodes if nodes else 1))
+    backend, endpoint, rank, run_id = _meeting(given, nodes, minimum, maximum)
+    alone = endpoint == "localhost:0" and maximum == 1
+    grace_s = GRACE_S if given.shutdown_timeout is None else given.shutdown_timeout
+    if grace_s < 0:
+        raise ValueError(f"--shutdown-timeout {grace_s}: give seconds, 0 or more")
+    if given.max_restarts < 0:
+        raise ValueError(f"--max-restarts {given.max_restarts}: give a number of restarts, 0 or more")
+    if not 0 < given.hang_timeout < math.inf:
+        raise ValueError(f"--hang-timeout {given.hang_timeout:g}: give seconds, more than 0")
+    filled = argparse.Namespace(**vars(given))
+    filled.nnodes, filled.nproc_per_node = f"{minimum}:{maximum}", str(nproc)
+    filled.rdzv_backend, filled.rdzv_endpoint, filled.rdzv_id = backend, endpoint, run_id
+    filled.node_rank, filled.master_addr, filled.master_port = rank or 0, "", 0
+    filled.log_dir, filled.redirects, filled.tee, filled.local_ranks_filter = os.devnull, "0", "0", ""
+    with _variable("OMP_NUM_THREADS", "1"):  # torch would decide the threads, and print a banner
+        config, _, _ = torchrun.config_from_args(filled)
+    config = dataclasses.replace(config, **shutdown_timeout(LaunchConfig, grace_s))
+    _complete(config, given, rank, alone)
+    return Launch(
+        config=config,
+        command=command,
+        python=not given.no_python,
+        logs=next((Path(folder) for folder in (given.logs, given.log_dir) if folder is not None), None),
+        show=_show(given, nproc),
+        hang_timeout_s=given.hang_timeout,
+        on_hang=given.on_hang,
+        grace_s=grace_s,
+        node_rank=rank if backend == "static" else None,
+        nproc_given=str(given.nproc_per_node).isdigit(),
+        engine=nodes.engine if nodes is not None else None,
+    )
+
+
+def _nodes(given: argparse.Namespace) -> Nodes | None:
+    """What a scheduler says, unless the user says where to meet. Refuses where ranks are launched already."""
+    engine = detect_engine()
+    if engine is not None and engine.name != "Slurm":  # under Slurm a task may be a launcher: see there
+        placement = find_placement()
+        assert placement is not None
+        raise ValueError(
+            f"{engine.name} started this process already, as rank {placement.rank} of {placement.world_size}: "
+            f"run the script itself"
+        )
+    if given.standalone or given.rendezvous or given.rdzv_endpoint or given.master_addr:
+        return None
+    return find_nodes(nnodes=given.nnodes)
+
+
+def _command(given: argparse.Namespace) -> tuple[str, ...]:
+    script, arguments = given.training_script, given.training_script_args
+    if given.no_python and given.module:
+        raise ValueError("--no-python and --module: give one of the two")
+    if given.module:
+        return ("-m", script, *arguments)
+    if given.no_python:
+        if shutil.which(script) is None:
+            raise ValueError(f"there is no program {script}")
+    elif not Path(script).is_file():
+        way = f" (give {script} as in --{script})" if "=" in script else ""
+        raise ValueError(f"there is no script {script}{way}")
+    return (script, *arguments)
+
+
+def _nproc(said: str | None, nodes: Nodes | None) -> int:
+    if said is None:
+        return (nodes.nproc if nodes is not None else None) or max(1, torch.cuda.device_count())
+    if said == "cpu" or (said == "auto" and not torch.accelerator.is_available()):
+        return cores()  # torch counts those of the machine, which a container may not use
+    try:
+        found = int(torchrun.determine_local_world_size(said))
+    except ValueError:
+        raise ValueError(
+            f"--nproc {said}: give a number of processes, or auto, cpu or gpu where there are any"
+        ) from None
+    if found < 1:
+        raise ValueError(f"--nproc {said}: start at least 1 process")
+    return found
+
+
+def _meeting(
+    given: argparse.Namespace, nodes: Nodes | None, minimum: int, maximum: int
+) -> tuple[str, str, int | None, str]:
+    """Backend, endpoint, this machine's number and the job's name, for torch's rendezvous.
+
+    A static rendezvous keeps the numbers that the user or the scheduler gives the machines; c10d numbers them itself,
+    and takes them up again after a failure.
+    """
+    backend, rank, run_id = given.rdzv_backend, given.node_rank, given.rdzv_id or "none"
+    if given.standalone or (
+        maximum == 1
+        and backend in (None, "static")
+        and not (given.rendezvous or given.rdzv_endpoint)
+        and (given.master_port is None or "PET_MASTER_PORT" in os.environ)
+    ):
+        if maximum > 1:
+            raise ValueError(f"--standalone --nnodes {given.nnodes}: one machine stands alone; give one of the two")
+        return "c10d", "localhost:0", None, str(uuid.uuid4())
+    if backend not in (None, "static", "c10d"):  # etcd and others: torch's own
+        return backend, given.rdzv_endpoint or "", rank, run_id
+    said = given.rendezvous or given.rdzv_endpoint
+    if given.rendezvous and given.rdzv_endpoint:
+        raise ValueError(f"--rendezvous {given.rendezvous} --rdzv-endpoint {given.rdzv_endpoint}: give one of the two")
+    if said:
+        host, port = split_endpoint(said, None if given.rendezvous else _C10D_PORT)
+    elif given.master_addr:
+        host, port = given.master_addr, given.master_port if given.master_port is not None else _STATIC_PORT
+    elif nodes is not None:
+        host, port, rank, run_id = nodes.address, nodes.port, nodes.node_rank, nodes.job
+    elif maximum == 1:
+        host, port = "127.0.0.1", given.master_port or _STATIC_PORT
+    else:
+        raise ValueError(
+            f"--nnodes {given.nnodes}: say where the machines meet, the same on each of them: --rendezvous HOST:PORT, "
+            f"with the name or address of the first machine and a port that is free there"
+        )
+    if rank is not None and not 0 <= rank < maximum:
+        raise ValueError(f"--node-rank {rank} --nnodes {given.nnodes}: machines are numbered from 0 to {maximum - 1}")
+    fixed = minimum == maximum
+    if backend == "static" and not fixed:
+        raise ValueError(
+            f"--rdzv-backend static --nnodes {given.nnodes}: a range of machines needs --rendezvous HOST:PORT"
+        )
+    if backend == "static" and rank is None and maximum > 1:
+        raise ValueError("--rdzv-backend static: give each machine its number with --node-rank, from 0")
+    if backend is None:
+        backend = "static" if fixed and given.max_restarts == 0 and (rank is not None or maximum == 1) else "c10d"
+    return backend, join_endpoint(host, port), rank if rank is not None or maximum > 1 else 0, run_id
+
+
+def _complete(config: LaunchConfig, given: argparse.Namespace, rank: int | None, alone: bool) -> None:
+    """What torch's rendezvous needs beside, unless the user's --rdzv-conf and --local-addr say it."""
+    if alone and config.local_addr is None:
+        config.local_addr = "127.0.0.1"
+    if config.rdzv_backend != "c10d" or alone:
+        return
+    for name, value in {"join_timeout": config.rdzv_configs["timeout"], **_PACE}.items():
+        config.rdzv_configs.setdefault(name, value)
+    # Which machine holds the store: torch guesses from the host name. Where torchrun's own options stand, the number
+    # of a machine says nothing about that.
+    if rank is not None and given.rdzv_backend is None:
+        config.rdzv_configs.setdefault("is_host", "1" if rank == 0 else "0")
+
+
+def _show(given: argparse.Namespace, nproc: int) -> Literal["all"] | frozenset[int]:
+    """Ranks on the terminal, from --show or torchrun's --tee, --redirects and --local-ranks-filter."""
+    said = given.show
+    if said is None:
+        if given.local_ranks_filter:
+            said = given.local_ranks_filter
+        elif given.tee != "0":
+            said = "all" if given.tee in "123" else ",".join(re.findall(r"(\d+):[123]", given.tee))
+        elif given.redirects == "3":
+            return frozenset()
+        else:
+            said = "0"
+    if said == "all":
+        return "all"
+    if re.fullmatch(r"\d+(,\d+)*", said) is None:
+        raise ValueError(f"--show {said}: give all, or ranks, as in 0,2")
+    return frozenset(int(rank) for rank in said.split(","))
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value if before is None else before
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]

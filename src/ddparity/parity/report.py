@@ -1,0 +1,114 @@
+"""The comparison as a table and as a picture."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from ..runtime.logging import show_grid
+from .comparison import CheckedStep, Comparison, Curve, Difference
+
+
+def show(comparison: Comparison, title: str) -> None:
+    """Print the steps' table, the fingerprints and the verdict to standard output."""
+    if comparison.checked:
+        strict = comparison.reduction == "strict"
+        kinds = ("weights", "gradient norm", "loss")
+        head = ["step", *(kinds if strict else (f"{kind} (tolerated)" for kind in kinds)), "samples"]
+        show_grid(f"{title}: largest relative differences from one process", head, _rows(comparison, strict))
+    prints = [(str(number), value) for number, value in sorted(comparison.fingerprints.items())]
+    show_grid(f"{title}: after {comparison.steps} steps", ["processes", "fingerprint"], prints)
+    print(comparison.verdict(), flush=True)
+
+
+def _rows(comparison: Comparison, strict: bool) -> list[list[str]]:
+    """One for each checked step, with the largest of all numbers of processes; steps that read alike are one row."""
+    lines = []
+    for step, found in itertools.groupby(comparison.checked, key=lambda one: one.step):
+        lines.append((step, _cells(list(found), strict)))
+    rows = []
+    for cells, alike in itertools.groupby(lines, key=lambda line: line[1]):
+        steps = [step for step, _ in alike]
+        rows.append([f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0]), *cells])
+    return rows
+
+
+def _cells(found: list[CheckedStep], strict: bool) -> list[str]:
+    kinds = ([one.weights for one in found], [one.gradient_norm for one in found], [one.loss for one in found])
+    return [*(_cell(kind, strict) for kind in kinds), "equal" if all(one.samples for one in found) else "differ"]
+
+
+def _cell(found: list[Difference], strict: bool) -> str:
+    worst = max(
+        found, key=lambda one: (one.value > one.tolerance, one.value / one.tolerance if one.tolerance else one.value)
+    )
+    value = f"{worst.value:.1e}" if worst.value else "0"
+    return value if strict else f"{value} ({worst.tolerance:.1e})"
+
+
+def plot(comparison: Comparison, path: Path, title: str) -> None:
+    """Draw the divergence of weights against the noise of rounding.
+
+    Raises:
+        ImportError: matplotlib is missing; it says how to install it.
+    """
+    pyplot = pyplot_of_matplotlib()
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    draw(axes, comparison)
+    axes.set_title(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def pyplot_of_matplotlib() -> Any:
+    """matplotlib's pyplot, for files alone.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install 'ddparity[plot]', or leave --plot out") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+_COLOURS = ("tab:blue", "tab:green", "tab:purple", "tab:brown", "tab:olive", "tab:cyan")
+
+
+def draw(axes: Any, comparison: Comparison) -> None:
+    """Into a matplotlib Axes: a curve a run, the noise as a band, what is tolerated as a dashed line."""
+    noise = [curve for curve in comparison.curves if curve.kind == "noise"]
+    floor = _floor(comparison.curves)
+    for number, curve in enumerate(noise):
+        label = f"sums permuted, one process ({len(noise)} runs)" if not number else None
+        axes.plot(curve.steps, _shown(curve, floor), color="0.6", linewidth=1, label=label)
+    for number, curve in enumerate(one for one in comparison.curves if one.kind == "tolerance"):
+        label = f"tolerated: {comparison.factor:.0f} times the noise" if not number else None
+        axes.plot(curve.steps, _shown(curve, floor), color="tab:red", linestyle="--", label=label)
+    runs = [one for one in comparison.curves if one.kind == "processes"]
+    for curve, colour in zip(runs, itertools.cycle(_COLOURS)):
+        axes.plot(curve.steps, _shown(curve, floor), color=colour, marker=".", label=f"{curve.processes} processes")
+    steps = sorted({divergence.step for divergence in comparison.divergences})
+    for number, step in enumerate(steps):
+        axes.axvline(step, color="tab:red", linewidth=1, label="parts" if not number else None)
+    axes.set_yscale("log")
+    axes.set_xscale("log" if comparison.steps > 50 else "linear")
+    axes.set_xlabel("step")
+    axes.set_ylabel("largest relative difference of weights")
+    axes.grid(alpha=0.3)
+    if runs or noise:
+        axes.legend(fontsize="small")
+
+
+def _floor(curves: tuple[Curve, ...]) -> float:
+    """What 0 is drawn as, on a logarithmic axis."""
+    return min((value for curve in curves for value in curve.values if value > 0), default=1e-8) / 2
+
+
+def _shown(curve: Curve, floor: float) -> list[float]:
+    return [value if 0 < value < float("inf") else floor if value == 0 else float("nan") for value in curve.values]

@@ -1,0 +1,72 @@
+"""The batch norm's passes on the CPU, at sizes around those at which they take another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddparity.batchnorm import fused, stock
+from tests.batchnorm.kernel_cases import SHAPES, compare
+
+compiled = pytest.mark.skipif(not fused.available(), reason="built without a C compiler")
+
+# Planes of 64 elements or fewer are columns, of which 256 are taken together, 64 samples and 4,096 elements at a time.
+EDGES = [(2, 257, 1, 1), (65, 5, 8, 8), (65, 5, 65), (3, 90, 3), (2, 6, 4097), (4097, 2), (130, 3, 7, 7), (64, 4, 8, 8)]
+
+
+@compiled
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES + EDGES, ids=str)
+def test_they_agree_with_torchs_operators(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+    compare(fused, shape, dtype, last, "cpu", 1e-12 if dtype is torch.float64 else 1e-6)
+
+
+@compiled
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_the_number_of_threads_does_not_change_the_bits(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+    results, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            payload, kept = fused.moments(x)
+            stats = fused.join(payload[None], 1e-5)
+            sums = fused.backward_sums(dy, x, stats)
+            y, dx = fused.normalise(x, kept, stats, None, None), fused.backward_input(dy, x, stats, None, sums[None])
+            results.append((payload, sums, y, dx))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
+
+
+@compiled
+def test_sums_of_many_ranks_are_added_up() -> None:
+    x, dy, weight = torch.randn(4, 3, 5), torch.randn(4, 3, 5), torch.rand(3)
+    stats = fused.join(fused.moments(x)[0][None], 1e-5)
+    parts = torch.randn(5, 6, dtype=torch.float64)
+    got = fused.backward_input(dy, x, stats, weight, parts)
+    torch.testing.assert_close(got, fused.backward_input(dy, x, stats, weight, parts.sum(0, keepdim=True)))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_torchs_operators_work_in_parts(dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(9, 3, 5, 5, generator=generator).to(dtype) for _ in range(2))
+    if last:
+        x, dy = (value.contiguous(memory_format=torch.channels_last) for value in (x, dy))
+    results = []
+    for cached in (stock.CACHED, 150, 20):  # one part, five, and one where no sample is small enough
+        monkeypatch.setattr(stock, "CACHED", cached)
+        payload, kept = stock.moments(x)
+        stats = stock.join(payload[None], 1e-5)
+        y, sums = stock.normalise(x, kept, stats, None, None), stock.backward_sums(dy, x, stats)
+        dx = stock.backward_input(dy, x, stats, None, sums[None])
+        assert y.stride() == dx.stride() == x.stride() and y.dtype == dx.dtype == dtype
+        results.append((payload, sums, y, dx))
+    for whole, *others in zip(*results, strict=True):
+        kind = torch.float32 if whole.dtype == torch.float64 != dtype else whole.dtype  # in which it was added up
+        for parts in others:
+            torch.testing.assert_close(parts.to(kind), whole.to(kind))

@@ -1,0 +1,354 @@
+"""Running statistics of plain batch norms: those of one process, which runs all micro-batches in their order."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import ddparity as dp
+from ddparity.gradients.replicate import unwrapped
+from tests.gradients.strict_cases import (
+    Case,
+    Checkpointed,
+    Frozen,
+    Sometimes,
+    WithBuffer,
+    cnn,
+    image_loss,
+    sgd,
+    train,
+    without_dropout,
+)
+from tests.ranks import outcomes, run_ranks
+
+
+def _cumulative() -> nn.Module:
+    return cnn(momentum=None)
+
+
+def _in_double(model: nn.Module, data: Any) -> torch.Tensor:
+    return F.cross_entropy(model(data[0].double()), data[1])
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "cnn": cnn,
+    "cumulative": _cumulative,
+    "twice, or not at all": Sometimes,
+    "checkpointing": Checkpointed,
+    "reentrant checkpointing": lambda: Checkpointed(use_reentrant=True),
+    "frozen": Frozen,
+    "a buffer of one's own": WithBuffer,
+}
+UNUSED = {"find_unused_parameters": True}
+CASES = {
+    # Not Adam: it blows up the rounding of gradients that are zero, as that of a bias in front of a batch norm.
+    name: Case(make, sgd, loss=_in_double, options=UNUSED if make is Sometimes else {})
+    for name, make in MODELS.items()
+}
+CASES["foreign batches"] = Case(lambda: without_dropout(cnn()), sgd, loss=_in_double, foreign=True)
+
+
+def _double(case: Case) -> Case:
+    return dataclasses.replace(case, model=lambda: case.model().double())
+
+
+def _buffers(reduction: str) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: {key: value.clone() for key, value in train(_double(case), reduction=reduction).named_buffers()}
+        for name, case in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def torchs_own() -> dict[str, dict[str, torch.Tensor]]:
+    """The oracle: in one process "fast" leaves everything to torch."""
+    return run_ranks(_buffers, 1, "fast")[0]
+
+
+@pytest.mark.parametrize(("world_size", "reduction"), [(1, "strict"), (2, "fast"), (3, "fast")])
+def test_they_are_those_of_one_process(world_size: int, reduction: str, torchs_own) -> None:
+    for found in run_ranks(_buffers, world_size, reduction):
+        for name, buffers in found.items():
+            for key, value in buffers.items():
+                expected = torchs_own[name][key]
+                if expected.is_floating_point():
+                    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13, msg=f"{name}: {key}")
+                else:
+                    assert torch.equal(value, expected), f"{name}: {key}"
+        assert found["frozen"]["net.1.num_batches_tracked"] == 0
+        assert found["twice, or not at all"]["norm.num_batches_tracked"] not in (0, 2 * 13, 13)
+
+
+def _with_fixed_weights(reduction: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Both reductions see the same batches: what differs is who moves the statistics."""
+
+    def unmoved(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.0)
+
+    def loss(model: nn.Module, data: Any) -> torch.Tensor:
+        return image_loss(model, (data[0].to(dtype), data[1]))
+
+    return [
+        buffer.clone()
+        for make in (cnn, _cumulative)
+        for buffer in train(Case(lambda make=make: make().to(dtype), unmoved, loss=loss), reduction=reduction).buffers()
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_replay_rounds_as_torch_does_or_in_the_last_place(dtype: torch.dtype) -> None:
+    (torchs,) = run_ranks(_with_fixed_weights, 1, "fast", dtype)
+    (ours,) = run_ranks(_with_fixed_weights, 1, "strict", dtype)
+    on_two = run_ranks(_with_fixed_weights, 2, "fast", dtype)
+    for a, b, c, d in zip(torchs, ours, *on_two, strict=True):
+        assert torch.equal(b, c) and torch.equal(b, d)
+        torch.testing.assert_close(a, b, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+def _rank_0s() -> tuple[float, float]:
+    found = []
+    for statistics in ("all", "rank0"):
+        case = Case(cnn, sgd, options={"batchnorm_statistics": statistics}, drop_last=True)
+        found.append(train(case, reduction="fast")[1].num_batches_tracked.item())
+    return found[0], found[1]
+
+
+def test_rank_0s_are_those_of_ddp() -> None:
+    assert run_ranks(_rank_0s, 2) == [(24, 12), (24, 12)]  # 2 epochs of 3 steps of 4 micro-batches
+
+
+def _between_steps() -> list[torch.Tensor]:
+    """A forward outside of `accumulate` moves the statistics of its rank, as in a GAN whose parts run in turns."""
+    model = dp.replicate(cnn(momentum=None), broadcast_buffers=False)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(2):
+        with torch.no_grad():
+            model(torch.randn(4, 3, 8, 8, generator=generator))
+            if dist.get_rank() == 1:
+                model.module(torch.randn(4, 3, 8, 8, generator=generator))
+        for micro in dp.accumulate(model, torch.ones(2, 2, 3, 8, 8), equal_counts=True):
+            model(micro.data).mean().backward()
+        model.zero_grad()
+    return [buffer.clone() for buffer in model.buffers()]
+
+
+def test_ranks_that_went_apart_meet_again_at_rank_0s() -> None:
+    first, second = run_ranks(_between_steps, 2)
+    assert all(map(torch.equal, first, second))
+    assert first[2] == 2 * (1 + 2 * 2)  # batches that rank 0 counts: its own outside, all inside
+
+
+# -- collectives --
+
+
+class _Shared(nn.Module):
+    """One layer, run several times in a forward."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = self.norm(x)
+        return x
+
+
+def _collectives(make: Callable[[], nn.Module], reduction: str) -> list[dict[str, int]]:
+    model = dp.replicate(make(), reduction=reduction)
+    found = []
+    for _ in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for micro in dp.accumulate(model, torch.ones(2, 4, 3), equal_counts=True):
+                (model(micro.data).mean() * micro.weight).backward()
+        found.append({e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")})
+        model.zero_grad()
+    return found
+
+
+def _linear() -> nn.Module:
+    return nn.Linear(3, 3)
+
+
+def _once() -> nn.Module:
+    return _Shared(1)
+
+
+def _three_times() -> nn.Module:
+    return _Shared(3)
+
+
+def _evaluating() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval())
+
+
+def _without_statistics() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "exchanges"),
+    [
+        (_linear, [1, 1, 1]),
+        (_without_statistics, [1, 1, 1]),
+        (_evaluating, [1, 1, 1]),
+        (_once, [2, 2, 2]),
+        (_three_times, [3, 2, 2]),  # the first finds how much room is needed
+    ],
+)
+def test_one_exchange_a_step(make, exchanges: list[int]) -> None:
+    for found in run_ranks(_collectives, 2, make, "strict"):
+        assert [counts.pop("gloo:all_to_all") for counts in found] == exchanges
+        if make is not _evaluating:  # DDP broadcasts the buffers of layers that are left to it
+            assert found == [{}] * 3
+
+
+# -- the user's layers are left as they were --
+
+
+def _strict(layer: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    model = dp.replicate(nn.Sequential(layer), reduction="strict")
+    return model, _state(layer)
+
+
+def _state(layer: nn.Module) -> dict[str, Any]:
+    hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks) + len(layer._forward_hooks_always_called)
+    return {**{name: id(buffer) for name, buffer in layer.named_buffers()}, "momentum": layer.momentum, "hooks": hooks}
+
+
+class _Interrupted(nn.BatchNorm1d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        super().forward(input)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, StopAsyncIteration])
+def test_a_layer_is_afterwards_as_before(error: type[BaseException] | None) -> None:
+    layer = (_Interrupted if error is KeyboardInterrupt else nn.BatchNorm1d)(3)
+    model, before = _strict(layer)
+    running = layer.running_mean
+    steps = dp.accumulate(model, [torch.randn(4, 3), torch.randn(4, 3)])
+    micro = next(steps)
+    assert layer.momentum == 0.1
+    if error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            model(micro.data if error is KeyboardInterrupt else torch.ones(3))
+        steps.close()
+    elif error is not None:
+        model(micro.data).mean().backward()
+        with pytest.raises(StopAsyncIteration):
+            steps.throw(StopAsyncIteration)
+    else:
+        for _ in range(2):
+            model(micro.data).mean().backward()
+            assert running.eq(0).all()  # they move after the loop
+            micro = next(steps, None)
+        assert running.ne(0).all()
+    assert _state(layer) == before
+    assert running.ne(0).any() == (error is None)
+
+
+def test_a_loop_that_an_exception_keeps_alive_does_not_disturb_the_next() -> None:
+    layer = nn.BatchNorm1d(3)
+    model, before = _strict(layer)
+    x = torch.randn(2, 4, 3)
+    left = dp.accumulate(model, x)
+    next(left)
+    for micro in dp.accumulate(model, x):
+        (model(micro.data).mean() * micro.weight).backward()
+    expected = nn.BatchNorm1d(3)
+    for part in x:
+        expected(part)
+    torch.testing.assert_close(layer.running_var, expected.running_var)
+    torch.testing.assert_close(layer.running_mean, expected.running_mean)
+    left.close()
+    assert _state(layer) == before
+    assert layer.num_batches_tracked == 2
+
+
+def test_evaluating_inside_of_a_step_takes_the_statistics_before_it() -> None:
+    layer = nn.BatchNorm1d(3)
+    model, _ = _strict(layer)
+    x = torch.randn(4, 3)
+    for micro in dp.accumulate(model, [x, x]):
+        model(micro.data).mean().backward()
+        layer.eval()
+        torch.testing.assert_close(model(x), x, rtol=1e-4, atol=1e-4)
+        layer.train()
+    assert layer.num_batches_tracked == 2
+
+
+def test_nobody_counts_the_batches() -> None:
+    """torch leaves the statistics alone where the momentum is None and nothing counts."""
+    for momentum in (0.3, None):
+        layer, expected = nn.BatchNorm1d(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
+        layer.num_batches_tracked = expected.num_batches_tracked = None
+        model, _ = _strict(layer)
+        x = torch.randn(2, 4, 3)
+        for micro in dp.accumulate(model, x):
+            model(micro.data).mean().backward()
+            expected(micro.data)
+        torch.testing.assert_close(layer.running_var, expected.running_var)
+
+
+def _half(dtype: torch.dtype) -> torch.Tensor:
+    """Buffers of several dtypes travel in one collective."""
+    model = dp.replicate(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3).to(dtype)), reduction="strict")
+    x = torch.arange(24.0).view(2, 4, 3)
+    rank, size = dist.get_rank(), 2 // dist.get_world_size()
+    for micro in dp.accumulate(model, x[rank * size : (rank + 1) * size], equal_counts=True):
+        net = unwrapped(model)
+        (net[0](micro.data).sum() + net[1](micro.data.to(dtype)).sum()).backward()
+    return torch.cat([buffer.flatten().double() for buffer in model.buffers()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_layers_of_several_dtypes(dtype: torch.dtype) -> None:
+    (alone,) = run_ranks(_half, 1, dtype)
+    assert all(torch.equal(found, alone) for found in run_ranks(_half, 2, dtype))
+    assert alone.unique().numel() > 8
+
+
+def _lazy() -> bool:
+    model = dp.replicate(nn.Sequential(nn.LazyBatchNorm1d()), reduction="strict")
+    for micro in dp.accumulate(model, torch.randn(2, 4, 3)):
+        model(micro.data).mean().backward()
+    return bool(model[0].running_mean.ne(0).all())
+
+
+def test_a_lazy_layer_is_left_to_torch_until_it_has_its_shape() -> None:
+    assert run_ranks(_lazy, 1) == [True]
+
+
+def _compiled(reduction: str) -> tuple[int, list[str]]:
+    net = cnn()
+    net.compile(backend="eager")
+    model = dp.replicate(net, reduction=reduction)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("ddparity").addHandler(handler)
+    for _ in range(2):
+        for micro in dp.accumulate(model, torch.randn(2, 2, 3, 8, 8), equal_counts=True):
+            model(micro.data).mean().backward()
+    return net[1].num_batches_tracked.item(), told
+
+
+def test_a_compiled_layer_is_refused_or_told() -> None:
+    (count, told), (_, others) = run_ranks(_compiled, 2, "fast")
+    assert count == 4
+    assert told == ["the model is compiled, and a batch norm inside of a graph does not tell a batch's statistics: its "
+                    "running statistics are rank 0's"]  # fmt: skip
+    assert others == []
+    for outcome in outcomes(_compiled, 2, "strict"):
+        assert outcome.error.startswith("ValueError: accumulate(): the model is compiled")
+        assert 'batchnorm_statistics="rank0"' in outcome.error

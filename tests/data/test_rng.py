@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ddparity as dp
+from ddparity.data.rng import derive, kept_streams, seed_streams
+from tests.ranks import run_ranks
+
+WORDS = st.text("ab/'\",()1 ", max_size=4)
+DIGEST = "2ba5747c79a329e7"
+KEYS = st.lists(st.one_of(st.integers(-(10**20), 10**20), WORDS), max_size=4).map(tuple)
+
+
+@pytest.fixture(autouse=True)
+def _streams() -> Iterator[None]:
+    with kept_streams():
+        yield
+
+
+def _draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.random()), float(torch.rand(()))
+
+
+def _seeded(seed: int) -> tuple[float, float, float]:
+    dp.seed_everything(seed)
+    return _draw()
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**64 - 1])
+def test_every_rank_has_the_same_streams(seed: int) -> None:
+    draws = run_ranks(_seeded, 3, seed)
+    assert draws[0] == draws[1] == draws[2] == _seeded(seed)
+
+
+def test_other_seeds_give_other_streams() -> None:
+    for one, other in zip(_seeded(1), _seeded(2), strict=True):
+        assert one != other
+
+
+def test_seeds_of_numpy_are_integers() -> None:
+    assert _seeded(np.int64(7)) == _seeded(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"{seed}.*from 0 to"):
+        dp.seed_everything(seed)
+
+
+@pytest.mark.parametrize("seed", [True, 1.0, "1", None])
+def test_what_is_no_integer_is_refused_before_anything_is_seeded(seed: object) -> None:
+    dp.seed_everything(3)
+    expected = _draw()
+    dp.seed_everything(3)
+    with pytest.raises(TypeError, match="must be an integer, not a"):
+        dp.seed_everything(seed)  # type: ignore[arg-type]
+    assert _draw() == expected
+
+
+def _deterministic() -> tuple[bool, bool, str | None, str]:
+    torch.backends.cudnn.benchmark = True
+    dp.seed_everything(0, deterministic=True)
+    try:
+        torch.empty(4).put_(torch.tensor([0]), torch.ones(1), accumulate=False)  # has no deterministic form
+        refused = ""
+    except RuntimeError as error:
+        refused = str(error)
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        refused,
+    )
+
+
+def test_deterministic() -> None:
+    """In a process of its own: the mode is the process's."""
+    [(enabled, benchmark, workspace, refused)] = run_ranks(_deterministic, 1)
+    assert enabled and not benchmark and workspace == ":4096:8"
+    assert "put_" in refused and "deterministic" in refused
+
+
+def test_derived_seeds_do_not_collide() -> None:
+    seeds = {derive(7, "micro-batch", epoch, step, number) for epoch in range(50) for step in range(500) for number in
+             range(4)}  # fmt: skip
+    assert len(seeds) == 100_000
+    assert min(seeds) >= 0 and max(seeds) < 2**63
+    # Each of the 63 bits is as often set as not: 6 standard deviations of a fair coin.
+    ones = np.unpackbits(np.array(list(seeds), dtype="<u8").view(np.uint8)).sum()
+    assert abs(int(ones) - 63 * 50_000) < 6 * (63 * 100_000 / 4) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("a/b",), ("a", "b")),
+        ((1, "a"), ("1", "a")),
+        ((1,), ("1",)),
+        (("a", ""), ("a",)),
+        (("", "a"), ("a", "")),
+        ((1, 23), (12, 3)),
+        ((-1,), (1,)),
+        (("a', 'b",), ("a", "b")),
+        ((), ("",)),
+    ],
+)
+def test_keys_that_read_alike_give_different_seeds(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> None:
+    assert derive(*one) != derive(*other)
+
+
+@given(KEYS, KEYS)
+def test_seeds_are_equal_where_keys_are(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> None:
+    assert (derive(*one) == derive(*other)) == (one == other)
+
+
+def test_numpy_integers_are_integers_in_a_key() -> None:
+    assert derive(np.int64(3), "a") == derive(3, "a")
+
+
+def test_derived_seeds_are_the_same_in_every_process_and_version() -> None:
+    """A checkpoint's run goes on with the seeds that it began with. blake2b of "(0, 'data', 3)", by b2sum -l 64."""
+    assert derive(0, "data", 3) == int.from_bytes(bytes.fromhex(DIGEST), "little") >> 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_kept_streams_are_put_back(fails: bool) -> None:
+    seed_streams(5)
+    expected = [_draw() for _ in range(2)]
+    seed_streams(5)
+    first = _draw()
+    try:
+        with kept_streams():
+            seed_streams(6)
+            _draw()
+            if fails:
+                raise OSError("disk full")
+    except OSError:
+        assert fails
+    assert [first, _draw()] == expected
+
+
+def test_seed_streams_seeds_all_three() -> None:
+    draws = []
+    for seed in (5, 6, 5, 2**63 - 1):
+        seed_streams(seed)
+        draws.append(_draw())
+    assert draws[0] == draws[2]
+    for one, other in zip(draws[0], draws[1], strict=True):
+        assert one != other
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    assert _draw() == draws[0]

@@ -1,0 +1,298 @@
+"""Real ranks over Gloo that hang in every way, and what the watch says of them."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from ddparity.launcher.diagnosis import stacks
+from ddparity.launcher.diagnosis.stacks import look_at, signal_for_stacks
+from ddparity.launcher.diagnosis.watch import Verdict, Watch, Watched, describe
+from ddparity.launcher.instruments import FLIGHT, SERVER
+from tests.launcher.diagnosis.watched import Job, job
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("py-spy") is None and not Path("/proc/self/wchan").exists(), reason="Linux"
+)
+
+
+def _ended(job: Job) -> bool:
+    return len(job.endings) == len(job.processes)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "dist.all_reduce(torch.ones(4)) if rank == 0 else dist.broadcast(torch.ones(4), 0)",
+            "rank 0 calls all_reduce of 4 float32, rank 1 broadcast of 4 float32, as collective #4",
+        ),
+        (
+            "dist.all_reduce(torch.ones(4 if rank == 0 else 8))",
+            "rank 0 calls all_reduce of 4 float32, rank 1 all_reduce of 8 float32, as collective #4",
+        ),
+        (
+            "dist.all_reduce(torch.ones(4, dtype=torch.float32 if rank == 0 else torch.float64))",
+            "rank 0 calls all_reduce of 4 float32, rank 1 all_reduce of 4 float64, as collective #4",
+        ),
+        (
+            "from ddparity.comm.allreduce import copies_of_ranks\ncopies_of_ranks(torch.ones(4 if rank == 0 else 8))",
+            "rank 0 calls all_to_all of 8 float32, rank 1 all_to_all of 16 float32, as collective #4",
+        ),
+    ],
+    ids=["kind", "shape", "dtype", "shape of a short one"],
+)
+def test_a_mismatch_is_named_whatever_the_time_out(tmp_path: Path, body: str, said: str) -> None:
+    with job(tmp_path, f"ready()\n{body}\ntime.sleep(600)", hang_timeout_s=600) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.verdict is not None, running.endings
+        assert (running.verdict.kind, running.verdict.sentence) == ("mismatch", said)
+        assert all("script.py:" in row.where for row in running.verdict.rows)
+
+
+ABSENT = {
+    "sleeping": ("time.sleep(600)", "sleeping"),
+    "lock": ("lock = threading.Lock(); lock.acquire()\nlock.acquire()", "waiting for a lock"),
+    "event": ("threading.Event().wait()", "waiting for a lock"),
+    "loop": ("while True: pass", "running Python"),
+    "gil": ("ctypes.PyDLL(None).sleep(600)", "in C code, holding the GIL"),
+    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "stopped (SIGSTOP)"),
+}
+
+
+@pytest.mark.parametrize(("body", "doing"), ABSENT.values(), ids=ABSENT.keys())
+def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path: Path, body: str, doing: str) -> None:
+    lines = f"ready()\nif rank == 0: dist.all_reduce(torch.ones(4)); time.sleep(600)\n{body}"
+    with job(tmp_path, lines) as running:
+        running.until_ready()
+        running.until(_ended)
+        verdict = running.verdict
+        assert verdict is not None, running.endings
+        assert (verdict.kind, verdict.odd) == ("absent", (1,))
+        assert verdict.rows[1].doing == doing
+        assert "script.py" in verdict.rows[1].where
+        assert verdict.rows[0].doing == "in all_reduce"
+        text = describe(verdict)
+        assert text.startswith("hang: rank 1 has not come to it: rank 0 waits in all_reduce of 4 float32")
+        assert max(len(line) for line in text.splitlines()[1:]) <= 120
+        written = running.watch.keep_stacks(verdict, tmp_path / "stacks")
+        assert {path.name for path in written} == {"stacks-rank-0.txt", "stacks-rank-1.txt"}
+        assert "script.py" in written[1].read_text()
+
+
+def test_a_rank_that_is_stopped_while_it_waits(tmp_path: Path) -> None:
+    """What it has told last is that it waits, as the others do."""
+    body = "ready()\nwhile rank == 0 and not os.path.exists('go'): time.sleep(0.01)\ndist.all_reduce(torch.ones(4))"
+    with job(tmp_path, f"os.chdir({str(tmp_path)!r})\n{body}") as running:
+        running.until_ready()
+        running.until(lambda job: "rank 0 was waited for" in job.watch.stragglers(always=True))
+        running.processes[1].send_signal(signal.SIGSTOP)
+        (tmp_path / "go").touch()
+        running.until(_ended)
+        verdict = running.verdict
+        assert verdict is not None, running.endings
+        assert (verdict.odd, verdict.rows[1].doing) == ((1,), "stopped (SIGSTOP)")
+        assert verdict.sentence.startswith("rank 1 does not answer: rank 0 waits in all_reduce of 4 float32")
+
+
+def test_a_stuck_data_loader(tmp_path: Path) -> None:
+    body = """
+        class Stuck(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+            def __getitem__(self, index):
+                if rank == 1:
+                    time.sleep(600)
+                return index
+        ready()
+        for _ in torch.utils.data.DataLoader(Stuck(), num_workers=1):
+            dist.all_reduce(torch.ones(4))
+    """
+    with job(tmp_path, body) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.verdict is not None, running.endings
+        assert running.verdict.rows[1].doing == "waiting for data-loader workers"
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_a_rank_that_returns_early(tmp_path: Path, nproc: int) -> None:
+    """Gloo closes the others' connections, so that they may fail before anybody looks: then it is told from records."""
+    with job(tmp_path, "ready()\nif rank != 1: dist.all_reduce(torch.ones(4))", nproc, 600) as running:
+        running.until_ready()
+        running.until(_ended)
+        verdict = running.verdict or running.watch.explain()
+        assert verdict is not None, running.endings
+        assert (verdict.kind, verdict.odd, verdict.left) == ("finished", (1,), (1,))
+        assert verdict.sentence.startswith("rank 1 finished after all_reduce #3, rank")
+
+
+def test_ddps_own_reductions_are_seen(tmp_path: Path) -> None:
+    body = """
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        for _ in range(3):
+            model(torch.ones(4)).sum().backward()
+        ready()
+        if rank != 2:
+            model(torch.ones(4)).sum().backward()
+        time.sleep(600)
+    """
+    with job(tmp_path, body, 3) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.verdict is not None, running.endings
+        assert (running.verdict.kind, running.verdict.odd) == ("absent", (2,))
+        assert "all_reduce of 20 float32" in running.verdict.sentence
+
+
+def test_a_sub_group(tmp_path: Path) -> None:
+    body = """
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        for _ in range(3):
+            dist.all_reduce(torch.ones(3), group=groups[rank // 2])
+        ready()
+        if rank == 2:
+            dist.all_reduce(torch.ones(3), group=groups[1])
+        if rank != 3:
+            dist.all_reduce(torch.ones(4))
+        time.sleep(600)
+    """
+    with job(tmp_path, body, 4) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.verdict is not None, running.endings
+        assert running.verdict.odd == (3,)
+        assert "of group 2" in running.verdict.sentence
+
+
+# Rank 1 is late by more than three time-outs; all end by themselves then.
+HARMLESS = {
+    "a first step": "print('ready', flush=True)\nif rank: time.sleep(4)\ndist.all_reduce(torch.ones(4))",
+    "no collectives": "print('ready', flush=True)\ntime.sleep(4)",
+    "a checkpoint": """
+ready()
+class Slow:
+    def __reduce__(self):
+        time.sleep(4)
+        return int, ()
+if rank: torch.save(Slow(), os.devnull)
+dist.all_reduce(torch.ones(4))
+""",
+    "uneven tensors": """
+ready()
+dist.all_to_all_single(torch.zeros(3), torch.zeros(3), [1, 2] if rank == 0 else [2, 1], [1, 2] if rank == 0 else [2, 1])
+dist.barrier()
+""",
+}
+
+
+@pytest.mark.parametrize("body", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_only_takes_long_is_no_hang(tmp_path: Path, body: str) -> None:
+    with job(tmp_path, body, hang_timeout_s=1) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.verdict is None, describe(running.verdict)
+        assert running.endings == {0: 0, 1: 0}
+        assert running.watch.explain() is None
+        assert all((tmp_path / f"err-{rank}").read_text() == "" for rank in (0, 1))  # the server is silent
+        assert not any((folder / SERVER).exists() for folder in running.folders)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [("os.abort()", -6), ("ctypes.string_at(0)", -11), ("raise OSError('disk full')", 1)]
+)
+def test_a_rank_that_fails_is_no_hang(tmp_path: Path, body: str, code: int) -> None:
+    with job(tmp_path, f"ready()\nif rank: {body}\ndist.all_reduce(torch.ones(4))", hang_timeout_s=600) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.verdict is None
+        assert running.endings[1] == code  # an abort is held only for a second
+        assert running.watch.explain() is None
+        assert (running.folders[0] / FLIGHT).exists()
+        fatal = (running.folders[1] / "fatal.txt").read_text()
+        assert ("script.py" in fatal) == (code < 0)
+
+
+def test_a_script_without_torch_waits_for_nothing(tmp_path: Path) -> None:
+    with job(tmp_path, "import sys\nprint('ready')\nassert 'torch' not in sys.modules", head="") as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.endings == {0: 0, 1: 0}
+
+
+def test_without_a_debugger_torchs_server_and_a_signal_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "_program", lambda: None)
+    body = "ready()\nif rank == 0: dist.all_reduce(torch.ones(4))\nctypes.PyDLL(None).sleep(600)"
+    with job(tmp_path, body) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.verdict is not None
+        pids = {rank: process.pid for rank, process in enumerate(running.processes)}
+        found = look_at(pids, dict(enumerate(running.folders)))
+        assert found[0].place() is not None
+        assert found[1].place() is None  # the server's thread has to have the GIL for this
+        assert "script.py" in signal_for_stacks(pids[1], running.folders[1])
+
+
+def test_ranks_that_are_not_there_yet(tmp_path: Path) -> None:
+    watch = Watch([Watched(0, 2**22 + 1, tmp_path)], 1)
+    assert watch.look() is None and watch.explain() is None and not watch.progressed
+    assert watch.stragglers() == ""
+
+
+class Board:
+    """What a store does for agents, within one process."""
+
+    def __init__(self, texts: dict[str, str], node: int) -> None:
+        self._texts, self._node, self.leads = texts, node, node == 0
+
+    def publish(self, state: str) -> None:
+        self._texts[f"state/{self._node}"] = state
+
+    def read(self) -> list[str]:
+        return [text for key, text in self._texts.items() if key.startswith("state/")]
+
+    def tell(self, verdict: str) -> None:
+        self._texts["verdict"] = verdict
+
+    def verdict(self) -> str | None:
+        return self._texts.get("verdict")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        ("if rank != 3: dist.all_reduce(torch.ones(4))", "absent", "rank 3 has not come to it: ranks 0-2 wait in"),
+        (
+            "dist.all_reduce(torch.ones(4)) if rank < 3 else dist.barrier()",
+            "mismatch",
+            "ranks 0-2 call all_reduce of 4 float32, rank 3 barrier, as collective #4",
+        ),
+    ],
+)
+def test_agents_of_two_machines_agree(tmp_path: Path, body: str, kind: str, said: str) -> None:
+    with job(tmp_path, f"ready()\n{body}\ntime.sleep(600)", 4) as running:
+        running.until_ready()
+        texts: dict[str, str] = {}
+        ranks = [Watched(rank, running.processes[rank].pid, running.folders[rank]) for rank in range(4)]
+        watches = [Watch(ranks[2 * node : 2 * node + 2], 2, Board(texts, node)) for node in (0, 1)]
+        verdicts: list[Verdict | None] = [None, None]
+
+        def both(job: Job) -> bool:
+            for node, watch in enumerate(watches):
+                verdicts[node] = verdicts[node] or watch.look()
+            return all(verdicts)
+
+        running.watch = Watch([], 0)
+        running.until(both)
+        leading, following = verdicts
+        assert leading is not None and following is not None
+        assert (leading.kind, leading.odd) == (kind, (3,))
+        assert leading.sentence.startswith(said)
+        assert (following.sentence, following.rows) == (leading.sentence, leading.rows)
+        assert [bool(row.host and "script.py" in row.where) for row in leading.rows] == [True] * 4
+        assert set(leading.stacks) == {0, 1} and set(following.stacks) == {2, 3}

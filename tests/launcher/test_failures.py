@@ -1,0 +1,157 @@
+"""Each way to fail of the catalogue: what our launcher says at the end, when, its exit code, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddparity as dp
+from ddparity.launcher.diagnosis.exits import Cause, Fate, read_fate, report
+from ddparity.launcher.diagnosis.report import Row, Verdict, placed
+from ddparity.launcher.diagnosis.traces import shortened
+from tests.launcher.failure_cases import CASES, OURS, Case, NotPermittedError, Outcome, run_case
+
+PAGE = Path(__file__).parents[2] / "docs" / "failures.md"
+HANG_S = 2.0  # --hang-timeout
+WITHIN_S = 10.0  # from the failure, or from when it is called a hang
+STARTED_S = 40.0  # from the start of a launcher that does not come to start a rank
+_LAUNCHERS_OWN = re.compile(r"torch/distributed/(elastic|run|launcher)|ddparity/(launcher/|cli|__main__)|runpy")
+
+pytestmark = pytest.mark.timeout(600)  # the first test runs all cases
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | NotPermittedError]:
+    """Four at a time, since much of it is waiting."""
+    folder = tmp_path_factory.mktemp("failures")
+
+    def run(case: Case) -> Outcome | NotPermittedError:
+        try:
+            return run_case(case, (*OURS, "--hang-timeout", str(HANG_S)), folder / case.name, cap_s=60)
+        except NotPermittedError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip((case.name for case in CASES), pool.map(run, CASES)))
+
+
+def _outcome(outcomes: dict[str, Outcome | NotPermittedError], name: str) -> Outcome:
+    found = outcomes[name]
+    if isinstance(found, NotPermittedError):
+        pytest.skip(f"not permitted here: {found}")
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_end_names_the_cause(case: Case, outcomes: dict[str, Outcome | NotPermittedError]) -> None:
+    outcome = _outcome(outcomes, case.name)
+    end = outcome.end(15)
+    assert re.search(case.said, f"{end}\n", re.DOTALL | re.MULTILINE), outcome.text
+    assert outcome.code == case.code, outcome.text
+    assert outcome.seconds < (STARTED_S if outcome.from_start else WITHIN_S + HANG_S * (case.code == 124))
+    assert outcome.left == ()
+    if (line := case.line()) is not None:
+        assert re.search(rf'train\.py(", line |:){line}\b', end), outcome.text
+    if not case.while_starting:
+        assert not _LAUNCHERS_OWN.search(end), outcome.text
+        assert case.send is None or len(outcome.text.splitlines()) <= 1
+
+
+def test_ctrl_c_in_a_save_leaves_the_checkpoint_before(outcomes: dict[str, Outcome | NotPermittedError]) -> None:
+    dp.load_checkpoint(_outcome(outcomes, "ctrl-c-in-a-save").folder / "last.safetensors", model=torch.nn.Linear(5, 5))
+
+
+TRACE = """Traceback (most recent call last):
+  File "/home/me/train.py", line 21, in <module>
+    for batch in loader:
+                 ^^^^^^
+  File "/env/lib/python3.11/site-packages/torch/utils/data/dataloader.py", line 725, in __next__
+    data = self._next_data()
+           ^^^^^^^^^^^^^^^^^
+  File "/env/lib/python3.11/site-packages/torch/_utils.py", line 803, in reraise
+    raise exception
+KeyError: Caught KeyError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "/env/lib/python3.11/site-packages/torch/utils/data/_utils/fetch.py", line 54, in fetch
+    data = [self.dataset[idx] for idx in possibly_batched_index]
+  File "/home/me/train.py", line 17, in __getitem__
+    return self.images[index]
+  [Previous line repeated 2 more times]
+KeyError: 20"""
+
+
+def test_a_long_traceback_is_shown_with_the_users_frames() -> None:
+    assert shortened(TRACE).splitlines() == [
+        "Traceback (most recent call last):",
+        '  File "/home/me/train.py", line 21, in <module>',
+        "    for batch in loader:",
+        "  … 2 frames, to torch/_utils.py:803, in reraise",
+        "KeyError: Caught KeyError in DataLoader worker process 0.",
+        "Original Traceback (most recent call last):",
+        "  … 1 frame, torch/utils/data/_utils/fetch.py:54, in fetch",
+        '  File "/home/me/train.py", line 17, in __getitem__',
+        "    return self.images[index]",
+        "  [Previous line repeated 2 more times]",
+        "KeyError: 20",
+    ]
+    short = "\n".join(TRACE.splitlines()[:8])
+    assert shortened(short) == short
+
+
+def test_a_rank_that_had_ended_stands_where_its_traceback_says() -> None:
+    row = Row(0, "node0", "", "", "in all_reduce", "all_reduce #6", 1.0)
+    verdict = Verdict("finished", "default", (1,), "", (row, replace(row, rank=1), replace(row, where="a.py:1")), {})
+    places = [(row.where, row.function) for row in placed(verdict, {0: TRACE}).rows]
+    assert places == [("/home/me/train.py:17", "__getitem__"), ("", ""), ("a.py:1", "")]
+
+
+def test_an_exception_goes_before_a_crash_on_the_way_out(tmp_path: Path) -> None:
+    record = {"message": {"message": "ValueError: bad batch", "extraInfo": {"py_callstack": TRACE}}}
+    (tmp_path / "error.json").write_text(json.dumps(record))
+    fate = read_fate(0, "node0", tmp_path, -signal.SIGABRT, 0.0)
+    assert (fate.cause, fate.exit_code, fate.ending()) == (Cause.FAILED, 1, "ValueError: bad batch")
+
+
+def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> None:
+    trace = 'File ".../torch/utils/data/dataloader.py", line 1\nFile ".../multiprocessing/connection.py", line 2'
+    closed = Fate(1, "node0", 1, 0.0, message="ConnectionResetError: [Errno 104] Connection reset by peer")
+    assert closed.cause is Cause.VICTIM
+    assert replace(closed, trace=trace).cause is Cause.FAILED
+
+
+def test_a_victim_that_raises_an_exception_of_its_own_is_no_cause(tmp_path: Path) -> None:
+    def fate(before: str) -> Fate:
+        extra = {"py_callstack": TRACE, "before": [before]}
+        (tmp_path / "error.json").write_text(json.dumps({"message": {"message": "Stop: no loss", "extraInfo": extra}}))
+        return read_fate(0, "node0", tmp_path, 1, 0.0)
+
+    assert fate("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4").cause is Cause.VICTIM
+    # The connection to a store of data is no connection between ranks.
+    assert fate("ConnectionResetError: [Errno 104] Connection reset by peer").cause is Cause.FAILED
+
+
+def test_rank_0_s_traceback_is_told_where_another_rank_is_the_cause() -> None:
+    cause = Fate(1, "node0", -signal.SIGSEGV, 1.0)
+    own = Fate(0, "node0", 1, 2.0, message="KeyError: 20", trace=TRACE)
+    told = report([own, cause], 2)
+    assert told.startswith(f"ddparity: the traceback of rank 0:\n{TRACE}\n")
+    assert told.splitlines()[-1] == "ddparity: rank 0: KeyError: 20"
+    victim = replace(own, message="RankFailure: rank 1 failed")
+    assert TRACE not in report([victim, cause], 2)
+
+
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    assert Fate(0, "node0", -signal.SIGRTMIN - 3, 0.0).ending() == f"ended by signal {signal.SIGRTMIN + 3}"
+
+
+def test_the_page_has_each_case() -> None:
+    """`python benchmarks/failures.py` writes it."""
+    rows = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == [case.failure for case in CASES]

@@ -1,0 +1,197 @@
+"""Jobs for Slurm and Kubernetes: what is generated, read as the schedulers read it, and run with stand-ins for them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ddparity.cli import app
+from ddparity.launcher.kubernetes import manifest
+from ddparity.launcher.slurm import sbatch_script
+from ddparity.launcher.submit import Submission, find_submission
+
+ROOT = Path(__file__).parents[2]
+
+
+def _job(line: str) -> Submission:
+    job = find_submission(shlex.split(line))
+    assert job is not None
+    return job
+
+
+def _heads(script: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH (--[a-z-]+)=?(.*)$", script, re.MULTILINE))
+
+
+def _run_line(script: str) -> list[str]:
+    step = re.search(r"^srun .*?&$", script, re.MULTILINE | re.DOTALL)
+    assert step is not None
+    return shlex.split(step[0].removesuffix("&").replace("\\\n", " "))
+
+
+def test_one_launcher_a_machine() -> None:
+    script = sbatch_script(_job("--slurm --nnodes 2 --nproc 8 train.py --lr 'a b' --dry-run"))
+    heads = _heads(script)
+    assert heads["--nodes"] == "2"
+    assert heads["--ntasks-per-node"] == "1"
+    assert heads["--signal"] == "B:USR1@60"
+    assert "--requeue" in heads and "--exclusive" in heads
+    line = _run_line(script)
+    assert line[line.index("ddparity") :] == ["ddparity", "run", "--nproc", "8", "train.py", "--lr", "a b"]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    # What is not an option of ours is sbatch's, and comes before the commands.
+    assert script.index("#SBATCH") < script.index("trap") and script.startswith("#!/bin/bash\n#SBATCH")
+
+
+def test_options_of_sbatch() -> None:
+    script = sbatch_script(
+        _job("--slurm --time=2:00:00 --partition=gpu --gpus-per-node=8 --cpus-per-task=32 --signal=USR2@300 -n 8 t.py")
+    )
+    heads = _heads(script)
+    assert (heads["--time"], heads["--partition"], heads["--gpus-per-node"]) == ("2:00:00", "gpu", "8")
+    assert heads["--signal"] == "B:USR2@300"
+    assert "trap 'preempted=yes; kill -USR2 \"$step\"' USR2" in script
+    assert "--exclusive" not in heads
+    assert _run_line(script)[:5] == ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none", "--cpus-per-task", "32"]
+    assert "--time" not in " ".join(_run_line(script))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "--slurm --nodes=2 t.py",
+            "--nodes: the job has one task a machine; give the number of machines with --nnodes",
+        ),
+        ("--slurm --ntasks-per-node=8 t.py", "--ntasks-per-node: the job has one task a machine"),
+        ("--slurm --signal=soon t.py", "--signal=soon: give a signal and seconds"),
+        ("--slurm --nnodes 1:4 t.py", "--nnodes 1:4: a job has a fixed number of machines"),
+        ("--slurm --rendezvous a:1 t.py", "--rendezvous: where the machines meet is known inside the job only"),
+        ("--slurm --kubernetes i t.py", "--slurm and --kubernetes: give one of the two"),
+        ("--kubernetes i --time=1 t.py", "there is no option --time=1"),
+        ("--slurm t.py", "there is no sbatch on this machine"),
+        ("--kubernetes i t.py", "there is no kubectl on this machine"),
+    ],
+)
+def test_mistakes(line: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = CliRunner().invoke(app, ["run", *shlex.split(line)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    (said,) = result.stderr.splitlines()
+    assert message in said
+
+
+def test_dry_run_prints_and_submits_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for place in ("--slurm --dry-run t.py", "--slurm t.py --dry-run"):
+        result = CliRunner().invoke(app, ["run", *place.split()])
+        assert result.exit_code == 0
+        assert result.stdout == sbatch_script(_job("--slurm t.py"))
+    result = CliRunner().invoke(app, ["run", *["--kubernetes", "i", "t.py", "--dry-run"]])
+    assert result.stdout == manifest(_job("--kubernetes i t.py"))
+
+
+def _program(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_sbatch_gets_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _program(tmp_path, "sbatch", f"cat > {tmp_path}/got; exit 3")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    result = CliRunner().invoke(app, ["run", "--slurm", "--nnodes", "2", "t.py"])
+    assert result.exit_code == 3
+    assert (tmp_path / "got").read_text() == sbatch_script(_job("--slurm --nnodes 2 t.py"))
+
+
+# A launcher that ends by itself on USR1, as one whose ranks have saved. "ready" goes to a pipe that the test reads.
+LAUNCHER = "trap 'echo saved; exit 0' USR1; echo ready; while :; do sleep 0.1; done"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """Stand-ins for Slurm's commands; srun passes its signals on, as Slurm's does."""
+    options = r'while [ "${1#-}" != "$1" ]; do shift; done'
+    _program(
+        tmp_path, "srun", f'{options}; "$@" & child=$!\ntrap \'kill -USR1 "$child"\' USR1\nwait "$child"; wait "$child"'
+    )
+    _program(tmp_path, "scontrol", 'echo "scontrol $@"')
+    return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+
+
+def test_the_signal_reaches_the_launcher_and_the_job_is_queued_again(tmp_path: Path, cluster: dict[str, str]) -> None:
+    _program(tmp_path, "ddparity", LAUNCHER)
+    script = tmp_path / "job.sh"
+    script.write_text(sbatch_script(_job("--slurm t.py")))
+    with subprocess.Popen(["bash", script], env=cluster, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        try:
+            assert job.stdout.readline() == "ready\n"
+            job.send_signal(signal.SIGUSR1)
+            out, _ = job.communicate(timeout=20)
+        finally:
+            job.kill()
+    assert out.splitlines() == ["saved", "scontrol requeue 77"]
+    assert job.returncode == 0
+
+
+@pytest.mark.parametrize("code", [0, 42])
+def test_the_exit_code_is_the_launchers(code: int, tmp_path: Path, cluster: dict[str, str]) -> None:
+    _program(tmp_path, "ddparity", f'echo "$@"; exit {code}')
+    script = sbatch_script(_job("--slurm --nproc 2 t.py 'a  b'"))
+    job = subprocess.run(["bash"], input=script, env=cluster, capture_output=True, text=True, timeout=20, check=False)
+    assert (job.returncode, job.stdout) == (code, "run --nproc 2 t.py a  b\n")
+
+
+def test_a_train_job_for_the_kubeflow_trainer() -> None:
+    job = _job("--kubernetes registry/im:1 --nnodes 2 --nproc 4 My_train.v2.py --note 'a: \"b\" #' --x=1")
+    found = yaml.safe_load(manifest(job))
+    assert found == {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": "my-train-v2"},
+        "spec": {
+            "runtimeRef": {"name": "torch-distributed"},
+            "trainer": {
+                "image": "registry/im:1",
+                "numNodes": 2,
+                "numProcPerNode": 4,
+                "command": ["ddparity", "run", "--nproc", "4", "My_train.v2.py", "--note", 'a: "b" #', "--x=1"],
+            },
+        },
+    }
+    assert "numProcPerNode" not in yaml.safe_load(manifest(_job("--kubernetes i t.py")))["spec"]["trainer"]
+    assert re.fullmatch(
+        r"[a-z]([-a-z0-9]*[a-z0-9])?", yaml.safe_load(manifest(_job("--kubernetes i 7_.py")))["metadata"]["name"]
+    )
+
+
+def test_the_examples_manifest_is_what_the_command_prints() -> None:
+    text = (ROOT / "examples" / "kubernetes.yaml").read_text()
+    head, _, body = text.partition("\n")
+    command = shlex.split(head.removeprefix("# "))
+    assert command[:2] == ["ddparity", "run"]
+    assert manifest(_job(shlex.join(command[2:]))) == body
+    inside = yaml.safe_load(body)["spec"]["trainer"]["command"]
+    assert (ROOT / inside[-1]).is_file()
+
+
+def test_what_is_submitted_is_what_runs(tmp_path: Path) -> None:
+    """The arguments inside of the job are read by the same parser."""
+    from ddparity.launcher.options import parse
+
+    script = tmp_path / "t.py"
+    script.write_text("")
+    job = _job(f"--slurm --time=1 --nnodes=1 --nproc 2 --show all {script} --slurm --dry-run x")
+    launch = parse(job.arguments)
+    assert launch.command == (str(script), "--slurm", "--dry-run", "x")
+    assert (launch.show, launch.config.nproc_per_node) == ("all", 2)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+import ddparity as dp
+from ddparity.runtime.agreement import store_root
+from tests.ranks import free_port, kill_self, outcomes, run_ranks, torchrun_env
+
+
+def _ordered(scope: str) -> tuple[bool, float, float]:
+    with dp.first(scope) as leads:
+        begin = time.monotonic()
+        time.sleep(0.05)  # wide enough that an overlap would show; nothing is waited for
+        end = time.monotonic()
+    return leads, begin, end
+
+
+def test_the_first_rank_ends_before_the_others_begin() -> None:
+    leads, begins, ends = zip(*run_ranks(_ordered, 3, "world"), strict=True)
+    assert leads == (True, False, False)
+    assert min(begins[1:]) >= ends[0]
+
+
+def test_one_rank_a_node_goes_first() -> None:
+    env = torchrun_env(4, free_port(), nodes=2)
+    leads, begins, ends = zip(*run_ranks(_ordered, 4, "node", env=env), strict=True)
+    assert leads == (True, False, True, False)
+    assert min(begins[1], begins[3]) >= max(ends[0], ends[2])
+
+
+def _fails_on(rank: int, scope: str) -> None:
+    with dp.first(scope):
+        if int(os.environ["RANK"]) == rank:
+            raise OSError("disk full")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("scope", ["world", "node"])
+def test_an_exception_is_raised_on_every_rank(rank: int, scope: str) -> None:
+    ended = outcomes(_fails_on, 4, rank, scope, env=torchrun_env(4, free_port(), nodes=2))
+    for other, outcome in enumerate(ended):
+        assert outcome.seconds < 10
+        if other == rank:
+            assert outcome.error == "OSError: disk full"
+        else:
+            assert f'RankFailure: rank {rank} failed in first("{scope}"): OSError: disk full' in outcome.error
+            assert "in _fails_on" in outcome.error  # the remote traceback
+
+
+def _killed_on(rank: int) -> None:
+    with dp.first():
+        if int(os.environ["RANK"]) == rank:
+            kill_self()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_killed_inside_fails_the_others(rank: int) -> None:
+    ended = outcomes(_killed_on, 3, rank)
+    for other, outcome in enumerate(ended):
+        assert outcome.seconds < 10
+        if other == rank:
+            assert outcome.exitcode == -9
+        else:
+            assert f"RankFailure: rank {rank} failed in first" in outcome.error
+            assert "died" in outcome.error
+
+
+def _killed_when_all_joined() -> None:
+    """Not before: a rank that has not seen that all joined says that the rendezvous failed."""
+    store = store_root()
+    store.add("joined", 1)
+    with dp.first() as leads:
+        while leads and store.add("joined", 0) < 3:
+            time.sleep(0.001)
+        if leads:
+            kill_self()
+
+
+def test_the_holder_of_the_store_killed_inside_fails_the_others() -> None:
+    ended = outcomes(_killed_when_all_joined, 3, env=torchrun_env(3, free_port()))
+    for outcome in ended[1:]:
+        assert outcome.seconds < 10
+        assert "RankFailure" in outcome.error
+
+
+def _leaves_early(rank: int, folder: Path) -> None:
+    """Its process goes on until the others have ended: only its word tells them."""
+    mine = int(os.environ["RANK"])
+    try:
+        with contextlib.suppress(OSError), dp.world(device="cpu"):
+            if mine == rank:
+                raise OSError("lost")
+            with dp.first():
+                pass
+    finally:
+        (folder / str(mine)).touch()
+    while mine == rank and len(list(folder.iterdir())) < 3:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_left_the_world_is_not_waited_for(rank: int, tmp_path: Path) -> None:
+    ended = outcomes(_leaves_early, 3, rank, tmp_path, in_world=False)
+    for other, outcome in enumerate(ended):
+        if other != rank:
+            assert f"RankFailure: rank {rank} failed in first" in outcome.error
+            assert "it left the world without coming here" in outcome.error
+            assert outcome.seconds < 10
+
+
+def _nested(log: str) -> None:
+    with dp.first("world") as outer, dp.first("node") as inner, open(log, "a") as file:
+        file.write(f"{os.environ['RANK']} {outer} {inner}\n")
+
+
+def test_nested_use_keeps_both_orders(tmp_path) -> None:
+    log = tmp_path / "log"
+    run_ranks(_nested, 4, str(log), env=torchrun_env(4, free_port(), nodes=2))
+    lines = log.read_text().splitlines()
+    assert lines[0] == "0 True True"
+    # Rank 1 is now the first of node 0 that is left, and rank 2 of node 1; rank 3 comes after both.
+    assert sorted(lines[1:3]) == ["1 False True", "2 False True"]
+    assert lines[3] == "3 False False"
+
+
+def _many() -> int:
+    count = 0
+    for _ in range(50):
+        with dp.first() as leads:
+            count += leads
+    return count
+
+
+def test_repeated_use() -> None:
+    assert run_ranks(_many, 2) == [50, 0]
+
+
+def test_without_a_group_the_body_just_runs() -> None:
+    with dp.first() as leads:
+        assert leads
+    with pytest.raises(OSError, match="disk full"), dp.first("node"):
+        raise OSError("disk full")
+
+
+def test_a_wrong_scope_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'local'.*\"node\""), dp.first("local"):
+        pass
