@@ -41,8 +41,8 @@ Each row is a job of two ranks, in which {{count}} failures are provoked, starte
 `ddparity run`: the same script, which knows nothing of either. Seconds count from the failure until the launcher and
 all that it had started have ended (or from the start, where no rank comes to run). "Above the end" counts the lines
 below the cause. torchrun is ended after {CAP_S} s where it says nothing; ours has `--hang-timeout {HANG_S}`, instead of
-60. `benchmarks/failures.py` writes this page; `tests/launcher/test_failures.py` holds ours to it: the cause, its rank and
-line within the last 15 lines, the exit code, ten seconds, nothing left running.
+60. `benchmarks/failures.py` writes this page; `tests/launcher/test_failures.py` holds ours to it: the cause, its rank
+and line within the last 15 lines, the exit code, ten seconds, nothing left running.
 
 Measured with torch {torch.__version__}, Gloo, Python {platform.python_version()}, on two cores that others
 used too, one run of each.

@@ -14,9 +14,8 @@ from torch.distributed.elastic.rendezvous import registry
 from torch.distributed.launcher.api import elastic_launch
 
 from ddparity.errors import RendezvousError
-from ddparity.launcher.cards import check_nodes, node_card
 from ddparity.launcher.options import parse
-from ddparity.launcher.rendezvous import check_rendezvous, explain
+from ddparity.launcher.rendezvous import check_nodes, check_rendezvous, explain, node_card
 
 
 def main() -> None:

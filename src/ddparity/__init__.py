@@ -4,11 +4,9 @@ from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchn
 from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint
 from .checkpoint.fingerprint import fingerprint
 from .comm.gather import gather
-from .data.loader import Loader
+from .data.loader import Loader, ShardSampler
 from .data.plan import BatchPlan, MicroBatch
-from .data.random_state import RandomState
-from .data.rng import seed_everything
-from .data.sampling import ShardSampler
+from .data.rng import RandomState, seed_everything
 from .data.step import LoadedMicroBatch, Step
 from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError
 from .gradients.accumulate import accumulate

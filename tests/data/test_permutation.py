@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddparity.data.permutation import permute
+from ddparity.data.plan import permute
 
 SIZES = (2, 3, 10, 257, 1024, 1025, 1500, 4099)
 

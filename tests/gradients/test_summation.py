@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from ddparity.data.plan import share
-from ddparity.gradients.summation import TreeSum, subtrees
+from ddparity.gradients.strict import TreeSum, subtrees
 
 
 def _tree(start: int, size: int, count: int) -> str | None:

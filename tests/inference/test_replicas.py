@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
-from ddparity.inference.replicas import Replica
-from ddparity.inference.storage import check_words, parts
+from ddparity.inference.model import Replica, check_words, parts
 from tests.ranks import outcomes, run_ranks
 
 ONE_PASS = 8 * 1021  # bytes, from twice of which on sums stand for a tensor

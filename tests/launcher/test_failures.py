@@ -15,7 +15,7 @@ import torch
 import ddparity as dp
 from ddparity.launcher.diagnosis.exits import Cause, Fate, read_fate, report
 from ddparity.launcher.diagnosis.report import Row, Verdict, placed
-from ddparity.launcher.diagnosis.traces import shortened
+from ddparity.launcher.diagnosis.stacks import shortened
 from tests.launcher.failure_cases import CASES, OURS, Case, NotPermittedError, Outcome, run_case
 
 PAGE = Path(__file__).parents[2] / "docs" / "failures.md"

@@ -11,7 +11,7 @@ from ddparity.launcher import resources as threads  # the attribute of the packa
 from ddparity.launcher.options import Launch, parse
 from ddparity.launcher.resources import cgroup_cores, cores, decide_threads, threads_a_process
 from ddparity.launcher.submit import find_submission
-from ddparity.runtime.nodes import Nodes, find_nodes
+from ddparity.runtime.environment import Nodes, find_nodes
 
 # Task 1 of `srun --nodes 3 --ntasks-per-node 1` in a larger job.
 SLURM = {

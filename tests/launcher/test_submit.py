@@ -14,9 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from ddparity.cli import app
-from ddparity.launcher.kubernetes import manifest
-from ddparity.launcher.slurm import sbatch_script
-from ddparity.launcher.submit import Submission, find_submission
+from ddparity.launcher.submit import Submission, find_submission, manifest, sbatch_script
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,9 +21,8 @@ import pytest
 
 from ddparity.compat import PrefixStore, TCPStore
 from ddparity.errors import RendezvousError
-from ddparity.launcher.cards import NodeCard, compare_cards, exchange_cards
 from ddparity.launcher.options import Launch, parse
-from ddparity.launcher.rendezvous import check_rendezvous, explain
+from ddparity.launcher.rendezvous import NodeCard, check_rendezvous, compare_cards, exchange_cards, explain
 from ddparity.runtime import network
 from ddparity.runtime.network import Route
 

@@ -16,7 +16,7 @@ from torch import nn
 from ..compat import uncompiled
 from ..gradients.replicate import unwrapped
 from ..runtime.agreement import agreed
-from ..runtime.marks import mark_progress
+from ..runtime.environment import mark_progress
 from .atomic import clear_drafts, earlier, replacing
 from .format import Contents, Snapshot, read_states, take_snapshot, write_states
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from ..runtime.marks import mark_progress
+from ..runtime.environment import mark_progress
 from .dataset import Fetch, KeyedDataset, loaded, sized_length
-from .plan import BatchPlan, MicroBatch, share
+from .plan import BatchPlan, MicroBatch, checked_integer, share
 from .step import LoadedMicroBatch, Step
 
 # The plan decides these.
@@ -229,3 +229,36 @@ def check_even_shares(plan: BatchPlan, world_size: int) -> None:
                 f"must run equally often: start another number of processes, change the batch sizes, or leave out the "
                 f"short last step with drop_last=True"
             )
+
+
+class ShardSampler(Sampler[int]):
+    """This rank's contiguous share of range(num_samples), in order, without padding; sizes differ by at most one.
+
+    Args:
+        num_samples: 0 or more.
+        rank, world_size: None: those of the default process group, or a world of one.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> [list(ShardSampler(5, rank, 2)) for rank in (0, 1)]
+        [[0, 1, 2], [3, 4]]
+    """
+
+    def __init__(self, num_samples: int, rank: int | None = None, world_size: int | None = None) -> None:
+        count = checked_integer(num_samples, "num_samples")
+        if count < 0:
+            raise ValueError(f"ShardSampler(num_samples={num_samples}): must be at least 0")
+        joined = dist.is_available() and dist.is_initialized()
+        if rank is None:
+            rank = dist.get_rank() if joined else 0
+        if world_size is None:
+            world_size = dist.get_world_size() if joined else 1
+        self.indices = share(count, rank, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..comm.trees import byte_view
+from ..compat import is_plain_tensor
 from ..data.rng import kept_streams
 from ..gradients.replicate import unwrapped
-from .storage import is_same, put_back
 
 Model = nn.Module | Callable[[Any], Any]
 
@@ -122,3 +125,162 @@ def _is_new(item: Any, before: list[Any]) -> bool:
 def _holds_inference_tensors(value: Any) -> bool:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
     return any(isinstance(item, torch.Tensor) and item.is_inference() for item in items)
+
+
+# Larger tensors are summed to that many 64-bit words first. A prime, so that no usual shape puts its rows, which may
+# have been shuffled, one under the other.
+_COLUMNS = 1021
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_ROW_BYTES = 8 * _COLUMNS
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor] | None:
+    """The dense tensors that hold its values; None where they cannot be had, as of a subclass."""
+    if not is_plain_tensor(tensor) or tensor.is_nested or tensor.is_meta:
+        return None
+    if tensor.layout is torch.strided:
+        return [tensor.int_repr() if tensor.is_quantized else tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return None
+
+
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one kind have the same bits; False where that cannot be told."""
+    if one.shape != other.shape:
+        return False
+    if one.is_meta:
+        return True
+    ours, theirs = parts(one), parts(other)
+    if ours is not None and theirs is not None:
+        pairs = zip(map(_bytes, ours), map(_bytes, theirs), strict=True)
+        return all(torch.equal(mine, its) for mine, its in pairs)
+    if one.layout is torch.strided and not one.is_nested:  # a subclass
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    return False
+
+
+def put_back(tensor: torch.Tensor, copy: torch.Tensor) -> None:
+    """Give a tensor the content that its copy has, in the memory it has where its layout allows that."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if tensor.layout is torch.strided and not tensor.is_nested:
+            tensor.resize_(copy.shape).copy_(copy)
+        elif tensor.layout in _COMPRESSED:  # which ignore an assignment to `.data`
+            tensor.resize_as_sparse_(copy).copy_(copy)
+        else:
+            tensor.data = copy
+
+
+def check_words(tensors: Sequence[list[torch.Tensor]], headers: Sequence[str]) -> list[int]:
+    """32 bits for each tensor, given its `parts`, that differ where a bit of it or of its header does (but for 2^-32).
+
+    One pass over the memory, where it lies. What leaves a device is 16 KiB a part at most, in one copy for all.
+    """
+    condensed = [[piece for part in held for piece in _condensed(part)] for held in tensors]
+    here = iter(_on_cpu([piece for pieces in condensed for piece in pieces]))
+    words = []
+    for pieces, header in zip(condensed, headers, strict=True):
+        word = zlib.crc32(header.encode())
+        for _ in pieces:
+            word = zlib.crc32(next(here).numpy().data, word)
+        words.append(word)
+    return words
+
+
+def _condensed(part: torch.Tensor) -> list[torch.Tensor]:
+    """Its bytes where they are few, else sums of them as 64-bit integers, which wrap, and what is left behind these."""
+    data = _bytes(part)
+    rows = data.numel() // _ROW_BYTES
+    if rows < 2:
+        return [data]
+    table, rest = data[: rows * _ROW_BYTES], data[rows * _ROW_BYTES :]
+    if table.data_ptr() % 8:  # of a view, or of a file that is mapped into memory
+        table = table.clone()
+    return [table.view(torch.int64).view(rows, _COLUMNS).sum(0).view(torch.uint8), rest]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return byte_view(tensor.detach().resolve_conj().resolve_neg().contiguous())
+
+
+def _on_cpu(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same bytes on the CPU, in one copy from each device."""
+    moved = list(pieces)
+    for device in {piece.device for piece in pieces if piece.device.type != "cpu"}:
+        numbers = [number for number, piece in enumerate(pieces) if piece.device == device]
+        together = torch.cat([pieces[number] for number in numbers]).cpu()
+        split = together.split([pieces[number].numel() for number in numbers])
+        for number, piece in zip(numbers, split, strict=True):
+            moved[number] = piece
+    return moved
+
+
+_DIGITS = 8  # of a word of 32 bits, in hex
+
+_PARAMETERS = (
+    "load the same checkpoint on every rank, seed them alike before the model is made (seed_everything), or send rank "
+    "0's parameters to all by wrapping it (replicate, or torch's DistributedDataParallel)"
+)
+_BUFFERS = (
+    "in a training with torch's DistributedDataParallel each rank's buffers, as the running statistics of a batch "
+    "norm, follow its own batches, and rank 0's reach the others only with the next forward in training. Use "
+    "convert_sync_batchnorm(model), or run the steps in accumulate(), which exchanges running statistics; or send rank "
+    "0's before predict(): for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)"
+)
+
+
+class Replica:
+    """What this rank's model holds: its parameters, and those buffers that a checkpoint has.
+
+    What may differ is left out: buffers that are not saved, as a cache; shards of a distributed tensor; whatever a
+    model that is a function uses.
+
+    `text`: 8 characters for each tensor; None for a function.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._names: list[str] = []
+        self.text: str | None = None
+        if isinstance(model, nn.Module):
+            with torch.no_grad():
+                self.text = self._checked(unwrapped(model))
+
+    def _checked(self, module: nn.Module) -> str:
+        held, headers = [], []
+        for name, tensor in _kept(module):
+            memory = parts(tensor)
+            if memory is not None:
+                held.append(memory)
+                headers.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.layout}")
+                self._names.append(name)
+        return "".join(f"{word:0{_DIGITS}x}" for word in check_words(held, headers))
+
+    def difference(self, theirs: str | None) -> str:
+        """What to say where another rank's text is not this one's."""
+        if self.text is None or theirs is None:
+            return "predict() got a module on one rank and a function on another: give the same model on every rank"
+        words = zip_longest(_words(self.text), _words(theirs))
+        first = next(number for number, (ours, other) in enumerate(words) if ours != other)
+        name = self._names[first] if first < len(self._names) else "one that this rank does not have"
+        return (
+            f"predict() got models that differ between ranks, so that outputs would depend on the number of processes. "
+            f"The first difference is in the {name}: {_BUFFERS if name.startswith('buffer') else _PARAMETERS}"
+        )
+
+
+def _kept(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((f"parameter {name!r}", parameter) for name, parameter in module.named_parameters())
+    not_saved = {
+        f"{path}.{name}" if path else name
+        for path, one in module.named_modules()
+        for name in one._non_persistent_buffers_set
+    }
+    yield from ((f"buffer {name!r}", buffer) for name, buffer in module.named_buffers() if name not in not_saved)
+
+
+def _words(text: str) -> list[str]:
+    return [text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS)]

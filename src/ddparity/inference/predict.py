@@ -23,12 +23,10 @@ from ..runtime.agreement import Meeting, agreed
 from ..runtime.logging import progress
 from .collect import Memory
 from .identity import identity, identity_of_dataset
-from .iterable import Shards, is_stream
 from .metrics import Metric
-from .model import Model, callable_of, evaluating
+from .model import Model, Replica, callable_of, evaluating
 from .outputs import Schema
-from .replicas import Replica
-from .source import Balance, Batches, Source, assigned, check_balance, cut
+from .source import Balance, Batches, Shards, Source, assigned, check_balance, cut, is_stream
 
 if TYPE_CHECKING:  # Arrow takes a while to import
     import pyarrow as pa

@@ -1,10 +1,8 @@
 """Starting processes, on torch's own elastic agent."""
 
-from .kubernetes import submit_to_kubernetes
 from .options import Launch, parse
 from .run import launch, launch_forked, run_command, run_launch
-from .slurm import submit_to_slurm
-from .submit import Submission, find_submission
+from .submit import Submission, find_submission, submit_to_kubernetes, submit_to_slurm
 
 __all__ = [
     "Launch",

@@ -19,14 +19,14 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from ..compat import PrefixStore, meet_anew
 from ..errors import RendezvousError
 from ..runtime.network import bound_waits, holds_store, split_endpoint
-from . import across
+from .diagnosis import messages
 from .diagnosis.exits import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .diagnosis.report import placed
 from .diagnosis.watch import Verdict, Watch, Watched, describe
 from .ending import Guardian, end, how_ended, kill_sessions, send
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
-from .memory import MemoryWatch
 from .output import RankFiles, say, tell
+from .resources import MemoryWatch
 from .signals import Signals
 
 _PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
@@ -304,7 +304,7 @@ class Agent(LocalElasticAgent):
             if own and culprit(own).cause in (Cause.CRASHED, Cause.VICTIM):
                 verdict = self._watch.explain()  # Gloo aborts one rank where sizes differ, and cuts off the others
             if verdict is None and exchange is not None:
-                verdict = across.unpack_verdict(exchange.verdict() or "")
+                verdict = messages.unpack_verdict(exchange.verdict() or "")
         if verdict is not None:
             self._keep_stacks(verdict, ends=True)
         by_themselves = set(self._seen)

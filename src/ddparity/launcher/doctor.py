@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import DDParityError
-from ..runtime.environment import detect_engine, find_placement
+from ..runtime.environment import detect_engine, find_nodes, find_placement
 from ..runtime.network import (
     hostname_address,
     hostname_is_loopback,
@@ -32,7 +32,6 @@ from ..runtime.network import (
     routable,
     split_endpoint,
 )
-from ..runtime.nodes import find_nodes
 from ..runtime.world import world
 from .resources import cgroup_cores, cores
 from .run import launch

@@ -32,12 +32,11 @@ from ..errors import RankFailure, RendezvousError
 from ..runtime.network import split_endpoint
 from . import worker
 from .agent import Agent, Habits, MachineLost
-from .cards import NodeCard, check_nodes, node_card
 from .diagnosis.exits import culprit, read_fate
 from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
 from .output import Inherited, RankFiles, say, tell
-from .rendezvous import Place, check_rendezvous, explain
+from .rendezvous import NodeCard, Place, check_nodes, check_rendezvous, explain, node_card
 from .resources import decide_threads
 from .signals import Signals, name_of
 

@@ -21,7 +21,6 @@ from .agreement import Meeting, depart, store_root
 from .environment import Placement, find_placement
 from .network import find_store, holder, leave_loopback, route_to
 from .roster import Card, call_roll, own_card, publish, roster
-from .scheduling import batch_scheduling
 
 _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
 
@@ -301,3 +300,22 @@ def _seconds(timeout: float | timedelta | None) -> float | None:
     if not 0 < seconds < math.inf:
         raise ValueError(f"world(timeout={timeout!r}): give a positive number of seconds")
     return seconds
+
+
+@contextmanager
+def batch_scheduling() -> Iterator[None]:
+    """Let threads that are woken wait for the one that runs, in this thread and those started from it (Linux).
+
+    Gloo's I/O thread polls while another thread holds the lock of a connection. Woken on that thread's core, it takes
+    the core and polls until its time slice, 3 to 4 ms, is over: on few cores every sixth small collective takes ten
+    times as long. Under SCHED_BATCH a woken thread does not interrupt (benchmarks/RESULTS.md, "Scheduling"). A policy
+    that the user has set stays. Source: sched(7).
+    """
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

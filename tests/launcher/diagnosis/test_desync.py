@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from ddparity.launcher.across import Report, pack, unpack
 from ddparity.launcher.diagnosis.desync import (
     RankState,
+    Waits,
     describe_ranks,
     find_absent,
     find_left,
@@ -19,7 +19,7 @@ from ddparity.launcher.diagnosis.desync import (
     stuck_groups,
 )
 from ddparity.launcher.diagnosis.flight import Operation, from_json, parse, to_json
-from ddparity.launcher.diagnosis.waiting import Waits
+from ddparity.launcher.diagnosis.messages import Report, pack, unpack
 
 
 def _op(

@@ -12,11 +12,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from ...runtime.marks import PROGRESS
+from ...runtime.environment import PROGRESS
 from ..output import last_lines
 from ..signals import name_of
 from .desync import describe_ranks
-from .traces import shortened
+from .stacks import shortened
 
 # What a rank says that was well until another one failed.
 _CONSEQUENCE = re.compile(

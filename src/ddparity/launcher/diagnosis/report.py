@@ -14,8 +14,7 @@ from rich.table import Table
 
 from .desync import RankState
 from .flight import Operation
-from .stacks import Stack
-from .traces import last_place
+from .stacks import Stack, last_place
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,14 @@ from pathlib import Path
 
 from torch.distributed import DistError
 
-from .. import across
-from ..across import Exchange, Report
 from ..instruments import FATAL, let_abort
 from . import desync as compare
-from .desync import Finding, RankState
+from . import messages
+from .desync import Finding, RankState, Waits
 from .flight import DEFAULT_GROUP, Operation, ask_records, left_record
+from .messages import Exchange, Report
 from .report import Row, Verdict, describe, make_row, write_stacks
 from .stacks import PATIENT, Stack, look_at, signal_for_stacks
-from .waiting import Waits
 
 __all__ = ["Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
 
@@ -221,19 +220,19 @@ class Watch:
         said = exchange.verdict() or ""
         if said != self._said:
             self._said, self._answer = said, ()
-            verdict = across.unpack_verdict(said)
+            verdict = messages.unpack_verdict(said)
             if verdict is not None and not exchange.leads:
                 stacks = self._stacks(tuple(self._ranks))
                 return replace(verdict, stacks={rank: stack.text for rank, stack in stacks.items() if stack.text})
-            group = across.asked_group(said)
+            group = messages.asked_group(said)
             if group is not None:
                 self._answer = self._rows(group, self._stacks(tuple(self._ranks)))
         local = {rank: self._states[rank] for rank in self._ranks}
         repeated = frozenset(one for one in self._repeated if one[0] in local)
-        exchange.publish(across.pack(Report(self._host, local, repeated, said, self._answer)))
+        exchange.publish(messages.pack(Report(self._host, local, repeated, said, self._answer)))
         if not exchange.leads:
             return None
-        reports = [across.unpack(text) for text in exchange.read()]
+        reports = [messages.unpack(text) for text in exchange.read()]
         for report in reports:
             self._repeated |= report.repeated
             for rank in report.states.keys() - self._ranks.keys():
@@ -243,13 +242,13 @@ class Watch:
             if finding is not None:
                 self._number += 1
                 self._asked_at = now
-                exchange.tell(across.question(finding.group, self._number))
+                exchange.tell(messages.question(finding.group, self._number))
             return None
         return self._conclude(exchange, self._candidate, reports, now)
 
     def _conclude(self, exchange: Exchange, finding: Finding, reports: Sequence[Report], now: float) -> Verdict | None:
         """The verdict once all machines have told where their ranks stand; none where a rank there has a reason."""
-        mine = across.question(finding.group, self._number)
+        mine = messages.question(finding.group, self._number)
         rows = {row.rank: row for report in reports if report.answers == mine for row in report.rows}
         if rows.keys() < self._states.keys() and now - self._asked_at < _TOGETHER_S:
             return None
@@ -266,7 +265,7 @@ class Watch:
             return None
         verdict = self._verdict(finding)
         verdict = replace(verdict, rows=tuple(rows.get(row.rank, row) for row in verdict.rows))
-        self._said = across.pack_verdict(verdict, self._number)
+        self._said = messages.pack_verdict(verdict, self._number)
         exchange.tell(self._said)
         return verdict
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from .diagnosis.desync import RankState
-from .diagnosis.flight import Operation, from_json, to_json
-from .diagnosis.report import Row, Verdict
+from .desync import RankState
+from .flight import Operation, from_json, to_json
+from .report import Row, Verdict
 
 _LAST = 4  # collectives of each group that are published; more are pending only where a reducer issues many
 
