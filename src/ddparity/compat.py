@@ -131,6 +131,11 @@ def forward_collectives_due(model: DistributedDataParallel) -> None:
     model.require_forward_param_sync = True
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside of DDP, or the module itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def comm_hooks(model: DistributedDataParallel) -> list[Any]:
     """The communication hooks registered on a DDP module."""
     return [hook for hook, _ in getattr(model, "_comm_hooks", [])]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddparity as dp
-from ddparity.gradients.replicate import unwrapped
+from ddparity.compat import unwrapped
 from tests.gradients.strict_cases import (
     Case,
     Checkpointed,

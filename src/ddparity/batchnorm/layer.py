@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat import in_backward
-from .agreement import agree
+from ..runtime.agreement import agreed
 from .compiled import compiled_batch_norm
 from .function import Announce, sync_batch_norm
 from .moments import group_of_several
@@ -190,4 +190,11 @@ def in_backward_of_eager() -> bool:
 
 
 def _agree(group: dist.ProcessGroup, path: str | None, channels: int, direction: str) -> None:
-    agree(group, f"the {direction} of {path or 'a SyncBatchNorm'}, {channels} channels")
+    """Return when all ranks are about to exchange the same layer. No collective: short requests to the group's store.
+
+    Raises ValueError on a rank that is about to exchange another one, and RankFailure on the others, at once.
+    """
+    what = f"the {direction} of {path or 'a SyncBatchNorm'}, {channels} channels"
+    with agreed(what, group, "batchnorm") as agreement:
+        assert agreement is not None, "a group of several ranks"
+        agreement.same("what a SyncBatchNorm is about to exchange", what)

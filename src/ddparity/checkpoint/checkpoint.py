@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..compat import uncompiled
-from ..gradients.replicate import unwrapped
+from ..compat import uncompiled, unwrapped
 from ..runtime.agreement import agreed
 from ..runtime.environment import mark_progress
 from .atomic import clear_drafts, earlier, replacing
@@ -143,7 +142,7 @@ def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
     """
     _settle()
     path = Path(path)
-    with agreed(f"load_checkpoint({os.fspath(path)!r})") as meeting:
+    with agreed(f"load_checkpoint({os.fspath(path)!r})") as agreement:
         stateful = {name: _stateful(name, value) for name, value in objects.items()}
         try:
             contents = read_states(path, stateful)
@@ -151,8 +150,8 @@ def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
             if (before := earlier(path, 1)).is_file():
                 error.add_note(f"{before} is the one before it")
             raise
-        if meeting is not None:
-            meeting.same(f"the content of {path}", contents.digest)
+        if agreement is not None:
+            agreement.same(f"the content of {path}", contents.digest)
         for name, value in stateful.items():
             _put(path, name, value, contents)
     versions = [version.split("+")[0] for version in (contents.torch_version, torch.__version__)]

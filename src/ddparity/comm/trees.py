@@ -276,3 +276,18 @@ def new_tensor(node: Node) -> torch.Tensor:
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's bytes, 1-D; strides of dimensions of size 0 and 1, which may be anything, do not matter."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """Move the tensors in nested dicts, lists and tuples, and anything with a `.to` method, to a device."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device, non_blocking=True)
+    if hasattr(data, "to"):
+        return data.to(device)
+    if isinstance(data, Mapping):
+        return {key: to_device(value, device) for key, value in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(to_device(value, device) for value in data))
+    if isinstance(data, (list, tuple)):
+        return type(data)(to_device(value, device) for value in data)
+    return data

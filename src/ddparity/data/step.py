@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
-
-import torch
 
 from .rng import seed_streams
 
@@ -86,18 +84,3 @@ class Step(Sequence[LoadedMicroBatch]):
         while len(self._loaded) <= index:
             self._loaded.append(self._load_next())
         return self._loaded[index]
-
-
-def to_device(data: Any, device: torch.device) -> Any:
-    """Move the tensors in nested dicts, lists and tuples, and anything with a `.to` method, to a device."""
-    if isinstance(data, torch.Tensor):
-        return data.to(device, non_blocking=True)
-    if hasattr(data, "to"):
-        return data.to(device)
-    if isinstance(data, Mapping):
-        return {key: to_device(value, device) for key, value in data.items()}
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(to_device(value, device) for value in data))
-    if isinstance(data, (list, tuple)):
-        return type(data)(to_device(value, device) for value in data)
-    return data

@@ -118,9 +118,9 @@ def _check_strict(model: nn.Module, ddp_options: dict[str, Any]) -> None:
                 f"reduces, and strict reduces after the last: {instead}"
             )
     threads = torch.get_num_threads()
-    with agreed('replicate(reduction="strict")', ddp_options.get("process_group")) as meeting:
-        if meeting is not None:
-            meeting.same("the number of intra-op threads (OMP_NUM_THREADS, torch.set_num_threads)", threads)
+    with agreed('replicate(reduction="strict")', ddp_options.get("process_group")) as agreement:
+        if agreement is not None:
+            agreement.same("the number of intra-op threads (OMP_NUM_THREADS, torch.set_num_threads)", threads)
     logger.info("strict: the bits are those of %d intra-op threads a process, on any number of processes", threads)
 
 
@@ -129,11 +129,6 @@ def terms_of(model: nn.Module) -> Terms | None:
     asked = model._modules.get("_orig_mod") or model  # inside of torch.compile
     kept: Terms | tuple[Reduction, Statistics] | None = asked.__dict__.get(_TERMS)
     return Terms(*kept) if isinstance(kept, tuple) else kept
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of DDP, or the module itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def averages(model: DistributedDataParallel) -> bool:

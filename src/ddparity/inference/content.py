@@ -27,8 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm.trees import byte_view
-from ..compat import uncompiled
-from ..gradients.replicate import unwrapped
+from ..compat import uncompiled, unwrapped
 from ..runtime.world import World
 
 _OBJECTS = 5_000_000  # a few seconds' work

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from ..compat import unwrapped
 from ..data.rng import kept_streams, seed_streams
 from ..errors import SampleError
-from ..gradients.replicate import unwrapped
 from .content import Contents
 
 

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..comm.trees import byte_view
-from ..compat import is_plain_tensor
+from ..compat import is_plain_tensor, unwrapped
 from ..data.rng import kept_streams
-from ..gradients.replicate import unwrapped
 
 Model = nn.Module | Callable[[Any], Any]
 

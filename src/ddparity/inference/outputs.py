@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..comm.trees import Node, check_importable, named_types, parts_of, take_apart
-from ..runtime.agreement import Meeting
+from ..runtime.agreement import Agreement
 
 
 @dataclass(slots=True)
@@ -69,11 +69,11 @@ def structure(node: Node) -> Node:
 class Schema:
     """The structure of the first batch's output, which every batch of every rank must have.
 
-    `meeting`: in which the ranks agree on the first one; None in a world of one.
+    `agreement`: in which the ranks agree on the first one; None in a world of one.
     """
 
-    def __init__(self, meeting: Meeting | None) -> None:
-        self._meeting = meeting
+    def __init__(self, agreement: Agreement | None) -> None:
+        self._agreement = agreement
         self._first: tuple[Node, str] | None = None
         self._dense: tuple[Any, Node] | None = None  # the last output, if it was one dense tensor
 
@@ -95,7 +95,9 @@ class Schema:
             for name in named_types(node):
                 check_importable(name, path)
             said = json.dumps([mine, where])
-            first, first_where = json.loads(said if self._meeting is None else self._meeting.first_said("schema", said))
+            first, first_where = json.loads(
+                said if self._agreement is None else self._agreement.first_said("schema", said)
+            )
             self._first = first, first_where
         first, first_where = self._first
         if mine != first:

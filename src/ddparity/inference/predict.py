@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from ..comm.transfer import Receiver, checked_receiver
+from ..comm.trees import to_device
 from ..data.rng import seed_streams
-from ..data.step import to_device
 from ..errors import DDParityError
-from ..runtime.agreement import Meeting, agreed
+from ..runtime.agreement import Agreement, agreed
 from ..runtime.logging import progress
 from .collect import Memory
 from .identity import identity, identity_of_dataset
@@ -226,11 +226,11 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
     joined = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     with ExitStack() as shown:
-        with agreed("predict") as meeting:
+        with agreed("predict") as agreement:
             given.check_metric()
             made = predictor()
             source, balance = made._source, made._balance
-            if meeting is not None:
+            if agreement is not None:
                 kind = None if given.metric is None else type(given.metric).__name__
                 own: dict[str, object] = {
                     "batch_size": made._batch_size,
@@ -242,12 +242,12 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
                 named: dict[str, object] = {f"predict's {name}": value for name, value in own.items()}
                 named |= {"the data set's length": source.length, "the data set's num_shards": source.shards}
                 replica = Replica(given.model)
-                meeting.all_same({**named, "the model": replica.text}, {"the model": replica.difference})
+                agreement.all_same({**named, "the model": replica.text}, {"the model": replica.difference})
             call, device = callable_of(given.model, given.inputs)
             path, chunks = given.directory(), cut(len(source), world_size, balance)
             sink: Sink
             if path is not None:
-                directory = _directory(path, given, made, meeting, rank)
+                directory = _directory(path, given, made, agreement, rank)
                 shown.callback(directory.close)
                 sink, chunks = directory, directory.chunks
             else:
@@ -256,25 +256,25 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
                 if given.metric is not None:
                     sink = Metric(given.metric, given.targets, to, receives, source.length, device)
                 else:
-                    schema = Schema(meeting)
+                    schema = Schema(agreement)
                     keep = None if given.device is None else torch.device(given.device)
                     sink = Memory(source, schema, to, rank, world_size, keep)
-            count = _Count(meeting, shown, source.length, rank, given.show_progress)
-            take = partial(meeting.count, "chunks") if meeting is not None else itertools.count(1).__next__
+            count = _Count(agreement, shown, source.length, rank, given.show_progress)
+            take = partial(agreement.count, "chunks") if agreement is not None else itertools.count(1).__next__
             mine = assigned(chunks, rank, world_size, balance, lambda: take() - 1)
             with evaluating(given.model):
-                _run(call, device, source, mine, sink, meeting, count)
+                _run(call, device, source, mine, sink, agreement, count)
         count.show()  # all have said how many they ran
-    with agreed("collecting the outputs of predict") as meeting:
+    with agreed("collecting the outputs of predict") as agreement:
         try:
             return sink.finish()
         except RuntimeError as error:
-            if meeting is not None and not isinstance(error, DDParityError):
-                meeting.explain(error)  # the backend's words where a peer has gone
+            if agreement is not None and not isinstance(error, DDParityError):
+                agreement.explain(error)  # the backend's words where a peer has gone
             raise
 
 
-def _directory(path: Path, given: _Call, made: Predictor, meeting: Meeting | None, rank: int) -> Directory:
+def _directory(path: Path, given: _Call, made: Predictor, agreement: Agreement | None, rank: int) -> Directory:
     from .directory import Directory, prepare, rows_of_a_file
 
     source = made._source
@@ -301,15 +301,15 @@ def _directory(path: Path, given: _Call, made: Predictor, meeting: Meeting | Non
             "schema": None if given.schema is None else str(given.schema),
         }
         prepared = prepare(path, run)
-        if meeting is not None:
-            meeting.tell("prepared", prepared)
+        if agreement is not None:
+            agreement.tell("prepared", prepared)
     else:
-        assert meeting is not None, "there are other ranks"
-        prepared = meeting.hear("prepared")
-    if meeting is None:  # batches run in order
+        assert agreement is not None, "there are other ranks"
+        prepared = agreement.hear("prepared")
+    if agreement is None:  # batches run in order
         return Directory(path, source, prepared, given.schema, lambda: None, lambda: None)
-    tell: Callable[[], None] = partial(meeting.tell, "types", "")
-    hear: Callable[[], object] = partial(meeting.hear, "types")
+    tell: Callable[[], None] = partial(agreement.tell, "types", "")
+    hear: Callable[[], object] = partial(agreement.hear, "types")
     return Directory(path, source, prepared, given.schema, tell, hear)
 
 
@@ -319,7 +319,7 @@ def _run(
     source: Source,
     chunks: Iterator[range],
     sink: Sink,
-    meeting: Meeting | None,
+    agreement: Agreement | None,
     count: _Count,
 ) -> None:
     looked = time.monotonic()
@@ -338,19 +338,21 @@ def _run(
         if time.monotonic() - looked > _POLL_S:
             looked = time.monotonic()
             count.show()
-            if meeting is not None:
-                meeting.look()
+            if agreement is not None:
+                agreement.look()
     count.show()
 
 
 class _Count:
     """The samples that all ranks have run, counted in the store, and rank 0's display of them."""
 
-    def __init__(self, meeting: Meeting | None, shown: ExitStack, length: int | None, rank: int, show: bool) -> None:
-        self._meeting = meeting
+    def __init__(
+        self, agreement: Agreement | None, shown: ExitStack, length: int | None, rank: int, show: bool
+    ) -> None:
+        self._agreement = agreement
         self._display = shown.enter_context(progress(length, rank, "predict", "samples")) if show else None
-        if show and meeting is not None and rank == 0:
-            meeting.meanwhile = self.show  # also while the others still run
+        if show and agreement is not None and rank == 0:
+            agreement.meanwhile = self.show  # also while the others still run
         self._new = self._total = 0
 
     def add(self, samples: int) -> None:
@@ -360,7 +362,7 @@ class _Count:
         if self._display is None:
             return
         before = self._total
-        self._total = before + self._new if self._meeting is None else self._meeting.count("samples", self._new)
+        self._total = before + self._new if self._agreement is None else self._agreement.count("samples", self._new)
         self._new = 0
         if self._total > before and self._display.due(self._total):
             self._display.update(self._total, self._total)

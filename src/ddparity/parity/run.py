@@ -20,11 +20,12 @@ from torch import nn
 
 from ..batchnorm import SyncBatchNorm
 from ..checkpoint.fingerprint import fingerprint
+from ..compat import unwrapped
 from ..data.dataset import sized_length
 from ..data.loader import Loader, check_even_shares
 from ..data.plan import share
 from ..data.step import LoadedMicroBatch, Step
-from ..gradients.replicate import Reduction, replicate, unwrapped
+from ..gradients.replicate import Reduction, replicate
 from ..runtime.first import first
 from ..runtime.logging import setup_logging
 from ..runtime.world import World, world

@@ -29,7 +29,7 @@ _LIVENESS_S = 0.5  # between two looks at the process table
 _EXPLAIN_S = 2.0  # from a broken connection until its cause is known
 
 
-class Meeting:
+class Agreement:
     """One agreement of the ranks `ranks`, under a key that all of them name alike.
 
     Each rank calls `arrive` or `fail`; `wait` returns when all have arrived, and raises `RankFailure` as soon as one
@@ -174,7 +174,7 @@ def reaching_store(what: str) -> Iterator[None]:
 
 
 def depart(store: Store, rank: int) -> None:
-    """Leave word that this rank comes to no meeting any more."""
+    """Leave word that this rank comes to no agreement any more."""
     append(store, "departed", f"{rank}\n")
 
 
@@ -217,27 +217,27 @@ def store_root() -> Store:
 
 
 @contextmanager
-def agreed(what: str, group: dist.ProcessGroup | None = None) -> Iterator[Meeting | None]:
+def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agreed") -> Iterator[Agreement | None]:
     """Run the body on every rank of a group, the default one where None; an exception in one is raised on all.
 
-    Every rank of it must come here, in the same order. Yields the meeting, whose `poll` tells a long body early of
-    another rank's failure; None in a world of one.
+    Every rank of the group must enter, in the same order among those of its `kind`. Yields the agreement, whose `poll`
+    tells a long body early of another rank's failure; None in a world of one.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         yield None
         return
     rank, store = dist.get_rank(), store_root()
     ranks: Sequence[int] = range(dist.get_world_size())
-    place = "agreed"
+    place = kind
     if group is not None:
-        ranks, place = dist.get_process_group_ranks(group), f"agreed/{group_name(group)}"
+        ranks, place = dist.get_process_group_ranks(group), f"{kind}/{group_name(group)}"
     with reaching_store(what):
         call = store.add(f"{place}/{rank}", 1)
-    meeting = Meeting(store, f"{place}/call{call}", rank, ranks, what)
+    agreement = Agreement(store, f"{place}/call{call}", rank, ranks, what)
     try:
-        yield meeting
+        yield agreement
     except BaseException as error:
-        meeting.fail(error)
+        agreement.fail(error)
         raise
-    meeting.arrive()
-    meeting.wait()
+    agreement.arrive()
+    agreement.wait()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from .agreement import Meeting, reaching_store, store_root
+from .agreement import Agreement, reaching_store, store_root
 from .roster import roster
 
 # The turn of the `first` that this code runs inside of: its key, and the ranks that run at the same time.
@@ -55,8 +55,8 @@ def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
     firsts = tuple(sorted({nodes[other]: other for other in reversed(active)}.values()))  # the lowest of each node
     others = tuple(other for other in active if other not in firsts)
     key = f"{prefix}/{call}"
-    before = Meeting(store, f"{key}/before", rank, firsts, what)
-    after = Meeting(store, f"{key}/after", rank, active, what)
+    before = Agreement(store, f"{key}/before", rank, firsts, what)
+    after = Agreement(store, f"{key}/after", rank, active, what)
 
     leads = rank in firsts
     if not leads:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..compat import PrefixStore, Store, TCPStore
 from ..errors import RankFailure, RendezvousError
-from .agreement import Meeting, depart, store_root
+from .agreement import Agreement, depart, store_root
 from .environment import Placement, find_placement
 from .network import find_store, holder, leave_loopback, route_to
 from .roster import Card, call_roll, own_card, publish, roster
@@ -179,7 +179,7 @@ def _join(
         )
         publish(store_root(), cards)
         # Nobody goes on, and perhaps leaves, while a peer still connects to this process.
-        joining = Meeting(store_root(), "joining", rank, range(size), "joining the world")
+        joining = Agreement(store_root(), "joining", rank, range(size), "joining the world")
         joining.arrive()
         try:
             joining.wait(max(deadline - time.monotonic(), 0.0))

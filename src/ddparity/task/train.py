@@ -136,9 +136,9 @@ def build(
     sync_batchnorm: bool = False,
 ) -> tuple[nn.Module, Loader]:
     """A Task's model, before `replicate`, and the loader of its training set; what fails on one rank fails on all."""
-    with agreed("preparing the training") as meeting:
-        if meeting is not None:
-            meeting.same("the training set's length", len(train_set))
+    with agreed("preparing the training") as agreement:
+        if agreement is not None:
+            agreement.same("the training set's length", len(train_set))
         if len(train_set) == 0:
             raise ValueError("the training set is empty: there is nothing to train on")
         seed_everything(task.seed)
@@ -163,10 +163,10 @@ def backward(
 
 def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, states: dict[str, Any]) -> str:
     """Load the checkpoint, where there is one; says where the training goes on."""
-    with agreed(f"resuming from {checkpoint}") as meeting:
+    with agreed(f"resuming from {checkpoint}") as agreement:
         exists = checkpoint.is_file()
-        if meeting is not None:
-            meeting.same(f"whether there is a checkpoint at {checkpoint}", exists)
+        if agreement is not None:
+            agreement.same(f"whether there is a checkpoint at {checkpoint}", exists)
     if not exists:
         return f"no checkpoint at {checkpoint} yet: training from the start"
     _reduce_once(task, model, loader)
