@@ -2,20 +2,16 @@
 
 from .options import Launch, parse
 from .run import launch, launch_forked, run_command, run_launch
-from .submit import Submission, find_submission, submit_to_kubernetes, submit_to_slurm
+from .submit import Submission, find_submission, submit_job
 
 __all__ = [
     "Launch",
+    "Submission",
     "find_submission",
     "launch",
     "launch_forked",
     "parse",
     "run_command",
     "run_launch",
-    "submit",
+    "submit_job",
 ]
-
-
-def submit(job: Submission) -> int:
-    """Hand a job to its scheduler, or print it with `--dry-run`; returns the exit code."""
-    return submit_to_slurm(job) if job.to == "slurm" else submit_to_kubernetes(job)

@@ -215,3 +215,8 @@ def submit_to_kubernetes(job: Submission) -> int:
     """
     otherwise = "see the manifest with --dry-run, and create it elsewhere"
     return hand_over(manifest(job), ["kubectl", "create", "-f", "-"], job.dry_run, otherwise)
+
+
+def submit_job(job: Submission) -> int:
+    """Hand a job to its scheduler, or print it with `--dry-run`; return the exit code."""
+    return submit_to_slurm(job) if job.to == "slurm" else submit_to_kubernetes(job)
