@@ -109,36 +109,40 @@ def can_tell_stores() -> bool:
     return is_store(("127.0.0.1", own.port), 10.0)
 
 
-def forward_collectives(model: DistributedDataParallel) -> None:
-    """Run the collectives of DDP's next forward now, so that a rank without a forward takes part in them.
+def register_comm_hook(model: DistributedDataParallel, state: object, hook: Callable[..., Any]) -> bool:
+    """Register a DDP communication hook; return False if the module has one already.
 
-    They are the broadcast of a new bucket order (once, after the first reduction) and of the buffers (in the first
-    forward after a reduction). The forwards that follow, under `no_sync`, then run none.
+    Not by the method of that name: it keeps the state in the module's attributes, and so in its copies and pickles.
     """
-    model.reducer._rebuild_buckets()
+    if getattr(model, "_comm_hooks", None):
+        return False
+    try:
+        dist._register_comm_hook(model.reducer, state, hook)  # type: ignore[attr-defined]  # not in torch's stubs
+    except RuntimeError:  # a built-in one, which leaves no trace in Python
+        return False
+    return True
+
+
+def broadcast_buffers(model: DistributedDataParallel) -> None:
+    """Run the broadcast of buffers that DDP runs in a forward, if the module has any to broadcast."""
+    model.require_forward_param_sync = True
     if model.will_sync_module_buffers():
         model._sync_buffers()
-    model.require_forward_param_sync = False
 
 
-def no_forward_collectives(model: DistributedDataParallel) -> None:
-    """Have the next forward not synchronise buffers, which are equal on all ranks already."""
-    model.require_forward_param_sync = False
+def order_buckets(model: DistributedDataParallel) -> None:
+    """Run the broadcast of a new bucket order that DDP runs in the forward after its first reduction."""
+    model.reducer._rebuild_buckets()
 
 
-def forward_collectives_due(model: DistributedDataParallel) -> None:
-    """Let the next forward synchronise buffers again, as after a backward that reduced."""
-    model.require_forward_param_sync = True
+def disarm(model: DistributedDataParallel) -> None:
+    """Have the next backward reduce nothing, though a forward prepared DDP for it. Forgets the order of buckets."""
+    model.reducer._reset_state()
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """Return the module inside of DDP, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def comm_hooks(model: DistributedDataParallel) -> list[Any]:
-    """The communication hooks registered on a DDP module."""
-    return [hook for hook, _ in getattr(model, "_comm_hooks", [])]
 
 
 def seed_cpu_generator(seed: int) -> None:

@@ -69,6 +69,10 @@ class RunningStatistics:
             for layer in list(swapped):  # a forward that KeyboardInterrupt left
                 _put_back(swapped, layer)
 
+    def moved(self) -> bool:
+        """Return whether a layer has run on this rank since the recording began."""
+        return any(self._records)
+
     def replay(self, micro_batches: int, room: Room) -> None:
         """Move the running statistics by what all ranks recorded. All ranks call it.
 

@@ -1,16 +1,15 @@
-"""How gradients and small numbers are summed over the ranks."""
+"""Sum and average gradients and small numbers over the ranks."""
 
-# No `from __future__ import annotations`: DDP reads the hook's annotations as objects.
+from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ..compat import GradBucket, all_gather_single, all_to_all_single, compares_calls
+from ..compat import all_gather_single, all_to_all_single, compares_calls
 
 # Gloo's all-gather hands tensors on from rank to rank, in two messages each; its all-to-all sends as many bytes, but
 # straight and in one. With a local sum it also beats the all-reduce as long as a rank's bytes, and all ranks' together,
@@ -19,24 +18,8 @@ from ..compat import GradBucket, all_gather_single, all_to_all_single, compares_
 SHORT_BYTES = 2**19
 SHORT_BYTES_OF_ALL = 2**21
 
+PART_BYTES = 2**25  # of gradients that are copied into one tensor
 YIELDS = 400  # before a rank that waits for a small exchange goes to sleep; about a microsecond each
-
-
-def sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """A DDP communication hook that sums a bucket over the ranks, where DDP's own path averages.
-
-    One collective a bucket: an exchange of the ranks' copies where that is the faster one, else an all-reduce; the
-    bucket's bytes either way. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
-    """
-    buffer = bucket.buffer()
-    if not bucket.is_last() and not gathers(buffer.numel(), buffer, group):
-        work = dist.all_reduce(buffer, group=group, async_op=True)
-        return work.get_future().then(lambda done: done.value()[0])
-    # Waiting here costs less than a callback. The last bucket has no backward left to overlap with, and small ones are
-    # sooner sent than overlapped.
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(sum_over_ranks(buffer, group))
-    return future
 
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -45,6 +28,24 @@ def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
         return copies_of_ranks(tensor, group).sum(0)  # in rank order, the same bits on every rank
     dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def mean_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Return the mean of a tensor over the ranks, perhaps in place; one collective of its bytes. All ranks call it.
+
+    As DDP does, a large tensor is divided before the sum, so that float16 does not overflow.
+    """
+    if gathers(tensor.numel(), tensor, group):
+        return copies_of_ranks(tensor, group).mean(0)
+    dist.all_reduce(tensor.div_(_size(group)), group=group)
+    return tensor
+
+
+def mean_later(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.futures.Future[torch.Tensor]:
+    """Start to average a tensor over the ranks, in place; return its future. All ranks call it."""
+    work = dist.all_reduce(tensor.div_(_size(group)), group=group, async_op=True)
+    assert work is not None, "this rank is in the group"
+    return work.get_future().then(lambda _: tensor)
 
 
 def parts_of_sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -60,6 +61,8 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     One collective of a rank's bytes to each other: an all-gather, for short tensors on the CPU as an all-to-all.
     """
     ranks = _size(group)
+    if tensor.is_complex():  # Gloo has no complex numbers
+        return torch.view_as_complex(copies_of_ranks(torch.view_as_real(tensor.resolve_conj()), group))
     if tensor.dim() != 1:
         return copies_of_ranks(tensor.reshape(-1), group).view(ranks, *tensor.shape)
     short = tensor.is_cpu and tensor.numel() * tensor.element_size() <= SHORT_BYTES
@@ -96,6 +99,8 @@ def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], gro
     Gloo's own all-to-all and all-gather take longer, the first above all over a slow link (benchmarks/strict.py). This
     rank's own are left alone. All ranks call it, with sizes that agree.
     """
+    if sent[0].is_complex():
+        sent, received = [torch.view_as_real(one) for one in sent], [torch.view_as_real(one) for one in received]
     rank, world_size = dist.get_rank(group), len(sent)
     operations = []
     for distance in range(1, world_size):
@@ -108,43 +113,67 @@ def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], gro
             work.wait()
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """Sum the gradients over the ranks, in place, where DDP's backward did not: not every rank ran one.
+def reduce_gradients(parameters: Iterable[torch.Tensor], group: dist.ProcessGroup | None, average: bool) -> None:
+    """Average the gradients over the ranks, or sum them, in place.
 
-    One collective for each pair of dtype and device, of the gradients' bytes and a number for each parameter, which
-    says whether any rank has a gradient: one that none has stays None. All ranks call it.
+    Collectives: for each dtype and device, and for each 32 MiB of it, one of the gradients' bytes and of one number a
+    parameter, which says whether any rank has a gradient. A parameter without one on every rank keeps None. All ranks
+    call it, with the same parameters.
+
+    Raises:
+        TypeError: a gradient is sparse.
     """
 
-    def kind(parameter: nn.Parameter) -> tuple[str, str]:
+    def kind(parameter: torch.Tensor) -> tuple[str, str]:
         return str(parameter.dtype), str(parameter.device)
 
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    for _, members in itertools.groupby(sorted(trained, key=kind), key=kind):
-        _sum_flat(list(members), group)
+    listed = list(parameters)
+    first = kind(listed[0]) if listed else ("", "")
+    if any(kind(parameter) != first for parameter in listed):
+        listed.sort(key=kind)
+    for _, members in itertools.groupby(listed, key=kind):
+        for part in _parts(members):
+            _reduce_flat(part, group, average)
 
 
-def _sum_flat(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+def _parts(parameters: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Cut parameters into runs whose copies are not large."""
+    part: list[torch.Tensor] = []
+    size = 0
     for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+        if part and size + parameter.nbytes > PART_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(parameter)
+        size += parameter.nbytes
+    if part:
+        yield part
+
+
+def _reduce_flat(parameters: list[torch.Tensor], group: dist.ProcessGroup | None, average: bool) -> None:
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
             raise TypeError(
-                f"a parameter of shape {tuple(parameter.shape)} has a {parameter.grad.layout} gradient, which cannot "
-                f"be reduced in a step that leaves a rank without a micro-batch: use sparse=False, or drop_last=True"
+                f"a parameter of shape {tuple(parameter.shape)} has a {gradient.layout} gradient, which cannot "
+                f"be reduced after the last backward: use sparse=False"
             )
-    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-    flat = torch.cat(
-        [present.to(parameters[0])]
-        + [
-            parameter.grad.reshape(-1) if parameter.grad is not None else parameter.new_zeros(parameter.numel())
-            for parameter in parameters
-        ]
-    )
-    total = sum_over_ranks(flat, group)
-    exists, *sums = total.split([len(parameters)] + [parameter.numel() for parameter in parameters])
-    for parameter, some, values in zip(parameters, exists.tolist(), sums, strict=True):
-        if some and parameter.grad is not None:
-            parameter.grad.copy_(values.view_as(parameter))
-        elif some:
-            parameter.grad = values.view_as(parameter).clone(memory_format=torch.preserve_format)
+    present = torch.tensor([float(gradient is not None) for gradient in gradients])
+    pieces = [
+        parameter.new_zeros(parameter.numel()) if gradient is None else gradient.reshape(-1)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]
+    flat = torch.cat([present.to(pieces[0]), *pieces])
+    total = mean_over_ranks(flat, group) if average else sum_over_ranks(flat, group)
+    exists, *values = total.split([len(parameters), *(piece.numel() for piece in pieces)])
+    own = [gradient for gradient in gradients if gradient is not None]
+    if own:
+        ours = [value for value, gradient in zip(values, gradients, strict=True) if gradient is not None]
+        torch._foreach_copy_(own, [value.view(gradient.shape) for value, gradient in zip(ours, own, strict=True)])
+    if len(own) < len(parameters):
+        for parameter, some, value in zip(parameters, exists.tolist(), values, strict=True):
+            if some and parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter).copy_(value.view_as(parameter))
 
 
 def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> bool:

@@ -170,7 +170,7 @@ class Loader:
         for number in range(start_step, len(self)):
             shares = _shares(plan.micro_batches_in(number), world_size)
             size = shares[rank]
-            step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number))
+            step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number), plan)
             step.on_end = functools.partial(reach, epoch, number + 1)
             yield step
             mark_progress()

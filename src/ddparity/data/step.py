@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -13,15 +14,20 @@ from .rng import seed_streams
 class LoadedMicroBatch:
     """A micro-batch as a training step sees it.
 
-    `data`: what the collate function made. `weight`: its part of the step's mean loss. `index`: its number in the
-    step, over all ranks, or in the list of batches that it came from. `seed`: keys its random streams; None: it has
-    none of its own.
+    `data`: what the collate function made. `weight`: what its mean loss is multiplied by before `backward`. `index`:
+    its number in the step, over all ranks, or in the list of batches that it came from. `seed`: keys its random
+    streams; None: it has none of its own. `share`: its part of the step's units; these sum to one over all ranks.
     """
 
     data: Any
     weight: float
     index: int
     seed: int | None = None
+    share: float = math.nan
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.share):
+            self.share = self.weight
 
 
 class Step(Sequence[LoadedMicroBatch]):
@@ -31,7 +37,7 @@ class Step(Sequence[LoadedMicroBatch]):
     on any rank and with any number of workers.
 
     `number`, `epoch`: the step's. `shares`: how many micro-batches each rank has. `seed`: keys the random streams
-    after the step.
+    after the step. `plan`: what cuts the data set into steps.
     """
 
     def __init__(
@@ -42,11 +48,13 @@ class Step(Sequence[LoadedMicroBatch]):
         load_next: Callable[[], LoadedMicroBatch],
         shares: tuple[int, ...],
         seed: int,
+        plan: object = None,
     ) -> None:
         self.epoch = epoch
         self.number = number
         self.shares = shares
         self.seed = seed
+        self.plan = plan
         self._size = size
         self._load_next = load_next
         self._loaded: list[LoadedMicroBatch] = []

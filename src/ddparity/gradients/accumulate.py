@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers, synchronises
-from ..comm.allreduce import copies_of_ranks, sum_gradients
+from ..batchnorm import shared_layers, synchronises
+from ..comm.allreduce import copies_of_ranks
 from ..comm.trees import to_device
-from ..compat import forward_collectives, forward_collectives_due, no_forward_collectives
+from ..compat import uncompiled
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
-from .replicate import Terms, averages, terms_of
-from .strict import StrictReduction, deterministic
+from ..runtime.agreement import agreed
+from .replica import Replica, replica_of
+from .window import Window
 
 logger = logging.getLogger(__name__)
 
 
 def accumulate(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     batches: Iterable[Any],
     count: Callable[[Any], float] | None = None,
     equal_counts: bool = False,
+    skipped: Literal["zero", "drop"] = "zero",
 ) -> Iterator[LoadedMicroBatch]:
-    """Yield the micro-batches of one optimizer step; the gradients are reduced once, in the backward of the last.
+    """Yield the micro-batches of one optimizer step; reduce the gradients once, whatever the loop does.
 
     Multiply the mean loss of each micro-batch by its `.weight` before `backward`. The gradient after the loop is then
     that of the mean loss over the whole global batch, on every rank, however micro-batches are sized and spread:
 
         sum over micro-batches i of (units_i / units) * d(mean loss_i)  =  d(sum of all units' losses / units)
+
+    `.share` is units_i / units; the shares of a step sum to one over all ranks. `.weight` is the share times the number
+    of ranks where gradients are averaged over them, as DDP does. It is the share itself where they are summed: in the
+    strict mode, in a step that leaves a rank without a micro-batch, with `skipped="drop"`, and in a world of one.
+
+    The loop may do more than one forward and one backward: a forward without a backward, several backwards, gradients
+    set by hand (`torch.autograd.grad`), a `continue`. Call `optimizer.step()` after the loop.
 
     With a `Step`, Python's, NumPy's and torch's streams are set to each micro-batch's key, and after the last to the
     step's, the same on every rank.
@@ -47,21 +56,27 @@ def accumulate(
     the `Step`; foreign batches in rank order, as if one process ran rank 0's, then rank 1's.
 
     Args:
-        model: what `replicate` gave, any DistributedDataParallel, or a plain module in a world of one. A DDP that
-            averages over ranks gets weights larger by the world size; otherwise they sum to one over all ranks.
+        model: what `replicate` returned, any DistributedDataParallel, or a plain module in a world of one; or a list of
+            these, whose gradients the loop's losses give together (a generator and a discriminator). Another replicated
+            model that a loss runs is reduced after the loop, too.
         batches: a step of a `Loader`, or any batches, whose number may differ between ranks.
         count: units (samples, unmasked tokens) that the mean loss of a batch's data is over; None: for a `Step` the
             plan's samples, else the first dimension of the first tensor. Batches without units are left out: their
             mean loss is undefined.
-        equal_counts: a promise that every rank passes the same number of batches, all with the same count.
+        equal_counts: a promise that every rank passes the same number of batches, all with the same count. The ranks
+            compare their numbers of batches in the model's first step.
+        skipped: what a micro-batch counts whose loop body ran no backward: "zero", a gradient of zero; "drop", nothing:
+            the other weights are scaled up so that they sum to one.
 
     Yields:
-        Micro-batches with `.data` (on the model's device), `.weight` and `.index`.
+        Micro-batches with `.data` (on the model's device), `.weight`, `.share` and `.index`.
 
-    Collectives: the gradients once, in DDP's buckets, overlapped with the last backward, or in one flat collective
-    where a rank has no micro-batch; strict: those of `StrictReduction`. For running statistics one small exchange,
-    see `RunningStatistics`. For foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch;
-    none with `equal_counts`. Every rank must call it and run a backward for each micro-batch.
+    Collectives: the gradients once: for a model of several buckets DDP's, overlapped with the last backward, and one of
+    16 bytes; else, and where a rank has no micro-batch or several models are given, flat after the loop, at most 32 MiB
+    in one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
+    foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
+    Where this process has replicated several models, one of 128 bytes. In some steps (`replicate(check_every=…)`) one
+    of 8 bytes a parameter. In the first step of an epoch, requests to the group's store. Every rank must run the loop.
 
     Raises:
         TypeError: a plain module in a world of several processes, a batch whose units cannot be counted, or in strict
@@ -69,7 +84,10 @@ def accumulate(
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
             not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches,
             or a `Step` is shared among another number of ranks than the model, or the model is strict and compiled with
-            batch norms inside.
+            batch norms inside, or models of one list differ in reduction or ranks, or ranks differ in their plan, step,
+            arguments or model.
+        RuntimeError: another loop over this model is not finished, or parameters have changed inside of the loop.
+        DDParityError: the ranks' parameters differ.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -78,144 +96,157 @@ def accumulate(
         >>> model.weight.grad
         tensor([[1., 1.]])
     """
-    if isinstance(model, DistributedDataParallel):
-        replicated, group = model, model.process_group
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    if skipped not in ("zero", "drop"):
+        raise ValueError(f'accumulate(skipped={skipped!r}) is unknown: use "zero" or "drop"')
+    if not models:
+        raise ValueError("accumulate() got an empty list of models")
+    for one in models:
+        _check_replicated(one)
+    return _accumulate(models, batches, count, equal_counts, skipped == "drop")
+
+
+def _check_replicated(model: nn.Module) -> None:
+    inner = uncompiled(model)
+    if isinstance(inner, DistributedDataParallel):
+        nested = [name for name, one in inner.module.named_modules() if isinstance(one, DistributedDataParallel)]
+        if nested:
+            raise TypeError(
+                f"accumulate() got a DistributedDataParallel that holds another one, {nested[0]}: replicate the whole "
+                f"module once, with plain modules inside (for a DDP module, its .module)"
+            )
     elif dist.is_initialized() and dist.get_world_size() > 1:
         raise TypeError(
             f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
             f"gradients nobody would reduce: wrap the model in ddparity.replicate(model) first"
         )
-    else:
-        replicated, group = None, None
-    return _accumulate(model, replicated, group, batches, count, equal_counts)
 
 
 def _accumulate(
-    model: nn.Module,
-    replicated: DistributedDataParallel | None,
-    group: dist.ProcessGroup | None,
+    models: list[nn.Module],
     batches: Iterable[Any],
     count: Callable[[Any], float] | None,
     equal_counts: bool,
+    drops: bool,
 ) -> Iterator[LoadedMicroBatch]:
-    micros: Iterator[LoadedMicroBatch]
-    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if replicated is not None else (0, 1)
-    device = next((parameter.device for parameter in model.parameters()), None)
+    replicas = [replica_of(model) for model in models]
+    group = _common_group(replicas)
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    device = next((parameter.device for parameter in models[0].parameters()), None)
     step = batches if isinstance(batches, Step) else None
-    # How many micro-batches each rank has.
+    if step is not None and len(step.shares) != world_size:
+        raise ValueError(
+            f"accumulate(): this step is shared among {len(step.shares)} ranks, but the model's process group has "
+            f"{world_size}: a Loader shares a step among all ranks, so replicate the model over all of them"
+        )
+    if equal_counts:
+        batches = list(batches) if step is None else batches
+    _agree(models, replicas, step, len(batches) if equal_counts else None, count is not None, group)  # type: ignore[arg-type]  # listed above
+    micros: Iterator[LoadedMicroBatch]
     if step is not None and count is None:
         numbers = step.shares
-        if len(numbers) != world_size:
-            raise ValueError(
-                f"accumulate(): this step is shared among {len(numbers)} ranks, but the model's process group has "
-                f"{world_size}: a Loader shares a step among all ranks, so replicate the model over all of them"
-            )
         micros = map(step.load, range(numbers[rank]))
     else:
-        weighted, numbers = _weighted(batches, count or first_dimension, replicated, device, equal_counts)
+        weighted, numbers = _weighted(batches, count or first_dimension, group, device, equal_counts)
         micros = iter(weighted)
-    size = numbers[rank]
-    terms = terms_of(model)
-    strict = terms is not None and terms.reduction == "strict"
-    # Reduced after the loop, and not in the last backward.
-    after = replicated is not None and (strict or 0 in numbers)
-    _check_shares(model, replicated, numbers, size, after)
-    # DDP's own path divides by the world size; our sums do not.
-    scale = world_size if replicated is not None and not after and averages(replicated) else 1
-    target = device if device is not None and device.type != "cpu" else None
+    _check_shares(models, replicas, numbers, numbers[rank])
 
-    statistics = _statistics(model, terms, group)
+    window = Window(models, replicas, numbers, rank, drops)
     position = -1
-    with ExitStack() as window:
-        were_equal = stay_equal = False
-        if replicated is not None and terms is not None:
-            were_equal, terms.buffers_equal = terms.buffers_equal, False  # until the step is over
-            stay_equal = equal_buffers(replicated.module, statistics is not None)
-        if replicated is not None and (after or stay_equal):
-            window.callback(forward_collectives_due, replicated)
-            if were_equal and stay_equal:
-                no_forward_collectives(replicated)
-        if replicated is not None and after:
-            forward_collectives(replicated)
-        gradients = None
-        if strict:
-            named = replicated.module.named_parameters() if replicated is not None else model.named_parameters()
-            gradients = StrictReduction(named, numbers, rank, group)
-            window.enter_context(deterministic(device))
-        if statistics:
-            window.enter_context(statistics.recording())
+    with window.opened(device):
         try:
             for position, micro in enumerate(micros):
+                window.begin(last=position == numbers[rank] - 1)
                 if micro.seed is not None:
                     seed_streams(micro.seed)
-                if target is not None or scale != 1:
-                    data = to_device(micro.data, target) if target is not None else micro.data
-                    micro = LoadedMicroBatch(data, micro.weight * scale, micro.index, micro.seed)
-                if replicated is None or (position == size - 1 and not after):
-                    yield micro
-                else:
-                    with replicated.no_sync():
-                        yield micro
-                if gradients is not None:
-                    gradients.take()
+                data = micro.data if device is None or device.type == "cpu" else to_device(micro.data, device)
+                yield LoadedMicroBatch(data, micro.share * window.scale, micro.index, micro.seed, micro.share)
+                window.take(micro.index, micro.share)
         except GeneratorExit:
-            if after or strict or position < size - 1:
-                lost = "gradients are not reduced"
-            elif statistics:
-                lost = "running statistics have not moved"
-            else:
-                raise
-            logger.warning("left accumulate() in micro-batch %d of %d: %s", position + 1, size, lost)
+            if group is not None or window.waits or position < numbers[rank] - 1:
+                logger.warning(
+                    "left accumulate() in micro-batch %d of %d: gradients are not reduced", position + 1, numbers[rank]
+                )
             raise
-        if gradients is not None:
-            gradients.finish()
-        elif replicated is not None and after:
-            sum_gradients(replicated.module.parameters(), group)
-        if statistics and terms is not None:
-            statistics.replay(max(numbers), terms.room)
-        if terms is not None:
-            terms.buffers_equal = stay_equal
-        if step is not None:
-            seed_streams(step.seed)
-            step.end()
+        window.finish()
+    if step is not None:
+        seed_streams(step.seed)
+        step.end()
+
+
+def _common_group(replicas: Sequence[Replica | None]) -> dist.ProcessGroup | None:
+    """Return the process group of all models of a step; None in a world of one."""
+    given = [replica for replica in replicas if replica is not None]
+    ranks = {None if one.group is None else tuple(dist.get_process_group_ranks(one.group)) for one in given}
+    kinds = sorted({one.reduction for one in given} | ({"fast"} if len(given) < len(replicas) else set()))
+    if len(ranks) > 1 or len(kinds) > 1:
+        what = f"reductions ({' and '.join(kinds)})" if len(kinds) > 1 else "process groups"
+        raise ValueError(
+            f"accumulate() got models of different {what}: replicate the models of one loop with the same arguments"
+        )
+    return given[0].group if given else None
+
+
+def _agree(
+    models: Sequence[nn.Module],
+    replicas: Sequence[Replica | None],
+    step: Step | None,
+    batches: int | None,
+    counted: bool,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Compare with the other ranks, once an epoch, what a step depends on."""
+    replica = replicas[0]
+    if group is None or replica is None:
+        return
+    about = None if step is None else (step.plan, step.epoch)
+    key = (about, batches is None, counted)
+    if replica.agreed == key:
+        return
+    replica.agreed = key
+    values: dict[str, object] = {
+        "the number of models given to accumulate()": len(models),
+        "accumulate(count=…), given or not": counted,
+        "the batches with accumulate(equal_counts=True)": batches,
+        "the number of trained parameters": sum(map(_trained_numel, models)),
+        "the number of synchronised batch norms in training": sum(map(_shared_in_training, models)),
+    }
+    if step is None:
+        values["the kind of batches"] = "foreign batches"
+    else:
+        values |= {"the kind of batches": "a Loader's step", "the epoch": step.epoch, "the step": step.number}
+        if dataclasses.is_dataclass(step.plan):
+            for field in dataclasses.fields(step.plan):
+                values[f"the plan's {field.name}"] = repr(getattr(step.plan, field.name))
+    with agreed("accumulate()", group) as agreement:
+        assert agreement is not None, "a group of several ranks"
+        agreement.all_same(values)
+
+
+def _shared_in_training(model: nn.Module) -> int:
+    return sum(layer.training for _, layer in shared_layers(model))
+
+
+def _trained_numel(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _check_shares(
-    model: nn.Module, replicated: DistributedDataParallel | None, numbers: Sequence[int], size: int, after: bool
+    models: Sequence[nn.Module], replicas: Sequence[Replica | None], numbers: Sequence[int], size: int
 ) -> None:
-    """Refuse what cannot run these numbers of micro-batches; every rank with a model of this kind does."""
-    if replicated is not None and replicated.static_graph and (size > 1 or after):
+    """Refuse what cannot run these numbers of micro-batches; every rank with models of this kind does."""
+    static = [one for one in replicas if one is not None and one.ddp is not None and one.ddp.static_graph]
+    if static and (size > 1 or 0 in numbers):
         raise ValueError(
             f"accumulate() got {size} micro-batches for a DDP module with static_graph=True, whose backwards must "
             f"all reduce: leave static_graph out, or give each rank one micro-batch a step"
         )
-    if len(set(numbers)) > 1 and synchronises(model):
+    if len(set(numbers)) > 1 and any(map(synchronises, models)):
         raise ValueError(
             f"accumulate(): this rank has {size} micro-batches in this step and others have more or fewer, but the "
             f"model has synchronised batch norms, which every rank must run equally often: give each rank as many "
             f"micro-batches (a BatchPlan's short last step is left out with drop_last=True)"
         )
-
-
-def _statistics(model: nn.Module, terms: Terms | None, group: dist.ProcessGroup | None) -> RunningStatistics | None:
-    """What keeps the running statistics in this step; None where every forward moves them itself."""
-    if terms is None or terms.batchnorm_statistics == "rank0":
-        return None
-    statistics = RunningStatistics(model, group)
-    if not statistics.layers:
-        return None
-    if compiled_layers(model):
-        problem = "the model is compiled, and a batch norm inside of a graph does not tell a batch's statistics"
-        if terms.reduction == "strict":
-            raise ValueError(
-                f"accumulate(): {problem}: compile parts without batch norms, or take rank 0's running statistics, by "
-                f'replicate(model, reduction="strict", batchnorm_statistics="rank0")'
-            )
-        if dist.get_rank(group) == 0:
-            logger.warning("%s: its running statistics are rank 0's", problem)
-        terms.batchnorm_statistics = "rank0"  # on every rank alike
-        return None
-    return statistics
 
 
 def _listed(batches: Iterable[Any]) -> list[LoadedMicroBatch]:
@@ -227,12 +258,12 @@ def _listed(batches: Iterable[Any]) -> list[LoadedMicroBatch]:
 def _weighted(
     batches: Iterable[Any],
     count: Callable[[Any], float],
-    replicated: DistributedDataParallel | None,
+    group: dist.ProcessGroup | None,
     device: torch.device | None,
     equal_counts: bool,
 ) -> tuple[list[LoadedMicroBatch], tuple[int, ...]]:
     """The micro-batches that have units, weighted over all ranks; how many of these each rank has."""
-    world_size = dist.get_world_size(replicated.process_group) if replicated is not None else 1
+    world_size = dist.get_world_size(group) if group is not None else 1
     if equal_counts:
         micros = _listed(batches)
         if not micros:
@@ -249,9 +280,9 @@ def _weighted(
     except Exception as error:
         problem, own = error, [float("nan"), 0.0]
     everyones = [own]
-    if replicated is not None:
+    if group is not None:
         mine = torch.tensor(own, dtype=torch.float64, device=device)
-        everyones = copies_of_ranks(mine, replicated.process_group).tolist()
+        everyones = copies_of_ranks(mine, group).tolist()
     if problem is not None:
         raise problem
     units = math.fsum(units for units, _ in everyones)

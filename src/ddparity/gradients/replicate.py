@@ -3,59 +3,46 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+import operator
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..batchnorm import Room, shared_layers
-from ..comm.allreduce import sum_hook
-from ..compat import comm_hooks
+from ..batchnorm import shared_layers
+from ..compat import uncompiled
 from ..runtime.agreement import agreed
+from .replica import CHECK_EVERY, Reduction, Statistics, asked, forget
 from .strict import sparse_refusal
 
 logger = logging.getLogger(__name__)
-
-Reduction = Literal["fast", "strict"]
-Statistics = Literal["all", "rank0"]
-
-_TERMS = "_ddparity_terms"
-
-
-@dataclass
-class Terms:
-    """What `replicate` was asked for, kept on what it returned. `room`: see `RunningStatistics`.
-
-    `buffers_equal`: the construction, or the last step in `accumulate`, left the same buffers on all ranks.
-    """
-
-    reduction: Reduction = "fast"
-    batchnorm_statistics: Statistics = "all"
-    room: Room = field(default_factory=Room)
-    buffers_equal: bool = True
 
 
 def replicate(
     model: nn.Module,
     reduction: Reduction = "fast",
     batchnorm_statistics: Statistics = "all",
+    check_every: int = CHECK_EVERY,
     **ddp_options: Any,
 ) -> DistributedDataParallel | nn.Module:
-    """Wrap a model in torch's DistributedDataParallel so that gradients are summed over the ranks, not averaged.
+    """Wrap a model in torch's DistributedDataParallel, for the steps of `accumulate`.
 
-    With losses weighted by `accumulate`, whose weights sum to one over all ranks, the gradients after a step are those
-    of the global batch's mean loss. In a world of one, with or without a process group, returns the model itself.
+    With losses weighted by `accumulate` the gradients after a step are those of the global batch's mean loss. Outside
+    of `accumulate` the model is plain DDP, which averages gradients over the ranks in every backward. In a world of
+    one, with or without a process group, return the model itself.
 
     Args:
         model: on its device, the same parameters' shapes on every rank; rank 0's values are broadcast.
-        reduction: "fast", DDP's own overlapped reduction. "strict", in `accumulate`: gradients are summed along one
-            binary tree over the step's micro-batches, so that parameters, optimizer state and buffers have the same
-            bits on any number of processes, given the hardware, the torch version and the intra-op threads a process.
+        reduction: "fast", one average of the gradients a step; a large model's is overlapped with the last backward.
+            "strict", in `accumulate`: gradients are summed along one binary tree over the step's micro-batches, so that
+            parameters, optimizer state and buffers have the same bits on any number of processes, given the hardware,
+            the torch version and the intra-op threads a process.
         batchnorm_statistics: whose batches move the running statistics of plain batch norms, in `accumulate`: "all"
             micro-batches', in their order, as in one process; "rank0": rank 0's, as in DDP (`broadcast_buffers`).
+        check_every: compare the ranks' parameters after every so many steps of `accumulate`, and after the first,
+            second, fourth, eighth, …; 0: never.
         ddp_options: of DistributedDataParallel: `find_unused_parameters`, `static_graph`, `process_group`, …
 
     Collectives: DDP's: at construction the parameters and buffers; a step the gradients once, and the buffers once in
@@ -81,23 +68,43 @@ def replicate(
         raise TypeError(f"replicate() got a {type(model).__name__}: give a torch.nn.Module")
     if isinstance(model, DistributedDataParallel):
         raise TypeError("replicate() got a DistributedDataParallel: give the module inside, model.module")
+    nested = [name for name, module in model.named_modules() if isinstance(module, DistributedDataParallel)]
+    if nested:
+        raise TypeError(
+            f"replicate() got a module that holds a DistributedDataParallel, {nested[0]}: replicate the whole module "
+            f"once, with plain modules inside (for a DDP module, its .module)"
+        )
+    words = (reduction, batchnorm_statistics, operator.index(check_every))
+    _agree(model, words, ddp_options.get("process_group"))
     if reduction == "strict":
         _check_strict(model, ddp_options)
     if not dist.is_initialized() or dist.get_world_size(ddp_options.get("process_group")) == 1:
         # The user's own object goes back: a note on it tells `accumulate` what to do. Of words alone, so that a pickle
         # of the model needs no ddparity.
-        model.__dict__.pop(_TERMS, None)
+        forget(uncompiled(model))
         if reduction == "strict":
-            model.__dict__[_TERMS] = (reduction, batchnorm_statistics)
+            asked(uncompiled(model), words, equal=True)
         return model
     device = next((parameter.device for parameter in model.parameters()), None)
     if device is not None and device.type == "cuda":
         ddp_options.setdefault("device_ids", [device])
     replicated = DistributedDataParallel(model, **ddp_options)
-    replicated.register_comm_hook(replicated.process_group, sum_hook)
-    terms = Terms(reduction, batchnorm_statistics, buffers_equal=ddp_options.get("init_sync", True))
-    replicated.__dict__[_TERMS] = terms
+    asked(replicated, words, equal=ddp_options.get("init_sync", True))
     return replicated
+
+
+def _agree(model: nn.Module, words: tuple[Reduction, Statistics, int], group: dist.ProcessGroup | None) -> None:
+    """Compare what the ranks ask for, before DDP's collectives would hang where it differs."""
+    with agreed("replicate()", group) as agreement:
+        if agreement is not None:
+            agreement.all_same(
+                {
+                    "replicate(reduction=…)": words[0],
+                    "replicate(batchnorm_statistics=…)": words[1],
+                    "replicate(check_every=…)": words[2],
+                    "the number of synchronised batch norms": len(shared_layers(model)),
+                }
+            )
 
 
 def _check_strict(model: nn.Module, ddp_options: dict[str, Any]) -> None:
@@ -122,15 +129,3 @@ def _check_strict(model: nn.Module, ddp_options: dict[str, Any]) -> None:
         if agreement is not None:
             agreement.same("the number of intra-op threads (OMP_NUM_THREADS, torch.set_num_threads)", threads)
     logger.info("strict: the bits are those of %d intra-op threads a process, on any number of processes", threads)
-
-
-def terms_of(model: nn.Module) -> Terms | None:
-    """What `replicate` was asked for; None for a module that it did not return, or did in a world of one, "fast"."""
-    asked = model._modules.get("_orig_mod") or model  # inside of torch.compile
-    kept: Terms | tuple[Reduction, Statistics] | None = asked.__dict__.get(_TERMS)
-    return Terms(*kept) if isinstance(kept, tuple) else kept
-
-
-def averages(model: DistributedDataParallel) -> bool:
-    """Whether a DDP module divides its gradients by the world size, as DDP does without `replicate`."""
-    return sum_hook not in comm_hooks(model)

@@ -64,19 +64,29 @@ class StrictReduction:
         self._before = self._taken()
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Take the gradients that the backward of this rank's next micro-batch left."""
-        self._tree.push((0, self._next), self._taken())
+    def take(self) -> bool:
+        """Take the gradients that this rank's next micro-batch left; return whether it left any."""
+        taken = self._taken()
+        self._tree.push((0, self._next), taken)
         self._next += 1
+        return any(gradient is not None for gradient in taken)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Leave the sum over all micro-batches in the parameters' gradients. All ranks call it."""
+    def finish(self, scale: float = 1.0) -> None:
+        """Leave the sum over all micro-batches, times `scale`, in the parameters' gradients. All ranks call it."""
         sums = self._tree.total() if self._group is None else self._exchanged(self._group)
         for parameter, before, value in zip(self._parameters, self._before, sums, strict=True):
+            if value is not None and scale != 1.0:
+                value.mul_(scale)
             if before is not None and value is not None:
                 before.add_(value)
             parameter.grad = value if before is None else before
+
+    def restore(self) -> None:
+        """Put back what the parameters had before, where no rank's micro-batches gave them a gradient."""
+        self._tree.nodes.clear()
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            parameter.grad = before
 
     def _taken(self) -> Gradients:
         gradients: Gradients = []
@@ -184,7 +194,7 @@ def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, al
     padding = out.new_zeros(_ALIGNED_BYTES // out.element_size())
     pieces: list[Tensor] = []
     values = [
-        parameter.new_full((parameter.numel(),), _NOTHING) if gradient is None else gradient.reshape(-1)
+        _nothing(parameter) if gradient is None else gradient.reshape(-1)
         for parameter, gradient in zip(parameters, gradients, strict=True)
     ]
     for value, size in zip([exists.to(out), *values], aligned, strict=True):
@@ -193,6 +203,12 @@ def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, al
             pieces.append(padding[: size - value.numel()])
     torch.cat(pieces, out=out)
     rows[row] = []
+
+
+def _nothing(parameter: nn.Parameter) -> Tensor:
+    """What leaves the bits of any sum as they are, in both parts of complex numbers."""
+    value = complex(_NOTHING, _NOTHING) if parameter.is_complex() else _NOTHING
+    return parameter.new_full((parameter.numel(),), value)
 
 
 def _aligned(size: int, element_size: int) -> int:

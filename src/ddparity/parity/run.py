@@ -25,7 +25,8 @@ from ..data.dataset import sized_length
 from ..data.loader import Loader, check_even_shares
 from ..data.plan import share
 from ..data.step import LoadedMicroBatch, Step
-from ..gradients.replicate import Reduction, replicate
+from ..gradients.replica import Reduction
+from ..gradients.replicate import replicate
 from ..runtime.first import first
 from ..runtime.logging import setup_logging
 from ..runtime.world import World, world
@@ -255,7 +256,7 @@ class _Recorder:
         """The Task's loss of a micro-batch, noted."""
         self._take()
         joined = self._plan.joined > 1
-        parts = micro.data if joined else [(micro.index, micro.weight, *micro.data)]
+        parts = micro.data if joined else [(micro.index, micro.share, *micro.data)]
         notes = [MicroNote(index, samples, digest(data), weight=weight) for index, weight, samples, data in parts]
         data = parts[0][-1]
         if joined:

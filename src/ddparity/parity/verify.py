@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..data.plan import checked_integer
 from ..errors import ParityError
-from ..gradients.replicate import Reduction
+from ..gradients.replica import Reduction
 from ..launcher import launch_forked
 from ..runtime.environment import find_placement
 from ..task.task import Task, check_task, load_task

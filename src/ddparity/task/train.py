@@ -24,7 +24,8 @@ from ..data.loader import Loader, check_even_shares
 from ..data.rng import seed_everything
 from ..data.step import LoadedMicroBatch, Step
 from ..gradients.accumulate import accumulate
-from ..gradients.replicate import Reduction, replicate
+from ..gradients.replica import Reduction
+from ..gradients.replicate import replicate
 from ..inference.predict import Predictor
 from ..inference.reading import read_predictions
 from ..runtime.agreement import agreed
@@ -157,7 +158,7 @@ def backward(
     for micro in accumulate(model, step):
         loss = loss_of(micro)
         (loss * micro.weight).backward()
-        loss_sum, weight_sum = loss_sum + loss.detach() * micro.weight, weight_sum + micro.weight
+        loss_sum, weight_sum = loss_sum + loss.detach() * micro.share, weight_sum + micro.share
     return loss_sum, weight_sum
 
 
