@@ -253,7 +253,7 @@ def test_one_reduction_a_step(micro_batches: int, kind: str, expected: dict[str,
 
 
 def _large_reduction() -> tuple[dict[str, int], float]:
-    model = dp.replicate(nn.Linear(1000, 1000, bias=False), check_every=0)
+    model = dp.replicate(nn.Linear(1000, 1000, bias=False))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for micro in dp.accumulate(model, [torch.ones(1, 1000), torch.ones(3, 1000)], equal_counts=True):
             (model(micro.data).mean() * micro.weight).backward()

@@ -277,7 +277,7 @@ def test_a_module_compiled_afterwards_is_as_strict() -> None:
 
 
 def _between_steps() -> None:
-    """DDP itself is untouched: a loop by hand sums as without strict, also after a step that was left."""
+    """DDP itself is untouched: a loop by hand averages as DDP does, also after a step that was left."""
     model = dp.replicate(mlp(), reduction="strict")
     assert type(model) is nn.parallel.DistributedDataParallel
     x = torch.ones(4, 192)
@@ -292,12 +292,12 @@ def _between_steps() -> None:
         for micro in dp.accumulate(model, [x, x], equal_counts=True):
             (model(micro.data).mean() * micro.weight).backward()
     assert model.require_backward_grad_sync
-    for ours, sums in zip(model.parameters(), by_hand, strict=True):
-        torch.testing.assert_close(ours.grad, sums / 2)
+    for ours, expected in zip(model.parameters(), by_hand, strict=True):
+        torch.testing.assert_close(ours.grad, expected)
     model.zero_grad()
     model(x).mean().backward()
-    for ours, sums in zip(model.parameters(), by_hand, strict=True):
-        assert torch.equal(ours.grad, sums)
+    for ours, expected in zip(model.parameters(), by_hand, strict=True):
+        assert torch.equal(ours.grad, expected)
 
 
 def test_ddp_by_hand_between_steps() -> None:

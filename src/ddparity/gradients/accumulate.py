@@ -21,7 +21,7 @@ from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
 from .replica import Replica, replica_of
-from .window import Window
+from .window import Window, bits_of
 
 logger = logging.getLogger(__name__)
 
@@ -204,11 +204,13 @@ def _agree(
     if replica.agreed == key:
         return
     replica.agreed = key
+    trained = [one for model in models for one in model.parameters() if one.requires_grad]
     values: dict[str, object] = {
         "the number of models given to accumulate()": len(models),
         "accumulate(count=…), given or not": counted,
         "the batches with accumulate(equal_counts=True)": batches,
-        "the number of trained parameters": sum(map(_trained_numel, models)),
+        "the number of trained parameters": sum(parameter.numel() for parameter in trained),
+        "the sum of the parameters' bits": sum(map(bits_of, trained)),
         "the number of synchronised batch norms in training": sum(map(_shared_in_training, models)),
     }
     if step is None:
@@ -225,10 +227,6 @@ def _agree(
 
 def _shared_in_training(model: nn.Module) -> int:
     return sum(layer.training for _, layer in shared_layers(model))
-
-
-def _trained_numel(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _check_shares(

@@ -163,10 +163,8 @@ class Replica:
         self._old = None if probe is None or probe.grad is None else (probe, probe._version, _written(probe.grad))
 
     def compares(self) -> bool:
-        """Whether the ranks compare after this step: the first, second, fourth, … and each `check_every`th."""
-        steps = self._steps
-        early = steps < self.check_every and steps & (steps - 1) == 0
-        return self.check_every > 0 and (early or steps % self.check_every == 0)
+        """Whether the ranks compare their parameters after this step."""
+        return self.check_every > 0 and self._steps % self.check_every == 0
 
     def warn_of_old_gradients(self) -> None:
         """Warn, once, where an optimizer has stepped since the last step and its gradients are still there."""

@@ -41,8 +41,8 @@ def replicate(
             the torch version and the intra-op threads a process.
         batchnorm_statistics: whose batches move the running statistics of plain batch norms, in `accumulate`: "all"
             micro-batches', in their order, as in one process; "rank0": rank 0's, as in DDP (`broadcast_buffers`).
-        check_every: compare the ranks' parameters after every so many steps of `accumulate`, and after the first,
-            second, fourth, eighth, …; 0: never.
+        check_every: compare the ranks' parameters after every so many steps of `accumulate`; 0: never. It compares them
+            at the start of each epoch, too.
         ddp_options: of DistributedDataParallel: `find_unused_parameters`, `static_graph`, `process_group`, …
 
     Collectives: DDP's: at construction the parameters and buffers; a step the gradients once, and the buffers once in

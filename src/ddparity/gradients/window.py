@@ -353,7 +353,7 @@ def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.Pr
     tensors = [(name, one) for name, one in named if one is not None and one.layout == torch.strided]
     if not tensors:
         return
-    sums = torch.stack([_sum_of_bits(one) for _, one in tensors])
+    sums = torch.stack([_bits(one) for _, one in tensors])
     everyones = copies_of_ranks(sums, group)
     different = (everyones != everyones[0]).nonzero().tolist()
     if different:
@@ -364,7 +364,12 @@ def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.Pr
         )
 
 
-def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits_of(tensor: torch.Tensor) -> int:
+    """Return a checksum of a tensor's bits."""
+    return int(_bits(tensor))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
     value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
     return value.contiguous().view(width).sum(dtype=torch.int64)
