@@ -10,7 +10,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from .agreement import Agreement, reaching_store, store_root
-from .roster import roster
+from .members import roster
 
 # The turn of the `first` that this code runs inside of: its key, and the ranks that run at the same time.
 _turn: ContextVar[tuple[str, tuple[int, ...]] | None] = ContextVar("turn", default=None)

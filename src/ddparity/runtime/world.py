@@ -19,8 +19,8 @@ from ..compat import PrefixStore, Store, TCPStore
 from ..errors import RankFailure, RendezvousError
 from .agreement import Agreement, depart, store_root
 from .environment import Placement, find_placement
+from .members import Card, call_roll, own_card, publish, roster
 from .network import find_store, holder, leave_loopback, route_to
-from .roster import Card, call_roll, own_card, publish, roster
 
 _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
 

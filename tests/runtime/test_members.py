@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
-from ddparity.runtime.roster import Card, call_roll, complete, publish
+from ddparity.runtime.members import Card, call_roll, complete, publish
 from tests.ranks import outcomes
 
 SAYS = {
