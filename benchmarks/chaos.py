@@ -184,7 +184,7 @@ class Job:
         if kind == "cut":
             assert self._net is not None
             self._counts["network cuts"] += 1
-            self._net.away(dice.uniform(1.0, 10.0))
+            self._net.cut_for(dice.uniform(1.0, 10.0))
         elif kind == "machine":
             self._counts["machines killed"] += 1
             self._counts["of these the first one, with the store"] += number == 0

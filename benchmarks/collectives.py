@@ -1,10 +1,10 @@
-"""What chooses `SHORT_BYTES` in src/ddparity/comm/allreduce.py, and how the hook waits.
+"""Measure what decides `SHORT_BYTES` in src/ddparity/comm/allreduce.py, and how the hook waits.
 
 python benchmarks/collectives.py [--rounds 15] [--quick]
 
-First: the sum of a buffer over the ranks by Gloo's all-reduce, and by an all-gather or an all-to-all with a local sum
-in rank order, in turn, over sizes and numbers of processes. Second: the whole training step of a small DDP with hooks
-that differ in how they sum and wait. `--quick` only tries that everything runs: it writes nothing.
+The first part sums a buffer over the ranks by Gloo's all-reduce, and by an all-gather or an all-to-all with a local sum
+in rank order, for several sizes and numbers of processes. The second part runs the whole training step of a small DDP
+with hooks that differ in how they sum and wait. `--quick` only checks that everything runs: it writes nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Times = dict[Any, list[float]]
 
 
 def _turns(contenders: dict[Any, Callable[[], Any]], rounds: int, repeats: int) -> Times:
-    """Milliseconds of one call of each contender in each round; the order rotates."""
+    """Return the milliseconds of one call of each contender in each round; the order rotates."""
     times: Times = {name: [] for name in contenders}
     order = list(contenders)
     for call in contenders.values():
@@ -50,14 +50,14 @@ def _turns(contenders: dict[Any, Callable[[], Any]], rounds: int, repeats: int) 
 
 
 def sums(sizes: tuple[int, ...], rounds: int) -> dict[int, Times]:
-    """On each rank: for each number of floats, milliseconds of each way to sum them."""
+    """Return, on each rank, the milliseconds of each way to sum, for each number of floats."""
     torch.set_num_threads(1)
     with dp.world(device="cpu"):
         return {size: _turns(_ways(torch.ones(size)), rounds, 10 if size <= 300_000 else 2) for size in sizes}
 
 
 def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
-    # The sum of zeros stays zero, however often it is taken.
+    # The sum of zeros stays zero, so the buffer can be summed many times.
     buffer.zero_()
 
     def gathered() -> torch.Tensor:
@@ -74,9 +74,9 @@ def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
     return {ALL_REDUCE: lambda: dist.all_reduce(buffer), "all-gather": gathered, "all-to-all": sent}
 
 
-# DDP reads a hook's annotations as objects, and they are words in this file: the hooks go without.
+# DDP reads a hook's annotations as objects, but in this file they are strings: the hooks have none.
 def _gather_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
-    """As `sum_hook`, but does not wait: DDP waits for the future, in which a callback sums."""
+    """Sum as `sum_hook` does, but do not wait: DDP waits for the future, in which a callback sums."""
     buffer: torch.Tensor = bucket.buffer()
     copies = buffer.new_empty(dist.get_world_size(group), *buffer.shape)
     work = all_gather_single(copies.view(-1), buffer, group=group, async_op=True)
@@ -84,7 +84,7 @@ def _gather_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
 
 
 def _reduce_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
-    """An all-reduce at any size."""
+    """Sum by an all-reduce at any size."""
     return dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
@@ -97,7 +97,7 @@ HOOKS: dict[str, Any] = {
 
 
 def hooks(model: str, rounds: int) -> Times:
-    """On each rank: milliseconds of a step with each hook."""
+    """Return, on each rank, the milliseconds of a step with each hook."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with dp.world(device="cpu"):
@@ -121,7 +121,7 @@ def _step(module: nn.Module, hook: Any, x: torch.Tensor, y: torch.Tensor) -> Cal
 
 
 def suggestion(measured: dict[int, dict[int, Times]]) -> str:
-    """For each number of processes, the largest buffer for which the all-to-all takes less time than the all-reduce."""
+    """Return, for each number of processes, the largest buffer that an all-to-all sums faster than an all-reduce."""
     parts = []
     for nproc, sizes in measured.items():
         wins = max((size for size, times in sizes.items() if np.median(_ratios(times, "all-to-all")) < 1), default=0)
@@ -170,7 +170,7 @@ def report(facts: str, measured: dict[int, dict[int, Times]], steps: dict[str, T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="two rounds of few sizes, printed only")
+    parser.add_argument("--quick", action="store_true", help="run two rounds of few sizes, and only print the result")
     options = parser.parse_args()
     sizes, rounds = (SIZES[:3], 2) if options.quick else (SIZES, options.rounds)
     facts = machine()

@@ -1,4 +1,4 @@
-"""Keeps RESULTS.md: each script rewrites its own section and leaves the others alone."""
+"""Write RESULTS.md: each script rewrites its own section and does not change the others."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _HEAD = "# Measured\n\nWritten by the scripts of this folder, each its own secti
 
 
 def write_section(name: str, text: str, path: Path = RESULTS) -> None:
-    """Put `text` between the markers of section `name`, which comes last where the file has none yet."""
+    """Put `text` between the markers of section `name`. If the file has no such section, append it."""
     section = f"<!-- {name} -->\n{text.strip()}\n<!-- /{name} -->"
     whole = path.read_text() if path.exists() else _HEAD
     marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- /{re.escape(name)} -->", re.DOTALL)
     whole, found = marked.subn(lambda _: section, whole)
     if not found:
         whole = f"{whole.rstrip()}\n\n{section}\n"
-    # A reader or an interrupted run never sees half a file.
+    # A reader or an interrupted run must never see half a file.
     draft = path.with_suffix(".tmp")
     draft.write_text(whole)
     draft.replace(path)
 
 
 def machine(*packages: str) -> str:
-    """One line of what the figures depend on; call it before measuring, while the load is that of others."""
+    """Return one line of what the figures depend on. Call it before the measurement, while only others cause load."""
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", *packages))
     load = os.getloadavg()[0]
     return (
@@ -42,12 +42,12 @@ def machine(*packages: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is words, the others are figures."""
+    """Return a Markdown table whose first column is text, and whose others are figures."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The median, and the quartiles behind it."""
+    """Return the median, with the quartiles behind it."""
     low, middle, high = np.percentile(values, [25, 50, 75])
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -1,4 +1,4 @@
-"""How long a small exchange over Gloo takes under the operating system's policies, and by ways of waiting.
+"""Measure how long a small exchange over Gloo takes, with the operating system's policies and ways to wait.
 
 python benchmarks/scheduling.py [--rounds 300] [--nproc 2] [--quick]
 
@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 import ddparity as dp
-from ddparity.comm import allreduce as reduction
+from ddparity.comm import allreduce
 from results import machine, table, write_section
 
-BETWEEN = {  # milliseconds, and whether they sweep the caches
+BETWEEN = {  # milliseconds of work before each exchange, and whether it replaces the caches' content
     (0, False): "nothing in between",
     (1, False): "1 ms of computing",
     (3, False): "3 ms of computing",
@@ -28,18 +28,18 @@ BETWEEN = {  # milliseconds, and whether they sweep the caches
 WAYS = {
     ("SCHED_OTHER", 0): "SCHED_OTHER, waits asleep",
     ("SCHED_BATCH", 0): "SCHED_BATCH, waits asleep",
-    ("SCHED_BATCH", reduction.YIELDS): "SCHED_BATCH, waits awake for a moment: as it is",
+    ("SCHED_BATCH", allreduce.YIELDS): "SCHED_BATCH, waits awake for a moment: as it is",
 }
 
 
 def measure(policy: str, yields: int, rounds: int) -> list[list[float]]:
-    """On each rank: milliseconds of each exchange, for each thing done before it."""
+    """Return, on each rank, the milliseconds of each exchange, for each kind of work before it."""
     torch.set_num_threads(1)
-    reduction.YIELDS = yields
+    allreduce.YIELDS = yields
     own, times = torch.zeros(1025, dtype=torch.float64), []
     copied, copy = torch.zeros(2, 2**21)
     with dp.world(device="cpu"):
-        for thread in os.listdir("/proc/self/task"):  # Gloo's, which have begun under world()'s policy
+        for thread in os.listdir("/proc/self/task"):  # Gloo's threads have started with world()'s policy
             os.sched_setscheduler(int(thread), getattr(os, policy), os.sched_param(0))
         for compute_ms, sweeps in BETWEEN:
             taken = []
@@ -49,10 +49,10 @@ def measure(policy: str, yields: int, rounds: int) -> list[list[float]]:
                     if sweeps:
                         copy.copy_(copied)
                 start = time.perf_counter()
-                reduction.copies_of_ranks(own, dist.group.WORLD)
+                allreduce.copies_of_ranks(own, dist.group.WORLD)
                 taken.append((time.perf_counter() - start) * 1e3)
             times.append(taken[rounds // 10 :])
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # world() restores from here
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # the policy that world() expects when it restores
     return times
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="few rounds, printed only")
+    parser.add_argument("--quick", action="store_true", help="run few rounds, and only print the result")
     options = parser.parse_args()
     facts, rounds = machine(), 20 if options.quick else options.rounds
     measured: dict[tuple[str, int], list[list[float]]] = {way: [[] for _ in BETWEEN] for way in WAYS}

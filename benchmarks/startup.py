@@ -1,9 +1,9 @@
-"""How long a job takes that does nothing: `ddparity run` beside torchrun, from the command to its end.
+"""Measure how long a job takes that does nothing, with `ddparity run` and torchrun, from the command to its end.
 
 python benchmarks/startup.py [--rounds 15]
 
-The script imports torch, joins a group over Gloo, all-reduces one number and leaves. One round starts each contender
-once for 1, 2 and 4 processes, in turns.
+The script imports torch, joins a group over Gloo, all-reduces one number and ends. One round starts each contender once
+for 1, 2 and 4 processes, in turns.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
             for size in SIZES:
                 for name, command in list(CONTENDERS.items())[:: 1 if number % 2 else -1]:
                     took = seconds([*command, str(size), str(script)])
-                    if number:  # the first reads the files from the disk
+                    if number:  # the first round reads the files from the disk
                         measured[name, size].append(took)
     rows = []
     for size in SIZES:

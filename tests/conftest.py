@@ -1,4 +1,4 @@
-"""Every test leaves the process as it was: no process group, variable, child process or changed mode."""
+"""Check that every test leaves the process as it was: no process group, variable or child process is left."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch.distributed as dist
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-# A shell starts what runs in the background with Ctrl-C ignored, which processes that tests interrupt would inherit.
+# A shell makes its background jobs ignore Ctrl-C. Processes that tests start and interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# pytest's own, and what torch sets when its compiler is first imported.
+# Variables of pytest, and those that torch sets at the first import of its compiler.
 _OWN_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # torch's modules hold a million objects, which each collection would look through
+    gc.freeze()  # torch's modules hold a million objects, which each collection would search
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def _leaves_nothing() -> Iterator[None]:
     before = _variables()
     yield
     if psutil.Process().children():
-        gc.collect()  # loaders end their workers when they go
+        gc.collect()  # loaders end their workers when they are freed
     assert not dist.is_initialized(), "the test left a process group"
     assert _variables() == before, "the test left changed environment variables"
     left = [child.cmdline() for child in psutil.Process().children() if _is_alive(child) and not _is_server(child)]
@@ -57,6 +57,6 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _is_server(process: psutil.Process) -> bool:
-    """multiprocessing's own: the fork server and the resource tracker."""
+    """Return True for multiprocessing's own processes: the fork server and the resource tracker."""
     command = " ".join(process.cmdline())
     return "forkserver" in command or "resource_tracker" in command

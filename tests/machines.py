@@ -1,4 +1,4 @@
-"""Machines for tests: `ddparity run` on this one, or in network namespaces that stand for several."""
+"""Start `ddparity run` for tests, on this machine or in network namespaces that stand for several machines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SRC = Path(__file__).parent.parent / "src"
 
 
 class Machine:
-    """One `ddparity run` and all that it started. Its lines, of both streams, are read as they come."""
+    """One `ddparity run` and all processes that it started. A thread reads the lines of both streams."""
 
     def __init__(self, arguments: Sequence[str], namespace: str | None = None, **variables: str) -> None:
         within = ["ip", "netns", "exec", namespace] if namespace is not None else []
@@ -46,7 +46,7 @@ class Machine:
         return "\n".join(self.lines)
 
     def wait_for(self, pattern: str, timeout_s: float = 40.0, start: int = 0) -> re.Match[str]:
-        """The first match in a line from number `start` on; fails with all that was said when it does not come."""
+        """Return the first match in a line from number `start` on; fail with all lines if none appears in time."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while True:
@@ -59,7 +59,7 @@ class Machine:
                 self._changed.wait(min(left, 1.0))
 
     def end(self, timeout_s: float = 60.0) -> int:
-        """The exit code."""
+        """Wait for the end, and return the exit code."""
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -68,23 +68,23 @@ class Machine:
         return code
 
     def family(self) -> list[psutil.Process]:
-        """The launcher and all that it has started; none when it has ended."""
+        """Return the launcher and all processes that it has started; none after its end."""
         with suppress(psutil.NoSuchProcess):
             agent = psutil.Process(self.process.pid)
             return [agent, *agent.children(recursive=True)]
         return []
 
     def ranks(self) -> list[psutil.Process]:
-        """The main processes of the ranks that run."""
+        """Return the main processes of the ranks that run."""
         found = []
         for child in self.family()[1:]:
             with suppress(psutil.Error):
-                if any(part.endswith("launch/worker.py") for part in child.cmdline()[:3]):
+                if any(part.endswith("launcher/worker.py") for part in child.cmdline()[:3]):
                     found.append(child)
         return [child for child in found if child.ppid() == self.process.pid]
 
     def kill(self) -> None:
-        """The whole machine at one instant, as by a power cut."""
+        """Kill all processes of the machine at once, as a power cut does."""
         for process in self.family():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
@@ -105,7 +105,7 @@ class Machine:
 
 
 class Network:
-    """Two machines joined by a pair of virtual interfaces, with a delay and a rate. `addresses[0]` meets them."""
+    """Two machines, connected by a pair of virtual interfaces with a delay and a rate. They meet at `addresses[0]`."""
 
     addresses = ("10.78.1.1", "10.78.1.2")
 
@@ -124,7 +124,7 @@ class Network:
             _ip("-n", name, "link", "set", end, "up")
 
     def shape(self, rate: str = "200mbit", latency: str = "50ms") -> None:
-        """A bucket at each end: what is sent at once waits in a queue of `latency`."""
+        """Limit the rate at each end; data that exceeds it waits in a queue, at most `latency`."""
         for name, end in zip(self.names, self._ends):
             queue = f"tc qdisc replace dev {end} root tbf rate {rate} burst 256kb latency {latency}"
             _ip("netns", "exec", name, *queue.split())
@@ -135,7 +135,7 @@ class Network:
     def mend(self, machine: int = 1) -> None:
         _ip("-n", self.names[machine], "link", "set", self._ends[machine], "up")
 
-    def away(self, seconds: float) -> None:
+    def cut_for(self, seconds: float) -> None:
         self.cut()
         threading.Event().wait(seconds)
         self.mend()
@@ -147,7 +147,7 @@ class Network:
 
 @contextmanager
 def network(prefix: str) -> Iterator[Network]:
-    """Raises OSError where namespaces are not permitted, with the reason."""
+    """Yield a network of two machines; raise OSError, with the reason, if namespaces are not permitted."""
     if shutil.which("ip") is None or shutil.which("tc") is None or os.geteuid() != 0:
         raise OSError("network namespaces need root and the ip and tc commands")
     found = Network(prefix)

@@ -1,4 +1,4 @@
-"""One machine of a job, as its launcher starts it: the checks, then torch's elastic agent. For tests of the network.
+"""Start one node of a job as its launcher does: the checks, then torch's elastic agent. For tests of the network.
 
 python -m tests.node OPTIONS SCRIPT
 """

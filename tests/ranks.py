@@ -1,4 +1,4 @@
-"""Runs a function on real processes over Gloo. They are forked from a server that has imported torch: 0.1 s each."""
+"""Run a function on real processes over Gloo. A server that has imported torch forks them: 0.1 s each."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torch.distributed import TCPStore
 import ddparity as dp
 
 _context = multiprocessing.get_context("forkserver")
-# What each process would import in a second or two: torch._dynamo in an optimizer's first step, the others as the test
-# module is imported.
+# Without the preload each process would import these in one or two seconds: torch._dynamo in an optimizer's first
+# step, the others with the test module.
 _context.set_forkserver_preload(
     [
         "ddparity",
@@ -41,7 +41,10 @@ _context.set_forkserver_preload(
 
 @dataclasses.dataclass
 class Outcome:
-    """How one rank ended. `error`: "Type: message", with notes, where it raised. `exitcode`: negative for a signal."""
+    """How one rank ended.
+
+    `error` is "Type: message" with the notes, if it raised. A negative `exitcode` is a signal.
+    """
 
     value: Any = None
     error: str | None = None
@@ -57,7 +60,10 @@ def run_ranks(
     env: Callable[[int], dict[str, str]] | None = None,
     timeout_s: float = 60,
 ) -> list[Any]:
-    """Each rank's result of `function(*args)` inside `world(device="cpu")`; fails with the first rank's traceback."""
+    """Return each rank's result of `function(*args)` inside `world(device="cpu")`.
+
+    Fail with the traceback of the first rank that failed.
+    """
     ended = outcomes(function, world_size, *args, env=env, timeout_s=timeout_s)
     for rank, outcome in enumerate(ended):
         if outcome.error or outcome.exitcode:
@@ -74,10 +80,11 @@ def outcomes(
     in_world: bool = True,
     timeout_s: float = 60,
 ) -> list[Outcome]:
-    """How each rank ended, exceptions and kills included. What is left after `timeout_s` is killed, and the test fails.
+    """Return how each rank ended, by an exception or a signal too.
 
-    Without `env`, ranks get torchrun's variables, and this process holds the store as torchrun's agent does. `seconds`
-    counts from when all have started.
+    After `timeout_s` kill the processes that still run, and fail the test. Without `env` the ranks get torchrun's
+    variables, and this process holds the store as torchrun's agent does. `seconds` counts from the time at which all
+    ranks have started.
     """
     store = None
     if env is None:
@@ -97,7 +104,7 @@ def outcomes(
     while open_pipes and time.monotonic() < deadline:
         for pipe in wait(list(open_pipes), timeout=deadline - time.monotonic()):
             rank = open_pipes.pop(pipe)
-            with contextlib.suppress(EOFError):  # it was killed
+            with contextlib.suppress(EOFError):  # the rank was killed
                 ended[rank] = pickle.loads(pipe.recv_bytes())
             ended[rank].seconds = time.monotonic() - start
     hung = sorted(open_pipes.values())
@@ -117,7 +124,7 @@ def outcomes(
 def torchrun_env(
     world_size: int, port: int, agent_store: bool = False, nodes: int = 1
 ) -> Callable[[int], dict[str, str]]:
-    """What torchrun sets on each rank; `nodes` of equal size."""
+    """Return what torchrun sets on each rank of `nodes` nodes of equal size."""
     local = world_size // nodes
 
     def env(rank: int) -> dict[str, str]:
@@ -166,7 +173,7 @@ def _main(
 
 @contextlib.contextmanager
 def nothing_pickled() -> Iterator[None]:
-    """Fails where something is pickled meanwhile, also by torch's collectives of objects."""
+    """Fail if the body pickles something, also through torch's collectives of objects."""
     refuse = mock.Mock(side_effect=AssertionError("something was pickled"))
     with (
         mock.patch("pickle.dumps", refuse),
@@ -177,5 +184,5 @@ def nothing_pickled() -> Iterator[None]:
 
 
 def kill_self() -> None:
-    """Die as from the kernel's out-of-memory killer."""
+    """End this process as the kernel's out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Train on one process or on a thousand, and get the same model."""
+"""Train a PyTorch model on one process or on many, and get the same model. All public names are listed here."""
 
 from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm, sync_moments
 from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint

@@ -1,4 +1,4 @@
-"""The one place that knows what differs between torch versions (2.6 and later) and what torch keeps private."""
+"""Collect in one place what differs between torch versions (2.6 and later) and what torch keeps private."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ else:
 __all__ = ["GradBucket", "PrefixStore", "Store", "TCPStore"]
 
 
+# Process groups and collectives.
+
+
 def all_gather_single(
     output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """All-gather into one flat tensor. torch 2.13 renamed the function and the method."""
-    backend = _backend_itself(value, group)
+    backend = _direct_backend(value, group)
     if backend is None:
         function: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return function(output, value, group=group, async_op=async_op)
@@ -47,42 +50,87 @@ def all_gather_single(
 
 
 def all_to_all_single(output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None) -> Any:
-    """Send the value's parts, one for each rank and of one size, to these ranks; not waited for."""
-    backend = _backend_itself(value, group)
+    """Start to send part i of the value, all parts of one size, to rank i; return the work without a wait."""
+    backend = _direct_backend(value, group)
     if backend is None:
         return dist.all_to_all_single(output, value, group=group, async_op=True)
     return backend.alltoall_base(output, value, [], [])
 
 
-def compares_calls() -> bool:
-    """Whether torch is asked, by TORCH_DISTRIBUTED_DEBUG=DETAIL, to compare what the ranks call before they do."""
-    return dist.get_debug_level() == dist.DebugLevel.DETAIL  # type: ignore[attr-defined]  # exported unseen by checkers
+def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
+    """Return the backend of the group for such a tensor; None where another tool observes torch's operators.
 
-
-def _backend_itself(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
-    """What does the group's collectives on such a tensor; None where somebody listens to torch's operators.
-
-    Through torch.distributed and its operator, arguments are checked and boxed for as long as Gloo takes to send a
-    small tensor.
+    To check and box the arguments, torch.distributed and its operator take as long as Gloo takes to send a small
+    tensor.
     """
     if torch._C._len_torch_dispatch_stack() or not is_plain_tensor(value):
         return None
-    everyone: Any = dist.group.WORLD if group is None else group
-    return everyone._get_backend(value.device)
+    whole_group: Any = dist.group.WORLD if group is None else group
+    return whole_group._get_backend(value.device)
+
+
+def compares_calls() -> bool:
+    """Return True if TORCH_DISTRIBUTED_DEBUG=DETAIL is set: torch then compares the ranks' calls before they run."""
+    return dist.get_debug_level() == dist.DebugLevel.DETAIL  # type: ignore[attr-defined]  # exported unseen by checkers
+
+
+def group_name(group: dist.ProcessGroup) -> str:
+    """Return the group's name: the same on all of its ranks, and different for each group."""
+    return str(group.group_name)
+
+
+def group_of_name(name: str) -> dist.ProcessGroup:
+    """Return the process group of this name: a compiled graph contains the name, not the group."""
+    # Private, and typed for a name of torch's own kind, which is a str.
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+
+
+def flight_record() -> bytes | None:
+    """Return the process's last collectives as the worker server gives them; None where this torch has no record."""
+    module = torch._C._distributed_c10d if dist.is_available() else None
+    dump: Any = getattr(module, "_dump_fr_trace_json", None)
+    if dump is None:
+        return None
+    text: bytes | str = dump()
+    return text.encode() if isinstance(text, str) else text
+
+
+def serve_flight_records(path: str) -> bool:
+    """Open torch's worker server on a Unix socket until the process ends; return False where this torch has none."""
+    module = torch._C._distributed_c10d if dist.is_available() else None
+    server_type: Any = getattr(module, "_WorkerServer", None)
+    if server_type is None:
+        return False
+    try:
+        server = server_type(path)
+    except (RuntimeError, TypeError):
+        return False
+    # Never destroy it: its destructor warns, and its shutdown may wait for ever for a server that has just started.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(server))
+    return True
+
+
+# Stores.
 
 
 def default_store() -> Store:
-    """The key-value store of the default process group."""
+    """Return the key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()
 
 
 def append(store: Store, key: str, text: str) -> None:
-    """Append to a key of a store, at once for all ranks (the method is missing in torch's type stubs)."""
-    store.append(key, text)  # type: ignore[attr-defined]  # the stubs again
+    """Append a text to a key of a store. The store does this as one operation, so that ranks cannot interfere."""
+    store.append(key, text)  # type: ignore[attr-defined]  # torch's type stubs lack the method
 
 
 def is_store(address: tuple[str, int], timeout_s: float) -> bool:
-    """Whether it is torch's store that listens there: it sends the number in a client's first two messages back."""
+    """Return True if torch's store listens at (host, port).
+
+    The store sends back the number in a client's first two messages.
+
+    Raises:
+        OSError: no connection could be made.
+    """
     validate, magic, ping, number = 0, 0x3C85F7CE, 13, os.getpid()
     with socket.create_connection(address, timeout_s) as connection:
         try:
@@ -92,23 +140,14 @@ def is_store(address: tuple[str, int], timeout_s: float) -> bool:
             return False
 
 
-def meet_anew(rendezvous: object) -> None:
-    """Have each round of torch's rendezvous tell where its first machine's store is, and open a new one there.
-
-    It keeps the address of the round that it saw first: after the first machine has gone, or another one has become
-    the first, the workers of some machines would wait at an address where nobody comes.
-    """
-    if hasattr(rendezvous, "_bootstrap_store_info"):
-        rendezvous._bootstrap_store_info = None
-
-
 @functools.cache
-def can_tell_stores() -> bool:
-    """Whether this torch's own store answers like that, which no documentation promises."""
+def recognises_stores() -> bool:
+    """Return True if `is_store` works with this torch: no documentation promises the answer that it expects."""
     own = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=10), wait_for_workers=False)
     return is_store(("127.0.0.1", own.port), 10.0)
 
 
+# DDP and modules.
 def register_comm_hook(model: DistributedDataParallel, state: object, hook: Callable[..., Any]) -> bool:
     """Register a DDP communication hook; return False if the module has one already.
 
@@ -145,21 +184,81 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def layer_versions(state: Any) -> dict[str, Any] | None:
+    """Return the layers' versions from a module's state dict, by which layers read the states of earlier versions."""
+    found = getattr(state, "_metadata", None)
+    return None if found is None else {name: dict(entry) for name, entry in found.items()}
+
+
+def with_layer_versions(state: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict that has these versions of layers."""
+    ordered = OrderedDict(state)
+    ordered._metadata = OrderedDict(versions)  # type: ignore[attr-defined]  # where torch reads them
+    return ordered
+
+
+# The compiler and autograd.
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Return True if `torch.compile(module)` or `module.compile()` compiled this module's forward."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside of `torch.compile(module)`, or the module itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
+
+
+def constant_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function as `torch.compiler.assume_constant_result` does, without the compiler's import of a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's mark on functions
+    return function
+
+
+def in_transform() -> bool:
+    """Return True inside of a torch.func transform, such as `torch.func.grad`."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_backward() -> bool:
+    """Return True inside of a backward: a forward there recomputes what activation checkpointing did not keep."""
+    return torch._C._current_graph_task_id() != -1
+
+
+# Tensors and random generators.
+
+
+def is_plain_tensor(x: torch.Tensor) -> bool:
+    """Return True if the tensor is only its memory: of no subclass, and not wrapped by a torch.func transform."""
+    plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+    return plain and not is_functorch_wrapped_tensor(x)
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which batch statistics are kept: float64 if the device has it, else float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def seed_cpu_generator(seed: int) -> None:
-    """Seed torch's CPU stream in 2 µs; `torch.manual_seed` takes 280, for devices that may not be there."""
+    """Seed torch's CPU generator in 2 µs. `torch.manual_seed` takes 280 µs, for devices that may not exist."""
     torch.default_generator.manual_seed(seed)
 
 
 def seed_cuda_generator(index: int, seed: int) -> None:
-    """Seed the stream of one CUDA device that is in use."""
+    """Seed the generator of one CUDA device that is in use."""
     torch.cuda.default_generators[index].manual_seed(seed)
+
+
+# The data loader.
 
 
 def end_workers(dataloader: DataLoader[Any], iterator: Any) -> None:
     """End an iterator's workers now, in order.
 
-    An exception keeps the iterator in a reference cycle; when that is collected, queues may go before it, and each
-    worker is waited for 5 s.
+    An exception keeps the iterator in a reference cycle. When the garbage collector frees the cycle, it may free the
+    queues first, and then each worker is waited for 5 s.
     """
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
@@ -167,14 +266,20 @@ def end_workers(dataloader: DataLoader[Any], iterator: Any) -> None:
         dataloader._iterator = None
 
 
+# The launcher and its rendezvous.
+
+
 def shutdown_timeout(config_class: type, seconds: int) -> dict[str, Any]:
-    """`LaunchConfig`'s option for the grace period at the end, where the version has it (2.13 and later)."""
+    """Return `LaunchConfig`'s option for the grace period at the end, if this torch has it (2.13 and later)."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return {"shutdown_timeout": seconds} if "shutdown_timeout" in names else {}
 
 
 def guesses_own_host(host: str) -> bool:
-    """Whether torch's c10d rendezvous takes `host` for this machine, and so opens the store here; False if unknown."""
+    """Return True if torch's c10d rendezvous takes `host` for this machine and opens the store here.
+
+    Return False where that is unknown.
+    """
     from torch.distributed.elastic.rendezvous import utils
 
     guess = getattr(utils, "_matches_machine_hostname", None)
@@ -184,88 +289,11 @@ def guesses_own_host(host: str) -> bool:
         return False
 
 
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """In which statistics are kept: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def forget_bootstrap_store(rendezvous: object) -> None:
+    """Make each round of torch's rendezvous open a new store on its first node, and announce that store's address.
 
-
-def is_plain_tensor(x: torch.Tensor) -> bool:
-    """Whether the tensor is nothing but its memory: no subclass, and not wrapped by a torch.func transform."""
-    plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
-    return plain and not is_functorch_wrapped_tensor(x)
-
-
-def in_transform() -> bool:
-    """Whether a torch.func transform is at work, as in `torch.func.grad`."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward here: a forward then recomputes what activation checkpointing dropped."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def constant_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.assume_constant_result`, which imports the compiler to set this mark: a second at each start."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's mark on functions
-    return function
-
-
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether `torch.compile(module)` or `module.compile()` made this module's forward."""
-    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def layer_versions(state: Any) -> dict[str, Any] | None:
-    """What a module's state dict keeps of its layers' versions, by which they read states of earlier ones."""
-    found = getattr(state, "_metadata", None)
-    return None if found is None else {name: dict(entry) for name, entry in found.items()}
-
-
-def with_layer_versions(state: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
-    """A state dict that has these versions of layers."""
-    ordered = OrderedDict(state)
-    ordered._metadata = OrderedDict(versions)  # type: ignore[attr-defined]  # where torch looks for them
-    return ordered
-
-
-def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside of `torch.compile(module)`, or the module itself."""
-    inner = module._modules.get("_orig_mod")
-    return module if inner is None else inner
-
-
-def group_of_name(name: str) -> dist.ProcessGroup:
-    """The process group of this name: what is compiled into a graph is a name."""
-    # Private, and typed for a name of torch's own kind, which is a str.
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-
-
-def group_name(group: dist.ProcessGroup) -> str:
-    """The same on all ranks of the group; different for each group."""
-    return str(group.group_name)
-
-
-def serve_flight_records(path: str) -> bool:
-    """Open torch's worker server on a unix socket, for the life of the process; False where this torch has none."""
-    module = torch._C._distributed_c10d if dist.is_available() else None
-    server_type: Any = getattr(module, "_WorkerServer", None)
-    if server_type is None:
-        return False
-    try:
-        server = server_type(path)
-    except (RuntimeError, TypeError):
-        return False
-    # Never destroyed: its destructor warns, and its shutdown may wait for ever for a server that has just started.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(server))
-    return True
-
-
-def flight_record() -> bytes | None:
-    """The process's last collectives as the worker server gives them; None where this torch keeps no such record."""
-    module = torch._C._distributed_c10d if dist.is_available() else None
-    dump: Any = getattr(module, "_dump_fr_trace_json", None)
-    if dump is None:
-        return None
-    text: bytes | str = dump()
-    return text.encode() if isinstance(text, str) else text
+    torch keeps the address of the first round. If the first node has left, or another node has become the first, the
+    workers of some nodes would wait at an address where no store is.
+    """
+    if hasattr(rendezvous, "_bootstrap_store_info"):
+        rendezvous._bootstrap_store_info = None

@@ -1,20 +1,20 @@
-"""The errors of a run. A user's own mistakes are `ValueError` or `TypeError`."""
+"""Define the errors of a run. A mistake in the user's own arguments is a `ValueError` or `TypeError`."""
 
 from __future__ import annotations
 
 
 class DDParityError(RuntimeError):
-    """Base of the failures of a run."""
+    """The base class of the errors of a run."""
 
 
 class RendezvousError(DDParityError):
-    """The processes did not come together; says which address, port and interface were tried."""
+    """The processes of a job did not find each other; the message says which address, port and interface were tried."""
 
 
 class RankFailure(DDParityError):
-    """Another rank failed; this one raises too, so that nobody waits for it.
+    """Another rank failed; this rank raises too, so that no rank waits for it.
 
-    `rank` is the first rank that failed. Its traceback, where it left one, is a note of this exception.
+    `rank` is the first rank that failed. If it reported a traceback, that is a note of this exception.
     """
 
     def __init__(self, message: str, rank: int = -1) -> None:
@@ -23,11 +23,11 @@ class RankFailure(DDParityError):
 
 
 class SampleError(DDParityError):
-    """A data set failed to give a sample; names its data-set index."""
+    """A data set raised an error for a sample; the message gives the sample's index in the data set."""
 
 
 class ParityError(DDParityError):
-    """Runs of one Task on different numbers of processes part. `comparison`: what `verify` found."""
+    """Runs of one Task on different numbers of processes diverge. `comparison` is what `verify` found."""
 
     def __init__(self, message: str, comparison: object = None) -> None:
         super().__init__(message)

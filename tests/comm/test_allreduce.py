@@ -1,4 +1,4 @@
-"""How small tensors are exchanged."""
+"""Test how the ranks' copies of a tensor are exchanged."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def _compared() -> str:
     return str(caught.value)
 
 
-def test_torchs_own_comparison_of_what_ranks_call_sees_their_sizes() -> None:
+def test_torchs_own_comparison_of_calls_sees_their_sizes() -> None:
     for said in run_ranks(_compared, 2):
         assert "Detected mismatch between collectives" in said and "TensorShape=[5]" in said

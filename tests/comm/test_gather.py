@@ -32,7 +32,7 @@ DTYPES = [
 
 
 def _value(rank: int) -> dict[str, Any]:
-    """Different shapes and lengths on each rank; rank 1 has no rows."""
+    """Return a value whose shapes and lengths differ between ranks; rank 1 has no rows."""
     rows = [2, 0, 3][rank]
     start = [0, 2, 2][rank]
     return {
@@ -55,7 +55,7 @@ def _value(rank: int) -> dict[str, Any]:
 def _gathered(to: Any) -> Any:
     result = dp.gather(_value(dist.get_rank()), to=to)
     if result is not None:
-        # Compared here, since torch's tensors do not travel well to the test.
+        # Compare here: torch's tensors cannot well be sent to the test's process.
         _check(result)
     return result is not None
 
@@ -104,7 +104,7 @@ def test_every_dense_dtype() -> None:
 
 def _large() -> None:
     rank = dist.get_rank()
-    rows = torch.full((20 * 2**20 + rank,), rank, dtype=torch.int32)  # 80 MiB: more than one chunk
+    rows = torch.full((20 * 2**20 + rank,), rank, dtype=torch.int32)  # 80 MiB: more than one message
     found = dp.gather({"large": rows, "strided": torch.arange(6).view(2, 3).t()})
     if rank == 0:
         assert found["large"].sum() == 20 * 2**20 + 1
@@ -115,7 +115,7 @@ def test_large_and_strided_tensors() -> None:
     run_ranks(_large, 2)
 
 
-def test_a_world_of_one_gathers_alike() -> None:
+def test_a_world_of_one_gathers_in_the_same_way() -> None:
     assert dp.gather({"n": 3, "t": torch.tensor(2.0), "l": ["a"]}) == {"n": [3], "t": torch.tensor([2.0]), "l": ["a"]}
     assert dp.gather([1, 2], to="all") == [1, 2]
 
@@ -142,7 +142,7 @@ def _misfits(kind: str) -> None:
         ("entries", "value has the entries 1 in one part and 2 in another"),
     ],
 )
-def test_what_does_not_fit_together_is_refused_on_every_rank(kind: str, message: str) -> None:
+def test_values_that_do_not_fit_together_are_refused_on_every_rank(kind: str, message: str) -> None:
     for outcome in outcomes(_misfits, 2, kind):
         assert outcome.error.startswith("ValueError")
         assert message in outcome.error
@@ -173,14 +173,14 @@ def test_a_type_inside_of_a_function_is_refused() -> None:
         dp.gather(local(1))
 
 
-def test_what_cannot_travel_is_named_on_every_rank() -> None:
+def test_a_value_that_cannot_be_sent_is_named_on_every_rank() -> None:
     ended = outcomes(_cannot_travel, 2, 1)
     assert ended[1].error.startswith("TypeError: value['bad'][0] is a object, which cannot travel")
     assert "RankFailure: rank 1 failed in gather: value['bad'][0]" in ended[0].error
 
 
 @pytest.mark.parametrize("to", [1, -1, "some", True])
-def test_a_receiver_that_is_no_rank_is_refused(to: Any) -> None:
+def test_a_receiver_that_is_not_a_rank_is_refused(to: Any) -> None:
     with pytest.raises(ValueError, match=f"to={to!r} receives nothing"):
         dp.gather(1, to=to)
 
@@ -194,7 +194,7 @@ def test_a_receiver_that_is_no_rank_is_refused(to: Any) -> None:
         (np.array(["a", None], dtype=object), "array of object"),
     ],
 )
-def test_each_refusal_names_the_place(value: Any, message: str) -> None:
+def test_each_refusal_names_the_path(value: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         take_apart(value)
 
@@ -221,7 +221,7 @@ values = st.recursive(
 
 @given(values)
 def test_descriptions_are_json_and_whole(value: Any) -> None:
-    """A value in a list comes back from its description and its tensors as it was."""
+    """A value in a list can be rebuilt from its description and its tensors, without a change."""
     node, leaves = take_apart([value])
     build, (targets,) = put_together([json.loads(json.dumps(node))], new_tensor)
     for number, leaf in enumerate(leaves):

@@ -72,7 +72,7 @@ def test_what_is_detected_and_why(
 @pytest.mark.parametrize(
     ("variables", "subject", "said"),
     [
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "8"}, "launcher", "Slurm started 8 tasks on 2 machines"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "8"}, "launcher", "Slurm started 8 tasks on 2 nodes"),
         ({"RANK": "1"}, "launcher", "RANK=1 is set but WORLD_SIZE is not"),
         ({"GLOO_SOCKET_IFNAME": "eth99"}, "GLOO_SOCKET_IFNAME", "no such interface is up"),
     ],

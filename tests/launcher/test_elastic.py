@@ -124,7 +124,7 @@ def test_a_machine_goes_and_comes_back_and_then_the_first_one_goes(
 
     first, second = start(0, "0.3"), start(1, "0.3")
     first.wait_for("forward 2 of rank . in 2")
-    net.away(1.5)
+    net.cut_for(1.5)
     first.wait_for("forward 7 of rank . in 2")  # after the second step, and so after the first save
     assert "failed" not in first.text
 

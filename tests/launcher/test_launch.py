@@ -91,7 +91,7 @@ def test_a_ranks_exception_is_the_end_of_the_output(tmp_path: Path) -> None:
     assert end[0] == "ddparity: rank 1 failed: OSError: disk full"
     assert end[-2:] == ["OSError: disk full", "ddparity: rank 0: ended by the launcher"]
     assert any(f'File "{script}", line 6, in deep' in line for line in end)
-    assert not any("runpy" in line or "launch/worker" in line for line in end)
+    assert not any("runpy" in line or "launcher/worker" in line for line in end)
 
 
 @pytest.mark.parametrize(

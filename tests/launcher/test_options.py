@@ -11,7 +11,7 @@ from ddparity.launcher import resources as threads  # the attribute of the packa
 from ddparity.launcher.options import Launch, parse
 from ddparity.launcher.resources import cgroup_cores, cores, decide_threads, threads_a_process
 from ddparity.launcher.submit import find_submission
-from ddparity.runtime.environment import Nodes, find_nodes
+from ddparity.runtime.environment import NodePlacement, find_node_placement
 
 # Task 1 of `srun --nodes 3 --ntasks-per-node 1` in a larger job.
 SLURM = {
@@ -185,7 +185,7 @@ def test_slurm_starts_one_launcher_a_machine(monkeypatch: pytest.MonkeyPatch) ->
     # What the user says wins; what contradicts Slurm without saying where to meet is refused.
     assert _parse("--nnodes 4 --rendezvous a:1 t.py").config.rdzv_endpoint == "a:1"
     assert _parse("--nnodes 3 t.py").config.max_nodes == 3
-    with pytest.raises(ValueError, match=r"--nnodes 4, but Slurm started this on 3 machines .SLURM_STEP_NUM_NODES"):
+    with pytest.raises(ValueError, match=r"--nnodes 4, but Slurm started this on 3 nodes .SLURM_STEP_NUM_NODES"):
         _parse("--nnodes 4 t.py")
 
 
@@ -211,15 +211,15 @@ def test_skypilot(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_engines(variables: dict[str, str], found: str | None) -> None:
-    nodes = find_nodes(variables)
-    assert (nodes.engine if isinstance(nodes, Nodes) else None) == found
+    nodes = find_node_placement(variables)
+    assert (nodes.engine if isinstance(nodes, NodePlacement) else None) == found
 
 
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "6"}, "Slurm started 6 tasks on 3 machines.*--ntasks-per-node 1"),
-        (BATCH, "Slurm gave this job 8 machines .SLURM_JOB_NUM_NODES.*first only.*srun"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "6"}, "Slurm started 6 tasks on 3 nodes.*--ntasks-per-node 1"),
+        (BATCH, "Slurm gave this job 8 nodes .SLURM_JOB_NUM_NODES.*first only.*srun"),
         (SLURM | {"SLURM_NODEID": "3"}, "SLURM_NODEID=3 and SLURM_STEP_NUM_NODES=3 contradict"),
         (SLURM | {"SLURM_NODEID": "x"}, "SLURM_NODEID='x' is not an integer"),
         ({k: v for k, v in SLURM.items() if "NODELIST" not in k}, "SLURM_STEP_NODELIST is not set.*--rendezvous"),

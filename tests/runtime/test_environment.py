@@ -39,7 +39,7 @@ SLURM = {
     "SLURM_TASKS_PER_NODE": "4(x2)",
     "SLURM_STEP_NODELIST": "gpu[003-004],login",
     "SLURM_JOB_NODELIST": "gpu[001-005],login",
-    "SLURM_LAUNCH_NODE_IPADDR": "192.168.7.7",  # where srun was typed, no place for a rank
+    "SLURM_LAUNCH_NODE_IPADDR": "192.168.7.7",  # where the user typed srun: no rank runs there
 }
 
 
@@ -61,7 +61,7 @@ def _placement(variables: dict[str, str]) -> Placement:
         # torchrun inside a job of a scheduler is torchrun; mpirun inside a Slurm job is Open MPI.
         (SLURM | OPEN_MPI | TORCHRUN, Placement("torchrun", 5, 8, 1, 4, 1, "10.0.0.1", 29500)),
         (SLURM | OPEN_MPI | MASTER, Placement("Open MPI", 3, 4, 1, 2, None, "head", 4000)),
-        # Sizes that the launcher does not say are not guessed.
+        # A size that the launcher does not give is not guessed.
         ({k: v for k, v in TORCHRUN.items() if "LOCAL_WORLD" not in k and k != "GROUP_RANK"},
          Placement("torchrun", 5, 8, 1, None, None, "10.0.0.1", 29500)),
     ],
@@ -72,12 +72,12 @@ def test_launchers(variables: dict[str, str], expected: Placement) -> None:
 
 @pytest.mark.parametrize("variables", [{}, MASTER, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, {"LOCAL_RANK": "0"}])
 def test_no_launcher(variables: dict[str, str]) -> None:
-    """A batch allocation without a task, and variables that people export in their shells, start nothing."""
+    """A batch job without a task, and variables that users export in their shells, make no rank."""
     assert find_placement(variables) is None
 
 
 def test_slurm_reads_the_step_not_the_job() -> None:
-    found = _placement(SLURM | {"SLURM_NTASKS": "8"})  # `srun --preserve-env` keeps the job's
+    found = _placement(SLURM | {"SLURM_NTASKS": "8"})  # `srun --preserve-env` keeps the job's number
     assert (found.world_size, found.local_world_size, found.master_addr) == (5, 1, "gpu003")
     without = {k: v for k, v in SLURM.items() if not k.startswith("SLURM_STEP_N")}
     assert _placement(without).master_addr == "gpu001"
@@ -90,7 +90,7 @@ def test_slurm_reads_the_step_not_the_job() -> None:
         ("2,2", 4, [2, 2]),
         ("2(x2),1", 5, [2, 2, 1]),
         ("1,4(x2),3", 12, [1, 4, 4, 3]),
-        ("2(x2)", 5, [None, None]),  # not this step's: the ranks find out together
+        ("2(x2)", 5, [None, None]),  # not the list of this step: the ranks find it out together
     ],
 )
 def test_slurm_tasks_per_node(tasks: str, world_size: int, sizes: list[int | None]) -> None:
@@ -129,11 +129,11 @@ def test_a_node_list_that_cannot_be_read_is_refused(nodelist: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
-def test_an_interactive_shell_is_no_rank(name: str) -> None:
+def test_an_interactive_shell_is_not_a_rank(name: str) -> None:
     shell = SLURM | {"SLURM_JOB_NAME": name, "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "5"}
     assert find_placement(shell | {"SLURM_STEP_NUM_TASKS": "1"}) is None
     assert find_placement({k: v for k, v in shell.items() if k != "SLURM_STEP_NUM_TASKS"}) is None
-    # `srun python train.py` from there inherits the name (Lightning#20776).
+    # `srun python train.py` in that shell inherits the name (Lightning#20776).
     assert _placement(shell).world_size == 5
 
 
@@ -158,8 +158,8 @@ def _mpi_port(job: int, rank: int) -> int:
     return _placement(one_node | {"PMIX_NAMESPACE": f"prterun-node-{job}@1"}).master_port
 
 
-def test_ports_are_one_a_job_and_differ_between_jobs() -> None:
-    """Failures 11: no fixed default. Two of 20 neighbouring jobs may meet by chance, one in 100 times."""
+def test_all_ranks_of_a_job_use_one_port_and_jobs_use_different_ports() -> None:
+    """Failures 11: the default port is not fixed. Two of 20 jobs have the same port once in 100 times."""
     steps = {(job, step): {_slurm_port(job, step, rank) for rank in range(5)} for job, step in
              itertools.product(range(5_000, 5_010), range(2))}  # fmt: skip
     runs = {job: {_mpi_port(job, rank) for rank in range(4)} for job in range(20)}
@@ -173,7 +173,7 @@ def test_open_mpi_on_one_node_needs_no_master() -> None:
     one_node = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
     found = _placement(one_node | {"PMIX_NAMESPACE": "prterun-node-1@1"})
     assert found.master_addr == "127.0.0.1"
-    assert _placement(one_node).master_port == _placement(one_node).master_port  # by the parent, mpirun
+    assert _placement(one_node).master_port == _placement(one_node).master_port  # from the parent, mpirun
     assert _placement(one_node | MASTER).master_port == 4000
 
 

@@ -15,7 +15,7 @@ from tests.ranks import free_port, kill_self, outcomes, run_ranks, torchrun_env
 def _ordered(scope: str) -> tuple[bool, float, float]:
     with dp.first(scope) as leads:
         begin = time.monotonic()
-        time.sleep(0.05)  # wide enough that an overlap would show; nothing is waited for
+        time.sleep(0.05)  # long enough to show an overlap; the test waits for nothing here
         end = time.monotonic()
     return leads, begin, end
 
@@ -26,7 +26,7 @@ def test_the_first_rank_ends_before_the_others_begin() -> None:
     assert min(begins[1:]) >= ends[0]
 
 
-def test_one_rank_a_node_goes_first() -> None:
+def test_one_rank_of_each_node_runs_first() -> None:
     env = torchrun_env(4, free_port(), nodes=2)
     leads, begins, ends = zip(*run_ranks(_ordered, 4, "node", env=env), strict=True)
     assert leads == (True, False, True, False)
@@ -71,7 +71,7 @@ def test_a_process_killed_inside_fails_the_others(rank: int) -> None:
 
 
 def _killed_when_all_joined() -> None:
-    """Not before: a rank that has not seen that all joined says that the rendezvous failed."""
+    """Kill rank 0 only after all ranks have joined: before that the others report a failed rendezvous."""
     store = store_root()
     store.add("joined", 1)
     with dp.first() as leads:
@@ -81,7 +81,7 @@ def _killed_when_all_joined() -> None:
             kill_self()
 
 
-def test_the_holder_of_the_store_killed_inside_fails_the_others() -> None:
+def test_the_process_of_the_store_killed_inside_fails_the_others() -> None:
     ended = outcomes(_killed_when_all_joined, 3, env=torchrun_env(3, free_port()))
     for outcome in ended[1:]:
         assert outcome.seconds < 10
@@ -89,7 +89,7 @@ def test_the_holder_of_the_store_killed_inside_fails_the_others() -> None:
 
 
 def _leaves_early(rank: int, folder: Path) -> None:
-    """Its process goes on until the others have ended: only its word tells them."""
+    """Leave the world, but keep the process until the others have ended: they learn it only from the store."""
     mine = int(os.environ["RANK"])
     try:
         with contextlib.suppress(OSError), dp.world(device="cpu"):
@@ -109,7 +109,7 @@ def test_a_rank_that_left_the_world_is_not_waited_for(rank: int, tmp_path: Path)
     for other, outcome in enumerate(ended):
         if other != rank:
             assert f"RankFailure: rank {rank} failed in first" in outcome.error
-            assert "it left the world without coming here" in outcome.error
+            assert "it left the world before it reached this point" in outcome.error
             assert outcome.seconds < 10
 
 
@@ -123,7 +123,7 @@ def test_nested_use_keeps_both_orders(tmp_path) -> None:
     run_ranks(_nested, 4, str(log), env=torchrun_env(4, free_port(), nodes=2))
     lines = log.read_text().splitlines()
     assert lines[0] == "0 True True"
-    # Rank 1 is now the first of node 0 that is left, and rank 2 of node 1; rank 3 comes after both.
+    # Without rank 0, rank 1 is the first rank of node 0 and rank 2 that of node 1; rank 3 runs after both.
     assert sorted(lines[1:3]) == ["1 False True", "2 False True"]
     assert lines[3] == "3 False False"
 
@@ -140,7 +140,7 @@ def test_repeated_use() -> None:
     assert run_ranks(_many, 2) == [50, 0]
 
 
-def test_without_a_group_the_body_just_runs() -> None:
+def test_without_a_group_the_body_runs_at_once() -> None:
     with dp.first() as leads:
         assert leads
     with pytest.raises(OSError, match="disk full"), dp.first("node"):

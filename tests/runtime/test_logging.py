@@ -22,14 +22,13 @@ from rich.logging import RichHandler
 from torch.utils.data import DataLoader
 
 import ddparity as dp
-from ddparity.runtime import logging as console
 from tests.ranks import outcomes
 
 log = logging.getLogger("app.training")
 
 
-def _speaks(path: str, body: Callable[[], object], joined: bool) -> None:
-    """Runs `body` with this process's standard error and output in a file that all ranks append to, as a terminal."""
+def _with_output_in(path: str, body: Callable[[], object], joined: bool) -> None:
+    """Run `body`; this process's standard output and error go to a file to which all ranks append, as to a terminal."""
     with open(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -41,9 +40,9 @@ def _speaks(path: str, body: Callable[[], object], joined: bool) -> None:
 
 
 def _lines(tmp_path: Path, body: Callable[[], object], ranks: int = 3, joined: bool = True) -> list[str]:
-    """What all ranks together write."""
+    """Return the lines of all ranks, sorted."""
     path = tmp_path / "terminal"
-    for outcome in outcomes(_speaks, ranks, str(path), body, joined, in_world=False):
+    for outcome in outcomes(_with_output_in, ranks, str(path), body, joined, in_world=False):
         assert outcome.error is None, outcome.trace
     return sorted(path.read_text().splitlines())
 
@@ -65,7 +64,7 @@ EACH_LEVEL = sorted(
 
 
 @pytest.mark.parametrize("joined", [True, False], ids=["in the world", "before it"])
-def test_one_line_where_there_are_n_ranks(tmp_path: Path, joined: bool) -> None:
+def test_each_line_appears_once(tmp_path: Path, joined: bool) -> None:
     assert _lines(tmp_path, _each_level, joined=joined) == EACH_LEVEL
 
 
@@ -76,7 +75,7 @@ def _first_before_then_in_the_world() -> None:
         _each_level()
 
 
-def test_twice_is_once(tmp_path: Path) -> None:
+def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
     assert _lines(tmp_path, _first_before_then_in_the_world, joined=False) == EACH_LEVEL
 
 
@@ -99,7 +98,7 @@ def test_an_unknown_level_is_refused(level: str) -> None:
 
 def _with_handlers() -> None:
     logging.basicConfig(format="root %(message)s", level=logging.WARNING)
-    library = logging.getLogger("library")  # as transformers and others set theirs up at import
+    library = logging.getLogger("library")  # as transformers and other libraries do at import
     library.propagate = False
     library.setLevel(logging.INFO)
     library.addHandler(logging.StreamHandler())
@@ -114,22 +113,22 @@ def _with_handlers() -> None:
         logger.warning("warning")
 
 
-def test_handlers_that_exist_obey(tmp_path: Path) -> None:
-    """`basicConfig` and a library's own handler keep their formats; there is no second handler and no second prefix."""
+def test_existing_handlers_follow_the_levels(tmp_path: Path) -> None:
+    """`basicConfig` and a library's handler keep their formats; no second handler and no second prefix is added."""
     rank_0 = ["root info", "root warning", "library info", "library warning", "info", "warning"]
     others = [f"[rank 1] {text}" for text in ("root warning", "library warning", "warning")]
     assert _lines(tmp_path, _with_handlers, ranks=2) == sorted(rank_0 + others)
 
 
 def _with_rich_handler() -> None:
-    """It writes to rich's shared console."""
+    """Log through rich's handler, which writes to rich's shared console."""
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)])
     dp.setup_logging()
     log.info("an info")
     log.warning("a warning")
 
 
-def test_richs_handler_obeys_and_is_heard_from_every_rank(tmp_path: Path) -> None:
+def test_richs_handler_follows_the_levels_on_every_rank(tmp_path: Path) -> None:
     lines = [re.sub(" +", " ", line).strip() for line in _lines(tmp_path, _with_rich_handler, ranks=2)]
     assert sorted(lines) == ["INFO an info", "WARNING [rank 1] a warning", "WARNING a warning"]
 
@@ -144,8 +143,8 @@ def _with_files(folder: Path) -> None:
     log.warning("a warning")
 
 
-def test_log_files_are_left_alone(tmp_path: Path) -> None:
-    """Each rank's file has all of the rank's lines, without a prefix; there was no terminal handler to obey."""
+def test_log_files_do_not_change(tmp_path: Path) -> None:
+    """Each rank's file has all of the rank's lines, without a prefix; nothing goes to the terminal."""
     assert _lines(tmp_path, functools.partial(_with_files, tmp_path), ranks=2) == []
     for rank in range(2):
         for name in ("root", "own"):
@@ -163,7 +162,7 @@ def _warns() -> None:
 
 
 def test_warnings_appear_once(tmp_path: Path) -> None:
-    lines = [line for line in _lines(tmp_path, _warns) if "UserWarning" in line]  # each has its source line, too
+    lines = [line for line in _lines(tmp_path, _warns) if "UserWarning" in line]  # the source line of each follows it
     for text, count in (("the same on all ranks", 1), ("only of rank", 3), ("one rank has this", 1), ("xxx", 3)):
         assert sum(text in line for line in lines) == count, text
     [line] = [line for line in lines if "one rank has this" in line]
@@ -195,7 +194,7 @@ def _warns_in_workers() -> None:
     dp.setup_logging()
     loader = DataLoader(_WarningSet(), batch_size=1, num_workers=2, multiprocessing_context="fork")
     for _ in loader:
-        with dp.first("world"):  # speaks with the store while workers do
+        with dp.first("world"):  # sends requests to the store while the workers do
             pass
     warnings.warn("after the workers", stacklevel=1)
     one = torch.ones(1)
@@ -203,7 +202,7 @@ def _warns_in_workers() -> None:
     assert float(one) == 2
 
 
-def test_workers_warn_through_connections_of_their_own(tmp_path: Path) -> None:
+def test_workers_warn_through_their_own_connections(tmp_path: Path) -> None:
     lines = [line for line in _lines(tmp_path, _warns_in_workers, ranks=2) if "UserWarning" in line]
     assert sum("in a worker" in line for line in lines) == 1
     assert sum("of sample" in line for line in lines) == 16
@@ -224,7 +223,7 @@ def test_warnings_after_the_world(tmp_path: Path) -> None:
 
 
 def _bars(imported: str) -> None:
-    """Progress bars of tqdm, which is imported before or after `setup_logging`, and of rich."""
+    """Show progress bars of tqdm, which is imported before or after `setup_logging`, and of rich."""
     for name in [name for name in sys.modules if name.split(".")[0] == "tqdm"]:
         del sys.modules[name]  # the fork server has imported it with torch
     if imported == "before":
@@ -253,7 +252,7 @@ class _Terminal(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize("imported", ["before", "after"])
-def test_progress_bars_of_other_ranks_are_silent(tmp_path: Path, imported: str) -> None:
+def test_progress_bars_of_other_ranks_are_disabled(tmp_path: Path, imported: str) -> None:
     text = "\n".join(_lines(tmp_path, functools.partial(_bars, imported), ranks=2))
     for bar in ("plain", "wanted", "range", "rich", "own"):
         assert f"{bar} 0" in text
@@ -267,7 +266,7 @@ def _long_lines() -> None:
         log.warning("%d %s", number, str(_rank()) * 1000)
 
 
-def test_lines_of_several_ranks_are_whole(tmp_path: Path) -> None:
+def test_lines_of_several_ranks_do_not_mix(tmp_path: Path) -> None:
     """Failures 15."""
     lines = _lines(tmp_path, _long_lines, ranks=4)
     pattern = re.compile(r"(?:\[rank ([123])\] )?WARNING app.training: \d+ (?:0{1000}|1{1000}|2{1000}|3{1000})")
@@ -275,12 +274,12 @@ def test_lines_of_several_ranks_are_whole(tmp_path: Path) -> None:
     assert all(pattern.fullmatch(line) for line in lines)
 
 
-# In this process: handlers exist already, as in pytest and in a notebook.
+# The next tests run in this process, where handlers exist already, as in a notebook.
 
 
 @pytest.fixture
 def _logging() -> Iterator[None]:
-    """Puts back what `setup_logging` changes on rank 0."""
+    """Restore what `setup_logging` changes on rank 0."""
     root = logging.getLogger()
     loggers = [root, *(logger for logger in root.manager.loggerDict.values() if isinstance(logger, logging.Logger))]
     before = {
@@ -314,7 +313,7 @@ def test_under_pytest(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("_logging")
-def test_filters_of_the_users_stay() -> None:
+def test_the_users_filters_stay() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.addFilter(lambda record: "secret" not in record.getMessage())
@@ -327,7 +326,7 @@ def test_filters_of_the_users_stay() -> None:
 
 @pytest.mark.usefixtures("_logging")
 def test_standard_error_may_be_replaced_later(capsys: pytest.CaptureFixture[str]) -> None:
-    """A live display and a notebook put another in its place."""
+    """A live display or a notebook may replace sys.stderr."""
     logging.getLogger().handlers = []
     dp.setup_logging()
     with contextlib.redirect_stderr(io.StringIO()) as other:
@@ -337,68 +336,8 @@ def test_standard_error_may_be_replaced_later(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "INFO app.training: another\n"
 
 
-class _Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s = 100.0
-        monkeypatch.setattr(console.time, "monotonic", lambda: self.now_s)
-
-
-def test_progress_in_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the output is no terminal: a line every five seconds and for the last step, and what is said."""
-    clock = _Clock(monkeypatch)
-    with console.progress(20, 0, "train") as display:
-        for step in range(1, 21):
-            clock.now_s += 0.4
-            if display.due(step):
-                display.update(step, 64 * step, f"loss {1 / step:.4f}")
-        display.say("epoch 1/1: accuracy 98.00 %")
-    assert capsys.readouterr().out.splitlines() == [
-        "train: 13/20 steps, 160 samples/s, loss 0.0769, 3 s left",
-        "train: 20/20 steps, 160 samples/s, loss 0.0500, 0 s left",
-        "epoch 1/1: accuracy 98.00 %",
-    ]
-
-
-def test_progress_of_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress(2, 1, "train") as display:
-        assert not display.due(2)  # the loss, which waits for the device, is not read
-        display.update(2, 64, "loss 0.5")
-        display.say("epoch")
-    assert capsys.readouterr() == ("", "")
-
-
-def test_progress_of_what_is_resumed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rate and the time left are those of this run, not of what was done before."""
-    clock = _Clock(monkeypatch)
-    with console.progress(20, 0, "train", start=(10, 640)) as display:
-        clock.now_s += 6
-        display.update(15, 64 * 15)
-    assert capsys.readouterr().out == "train: 15/20 steps, 53 samples/s, 6 s left\n"
-
-
-def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.StringIO()
-    terminal = rich.console.Console(file=screen, force_terminal=True, width=120, color_system=None)
-    monkeypatch.setattr(console, "Console", lambda: terminal)
-    with console.progress(20, 0, "train") as display:
-        display.update(20, 1280, "loss 0.2500")
-        display.say("epoch 1/1")
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    assert re.search(r"train .*20/20 steps · [\d,]+ samples/s · loss 0\.2500 · 0:00:00 left", shown)
-    assert "epoch 1/1" in shown
-
-
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is no terminal, long values are neither cut nor folded."""
-    console.show_table("trained", [("accuracy", "98.00 %"), ("checkpoint", "/long" * 30)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].strip() == "trained"
-    assert any(re.search(r"accuracy .*98\.00 %", line) for line in lines)
-    assert any("/long" * 30 in line for line in lines)
-
-
-def test_an_interpreter_of_its_own() -> None:
-    """The whole of it as a user's script, without any handler and without a launcher."""
+def test_a_script_without_a_launcher() -> None:
+    """A user's script without a handler and without a launcher logs to standard error."""
     script = (
         "import logging, warnings, ddparity as dp; dp.setup_logging(); logging.info('hello'); warnings.warn('look')"
     )

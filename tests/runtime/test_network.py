@@ -1,4 +1,4 @@
-"""Addresses, routes and ports; machines of a job that meet, or do not, in two network namespaces of this one."""
+"""Test addresses, routes and ports, and the rendezvous of two machines, each a network namespace of this one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_endpoints(endpoint: str, found: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["node0", "", ":1", "node0:", "node0:x", "node0:65536", "[fd00::7]", "node0:-1"])
-def test_what_is_no_endpoint(endpoint: str) -> None:
+def test_an_invalid_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(ValueError, match="is not HOST:PORT"):
         network.split_endpoint(endpoint)
 
@@ -60,8 +60,8 @@ def test_the_loopback() -> None:
     route = network.route_to("127.0.0.1")
     assert (route.address, route.loopback) == ("127.0.0.1", True)
     assert network.interface_variables(route, {}) == {}
-    assert network.is_own("localhost") and network.is_own("127.0.0.1")
-    assert not network.is_own("no-such-host.invalid")
+    assert network.is_this_machine("localhost") and network.is_this_machine("127.0.0.1")
+    assert not network.is_this_machine("no-such-host.invalid")
     assert all(not network.is_loopback(address) for found in network.interfaces().values() for address in found)
 
 
@@ -72,7 +72,7 @@ def test_the_loopback() -> None:
         ("10.0.0.1", 2, {}, {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}),
         (None, 1, {}, {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}),
         ("10.0.0.1", 1, {}, {}),
-        # The user's own.
+        # What the user has set stays.
         ("127.0.1.1", 2, {"GLOO_SOCKET_IFNAME": "ib0"}, {"NCCL_SOCKET_IFNAME": "=eth1"}),
         ("127.0.1.1", 2, {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib"}, {}),
     ],
@@ -89,7 +89,7 @@ def test_ports() -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         assert not network.can_listen(port)
-        assert network.holder(port).startswith(f" by process {os.getpid()} (")
+        assert network.process_at_port(port).startswith(f" by process {os.getpid()} (")
     assert network.can_listen(port)
 
 
@@ -103,7 +103,7 @@ def _card(host: str, **changed: object) -> NodeCard:
         ({}, None),
         ({"torch": "2.14.1+cpu"}, None),
         ({"python": "3.12.1"}, None),
-        ({"nproc": 4, "nproc_given": False}, None),  # one a GPU, of machines that differ
+        ({"nproc": 4, "nproc_given": False}, None),  # one for each GPU, on machines that differ
         ({"nproc": 4}, "the machines differ in --nproc: 2 on a and c, 4 on b; give the same .* or --nproc auto"),
         ({"torch": "2.13.0"}, "the machines differ in torch: 2.14.1 on a and c, 2.13.0 on b; install the same version"),
         ({"ddparity": "0.2.0"}, "the machines differ in ddparity: 0.1.0 on a and c, 0.2.0 on b"),
@@ -125,7 +125,7 @@ def store() -> TCPStore:
 
 
 def _exchange(store: TCPStore, size: int, machines: list[tuple[int, NodeCard]], timeout_s: float) -> list[str | None]:
-    """What each machine, a thread with its own connection, finds."""
+    """Return the error of each machine, which is a thread with its own connection, or None."""
     found: list[str | None] = ["did not end"] * len(machines)
 
     def machine(place: int, rank: int, card: NodeCard) -> None:
@@ -156,13 +156,13 @@ def test_a_mistake_is_found_on_every_machine(store: TCPStore) -> None:
     )
 
 
-def test_two_machines_with_one_number(store: TCPStore) -> None:
+def test_two_machines_with_one_node_rank(store: TCPStore) -> None:
     found = _exchange(store, 3, [(0, _card("a")), (1, _card("b")), (1, _card("c"))], 10)
     for text in found:
         assert text is not None and "2 machines have number 1 (" in text and "none has 2" in text
 
 
-def test_a_machine_that_does_not_say(store: TCPStore) -> None:
+def test_a_machine_that_sends_nothing(store: TCPStore) -> None:
     (found,) = _exchange(store, 2, [(0, _card("a"))], 0.2)
     assert found == "machine 1 met the others but did not say what it was started with: did its launcher fail?"
 
@@ -180,7 +180,7 @@ def _launch(tmp_path: Path, line: str) -> Launch:
         ("127.0.0.1", "Connection refused: nothing listens at that port there"),
     ],
 )
-def test_nobody_there(host: str, reason: str, tmp_path: Path) -> None:
+def test_no_store_there(host: str, reason: str, tmp_path: Path) -> None:
     said: list[str] = []
     launch = _launch(tmp_path, f"--nnodes 2 --node-rank 1 --rendezvous {host}:{free_port()} --rdzv-conf timeout=1")
     start = time.monotonic()
@@ -192,7 +192,7 @@ def test_nobody_there(host: str, reason: str, tmp_path: Path) -> None:
     assert reason in text and "come from the options; check that the launcher runs on the first machine" in text
 
 
-def test_what_is_waited_for_is_said_once(tmp_path: Path) -> None:
+def test_the_reason_of_a_wait_is_printed_once(tmp_path: Path) -> None:
     said: list[str] = []
     launch = _launch(tmp_path, f"--nnodes 2 --node-rank 1 --rendezvous 127.0.0.1:{free_port()} --rdzv-conf timeout=5")
     with pytest.raises(RendezvousError):
@@ -212,12 +212,12 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     launch = _launch(tmp_path, f"--nnodes 2 --node-rank 0 --rendezvous 127.0.0.1:{store.port}")
     with pytest.raises(RendezvousError, match=r"the store of another job listens there. Give another port"):
         check_rendezvous(launch)
-    # Without numbers it may be the other launcher of this job.
+    # Without node ranks it may be the store of this job's other launcher.
     launch = _launch(tmp_path, f"--nnodes 2 --rendezvous 127.0.0.1:{store.port}")
     assert check_rendezvous(launch).config.local_addr == "127.0.0.1"
 
 
-def test_torchs_errors_in_one_sentence(tmp_path: Path) -> None:
+def test_torchs_errors_become_one_sentence(tmp_path: Path) -> None:
     launch = _launch(tmp_path, f"--nnodes 2 --node-rank 0 --rendezvous 127.0.0.1:{free_port()}")
     place = check_rendezvous(launch)
     error = RuntimeError("Timed out after 11 seconds waiting for clients. 1/2 clients joined.\nException raised from x")
@@ -225,13 +225,13 @@ def test_torchs_errors_in_one_sentence(tmp_path: Path) -> None:
     assert "after 11.0 s: 1 of 2 machines came" in text and "Exception" not in text
 
 
-def test_alone_nothing_is_checked(tmp_path: Path) -> None:
+def test_one_machine_alone_needs_no_check(tmp_path: Path) -> None:
     launch = _launch(tmp_path, "--nproc 2")
     place = check_rendezvous(launch)
     assert (place.variables, place.route) == ({}, None)
 
 
-# Two machines on one: network namespaces that a pair of virtual interfaces joins.
+# Two machines on one: two network namespaces, connected by a pair of virtual interfaces.
 
 PREFIX = f"ddp{os.getpid() % 10000}"
 ADDRESSES = ("10.77.1.1", "10.77.1.2")
@@ -243,7 +243,7 @@ def _ip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def namespaces() -> Iterator[tuple[str, str]]:
-    """Two namespaces, 10.77.1.1 and 10.77.1.2, in which the host name has the loopback's address."""
+    """Yield two namespaces, 10.77.1.1 and 10.77.1.2, in which the host name has the loopback's address."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and the ip command")
     names = (f"{PREFIX}a", f"{PREFIX}b")
@@ -297,7 +297,7 @@ dist.destroy_process_group()
 
 
 class Machines:
-    """`ddparity run` on machines, ended with all that they started."""
+    """Run `ddparity run` on several machines; `stop` ends them with all processes that they started."""
 
     def __init__(self, script: Path) -> None:
         self.script, self.started = script, []
@@ -341,10 +341,10 @@ def machines(namespaces: tuple[str, str], tmp_path: Path) -> Iterator[Machines]:
     ],
     ids=["c10d", "numbers and a name", "torchrun's static"],
 )
-def test_machines_whose_names_are_the_loopbacks(
+def test_machines_whose_names_have_the_loopbacks_address(
     ways: tuple[str, str], machines: Machines, namespaces: tuple[str, str]
 ) -> None:
-    """Failures 13: Gloo listens at 127.0.1.1 unless it is told where; torch's c10d takes nobody for the host."""
+    """Failures 13: Gloo listens at 127.0.1.1 without the variable; torch's c10d finds no machine to be the host."""
     port = free_port()
     both = [
         machines.start(name, f"--nnodes 2 --nproc 1 {way.format(port=port)}") for name, way in zip(namespaces, ways)
@@ -354,7 +354,7 @@ def test_machines_whose_names_are_the_loopbacks(
     lines = sorted(line for out, _ in ended for line in out.splitlines())
     assert [line.split()[:3] for line in lines] == [["rank", "0:", "2"], ["rank", "1:", "2"]]
     assert {line.split()[3] for line in lines} == {f"{PREFIX}x", f"{PREFIX}y"}
-    if "--node" in ways[0]:  # numbers are kept
+    if "--node" in ways[0]:  # node ranks are kept
         assert ended[0][0].startswith("rank 0:")
 
 
@@ -362,7 +362,7 @@ def test_machines_whose_names_are_the_loopbacks(
     ("interface", "message"), [("lo", "is the loopback, which no other machine"), ("eth9", "is not up on this machine")]
 )
 def test_the_wrong_interface(interface: str, message: str, machines: Machines, namespaces: tuple[str, str]) -> None:
-    """Each machine says at once what Gloo would say after the group's time-out."""
+    """Each machine reports at once what Gloo would report after the group's time-out."""
     line = f"--nnodes 2 --rendezvous 10.77.1.1:{free_port()} --node-rank 0"
     process = machines.start(namespaces[0], line, GLOO_SOCKET_IFNAME=interface)
     _, err = process.communicate(timeout=60)
@@ -379,11 +379,11 @@ def test_no_route(machines: Machines, namespaces: tuple[str, str]) -> None:
     assert "Network is unreachable: no interface of this machine leads there" in err.splitlines()[-1]
 
 
-def test_two_machines_with_number_0(machines: Machines, namespaces: tuple[str, str]) -> None:
+def test_two_machines_with_node_rank_0(machines: Machines, namespaces: tuple[str, str]) -> None:
     line = f"--nnodes 2 --node-rank 0 --rendezvous 10.77.1.1:{free_port()} --rdzv-conf timeout=30"
     first = machines.start(namespaces[0], line)
     port = int(line.split(":")[1].split()[0])
-    look = f"network.find_store(('10.77.1.1', {port}), time.monotonic() + 30)"
+    look = f"network.wait_for_store(('10.77.1.1', {port}), time.monotonic() + 30)"
     python = ["ip", "netns", "exec", namespaces[0], sys.executable, "-c"]
     store = [*python, f"import time; from ddparity.runtime import network; {look}"]
     subprocess.run(store, check=True, timeout=60, cwd=ROOT)
@@ -403,7 +403,7 @@ def test_different_numbers_of_processes(machines: Machines, namespaces: tuple[st
         assert "the machines differ in --nproc: 1 on" in err.splitlines()[-1]
 
 
-def test_the_other_machine_does_not_come(machines: Machines, namespaces: tuple[str, str]) -> None:
+def test_the_other_machine_does_not_join(machines: Machines, namespaces: tuple[str, str]) -> None:
     line = f"--nnodes 2 --rendezvous 10.77.1.1:{free_port()} --rdzv-conf timeout=3"
     numbered, unnumbered = machines.start(namespaces[0], f"{line} --node-rank 0"), None
     _, err = numbered.communicate(timeout=60)

@@ -23,7 +23,7 @@ Env = Callable[[int], dict[str, str]]
 
 
 def _joined(timeout: float | None = None) -> tuple[World, float, bool]:
-    """The world, a sum over its ranks, and whether a group is left."""
+    """Return the world, a sum over its ranks, and whether a group is left."""
     with dp.world(device="cpu", timeout=timeout) as world:
         one = torch.ones(1)
         if world.backend is not None:
@@ -40,7 +40,7 @@ def _pytorch_job(port: int) -> Env:
 
 
 def _open_mpi(port: int) -> Env:
-    """`mpirun` on one node, which needs no address."""
+    """Return what `mpirun` on one node sets; it needs no address."""
     return lambda rank: _strings(
         OMPI_COMM_WORLD_RANK=rank,
         OMPI_COMM_WORLD_SIZE=3,
@@ -52,7 +52,7 @@ def _open_mpi(port: int) -> Env:
 
 
 def _slurm(port: int) -> Env:
-    """`srun` on two nodes, two tasks on the first and one on the second."""
+    """Return what `srun` sets on two nodes, with two tasks on the first and one on the second."""
     return lambda rank: _strings(
         SLURM_JOB_ID=port,
         SLURM_STEP_ID=0,
@@ -89,7 +89,7 @@ def test_launchers(env: Callable[[int], Env], expected: list[World]) -> None:
 
 
 def test_the_agents_store_is_used() -> None:
-    """Under torchrun rank 0 does not listen: nothing else than its agent's store can be where the variables say."""
+    """Under torchrun rank 0 does not listen: only the agent's store is at the address that the variables give."""
     assert run_ranks(_joined_again, 2) == [_cpu(0, 0, 2, 2, 0), _cpu(1, 1, 2, 2, 0)]
 
 
@@ -121,7 +121,7 @@ def test_worlds_one_after_the_other(agent: bool) -> None:
 
 def _nested() -> tuple[World, World, bool]:
     with dp.world(device="cpu") as outer:
-        if outer.rank == 1:  # on one rank alone: the inner one needs nobody
+        if outer.rank == 1:  # on one rank only: the inner world needs no other rank
             with dp.world() as inner:
                 pass
         else:
@@ -151,7 +151,7 @@ def _foreign(backend: str | None) -> tuple[World, bool, float]:
 
 
 @pytest.mark.parametrize("backend", ["gloo", None])
-def test_a_group_of_somebody_else_is_used_and_left_alone(backend: str | None) -> None:
+def test_a_group_of_the_users_is_used_and_not_changed(backend: str | None) -> None:
     ended = outcomes(_foreign, 2, backend, env=torchrun_env(2, free_port(), nodes=2), in_world=False)
     for rank, outcome in enumerate(ended):
         assert outcome.error is None, outcome
@@ -167,7 +167,10 @@ def _disagrees() -> None:
 
 def test_another_backend_than_the_groups_is_refused() -> None:
     for outcome in outcomes(_disagrees, 2):
-        assert outcome.error == "ValueError: world(backend='nccl'), but the process group that exists uses 'gloo'"
+        assert outcome.error == (
+            "ValueError: world(backend='nccl'), but the process group that exists uses 'gloo': leave backend= out, or "
+            "make the group with it"
+        )
 
 
 def _raises(where: int) -> str:
@@ -186,7 +189,7 @@ def _raises(where: int) -> str:
 @pytest.mark.parametrize("agent", [True, False], ids=["store of the agent", "store of rank 0"])
 @pytest.mark.parametrize("where", [-1, 0, 2])
 def test_an_exception_leaves_no_group_and_fails_the_others(where: int, agent: bool) -> None:
-    """The others are inside Gloo's all-reduce."""
+    """The other ranks are inside Gloo's all-reduce."""
     env = None if agent else torchrun_env(3, free_port())
     for rank, outcome in enumerate(outcomes(_raises, 3, where, env=env, in_world=False)):
         assert outcome.value == ("OSError False" if rank == where or where < 0 else "RuntimeError False")
@@ -206,7 +209,7 @@ def _ends_early(how: str, rank: int) -> None:
 @pytest.mark.parametrize("how", ["killed", "exit"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_ends_early_fails_the_others(how: str, rank: int) -> None:
-    """Failures 4. In the store's own process, too."""
+    """Failures 4. The rank may be the one whose process holds the store."""
     ended = outcomes(_ends_early, 3, how, rank, env=torchrun_env(3, free_port()), in_world=False)
     for other, outcome in enumerate(ended):
         assert outcome.seconds < 10
@@ -222,13 +225,13 @@ def _users_own_end() -> bool:
     return dist.is_initialized()
 
 
-def test_a_group_that_the_user_has_ended_is_no_error() -> None:
+def test_a_group_that_the_user_has_destroyed_is_no_error() -> None:
     assert [outcome.value for outcome in outcomes(_users_own_end, 2, in_world=False)] == [False, False]
 
 
 @pytest.fixture
 def occupied() -> Iterator[int]:
-    """A port that a program holds which accepts connections and never answers."""
+    """Yield a port at which a program accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield int(server.getsockname()[1])
 
@@ -237,7 +240,7 @@ TIMEOUT_S = 1.5
 
 
 def _not_joined() -> tuple[str, float]:
-    """What the error says, and how long it took in this process: starting one may take as long on a busy machine."""
+    """Return the error's text and its time in this process: on a busy machine the start may take as long."""
     start = time.monotonic()
     with pytest.raises(dp.RendezvousError) as caught:
         _joined(TIMEOUT_S)
@@ -245,34 +248,34 @@ def _not_joined() -> tuple[str, float]:
 
 
 def _errors(ranks: int, env: Env, place: str) -> list[str]:
-    """The error of each rank that is there, within the time-out and 2 s."""
+    """Return the error of each rank that runs; it comes within the time-out and 2 s."""
     errors = []
     for outcome in outcomes(_not_joined, ranks, env=env, in_world=False):
         assert outcome.error is None, outcome
         error, seconds = outcome.value
         assert seconds < TIMEOUT_S + 2
-        assert re.match(rf"rank \d of \d \(.+\) found no complete rendezvous at {re.escape(place)}", error)
+        assert re.match(rf"rank \d of \d \(.+\) did not complete the rendezvous at {re.escape(place)}", error)
         assert "from torchrun's variables" in error and "GLOO_SOCKET_IFNAME" in error
         errors.append(error)
     return errors
 
 
-def test_nobody_listens() -> None:
+def test_no_process_listens() -> None:
     port = free_port()
     errors = _errors(2, lambda r: torchrun_env(3, port)(r + 1), f"127.0.0.1:{port} from 127.0.0.1 on interface lo")
     assert all("Connection refused" in error for error in errors)
 
 
 @pytest.mark.parametrize("agent", [True, False], ids=["store of the agent", "store of rank 0"])
-def test_a_rank_that_does_not_come_is_named_on_every_rank(agent: bool) -> None:
+def test_a_rank_that_does_not_join_is_named_on_every_rank(agent: bool) -> None:
     store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False) if agent else None
     port = store.port if store else free_port()
     env = torchrun_env(3, port, agent_store=agent)
     errors = _errors(2, env, f"127.0.0.1:{port} from 127.0.0.1 on interface lo")
-    assert all("rank 2 did not come" in error for error in errors)
+    assert all("rank 2 did not join" in error for error in errors)
 
 
-def test_a_port_that_somebody_else_holds(occupied: int) -> None:
+def test_a_port_that_another_program_holds(occupied: int) -> None:
     errors = _errors(2, torchrun_env(2, occupied), f"127.0.0.1:{occupied} from 127.0.0.1 on interface lo")
     assert f"port {occupied} is taken on this machine by process {os.getpid()}" in errors[0]
     assert "another program holds that port" in errors[1]
@@ -282,33 +285,33 @@ def test_a_host_without_an_address() -> None:
     env = torchrun_env(2, free_port())
     errors = _errors(2, lambda rank: env(rank) | {"MASTER_ADDR": "no-such-host.invalid"}, "no-such-host.invalid:")
     assert all("no route to no-such-host.invalid" in error for error in errors)
-    assert "rank 1 did not come" in errors[0]
+    assert "rank 1 did not join" in errors[0]
 
 
-def test_a_batch_script_without_srun_is_told_to_use_it() -> None:
+def test_the_error_of_a_batch_script_says_to_use_srun() -> None:
     [outcome] = outcomes(_joined, 1, TIMEOUT_S, env=_slurm(free_port()), in_world=False)
     assert "start the ranks with srun" in (outcome.error or "")
 
 
-def _heard(path: str) -> None:
+def _with_stderr_in(path: str) -> None:
     with open(path, "ab") as file:
         os.dup2(file.fileno(), 2)
     _joined(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("what", ["nobody", "occupied", "no host"])
-def test_no_page_of_frames(what: str, occupied: int, tmp_path: Path) -> None:
-    """torch's C++ writes past sys.stderr. Rank 0 alone in a world of two, and rank 1 alone in another."""
+def test_torch_prints_no_stack_frames(what: str, occupied: int, tmp_path: Path) -> None:
+    """torch's C++ does not write through sys.stderr. Rank 0 runs alone in a world of two, then rank 1 in another."""
     for rank in (0, 1):
         env = torchrun_env(2, occupied if what == "occupied" else free_port())(rank)
         if what == "no host":
             env["MASTER_ADDR"] = "no-such-host.invalid"
-        [outcome] = outcomes(_heard, 1, str(tmp_path / "stderr"), env=lambda _, env=env: env, in_world=False)
+        [outcome] = outcomes(_with_stderr_in, 1, str(tmp_path / "stderr"), env=lambda _, env=env: env, in_world=False)
         assert (outcome.error or "").startswith(f"RendezvousError: rank {rank} of 2")
     assert (tmp_path / "stderr").read_text() == ""
 
 
-def test_the_last_line_of_a_script_says_it() -> None:
+def test_the_last_line_of_a_script_is_the_error() -> None:
     script = 'import ddparity as dp\nwith dp.world(device="cpu", timeout=0.5):\n    pass'
     env = os.environ | torchrun_env(2, free_port())(1)
     ended = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
@@ -317,7 +320,7 @@ def test_the_last_line_of_a_script_says_it() -> None:
 
 
 def _on_two_gpus(timeout: float) -> None:
-    """The fourth process of a machine that shows two GPUs."""
+    """Join as one of four processes of a machine that shows two GPUs."""
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
     torch.cuda.set_device = lambda device: None
@@ -330,7 +333,7 @@ def test_more_local_ranks_than_gpus() -> None:
     ended = outcomes(_on_two_gpus, 4, 30, in_world=False)
     for rank, outcome in enumerate(ended):
         error = outcome.error or ""
-        own = min(max(rank, 2), 3)  # ranks 0 and 1 hear of the first that has none
+        own = min(max(rank, 2), 3)  # ranks 0 and 1 get the error of the first rank that has none
         assert error.startswith("ValueError" if rank >= 2 else "RankFailure: rank 2"), error
         assert f"local rank {own} of 4 has no GPU: this machine shows 2" in error
         assert "--nproc 2" in error and 'world(device="cpu")' in error
@@ -341,19 +344,19 @@ def _on_one_gpu(backend: str | None, device: str | None) -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.set_device = lambda device: None
-    torch.cuda.get_device_properties = lambda device: device  # without a UUID: the index stands for it
+    torch.cuda.get_device_properties = lambda device: device  # without a UUID: the index is used instead
     with dp.world(backend, device, timeout=30) as w:
         assert w.device == torch.device("cuda", 0)
 
 
 def test_two_ranks_that_see_the_same_single_gpu() -> None:
-    """A scheduler may show each process its own as index 0; the roster knows whether it is."""
+    """A scheduler may show each process its own GPU as index 0; the list of members shows if two share one."""
     for outcome in outcomes(_on_one_gpu, 2, None, None, in_world=False):
         assert "RankFailure: ranks 0 and 1 both claim GPU cuda:0 of" in (outcome.error or "")
         assert outcome.seconds < 10
 
 
-def test_over_gloo_ranks_may_share_a_card_that_is_named() -> None:
+def test_over_gloo_ranks_may_share_a_gpu_that_is_given_by_index() -> None:
     assert [outcome.error for outcome in outcomes(_on_one_gpu, 2, "gloo", "cuda:0", in_world=False)] == [None, None]
     for outcome in outcomes(_on_one_gpu, 2, "gloo", "cuda", in_world=False):
         assert "RankFailure: ranks 0 and 1 both claim GPU cuda:0 of" in (outcome.error or "")
@@ -375,7 +378,8 @@ def test_a_wrong_device_on_one_rank_fails_all(rank: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_gpus() -> None:
-    with pytest.raises(ValueError, match=r"this machine shows 0\. To go on, train on the CPU"), dp.world(device="cuda"):
+    found = r"this machine shows 0\. To continue, train on the CPU"
+    with pytest.raises(ValueError, match=found), dp.world(device="cuda"):
         pass
 
 
@@ -397,8 +401,8 @@ def _with_wrong(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("timeout", 0), ("backend", "glue")])
-def test_a_wrong_argument_is_refused_before_anything_is_waited_for(name: str, value: object) -> None:
-    """Nobody holds the store, the other rank never comes."""
+def test_a_wrong_argument_is_refused_before_any_wait(name: str, value: object) -> None:
+    """There is no store, and the other rank never joins."""
     [outcome] = outcomes(_with_wrong, 1, name, value, env=torchrun_env(2, free_port()), in_world=False)
     assert (outcome.error or "").startswith("ValueError")
     assert outcome.seconds < 5
@@ -418,7 +422,7 @@ def _with_backend(backend: str) -> tuple[float, str | None]:
 
 
 def _two_hosts(interface: str | None) -> tuple[str | None, float]:
-    """Ranks on two machines, as their names say, whose names have the loopback's address."""
+    """Join as ranks on two machines with different names, whose names have the loopback's address."""
     name = f"host{os.environ['RANK']}"
     socket.gethostname = lambda: name
     socket.gethostbyname = lambda host: "127.0.1.1"
@@ -433,7 +437,7 @@ def _two_hosts(interface: str | None) -> tuple[str | None, float]:
 
 
 @pytest.mark.parametrize("own", [None, "lo"])
-def test_machines_meet_off_the_loopback(own: str | None) -> None:
+def test_machines_do_not_meet_at_the_loopback(own: str | None) -> None:
     """Failures 13. The user's interface wins."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -451,7 +455,7 @@ def _policy() -> int:
     return os.sched_getscheduler(0)
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's")
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
 def test_over_gloo_threads_are_scheduled_as_batch_work_until_the_world_ends() -> None:
     assert run_ranks(_policy, 2) == [os.SCHED_BATCH] * 2
     ended = outcomes(_policies, 1, in_world=False)[0].value

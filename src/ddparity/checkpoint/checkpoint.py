@@ -15,7 +15,7 @@ from torch import nn
 
 from ..compat import uncompiled, unwrapped
 from ..runtime.agreement import agreed
-from ..runtime.environment import mark_progress
+from ..runtime.progress import mark_progress
 from .atomic import clear_drafts, earlier, replacing
 from .format import Contents, Snapshot, read_states, take_snapshot, write_states
 

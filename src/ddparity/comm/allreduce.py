@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from ..compat import all_gather_single, all_to_all_single, compares_calls
 
-# Gloo's all-gather hands tensors on from rank to rank, in two messages each; its all-to-all sends as many bytes, but
-# straight and in one. With a local sum it also beats the all-reduce as long as a rank's bytes, and all ranks' together,
-# stay below these: by itself up to a quarter or half of it (benchmarks/collectives.py), in a training step up to here
-# (benchmarks/step_overhead.py). Large ones it sends below a link's speed (benchmarks/strict.py).
+# Gloo's all-gather passes a tensor from rank to rank, in two messages each. Its all-to-all sends as many bytes, but
+# directly and in one message. An all-to-all with a local sum is also faster than the all-reduce, as long as the bytes
+# of one rank and those of all ranks together stay below these limits. Measured alone it is faster up to a quarter or
+# half of them (benchmarks/collectives.py), in a training step up to these limits (benchmarks/step_overhead.py). It
+# sends large tensors slower than the link allows (benchmarks/strict.py).
 SHORT_BYTES = 2**19
 SHORT_BYTES_OF_ALL = 2**21
 
@@ -23,7 +24,10 @@ YIELDS = 400  # before a rank that waits for a small exchange goes to sleep; abo
 
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The sum of a tensor over the ranks, perhaps in place; one collective of its bytes. All ranks call it."""
+    """Return the sum of a tensor over the ranks; the tensor itself may be overwritten.
+
+    Collectives: one, of the tensor's bytes; all ranks call it.
+    """
     if gathers(tensor.numel(), tensor, group):
         return copies_of_ranks(tensor, group).sum(0)  # in rank order, the same bits on every rank
     dist.all_reduce(tensor, group=group)
@@ -49,16 +53,20 @@ def mean_later(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
 
 
 def parts_of_sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """`sum_over_ranks` for who adds up himself: the sum is that over the first dimension of the result."""
+    """Return tensors, of shape (parts, *shape), whose sum over the first dimension is the sum over the ranks.
+
+    For callers that add up the parts themselves. Collectives as `sum_over_ranks`.
+    """
     if gathers(tensor.numel(), tensor, group):
         return copies_of_ranks(tensor, group)
     return sum_over_ranks(tensor, group).unsqueeze(0)
 
 
 def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The ranks' tensors, of one shape and dtype, as (world size, *shape). All ranks call it.
+    """Return the ranks' tensors, which have one shape and dtype, as (world size, *shape).
 
-    One collective of a rank's bytes to each other: an all-gather, for short tensors on the CPU as an all-to-all.
+    Collectives: one, which sends a rank's bytes to each other rank; all ranks call it. It is an all-gather, or for
+    short tensors on the CPU an all-to-all.
     """
     ranks = _size(group)
     if tensor.is_complex():  # Gloo has no complex numbers
@@ -66,7 +74,7 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     if tensor.dim() != 1:
         return copies_of_ranks(tensor.reshape(-1), group).view(ranks, *tensor.shape)
     short = tensor.is_cpu and tensor.numel() * tensor.element_size() <= SHORT_BYTES
-    if short and not compares_calls():  # which looks at an all-gather's sizes, not at an all-to-all's
+    if short and not compares_calls():  # torch compares an all-gather's sizes, not an all-to-all's
         sent = torch.stack((tensor,) * ranks)
         copies = torch.empty_like(sent)
         _wait(all_to_all_single(copies, sent, group))
@@ -79,12 +87,14 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
 
 
 def _wait(work: dist.Work) -> None:
-    """Give the core up again and again, for less than half a millisecond of its time, until the exchange is done.
+    """Wait until an exchange is done: yield the core for less than half a millisecond of its time, then sleep.
 
-    Ranks that keep step are soon done; then to sleep and to be woken takes as long as the exchange itself
-    (benchmarks/RESULTS.md, "Scheduling"). Longer, and ranks that share a core would keep each other from it.
+    Where all ranks call at the same time, the exchange is soon done, and to sleep and wake up takes as long as the
+    exchange itself (benchmarks/RESULTS.md, "Scheduling"). Ranks that share a core must not yield for longer, because
+    each then keeps the core from the other.
     """
-    # Not work.is_completed(): it waits, with Python's lock held, for a lock under which a profiler may want Python's.
+    # Not work.is_completed(): it holds Python's lock while it waits for another lock. A profiler may hold that one
+    # while it waits for Python's.
     done = work.get_future().done
     for _ in range(YIELDS if hasattr(os, "sched_yield") else 0):
         if done():
@@ -94,10 +104,12 @@ def _wait(work: dist.Work) -> None:
 
 
 def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Send tensor i to rank i of the group and fill tensor i from it, all at once; what is empty is not sent.
+    """Send tensor i of `sent` to rank i of the group, and fill tensor i of `received` from rank i, all at once.
 
-    Gloo's own all-to-all and all-gather take longer, the first above all over a slow link (benchmarks/strict.py). This
-    rank's own are left alone. All ranks call it, with sizes that agree.
+    This rank's own tensors are not touched, and an empty tensor is not sent. Gloo's own all-to-all and all-gather take
+    longer, especially the all-to-all over a slow link (benchmarks/strict.py).
+
+    Collectives: none; a point-to-point message for each tensor. All ranks call it, with sizes that agree.
     """
     if sent[0].is_complex():
         sent, received = [torch.view_as_real(one) for one in sent], [torch.view_as_real(one) for one in received]
@@ -177,7 +189,10 @@ def _reduce_flat(parameters: list[torch.Tensor], group: dist.ProcessGroup | None
 
 
 def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
-    """Whether gathering `numel` elements of each rank, of this tensor's dtype and device, beats exchanging sums."""
+    """Return True if to gather `numel` elements of each rank is faster than an all-reduce of them.
+
+    The elements have the dtype and device of the tensor `like`.
+    """
     if not like.is_cpu or like.layout != torch.strided:
         return False
     own = numel * like.element_size()
@@ -185,5 +200,5 @@ def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> 
 
 
 def _size(group: dist.ProcessGroup | None) -> int:
-    """By the group's own method, as `dist.get_world_size` takes longer."""
+    """Return the group's size by its own method: `dist.get_world_size` takes longer."""
     return dist.get_world_size() if group is None else group.size()

@@ -1,4 +1,4 @@
-"""Collecting values of any nesting from all ranks."""
+"""Gather nested values from all ranks: the public function `gather`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RankFailure
-from .transfer import Receiver, checked_receiver, exchange, move, takes_part
+from .transfer import Receiver, checked_receiver, gather_json, move, takes_part
 from .trees import Node, new_tensor, put_together, take_apart
 
 
 def gather(value: Any, to: Receiver = 0) -> Any:
-    """Concatenate a value of every rank, in rank order, on rank `to` or on all. Every rank calls it.
+    """Concatenate the values of all ranks, in rank order, on rank `to`, or on every rank if `to` is "all".
 
-    Tensors (any dense dtype) and numeric arrays are concatenated along their first dimension, in which ranks may
-    differ, and 0-d ones are stacked; lists are joined; numbers, strings and None become a list with one entry a rank;
-    dicts, tuples, named tuples and dataclasses keep their structure, which must be the same on every rank.
+    Tensors of any dense dtype and numeric arrays are concatenated along their first dimension, whose size may differ
+    between ranks. 0-d tensors and arrays are stacked. Lists are joined. Numbers, strings and None become a list with
+    one entry for each rank. Dicts, tuples, named tuples and dataclasses keep their structure, which must be the same on
+    every rank.
 
     Returns:
-        The concatenation where it is received, None on the other ranks.
+        The concatenation on the ranks that receive it, None on the others.
 
-    Collectives: two all-gathers (a number, and the description in JSON), then for each rank's tensors sends to `to`,
-    or broadcasts, in messages of at most 16 MiB, straight into the result where they are large. No pickle.
+    Collectives: two all-gathers (a number, and the description in JSON). Then the tensors of each rank are sent to
+    `to`, or broadcast, in messages of at most 16 MiB; large ones go directly into the result. Nothing is pickled. Every
+    rank calls it.
 
     Raises:
-        TypeError: a value cannot travel; on its rank, naming it, and `RankFailure` on the others.
-        ValueError: `to` is no rank, or the ranks' values do not fit together; on every rank.
+        TypeError: a value of this rank cannot be sent; the error names it. The other ranks raise `RankFailure`.
+        ValueError: `to` is not a rank, or the ranks' values do not fit together; on every rank.
 
     Example:
         >>> gather({"loss": 0.5, "rows": torch.ones(2, 3)})["loss"]
@@ -42,7 +44,7 @@ def gather(value: Any, to: Receiver = 0) -> Any:
         node, leaves = take_apart(value)
     except Exception as error:
         problem, node = error, {"error": str(error)}
-    nodes = exchange(node)
+    nodes = gather_json(node)
     if problem is not None:
         raise problem
     for other, theirs in enumerate(nodes):
@@ -52,12 +54,12 @@ def gather(value: Any, to: Receiver = 0) -> Any:
     receives = to in ("all", rank)
     build, targets = put_together(nodes, new_tensor if receives else _placeholder)
     for source, target in enumerate(targets):
-        places = [target[number] for number in sorted(target)]
+        slots = [target[number] for number in sorted(target)]  # the parts of the result that hold this rank's tensors
         if source == rank and receives:
-            for place, leaf in zip(places, leaves, strict=True):
-                place.copy_(leaf)
+            for slot, leaf in zip(slots, leaves, strict=True):
+                slot.copy_(leaf)
         if world_size > 1 and takes_part(source, to):
-            move(leaves if source == rank else places, source, to)
+            move(leaves if source == rank else slots, source, to)
     return build() if receives else None
 
 

@@ -1,4 +1,4 @@
-"""Moving tensors between ranks: sizes known on both sides, bounded messages, nothing pickled."""
+"""Move tensors and JSON values between ranks, in messages of bounded size and without pickle."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .trees import byte_view
 Receiver = int | Literal["all"]
 
 _MESSAGE_BYTES = 16 * 2**20  # the largest message
-_PACKED_BYTES = 4 * 2**20  # of small tensors, in one message
-_SMALL_BYTES = 2**18  # a larger tensor travels from and to its own memory
+_PACKED_BYTES = 4 * 2**20  # the most bytes of small tensors in one message
+_SMALL_BYTES = 2**18  # a larger tensor is sent from its own memory, and received into it
 
 
 def checked_receiver(to: Any, world_size: int) -> Receiver:
+    """Return `to` if it is a rank or "all"; else raise ValueError."""
     if to == "all":
         return "all"
     if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < world_size:
@@ -27,8 +28,11 @@ def checked_receiver(to: Any, world_size: int) -> Receiver:
     return to
 
 
-def exchange(value: Any) -> list[Any]:
-    """Every rank's value, as JSON, on every rank; two all-gathers. All ranks call it."""
+def gather_json(value: Any) -> list[Any]:
+    """Return every rank's value, which is sent as JSON, on every rank.
+
+    Collectives: two all-gathers; all ranks call it.
+    """
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world_size == 1:
         return [value]
@@ -47,12 +51,15 @@ def exchange(value: Any) -> list[Any]:
 
 
 def takes_part(source: int, to: Receiver) -> bool:
-    """Whether this rank sends or receives when `source` sends to `to`."""
+    """Return True if this rank sends or receives when `source` sends to `to`."""
     return to == "all" or (source != to and dist.get_rank() in (source, to))
 
 
 def move_json(value: Any, source: int, to: Receiver) -> Any:
-    """A value of rank `source` where it is received, and there; two messages. Who takes part calls it."""
+    """Return the value of rank `source`, which is sent as JSON, on that rank and on those that receive it.
+
+    Collectives: two messages or broadcasts; the ranks for which `takes_part` is True call it.
+    """
     text = json.dumps(value).encode() if dist.get_rank() == source else b""
     size = torch.tensor([len(text)])
     move([size], source, to)
@@ -62,10 +69,12 @@ def move_json(value: Any, source: int, to: Receiver) -> Any:
 
 
 def move(tensors: Sequence[torch.Tensor], source: int, to: Receiver) -> None:
-    """Bring contiguous tensors of rank `source` into those of the same sizes where they are received.
+    """Copy contiguous tensors of rank `source` into tensors of the same sizes on the ranks that receive them.
 
-    Who takes part calls it. Small tensors share a message; a large one is sent in messages of at most 16 MiB, without
-    a copy where it lies on the device that the backend sends from.
+    Small tensors share a message. A large one is sent in messages of at most 16 MiB, without a copy if it is on the
+    device from which the backend sends.
+
+    Collectives: these messages or broadcasts; the ranks for which `takes_part` is True call it.
     """
     wire, sends = _wire_device(), dist.get_rank() == source
     views = [byte_view(tensor) for tensor in tensors]
@@ -84,7 +93,7 @@ def move(tensors: Sequence[torch.Tensor], source: int, to: Receiver) -> None:
 
 
 def _runs(sizes: list[int]) -> Iterator[tuple[int, int]]:
-    """Cuts a row of tensors, given their bytes, into runs that share a message: (first, behind the last)."""
+    """Cut a sequence of tensors, given their bytes, into runs that share a message; yield (first, last + 1)."""
     first, held = 0, 0
     for number, size in enumerate(sizes):
         alone = size > _SMALL_BYTES
@@ -111,6 +120,6 @@ def _pass(message: torch.Tensor, source: int, to: Receiver) -> None:
 
 
 def _wire_device() -> torch.device:
-    """Where the backend sends from."""
+    """Return the device from which the backend sends."""
     on_gpu = "nccl" in str(dist.get_backend())
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
-from ..runtime.environment import mark_progress
+from ..runtime.progress import mark_progress
 from .dataset import Fetch, KeyedDataset, loaded, sized_length
 from .plan import BatchPlan, MicroBatch, checked_integer, share
 from .step import LoadedMicroBatch, Step

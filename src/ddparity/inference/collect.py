@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm.transfer import Receiver, exchange, move, move_json, takes_part
+from ..comm.transfer import Receiver, gather_json, move, move_json, takes_part
 from ..comm.trees import Node, assembled, leaves_of, new_tensor, plain_values, single
 from ..errors import DDParityError
 from .outputs import Rows, Schema, on_device
@@ -212,7 +212,7 @@ def bring_together(
         Exception: what a row could not be placed for; after all have been received, so that no sender waits.
     """
     pieces = _pieces(held)
-    said = exchange({"pieces": len(pieces), "ran": [[part.start, part.stop] for part in merged(ran)]})
+    said = gather_json({"pieces": len(pieces), "ran": [[part.start, part.stop] for part in merged(ran)]})
     check_each_once([range(*part) for theirs in said for part in theirs["ran"]], length)
     several = len(said) > 1
     rank = dist.get_rank() if several else 0

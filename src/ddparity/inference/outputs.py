@@ -96,7 +96,7 @@ class Schema:
                 check_importable(name, path)
             said = json.dumps([mine, where])
             first, first_where = json.loads(
-                said if self._agreement is None else self._agreement.first_said("schema", said)
+                said if self._agreement is None else self._agreement.first_value("schema", said)
             )
             self._first = first, first_where
         first, first_where = self._first

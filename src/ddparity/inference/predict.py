@@ -20,7 +20,7 @@ from ..comm.trees import to_device
 from ..data.rng import seed_streams
 from ..errors import DDParityError
 from ..runtime.agreement import Agreement, agreed
-from ..runtime.logging import progress
+from ..runtime.progress import progress
 from .collect import Memory
 from .identity import identity, identity_of_dataset
 from .metrics import Metric
@@ -270,7 +270,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
             return sink.finish()
         except RuntimeError as error:
             if agreement is not None and not isinstance(error, DDParityError):
-                agreement.explain(error)  # the backend's words where a peer has gone
+                agreement.raise_cause(error)  # the backend's words where a peer has gone
             raise
 
 
@@ -302,14 +302,14 @@ def _directory(path: Path, given: _Call, made: Predictor, agreement: Agreement |
         }
         prepared = prepare(path, run)
         if agreement is not None:
-            agreement.tell("prepared", prepared)
+            agreement.publish("prepared", prepared)
     else:
         assert agreement is not None, "there are other ranks"
-        prepared = agreement.hear("prepared")
+        prepared = agreement.receive("prepared")
     if agreement is None:  # batches run in order
         return Directory(path, source, prepared, given.schema, lambda: None, lambda: None)
-    tell: Callable[[], None] = partial(agreement.tell, "types", "")
-    hear: Callable[[], object] = partial(agreement.hear, "types")
+    tell: Callable[[], None] = partial(agreement.publish, "types", "")
+    hear: Callable[[], object] = partial(agreement.receive, "types")
     return Directory(path, source, prepared, given.schema, tell, hear)
 
 
@@ -339,7 +339,7 @@ def _run(
             looked = time.monotonic()
             count.show()
             if agreement is not None:
-                agreement.look()
+                agreement.check()
     count.show()
 
 
@@ -352,7 +352,7 @@ class _Count:
         self._agreement = agreement
         self._display = shown.enter_context(progress(length, rank, "predict", "samples")) if show else None
         if show and agreement is not None and rank == 0:
-            agreement.meanwhile = self.show  # also while the others still run
+            agreement.while_waiting = self.show  # also while the others still run
         self._new = self._total = 0
 
     def add(self, samples: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from ..comm.transfer import exchange
+from ..comm.transfer import gather_json
 from ..data.dataset import Fetch, KeyedDataset, loaded, sized_length
 from ..data.plan import checked_integer, share
 from ..data.rng import derive, numbered, seed_streams
@@ -243,7 +243,7 @@ class Shards:
         for samples in ran:
             mine[samples.start // _SHARD_SAMPLES] += len(samples)
         sizes = [0] * self.shards
-        for theirs in exchange(sorted(mine.items())):
+        for theirs in gather_json(sorted(mine.items())):
             for shard, size in theirs:
                 sizes[shard] += size
         firsts = list(itertools.accumulate(sizes, initial=0))

@@ -16,9 +16,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from ..compat import PrefixStore, meet_anew
+from ..compat import PrefixStore, forget_bootstrap_store
 from ..errors import RendezvousError
-from ..runtime.network import bound_waits, holds_store, split_endpoint
+from ..runtime.network import is_listening_at, limit_tcp_waits, split_endpoint
 from .diagnosis import messages
 from .diagnosis.exits import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
 from .diagnosis.report import placed
@@ -116,11 +116,11 @@ class Agent(LocalElasticAgent):
         self._signals.check()
         self._close_exchange()
         if self._address is not None:
-            bound_waits(self._address[1], SILENT_S)
-            meet_anew(worker_group.spec.rdzv_handler)
+            limit_tcp_waits(self._address[1], SILENT_S)
+            forget_bootstrap_store(worker_group.spec.rdzv_handler)
         super()._rendezvous(worker_group)
         if self._address is not None:
-            bound_waits(self._address[1], SILENT_S)  # a static rendezvous connects just now
+            limit_tcp_waits(self._address[1], SILENT_S)  # a static rendezvous connects just now
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state is WorkerState.HEALTHY and self._exchange is not None:  # torch's loop found a machine
@@ -199,7 +199,7 @@ class Agent(LocalElasticAgent):
         assert store is not None and node is not None and nodes is not None, "the rendezvous gives them"
         maximum = worker_group.spec.max_restarts
         ranks = tuple(worker.global_rank for worker in worker_group.workers)
-        own = Machine(self._host, ranks, maximum - self._remaining_restarts, holds_store(address[1]))
+        own = Machine(self._host, ranks, maximum - self._remaining_restarts, is_listening_at(address[1]))
         if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
             store = PrefixStore(f"round{own.restarts}", store)
         patience_s = _PATIENCE_S + self._habits.grace_s + 2

@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import DDParityError
-from ..runtime.environment import detect_engine, find_nodes, find_placement
+from ..runtime.environment import detect_engine, find_node_placement, find_placement
 from ..runtime.network import (
+    describe_os_error,
+    external_route_to,
     hostname_address,
     hostname_is_loopback,
     interface_variables,
     interfaces,
     is_loopback,
-    plainly,
-    routable,
     split_endpoint,
 )
 from ..runtime.world import world
@@ -86,7 +86,7 @@ def _engine() -> Iterator[Finding]:
             yield Finding("launcher", engine.name, f"{engine.rank} and {engine.world_size} are set")
             yield Finding("rank", ranks, f"{where}; the ranks are started: run the script itself")
             return
-        nodes = find_nodes()
+        nodes = find_node_placement()
     except ValueError as error:
         yield Finding("launcher", "contradictory", str(error), "wrong")
         return
@@ -115,12 +115,12 @@ def _network(host: str | None) -> Iterator[Finding]:
     else:
         yield Finding("host name", f"{name} is {address}", "where Gloo listens unless told otherwise")
     try:
-        route = routable(host or "192.0.2.1")
+        route = external_route_to(host or "192.0.2.1")
     except OSError as error:
         if host is None:
             yield Finding("route", "none", "this machine has no default route: it can train alone")
         else:
-            yield Finding("route", "none", f"to {host}: {plainly(error)}", "wrong")
+            yield Finding("route", "none", f"to {host}: {describe_os_error(error)}", "wrong")
     else:
         variables = " ".join(f"{name}={value}" for name, value in interface_variables(route).items())
         target = f"to {host}" if host else "the default route"

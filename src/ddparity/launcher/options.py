@@ -21,7 +21,7 @@ import torch.distributed.run as torchrun
 from torch.distributed.launcher.api import LaunchConfig
 
 from ..compat import shutdown_timeout
-from ..runtime.environment import Nodes, detect_engine, find_nodes, find_placement
+from ..runtime.environment import NodePlacement, detect_engine, find_node_placement, find_placement
 from ..runtime.network import join_endpoint, split_endpoint
 from .resources import cores
 
@@ -108,7 +108,7 @@ def parse(arguments: Sequence[str]) -> Launch:
     )
 
 
-def _nodes(given: argparse.Namespace) -> Nodes | None:
+def _nodes(given: argparse.Namespace) -> NodePlacement | None:
     """What a scheduler says, unless the user says where to meet. Refuses where ranks are launched already."""
     engine = detect_engine()
     if engine is not None and engine.name != "Slurm":  # under Slurm a task may be a launcher: see there
@@ -120,7 +120,7 @@ def _nodes(given: argparse.Namespace) -> Nodes | None:
         )
     if given.standalone or given.rendezvous or given.rdzv_endpoint or given.master_addr:
         return None
-    return find_nodes(nnodes=given.nnodes)
+    return find_node_placement(nnodes=given.nnodes)
 
 
 def _command(given: argparse.Namespace) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ def _command(given: argparse.Namespace) -> tuple[str, ...]:
     return (script, *arguments)
 
 
-def _nproc(said: str | None, nodes: Nodes | None) -> int:
+def _nproc(said: str | None, nodes: NodePlacement | None) -> int:
     if said is None:
         return (nodes.nproc if nodes is not None else None) or max(1, torch.cuda.device_count())
     if said == "cpu" or (said == "auto" and not torch.accelerator.is_available()):
@@ -155,7 +155,7 @@ def _nproc(said: str | None, nodes: Nodes | None) -> int:
 
 
 def _meeting(
-    given: argparse.Namespace, nodes: Nodes | None, minimum: int, maximum: int
+    given: argparse.Namespace, nodes: NodePlacement | None, minimum: int, maximum: int
 ) -> tuple[str, str, int | None, str]:
     """Backend, endpoint, this machine's number and the job's name, for torch's rendezvous.
 

@@ -26,16 +26,16 @@ from ..errors import RendezvousError
 from ..runtime.network import (
     Route,
     can_listen,
-    find_store,
-    holder,
+    describe_os_error,
+    external_route_to,
     interface_variables,
-    is_own,
+    is_this_machine,
     join_endpoint,
-    plainly,
-    routable,
+    process_at_port,
     route_to,
     split_endpoint,
     unreachable_interface,
+    wait_for_store,
 )
 from .options import Launch
 from .output import tell
@@ -85,7 +85,7 @@ def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Place
     else:
         said = conf.get("is_host")
         hosts_said = said is not None
-        opens = str(said).lower() in ("1", "true", "t", "yes", "y") if hosts_said else is_own(host)
+        opens = str(said).lower() in ("1", "true", "t", "yes", "y") if hosts_said else is_this_machine(host)
     if opens:
         opens = _opens(launch, host, port, hosts_said)
         if opens and not hosts_said and not guesses_own_host(host):
@@ -94,7 +94,7 @@ def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Place
         if not hosts_said and guesses_own_host(host):
             conf["is_host"] = "0"
         try:
-            find_store((host, port), deadline, waiting)
+            wait_for_store((host, port), deadline, waiting)
         except TimeoutError as error:
             raise RendezvousError(waiting.failed(str(error))) from None
     local = config.local_addr or route.address
@@ -166,9 +166,9 @@ def _route(host: str, deadline: float, waiting: _Waiting) -> Route:
         here = False
     while True:
         try:
-            return route_to(host) if here else routable(host)
+            return route_to(host) if here else external_route_to(host)
         except OSError as error:
-            reason = plainly(error)
+            reason = describe_os_error(error)
         if time.monotonic() + 0.5 > deadline:
             raise RendezvousError(waiting.failed(reason))
         waiting(reason)
@@ -184,7 +184,7 @@ def _opens(launch: Launch, host: str, port: int, hosts_said: bool) -> bool:
         answers = False
     if answers and not hosts_said:
         return False
-    if answers and not is_own(host):
+    if answers and not is_this_machine(host):
         raise RendezvousError(
             f"two machines have number 0: {where} is another machine's address, and the job's store runs there "
             f"already; give this one ({socket.gethostname()}) its own --node-rank"
@@ -192,8 +192,8 @@ def _opens(launch: Launch, host: str, port: int, hosts_said: bool) -> bool:
     if not can_listen(port):
         what = "the store of another job" if answers else "another program"
         raise RendezvousError(
-            f"port {port} is taken on this machine ({socket.gethostname()}){holder(port)}: {what} listens there. Give "
-            f"another port on every machine, as in --rendezvous {join_endpoint(host, port + 1)}"
+            f"port {port} is taken on this machine ({socket.gethostname()}){process_at_port(port)}: {what} listens "
+            f"there. Give another port on every machine, as in --rendezvous {join_endpoint(host, port + 1)}"
         )
     return True
 

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from ..runtime.logging import show_grid
+from ..runtime.progress import show_grid
 from .comparison import CheckedStep, Comparison, Curve, Difference
 
 

@@ -1,8 +1,9 @@
-"""Points where ranks agree: all arrive, or all learn who failed. Kept in the group's store, so no collective runs.
+"""Let ranks agree at a point of the program: all of them reach it, or all of them learn which rank failed.
 
-A store serves any subset of ranks and any device, is not bound to the group's time-out for collectives, and can be
-polled between batches. Its weakness is a process that dies without a word; processes of the same machine notice that
-by the process table, and a launcher ends the job on other machines.
+An agreement uses the process group's key-value store, and no collective. A store works for any subset of ranks and on
+any device, does not depend on the group's time-out for collectives, and can be polled between batches. It does not
+notice a process that dies without a message. The processes of the same machine notice it by the process table; on
+other machines the launcher ends the job.
 """
 
 from __future__ import annotations
@@ -23,18 +24,52 @@ import torch.distributed as dist
 from ..compat import PrefixStore, Store, append, default_store, group_name
 from ..errors import RankFailure
 
-_POLL_S = (0.0005, 0.05)  # shortest and longest pause between two looks at the store
-_PATIENCE = 0.05  # a pause is that part of the time waited so far, and so is at most what it adds
-_LIVENESS_S = 0.5  # between two looks at the process table
-_EXPLAIN_S = 2.0  # from a broken connection until its cause is known
+_POLL_S = (0.0005, 0.05)  # shortest and longest pause between two polls of the store
+_PATIENCE = 0.05  # a pause is this part of the time waited so far: polling adds at most this part to a wait
+_LIVENESS_S = 0.5  # between two searches of the process table
+_CAUSE_S = 2.0  # how long to wait for the cause of a broken connection
+
+
+@contextmanager
+def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agreed") -> Iterator[Agreement | None]:
+    """Run the body on every rank of a group; an exception on one rank is raised on all ranks.
+
+    Every rank of the group must enter, and the entries of one `kind` must come in the same order on all ranks. Yields
+    the agreement, with which a long body can ask early whether another rank has failed; None in a world of one.
+
+    Args:
+        what: what the ranks do here, for error messages.
+        group: the process group; None is the default group.
+        kind: the name of the series in which entries are counted.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        yield None
+        return
+    rank, store = dist.get_rank(), store_root()
+    ranks: Sequence[int] = range(dist.get_world_size())
+    series = kind
+    if group is not None:
+        ranks, series = dist.get_process_group_ranks(group), f"{kind}/{group_name(group)}"
+    with store_access(what):
+        call = store.add(f"{series}/{rank}", 1)
+    agreement = Agreement(store, f"{series}/call{call}", rank, ranks, what)
+    try:
+        yield agreement
+    except BaseException as error:
+        agreement.fail(error)
+        raise
+    agreement.arrive()
+    agreement.wait()
 
 
 class Agreement:
-    """One agreement of the ranks `ranks`, under a key that all of them name alike.
+    """One agreement of the ranks `ranks`, under a key that is the same on all of them.
 
-    Each rank calls `arrive` or `fail`; `wait` returns when all have arrived, and raises `RankFailure` as soon as one
-    has failed, died or left the world. `poll` looks without waiting. Traffic: three short store requests a rank, two a
-    poll.
+    Each rank calls `arrive` or `fail`. `wait` returns when all ranks have arrived. It raises `RankFailure` as soon as
+    one rank has failed, has died or has left the world. `poll` asks without waiting. Traffic: three short store
+    requests a rank, and two a poll.
+
+    Each method raises `RankFailure` where the store cannot be reached.
     """
 
     def __init__(self, store: Store, key: str, rank: int, ranks: Sequence[int], what: str) -> None:
@@ -43,38 +78,31 @@ class Agreement:
         self._rank = rank
         self._ranks = ranks
         self._what = what
-        self.meanwhile: Callable[[], None] | None = None  # called now and then while waiting
-        with reaching_store(what):
+        self.while_waiting: Callable[[], None] | None = None  # called between two polls
+        with store_access(what):
             _register(store, rank)
 
     def arrive(self) -> None:
-        with reaching_store(self._what):
+        """Say that this rank has reached the agreement."""
+        with store_access(self._what):
             if self._store.add("arrived", 1) == len(self._ranks):
                 self._store.set("done", "arrived")
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others of this rank's exception; the first to tell is the one that is named."""
+        """Send this rank's exception to the others. If several ranks fail, the first one is named."""
         text = "".join(traceback.format_exception(error)).rstrip()
         self._report(self._rank, f"{type(error).__name__}: {error}", text)
 
-    def first_said(self, name: str, text: str) -> str:
-        """What the first rank to come here said."""
-        with reaching_store(self._what):
-            return self._store.compare_set(f"said/{name}", "", text).decode()
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until all ranks have arrived.
 
-    def count(self, name: str, more: int = 1) -> int:
-        """Add to a number that all ranks share; gives the sum."""
-        with reaching_store(self._what):
-            return self._store.add(f"count/{name}", more)
-
-    def same(self, name: str, value: object) -> None:
-        """Raise ValueError where `value` is not what the first rank to come here gave."""
-        theirs = self.first_said(f"same/{name}", repr(value))
-        if theirs != repr(value):
-            raise ValueError(f"{name} differs between ranks: {value!r} on rank {self._rank}, {theirs} on another")
+        Raises:
+            RankFailure: a rank has failed, has died, or has not arrived after `timeout_s`.
+        """
+        self._wait_until(self.poll, timeout_s)
 
     def poll(self) -> bool:
-        """Whether all have arrived. Raises `RankFailure` where one has failed."""
+        """Return True if all ranks have arrived; raise `RankFailure` if one has failed."""
         if not self._store.check(["done"]):
             return False
         if self._store.get("done") != b"failed":
@@ -85,118 +113,141 @@ class Agreement:
             failure.add_note(f"On rank {rank}:\n{text}")
         raise failure
 
-    def all_same(self, values: dict[str, object], said: Mapping[str, Callable[[Any], str]] | None = None) -> None:
-        """As `same`, of several values in one request: words and numbers, of the same names on every rank.
-
-        `said`: what to say instead where the value of that name differs, given the other rank's.
-        """
-        text = json.dumps(values, default=str)
-        theirs = json.loads(self.first_said("same", text))
-        for name, value in json.loads(text).items():
-            if theirs[name] != value and said is not None and name in said:
-                raise ValueError(said[name](theirs[name]))
-            if theirs[name] != value:
-                raise ValueError(
-                    f"{name} differs between ranks: {value!r} on rank {self._rank}, {theirs[name]!r} on another"
-                )
-
-    def look(self) -> None:
-        """Raise `RankFailure` where a rank has failed, died or left; without waiting."""
-        with reaching_store(self._what):
-            self._look_for_the_dead()
+    def check(self) -> None:
+        """Raise `RankFailure` if a rank has failed, has died or has left the world; do not wait."""
+        with store_access(self._what):
+            self._report_dead_ranks()
             self.poll()
 
-    def explain(self, error: Exception) -> None:
-        """Raise `RankFailure` where a rank's failure or end is what broke a connection; waits for its word a moment."""
-        deadline = time.monotonic() + _EXPLAIN_S
+    def raise_cause(self, error: Exception) -> None:
+        """Raise `RankFailure` from `error`, a broken connection, if a rank's failure or end is the cause.
+
+        Wait at most 2 s for the cause; return if none is found.
+        """
+        deadline = time.monotonic() + _CAUSE_S
         while time.monotonic() < deadline:
             try:
-                self.look()
+                self.check()
             except RankFailure as failure:
                 raise failure from error
             time.sleep(_POLL_S[1])
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for all. Raises `RankFailure` where one has failed, died, or is not there after `timeout_s`."""
-        self._until(self.poll, timeout_s)
+    def first_value(self, name: str, text: str) -> str:
+        """Return the text that the first rank to call this gave under this name."""
+        with store_access(self._what):
+            return self._store.compare_set(f"said/{name}", "", text).decode()
 
-    def tell(self, name: str, text: str) -> None:
-        """Say something to all ranks, once."""
-        with reaching_store(self._what):
+    def same(self, name: str, value: object) -> None:
+        """Raise ValueError if `value` is not what the first rank to call this gave."""
+        theirs = self.first_value(f"same/{name}", repr(value))
+        if theirs != repr(value):
+            raise ValueError(self._difference(name, repr(value), theirs))
+
+    def all_same(self, values: dict[str, object], said: Mapping[str, Callable[[Any], str]] | None = None) -> None:
+        """Raise ValueError if a value differs from that of the first rank to call this; one store request.
+
+        Args:
+            values: numbers and strings by name; the same names on every rank.
+            said: for some names, a function of the other rank's value that returns the error's text.
+        """
+        text = json.dumps(values, default=str)
+        theirs = json.loads(self.first_value("same", text))
+        for name, value in json.loads(text).items():
+            if theirs[name] != value and said is not None and name in said:
+                raise ValueError(said[name](theirs[name]))
+            if theirs[name] != value:
+                raise ValueError(self._difference(name, repr(value), repr(theirs[name])))
+
+    def count(self, name: str, more: int = 1) -> int:
+        """Add to a number that all ranks share, and return the sum."""
+        with store_access(self._what):
+            return self._store.add(f"count/{name}", more)
+
+    def publish(self, name: str, text: str) -> None:
+        """Give all ranks a text under a name, once."""
+        with store_access(self._what):
             self._store.set(f"told/{name}", text)
 
-    def hear(self, name: str) -> str:
-        """Wait for what a rank tells. Raises as `wait`."""
-        self._until(lambda: self._store.check([f"told/{name}"]) or self.poll(), None)
+    def receive(self, name: str) -> str:
+        """Wait for the text that a rank publishes under a name, and return it. Raises as `wait`."""
+        self._wait_until(lambda: self._store.check([f"told/{name}"]) or self.poll(), None)
         return self._store.get(f"told/{name}").decode()
 
-    def _until(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
-        start = looked = time.monotonic()
-        with reaching_store(self._what):
+    def _difference(self, name: str, mine: str, theirs: str) -> str:
+        return f"{name} differs between ranks: {mine} on rank {self._rank}, {theirs} on another"
+
+    def _wait_until(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
+        start = searched = time.monotonic()
+        with store_access(self._what):
             while not ready():
-                if self.meanwhile is not None:
-                    self.meanwhile()
+                if self.while_waiting is not None:
+                    self.while_waiting()
                 now = time.monotonic()
-                if now - looked > _LIVENESS_S:
-                    looked = now
-                    self._look_for_the_dead()
+                if now - searched > _LIVENESS_S:
+                    searched = now
+                    self._report_dead_ranks()
                 if timeout_s is not None and now - start > timeout_s:
-                    raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s for the others in {self._what}")
+                    raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s for the other ranks in {self._what}")
                 time.sleep(min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1]))
 
     def _report(self, rank: int, message: str, text: str) -> None:
-        with reaching_store(self._what):
+        with store_access(self._what):
             self._store.compare_set("failure", "", json.dumps([rank, message, text]))
             self._store.set("done", "failed")
 
-    def _look_for_the_dead(self) -> None:
-        waited_for = set(self._ranks)
-        # A rank that had come here leaves only when all have: "done" is set before, and looked at last.
-        for rank in departed(self._root):
-            if rank in waited_for and rank != self._rank and not self._store.check(["done"]):
-                self._report(rank, "it left the world without coming here", "")
-        for rank, pid in _neighbours(self._root):
-            if rank in waited_for and rank != self._rank and not _alive(pid) and not self._store.check(["done"]):
+    def _report_dead_ranks(self) -> None:
+        others = set(self._ranks) - {self._rank}
+        # A rank that has arrived leaves only after all have: "done" was set before it left, so "done" is read last.
+        for rank in _left_ranks(self._root):
+            if rank in others and not self._store.check(["done"]):
+                self._report(rank, "it left the world before it reached this point", "")
+        for rank, pid in _local_processes(self._root):
+            if rank in others and not _is_alive(pid) and not self._store.check(["done"]):
                 self._report(rank, f"its process {pid} on {socket.gethostname()} died", "")
 
 
 @contextmanager
-def reaching_store(what: str) -> Iterator[None]:
-    """Say what it means when the store cannot be reached any more."""
+def store_access(what: str) -> Iterator[None]:
+    """Raise `RankFailure` where the body loses the connection to the store."""
     try:
         yield
     except dist.DistNetworkError as error:
         raise RankFailure(
-            f"lost the connection to the store in {what}: the process that holds it, rank 0 or the launcher, is gone "
+            f"lost the connection to the store in {what}: the process that holds it, rank 0 or the launcher, has ended "
             f"({str(error).splitlines()[0]})",
             0,
         ) from error
 
 
-def depart(store: Store, rank: int) -> None:
-    """Leave word that this rank comes to no agreement any more."""
+def store_root() -> Store:
+    """Return the part of the default group's store that holds all of this library's keys."""
+    return PrefixStore("ddparity", default_store())
+
+
+def leave(store: Store, rank: int) -> None:
+    """Tell the other ranks that this rank reaches no further agreement."""
     append(store, "departed", f"{rank}\n")
 
 
-def departed(store: Store) -> list[int]:
+def _left_ranks(store: Store) -> list[int]:
     return [int(rank) for rank in store.get("departed").split()] if store.check(["departed"]) else []
 
 
 def _register(store: Store, rank: int) -> None:
-    """Enter this process, once, into its machine's list."""
+    """Add this process to its machine's list, once."""
     if store.add(f"registered/{rank}", 1) == 1:
-        append(store, f"machine/{_machine()}", f"{rank} {os.getpid()}\n")
+        append(store, f"machine/{_machine_id()}", f"{rank} {os.getpid()}\n")
 
 
-def _neighbours(store: Store) -> list[tuple[int, int]]:
-    """(rank, process id) of the registered processes of this machine."""
-    lines = store.get(f"machine/{_machine()}").decode().splitlines()
+def _local_processes(store: Store) -> list[tuple[int, int]]:
+    """Return (rank, process id) of each registered process of this machine."""
+    lines = store.get(f"machine/{_machine_id()}").decode().splitlines()
     return [(int(rank), int(pid)) for rank, pid in (line.split() for line in lines)]
 
 
 @functools.cache
-def _machine() -> str:
-    """Names this machine and its process table: containers on one host have tables of their own."""
+def _machine_id() -> str:
+    """Return a name of this machine and its process table: each container on a host has its own table."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -204,40 +255,8 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return False
-
-
-def store_root() -> Store:
-    """Where all of the library's keys stand in the default group's store."""
-    return PrefixStore("ddparity", default_store())
-
-
-@contextmanager
-def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agreed") -> Iterator[Agreement | None]:
-    """Run the body on every rank of a group, the default one where None; an exception in one is raised on all.
-
-    Every rank of the group must enter, in the same order among those of its `kind`. Yields the agreement, whose `poll`
-    tells a long body early of another rank's failure; None in a world of one.
-    """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        yield None
-        return
-    rank, store = dist.get_rank(), store_root()
-    ranks: Sequence[int] = range(dist.get_world_size())
-    place = kind
-    if group is not None:
-        ranks, place = dist.get_process_group_ranks(group), f"{kind}/{group_name(group)}"
-    with reaching_store(what):
-        call = store.add(f"{place}/{rank}", 1)
-    agreement = Agreement(store, f"{place}/call{call}", rank, ranks, what)
-    try:
-        yield agreement
-    except BaseException as error:
-        agreement.fail(error)
-        raise
-    agreement.arrive()
-    agreement.wait()

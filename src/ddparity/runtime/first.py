@@ -1,4 +1,4 @@
-"""Order between processes: one first, then the others."""
+"""Run a block of code on one rank first, then on the others."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from .agreement import Agreement, reaching_store, store_root
-from .roster import roster
+from .agreement import Agreement, store_access, store_root
+from .members import members
 
-# The turn of the `first` that this code runs inside of: its key, and the ranks that run at the same time.
+# Inside of a `first`: the key of its current turn, and the ranks that run at the same time.
 _turn: ContextVar[tuple[str, tuple[int, ...]] | None] = ContextVar("turn", default=None)
 
 
 @contextmanager
 def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
-    """Let the first rank of the world, or of each node, run the body; then the others run it.
+    """Run the body on the first rank of the world, or of each node; then run it on the other ranks.
 
-    Every rank of the default process group must come here. Yields True on a rank that goes first. Use it where one
-    process prepares what all then read: a download, a cache, a compiled extension. The others wait as long as the
-    body takes, whatever the group's time-out, while the first rank's process lives. May be nested. In a world of one,
-    or without a process group, the body just runs.
+    Every rank of the default process group must call it. Yields True on a rank that runs first. Use it where one
+    process prepares what all ranks then read: a download, a cache, a compiled extension. The other ranks wait as long
+    as the body takes and the first rank's process lives; the group's time-out does not apply. It may be nested. In a
+    world of one, or without a process group, the body runs at once.
 
-    Collectives: none; two agreements through the group's store, six short requests a rank and a poll while waiting.
+    Collectives: none; two agreements through the group's store, six short requests a rank and a poll while it waits.
 
     Raises:
-        RankFailure: on every other rank, where the body raised on one or its process died; it names that rank, and
-            carries its traceback as a note. The rank itself keeps its exception.
+        ValueError: `scope` is neither "world" nor "node".
+        RankFailure: on every other rank, if the body raised on one rank or that rank's process died. The error names
+            that rank, and has its traceback as a note. The rank itself raises its own exception.
 
     Example:
         >>> with first("node"):
-        ...     data = "downloaded once a node"
+        ...     data = "downloaded once on each node"
     """
     if scope not in ("world", "node"):
-        raise ValueError(f'first() got scope {scope!r}: use "world" (one process) or "node" (one a node)')
+        raise ValueError(f'first() got scope {scope!r}: use "world" (one process) or "node" (one on each node)')
     outer = _turn.get()
     if outer is not None:
         prefix, active = outer
@@ -49,10 +50,10 @@ def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
 
     what = f'first("{scope}")'
     rank, store = dist.get_rank(), store_root()
-    with reaching_store(what):
-        nodes = [0 if scope == "world" else card.node_rank for card in roster(store)]
+    with store_access(what):
+        nodes = [0 if scope == "world" else member.node_rank for member in members(store)]
         call = store.add(f"{prefix}/calls/{rank}", 1)
-    firsts = tuple(sorted({nodes[other]: other for other in reversed(active)}.values()))  # the lowest of each node
+    firsts = tuple(sorted({nodes[other]: other for other in reversed(active)}.values()))  # the lowest rank of each node
     others = tuple(other for other in active if other not in firsts)
     key = f"{prefix}/{call}"
     before = Agreement(store, f"{key}/before", rank, firsts, what)
@@ -71,6 +72,6 @@ def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
         _turn.reset(token)
     if leads:
         before.arrive()
-        before.wait()  # another node's first may have failed
+        before.wait()  # the first rank of another node may have failed
     after.arrive()
     after.wait()

@@ -1,4 +1,4 @@
-"""Addresses, interfaces and ports of this machine, and the way from it to the machine where a job meets."""
+"""Read this machine's addresses, interfaces and ports, find routes to other machines, and wait for torch's store."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import psutil
 
-from ..compat import can_tell_stores, is_store
+from ..compat import is_store, recognises_stores
 
-# Never assigned to a machine (RFC 5737): the way there is the default route.
+# An address that no machine has (RFC 5737): the route to it is the default route.
 _ANYWHERE = "192.0.2.1"
 
 
 @dataclass(frozen=True)
 class Route:
-    """How this machine reaches a host: its own address there, and the interface that has it, where one does."""
+    """How this machine reaches a host: the source address, and the interface that has it, if one does."""
 
     host: str
     address: str
@@ -33,10 +33,10 @@ class Route:
 
 
 def route_to(host: str, port: int = 1) -> Route:
-    """The own address and interface from which `host` is reached. Nothing is sent to it.
+    """Return the source address and interface from which this machine reaches `host`. Nothing is sent.
 
     Raises:
-        OSError: the host has no address, or no route leads there; says which.
+        OSError: the host has no address, or there is no route to it; the error says which.
     """
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
@@ -45,14 +45,14 @@ def route_to(host: str, port: int = 1) -> Route:
     return Route(host, source, interface_of(source))
 
 
-def routable(host: str) -> Route:
-    """As `route_to`, from an address that other machines can reach: never the loopback's, where there is another.
+def external_route_to(host: str) -> Route:
+    """Return a route as `route_to` does, but with a source address that other machines can reach, if there is one.
 
-    On the machine that `host` names, its own name may have the loopback's address: there the default route counts, and
-    without one the first interface that is up.
+    On the machine that `host` names, that name may have the loopback's address. Then the default route counts, and
+    without a default route the first interface that is up.
 
     Raises:
-        OSError: the host has no address, or no route leads there.
+        OSError: the host has no address, or there is no route to it.
     """
     found = route_to(host)
     if not found.loopback:
@@ -68,7 +68,10 @@ def routable(host: str) -> Route:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """The interfaces that are up, each with its addresses (IPv4 first), without the loopback's and link-local ones."""
+    """Return the interfaces that are up, each with its addresses, IPv4 first.
+
+    Loopback and link-local addresses are left out, and so are interfaces that have no others.
+    """
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     found: dict[str, list[str]] = {}
     for name, entries in psutil.net_if_addrs().items():
@@ -80,7 +83,7 @@ def interfaces() -> dict[str, list[str]]:
 
 
 def interface_of(address: str) -> str | None:
-    """The interface that has this address."""
+    """Return the interface that has this address; None where there is none."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in entries):
             return name
@@ -94,8 +97,8 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def is_own(host: str) -> bool:
-    """Whether `host`, a name or an address, is this machine. False where the name has no address."""
+def is_this_machine(host: str) -> bool:
+    """Return True if `host`, a name or an address, is this machine; False if the name has no address."""
     own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
     with suppress(OSError):
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
@@ -104,70 +107,71 @@ def is_own(host: str) -> bool:
 
 
 def hostname_address() -> str | None:
-    """The address that this machine's own name has here, at which Gloo listens unless told otherwise; None: none."""
+    """Return the address of this machine's own name, or None. Gloo listens there unless a variable says otherwise."""
     with suppress(OSError):
         return socket.gethostbyname(socket.gethostname())
     return None
 
 
 def hostname_is_loopback() -> bool:
-    """Whether this machine's own name leads nowhere that another machine could reach."""
+    """Return True if this machine's own name has no address that another machine can reach."""
     address = hostname_address()
     return address is None or is_loopback(address)
 
 
 def interface_variables(route: Route, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that keep Gloo and NCCL on the interface of `route`, where they would not find it themselves.
+    """Return the variables that make Gloo and NCCL use the interface of `route`; empty where they need none.
 
-    Gloo listens at the host name's address, NCCL takes the first interface. So these are needed where the name has the
-    loopback's address or the machine has several interfaces. What the user has set is left alone.
+    Gloo listens at the host name's address, and NCCL takes the first interface. The variables are needed if the name
+    has the loopback's address, or if the machine has several interfaces. A variable that the user has set stays.
     """
     if route.interface is None or route.loopback:
         return {}
     if not hostname_is_loopback() and len(interfaces()) < 2:
         return {}
-    # "=": NCCL takes a plain name as a prefix, and eth1 would also be eth10.
+    # "=": NCCL reads a plain name as a prefix, and eth1 would also match eth10.
     wanted = {"GLOO_SOCKET_IFNAME": route.interface, "NCCL_SOCKET_IFNAME": f"={route.interface}"}
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
 def unreachable_interface(environ: Mapping[str, str] = os.environ) -> str | None:
-    """What is wrong with the user's GLOO_SOCKET_IFNAME in a job of several machines; None: nothing."""
+    """Return why the user's GLOO_SOCKET_IFNAME is wrong in a job of several nodes; None: it is right or not set."""
     up = interfaces()
     for name in filter(None, environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         if name not in up:
             theirs = "; ".join(f"{interface} ({', '.join(addresses)})" for interface, addresses in up.items())
             what = "is the loopback, which no other machine reaches" if name == "lo" else "is not up on this machine"
-            return f"GLOO_SOCKET_IFNAME={name}: that interface {what}. Leave it out, or give one of {theirs or 'none'}"
+            instead = f", or give one of {theirs}" if theirs else ""
+            return f"GLOO_SOCKET_IFNAME={name}: that interface {what}. Leave it out{instead}"
     return None
 
 
-def leave_loopback(master_addr: str) -> None:
-    """Let Gloo, in this process, listen where other machines reach it, unless GLOO_SOCKET_IFNAME says where.
+def set_gloo_interface(master_addr: str) -> None:
+    """Make Gloo, in this process, listen where other machines can reach it, unless GLOO_SOCKET_IFNAME is set.
 
-    It listens at the host name's address, which on many systems is the loopback's. The variable stays set: groups that
-    are made later need it as well.
+    Without the variable Gloo listens at the host name's address, which on many systems is the loopback's. The variable
+    stays set, because process groups that are made later need it as well.
     """
     if not hostname_is_loopback():
         return
     with suppress(OSError):
-        route = routable(master_addr)
+        route = external_route_to(master_addr)
         if route.interface is not None and not route.loopback:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", route.interface)
 
 
 def split_endpoint(endpoint: str, default_port: int | None = None) -> tuple[str, int]:
-    """The host and port of "host:port" or "[address]:port".
+    """Return the host and port of "host:port" or "[address]:port".
 
     Raises:
-        ValueError: there is no port and no default, or it is none.
+        ValueError: the port is not valid, or it is missing and there is no default.
     """
     host, colon, port = endpoint.strip().rpartition(":")
     if not colon or "]" in port:
         host, port = endpoint.strip(), "" if default_port is None else str(default_port)
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isascii() or not port.isdigit() or not 0 <= int(port) < 65536:
-        raise ValueError(f"{endpoint!r} is not HOST:PORT: give a name or an address and a port, as in node0:29400")
+        raise ValueError(f"{endpoint!r} is not HOST:PORT: give a name or an address, and a port, as in node0:29400")
     return host, int(port)
 
 
@@ -176,9 +180,9 @@ def join_endpoint(host: str, port: int) -> str:
 
 
 def can_listen(port: int) -> bool:
-    """Whether a server may open this port on all of this machine's addresses now; 0: any."""
+    """Return True if a server can open this port now on all of this machine's addresses. Port 0 is any free port."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a server does: a port in TIME_WAIT is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a port in TIME_WAIT counts as free
         try:
             probe.bind(("", port))
             probe.listen(1)
@@ -187,8 +191,8 @@ def can_listen(port: int) -> bool:
     return True
 
 
-def holder(port: int) -> str:
-    """Who listens at the port, as " by process 12 (python)"; empty where that cannot be seen."""
+def process_at_port(port: int) -> str:
+    """Return which process listens at the port, as " by process 12 (python)"; "" where the system does not show it."""
     with suppress(psutil.Error):  # other users' processes
         for connection in psutil.net_connections("tcp"):
             here = connection.laddr and connection.laddr.port == port
@@ -197,8 +201,8 @@ def holder(port: int) -> str:
     return ""
 
 
-def plainly(error: OSError) -> str:
-    """Why a machine is not reached, and what that usually means."""
+def describe_os_error(error: OSError) -> str:
+    """Return why a machine could not be reached, with the usual meaning of that error."""
     meanings = {
         errno.ECONNREFUSED: "nothing listens at that port there",
         errno.EHOSTUNREACH: "that machine does not answer in this network",
@@ -208,27 +212,32 @@ def plainly(error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return f"{error}: that name has no address on this machine"
     if isinstance(error, TimeoutError):
-        return "no answer: the wrong address, or a firewall drops what is sent there"
+        return "no answer: the address is wrong, or a firewall drops what is sent there"
     meaning = meanings.get(error.errno or 0)
     return f"{error}: {meaning}" if meaning else str(error)
 
 
-def find_store(address: tuple[str, int], deadline: float, waiting: Callable[[str], None] | None = None) -> None:
-    """Wait until a store answers. torch's own client waits for longer than its time-out and prints C++ frames.
+def wait_for_store(address: tuple[str, int], deadline: float, waiting: Callable[[str], None] | None = None) -> None:
+    """Wait until torch's store answers at (host, port).
 
-    `waiting` is called with the reason after each look that found none.
+    torch's own client waits for longer than its time-out, and prints C++ frames.
+
+    Args:
+        address: host and port.
+        deadline: the latest time, of `time.monotonic`.
+        waiting: called with the reason after each attempt that found no store.
 
     Raises:
-        TimeoutError: at the deadline, with the reason.
+        TimeoutError: there is no store at the deadline; the error gives the reason.
     """
     pause, patience_s = 0.02, 1.0
     while True:
         try:
-            if is_store(address, max(min(patience_s, deadline - time.monotonic()), 0.1)) or not can_tell_stores():
+            if is_store(address, max(min(patience_s, deadline - time.monotonic()), 0.1)) or not recognises_stores():
                 return
-            reason = "another program holds that port, or a store too busy to answer"
+            reason = "another program holds that port, or its store is too busy to answer"
         except OSError as error:
-            reason = plainly(error)
+            reason = describe_os_error(error)
         if time.monotonic() + pause > deadline:
             raise TimeoutError(reason)
         if waiting is not None:
@@ -237,15 +246,15 @@ def find_store(address: tuple[str, int], deadline: float, waiting: Callable[[str
         pause, patience_s = min(2 * pause, 0.5), 2 * patience_s
 
 
-def holds_store(port: int) -> bool:
-    """Whether this very process listens at a port. False where the system does not tell."""
+def is_listening_at(port: int) -> bool:
+    """Return True if this process listens at the port; False also where the system does not show it."""
     return any(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for connection in _own_sockets(port, -1))
 
 
-def bound_waits(port: int, limit_s: float) -> None:
-    """Have this process's connections to a port of any machine fail when nothing comes back for that long. Linux only.
+def limit_tcp_waits(port: int, limit_s: float) -> None:
+    """Make this process's connections to this port of any machine fail after `limit_s` without an answer. Linux only.
 
-    torch's store waits for an answer for as long as the kernel tries to deliver the question: a quarter of an hour.
+    Without it, torch's store waits for an answer as long as the kernel tries to deliver the request: 15 minutes.
     """
     for connection in _own_sockets(-1, port):
         with suppress(OSError):
@@ -256,18 +265,21 @@ def bound_waits(port: int, limit_s: float) -> None:
 
 
 def _own_sockets(port: int, peers_port: int) -> Iterator[socket.socket]:
-    """The sockets of this process, by their own or their peer's port, whoever in it opened them."""
+    """Yield the sockets of this process that have this port of their own or this port at the peer.
+
+    They include sockets that torch opened in C++.
+    """
     if not hasattr(socket, "TCP_USER_TIMEOUT"):
         return
     for name in os.listdir("/proc/self/fd"):
         try:
-            # A copy of the descriptor: options set on it are the connection's.
+            # A copy of the descriptor: an option set on it applies to the connection.
             connection = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # closed by now, or no socket
+        except OSError:  # closed in the meantime, or not a socket
             continue
         with connection, suppress(OSError):
             if connection.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
-            listens = connection.getsockname()[1] == port
-            if listens or (peers_port >= 0 and connection.getpeername()[1] == peers_port):
+            has_port = connection.getsockname()[1] == port
+            if has_port or (peers_port >= 0 and connection.getpeername()[1] == peers_port):
                 yield connection

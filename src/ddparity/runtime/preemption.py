@@ -1,4 +1,4 @@
-"""Stopping all ranks after the same step, when the scheduler announces that it takes the machines away."""
+"""Stop all ranks after the same step when the scheduler signals that the job will end soon."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from typing import Any
 import torch.distributed as dist
 
 from ..compat import PrefixStore
-from .agreement import reaching_store, store_root
+from .agreement import store_access, store_root
 
 _WHAT = "stopping on a signal"
 
 
 @contextmanager
 def preemption(*signals: str) -> Iterator[Callable[[], int]]:
-    """Handle a scheduler's warning, SIGUSR1 and SIGUSR2 or the signals named, so that all ranks stop together.
+    """Handle the signals by which a scheduler announces the job's end, so that all ranks stop after the same step.
 
-    Yields a function to call once after each optimizer step, on every rank. It gives 0 as long as training goes on, and
-    the signal's number, on every rank after the same step, once the signal has come to all of them: `ddparity run`
-    passes it on to all ranks of all machines, `srun` to its tasks. Save a checkpoint then, and end with
-    `sys.exit(128 + number)`, which tells a scheduler that the job is to be started again.
+    The signals are SIGUSR1 and SIGUSR2, or those given. Yields a function to call on every rank, once after each
+    optimizer step. The function returns 0 as long as training continues. After every rank has received the signal, it
+    returns the signal's number, after the same step on every rank. `ddparity run` sends a signal on to all ranks of
+    all nodes, and `srun` to its tasks. Save a checkpoint then, and end with `sys.exit(128 + number)`, which tells a
+    scheduler to start the job again.
 
-    Every step must reduce gradients, so that no rank is a whole step ahead of another. Must be entered in the main
-    thread, by all ranks in the same order; outside of it nothing is handled.
+    Every step must reduce gradients, so that no rank is a whole step ahead of another. All ranks must enter in the
+    same order, in the main thread; in another thread no signal is handled.
 
-    Collectives: none. Without a signal a call costs nothing; from the signal on, two store requests a step.
+    Collectives: none. Without a signal a call costs nothing; after a signal, two store requests a step.
 
     Raises:
-        ValueError: there is no such signal.
+        ValueError: there is no signal of that name.
 
     Example:
         >>> with preemption() as stopping:
@@ -53,7 +54,7 @@ def preemption(*signals: str) -> Iterator[Callable[[], int]]:
 
 
 class _Stop:
-    """Agrees on the step: the last rank that learns of the signal chooses the one after the step it has finished."""
+    """Agree on the last step: the last rank to receive the signal chooses the step after the one it has finished."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -62,21 +63,21 @@ class _Stop:
         self._store: PrefixStore | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             root = store_root()
-            with reaching_store(_WHAT):
+            with store_access(_WHAT):
                 self._store = PrefixStore(f"preemption{root.add(f'preemption/{dist.get_rank()}', 1)}", root)
 
     def note(self, number: int, frame: Any) -> None:
-        self._number = number  # looked at between two steps
+        self._number = number  # read between two steps
 
     def __call__(self) -> int:
         self._calls += 1
         if not self._number or self._store is None:
             return self._number
-        with reaching_store(_WHAT):
+        with store_access(_WHAT):
             if not self._told:
                 self._told = True
                 if self._store.add("told", 1) == dist.get_world_size():
-                    # Any other rank is in the step after this one at most: that one reduces, and waits for us.
+                    # No other rank is further than the next step: the next step reduces, and so waits for this rank.
                     self._store.set("last", str(self._calls + 1))
             if self._store.check(["last"]) and self._calls >= int(self._store.get("last")):
                 return self._number
@@ -86,5 +87,5 @@ class _Stop:
 def _number(name: str) -> int:
     found = getattr(signal, name, None)
     if not isinstance(found, signal.Signals):
-        raise ValueError(f"preemption({name!r}): there is no such signal; name one as in preemption('SIGUSR1')")
+        raise ValueError(f"preemption({name!r}): there is no such signal; give a name as in preemption('SIGUSR1')")
     return found

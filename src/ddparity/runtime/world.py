@@ -1,4 +1,8 @@
-"""The world: this process's rank, device and process group, from whatever started it."""
+"""Join and leave the process group that a launcher describes, and give this process its rank and device.
+
+`world` is the public function. The others, in their order below: the arguments, a group that exists already, joining,
+the store, the device, leaving, scheduling.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +21,23 @@ import torch.distributed as dist
 
 from ..compat import PrefixStore, Store, TCPStore
 from ..errors import RankFailure, RendezvousError
-from .agreement import Agreement, depart, store_root
+from .agreement import Agreement, leave, store_root
 from .environment import Placement, find_placement
-from .network import find_store, holder, leave_loopback, route_to
-from .roster import Card, call_roll, own_card, publish, roster
+from .members import Member, collect_members, members, publish_members, this_member
+from .network import process_at_port, route_to, set_gloo_interface, wait_for_store
 
 _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
 
-# The connection to the store outlives a world: the next one of this process meets there again, while the others may
-# still speak to it. Each world of a process has a part of the store of its own.
+# A connection to a store outlives its world: the next world of this process uses the same store, while other ranks may
+# still send requests to it. Each world of a process has its own prefix of the store's keys.
 _stores: dict[tuple[str, int], Store] = {}
-# The world that this code runs inside of.
+# The world inside of which this code runs.
 _current: ContextVar[World | None] = ContextVar("world", default=None)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all. `backend` is None where there is no process group."""
+    """This process's rank, node and device. `backend` is None where there is no process group."""
 
     rank: int
     local_rank: int
@@ -50,25 +54,25 @@ def world(
     device: torch.device | str | None = None,
     timeout: float | timedelta | None = None,
 ) -> Iterator[World]:
-    """Join the process group that the launcher describes, and leave it at the end, also on an exception.
+    """Join the process group that the launcher describes, and leave it at the end, also after an exception.
 
-    Understands torchrun, Slurm, PyTorchJob, Open MPI and MPICH by their variables. Without a launcher this is
-    a world of one, without a process group. Inside another `world()`, or where a process group exists, that one is
-    used and left alone. On CUDA each process is bound to its own GPU; over Gloo its threads are scheduled as batch
-    work (SCHED_BATCH), which makes small collectives several times faster.
+    The launcher may be torchrun, Slurm, a PyTorchJob, Ray Train, Open MPI or MPICH; `world` reads their variables.
+    Without a launcher this is a world of one, without a process group. Inside another `world()`, or where a process
+    group exists, `world` yields that one and does not change it. On CUDA each process uses its own GPU. Over Gloo the
+    process's threads are scheduled as batch work (SCHED_BATCH), which makes small collectives several times faster.
 
     Args:
         backend: of `torch.distributed.init_process_group`; None: "nccl" on CUDA, "gloo" on the CPU.
-        device: None: this process's GPU where there are GPUs, else the CPU. Over Gloo, ranks may share a card that
-            is named with its index ("cuda:0").
+        device: None: this process's GPU if the machine has GPUs, else the CPU. Over Gloo, ranks may share a GPU that
+            is given with its index ("cuda:0").
         timeout: seconds or timedelta, for the rendezvous and for each collective; None: torch's default.
 
     Raises:
         ValueError: an argument is wrong, the launcher's variables contradict each other, or this local rank has no GPU.
         RankFailure: another rank has no GPU, or two ranks claim the same one; on every rank.
-        RendezvousError: the others could not be reached within the time-out.
+        RendezvousError: the other ranks could not be reached within the time-out.
 
-    Collectives: none but those of `init_process_group`; the roster goes through the store.
+    Collectives: only those of `init_process_group`. The list of members goes through the store.
     Source: https://pytorch.org/docs/stable/distributed.html#initialization
 
     Example:
@@ -76,7 +80,7 @@ def world(
         ...     w.rank, w.world_size
         (0, 1)
     """
-    backend, timeout_s = _known(backend), _seconds(timeout)
+    backend, timeout_s = _checked_backend(backend), _seconds(timeout)
     outer = _current.get()
     if outer is not None and device is None and backend in (None, outer.backend):
         yield outer
@@ -93,7 +97,7 @@ def world(
         finally:
             _current.reset(token)
         return
-    with batch_scheduling() if _is_on_cpu(backend, device) else nullcontext():
+    with _batch_scheduling() if _uses_gloo(backend, device) else nullcontext():
         joined, store = _join(placement, backend, device, timeout_s)
         token = _current.set(joined)
         try:
@@ -102,73 +106,92 @@ def world(
             _current.reset(token)
             if dist.is_initialized():
                 with suppress(dist.DistError):  # the store may have ended with rank 0
-                    depart(store_root(), joined.rank)
+                    leave(store_root(), joined.rank)
                 dist.destroy_process_group()
-            _leave_last(store, joined)
+            _keep_store(store, joined)
 
 
-def _shares(backend: str | None, device: torch.device | str | None) -> bool:
-    """Whether the user has named one card for this process, which over Gloo, unlike NCCL, other ranks may use too."""
-    return backend == "gloo" and device is not None and torch.device(device).index is not None
+def _checked_backend(backend: str | None) -> str | None:
+    """Return the backend's name in lower case, or in torch's form "cpu:gloo,cuda:nccl".
 
-
-def _is_on_cpu(backend: str | None, device: torch.device | str | None) -> bool:
-    """Whether this process will exchange over Gloo."""
-    if backend is not None:
-        return "gloo" in backend
-    return str(device) == "cpu" if device is not None else not torch.cuda.is_available()
-
-
-def _known(backend: str | None) -> str | None:
-    """Refuse a wrong name before anybody waits for this rank. torch's own form "cpu:gloo,cuda:nccl" is right, too."""
+    Refuse a wrong name here, before other ranks wait for this one.
+    """
     if backend is None:
         return None
     names = [name for name in dist.Backend.backend_list if name != "undefined"]
     if any(part.rpartition(":")[2] not in names for part in backend.lower().split(",")):
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(names)}")
     if missing := [name for name in names if name in backend.lower() and not dist.is_backend_available(name)]:
-        raise ValueError(f"backend {backend!r}: this build of torch has no {missing[0]}")
+        raise ValueError(f"backend {backend!r}: this build of torch has no {missing[0]}; use another backend")
     return backend.lower()
 
 
+def _seconds(timeout: float | timedelta | None) -> float | None:
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"world(timeout={timeout!r}): give a positive number of seconds")
+    return seconds
+
+
+def _uses_gloo(backend: str | None, device: torch.device | str | None) -> bool:
+    if backend is not None:
+        return "gloo" in backend
+    return str(device) == "cpu" if device is not None else not torch.cuda.is_available()
+
+
+def _may_share_gpu(backend: str | None, device: torch.device | str | None) -> bool:
+    """Return True if the user gave this process a GPU by its index: Gloo, unlike NCCL, lets other ranks use it too."""
+    return backend == "gloo" and device is not None and torch.device(device).index is not None
+
+
 def _existing(backend: str | None, device: torch.device | str | None) -> World:
-    """The world of a process group that somebody else made."""
+    """Return the world of a process group that the user's code made."""
     rank, size, actual = dist.get_rank(), dist.get_world_size(), str(dist.get_backend())
-    if actual == "undefined":  # init_process_group without a backend makes one a device
+    if actual == "undefined":  # init_process_group without a backend makes one for each device type
         actual = dist.get_backend_config()
     if backend is not None and backend != actual:
-        raise ValueError(f"world(backend={backend!r}), but the process group that exists uses {actual!r}")
-    card = roster(store_root())[rank] if size > 1 else Card(socket.gethostname(), 0, 1, 0)
-    assert card.local_rank is not None and card.local_world_size is not None and card.node_rank is not None
+        raise ValueError(
+            f"world(backend={backend!r}), but the process group that exists uses {actual!r}: leave backend= out, or "
+            f"make the group with it"
+        )
+    member = members(store_root())[rank] if size > 1 else Member(socket.gethostname(), 0, 1, 0)
     if device is None:
         on_gpu = "nccl" in actual and torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    return World(rank, card.local_rank, size, card.local_world_size, card.node_rank, torch.device(device), actual)
+    return _world_of(rank, size, member, torch.device(device), actual)
+
+
+def _world_of(rank: int, size: int, member: Member, device: torch.device, backend: str) -> World:
+    assert member.local_rank is not None and member.local_world_size is not None and member.node_rank is not None
+    return World(rank, member.local_rank, size, member.local_world_size, member.node_rank, device, backend)
 
 
 def _join(
     placement: Placement, backend: str | None, device: torch.device | str | None, timeout_s: float | None
 ) -> tuple[World, Store]:
+    """Make the default process group; return this rank's world and its part of the store. All ranks call it."""
     rank, size = placement.rank, placement.world_size
     limit = timedelta(seconds=timeout_s) if timeout_s is not None else dist.default_pg_timeout
     start = time.monotonic()
     deadline = start + limit.total_seconds()
-    card, bound, problem = own_card(placement), None, None
+    member, bound, problem = this_member(placement), None, None
     try:
         bound = _bind(device, placement.local_rank, placement.local_world_size or 1)
-        if bound.type == "cuda" and not _shares(backend, device):
-            card = replace(card, gpu=str(getattr(torch.cuda.get_device_properties(bound), "uuid", bound)))
-    except Exception as error:  # told to the others, who would wait for this rank
+        if bound.type == "cuda" and not _may_share_gpu(backend, device):
+            member = replace(member, gpu=str(getattr(torch.cuda.get_device_properties(bound), "uuid", bound)))
+    except Exception as error:  # sent to the other ranks, which would wait for this one
         problem = error
-        card = replace(card, error=str(error))
+        member = replace(member, error=str(error))
     try:
-        held = _connect(placement, limit, deadline)
-        store = PrefixStore(f"world{held.add(f'worlds/{rank}', 1)}", held)
-        cards = call_roll(PrefixStore("ddparity", store), rank, size, card, deadline)
-        assert bound is not None, "the roster refuses a card with an error"
+        shared = _connect(placement, limit, deadline)
+        store = PrefixStore(f"world{shared.add(f'worlds/{rank}', 1)}", shared)
+        found = collect_members(PrefixStore("ddparity", store), rank, size, member, deadline)
+        assert bound is not None, "collect_members raises if a member has an error"
         chosen = backend or ("nccl" if bound.type == "cuda" else "gloo")
-        if len({card.host for card in cards}) > 1:
-            leave_loopback(placement.master_addr)
+        if len({other.host for other in found}) > 1:
+            set_gloo_interface(placement.master_addr)
         dist.init_process_group(
             chosen,
             store=store,
@@ -177,8 +200,8 @@ def _join(
             timeout=limit if timeout_s is not None else None,
             device_id=bound if chosen == "nccl" else None,
         )
-        publish(store_root(), cards)
-        # Nobody goes on, and perhaps leaves, while a peer still connects to this process.
+        publish_members(store_root(), found)
+        # No rank continues, and perhaps leaves, while another rank still connects to it.
         joining = Agreement(store_root(), "joining", rank, range(size), "joining the world")
         joining.arrive()
         try:
@@ -198,23 +221,21 @@ def _join(
         if problem is not None:
             raise problem from None
         raise RendezvousError(_unreachable(placement, time.monotonic() - start, error)) from error
-    mine = cards[rank]
-    assert mine.local_rank is not None and mine.local_world_size is not None and mine.node_rank is not None
-    return World(rank, mine.local_rank, size, mine.local_world_size, mine.node_rank, bound, chosen), store
+    return _world_of(rank, size, found[rank], bound, chosen), store
 
 
 def _connect(placement: Placement, limit: timedelta, deadline: float) -> Store:
-    """The store at rank 0, or the one that torchrun's agent holds for its workers."""
+    """Return the store of rank 0, or the one that torchrun's agent holds for its workers. Connect to it once."""
     address = (placement.master_addr, placement.master_port)
     if address not in _stores:
         if _serves(placement.rank):
             _stores[address] = _serve(placement.master_port, placement.world_size, limit)
         else:
-            find_store(address, deadline)
+            wait_for_store(address, deadline)
             _stores[address] = TCPStore(*address, placement.world_size, False, limit, wait_for_workers=False)
     store = _stores[address]
     store.set_timeout(limit)
-    if _agent_holds_store():  # it outlives a restart of the workers
+    if _agent_holds_store():  # the store outlives a restart of the workers
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"/worker/attempt_{attempt}", store)
     return store
@@ -229,28 +250,29 @@ def _serves(rank: int) -> bool:
 
 
 def _serve(port: int, world_size: int, limit: timedelta) -> Store:
-    """The store, for the others on all of this machine's addresses; this process speaks to it through the loopback."""
+    """Open the store on all of this machine's addresses. This process connects to it through the loopback."""
     try:
         return TCPStore("127.0.0.1", port, world_size, True, limit, wait_for_workers=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise OSError(f"port {port} is taken on this machine{holder(port)}") from None
+        raise OSError(f"port {port} is taken on this machine{process_at_port(port)}") from None
 
 
 def _bind(device: torch.device | str | None, local_rank: int, local_world_size: int) -> torch.device:
+    """Return this process's device, and make it the current one if it is a GPU."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type != "cuda":
         return device
     if device.index is None:
-        # A scheduler may show each process one GPU, its own: index 0. The roster finds two that share one.
+        # A scheduler may show each process only its own GPU, as index 0. The list of members shows if two share one.
         count = torch.cuda.device_count()
         if local_rank >= count and count != 1:
-            fewer = f"start at most {count} processes a node (--nproc {count}), or " if count else ""
+            fewer = f"start at most {count} processes on a node (--nproc {count}), or " if count else ""
             raise ValueError(
-                f"local rank {local_rank} of {local_world_size} has no GPU: this machine shows {count}. To go on, "
+                f"local rank {local_rank} of {local_world_size} has no GPU: this machine shows {count}. To continue, "
                 f'{fewer}train on the CPU with world(device="cpu")'
             )
         device = torch.device("cuda", local_rank if local_rank < count else 0)
@@ -258,10 +280,10 @@ def _bind(device: torch.device | str | None, local_rank: int, local_world_size: 
     return device
 
 
-def _leave_last(store: Store, joined: World) -> None:
-    """Where the store lives in rank 0's process, that leaves when nobody can still be asking it something.
+def _keep_store(store: Store, joined: World) -> None:
+    """Wait, if rank 0's process holds the store, until no other rank can still send it a request.
 
-    No barrier: the group is destroyed before, so that a peer that still waits for this rank fails at once.
+    This is no barrier: the group is destroyed before, so that a rank that still waits for this one fails at once.
     """
     left = PrefixStore("ddparity/left", store)
     try:
@@ -270,7 +292,7 @@ def _leave_last(store: Store, joined: World) -> None:
         while _serves(joined.rank) and left.add("count", 0) < joined.world_size and time.monotonic() < deadline:
             time.sleep(0.001)
     except dist.DistError:
-        pass  # rank 0 has gone: it waited long enough
+        pass  # rank 0 has waited for its time limit, and has ended
 
 
 def _unreachable(placement: Placement, waited_s: float, error: Exception) -> str:
@@ -283,33 +305,24 @@ def _unreachable(placement: Placement, waited_s: float, error: Exception) -> str
     interface = os.environ.get("GLOO_SOCKET_IFNAME") or interface
     hint = ""
     if placement.engine == "Slurm":
-        hint = ". A batch script starts one process: under Slurm, start the ranks with srun"
+        hint = ". A Slurm batch script starts only one process: start the ranks with srun"
     return (
-        f"rank {placement.rank} of {placement.world_size} ({socket.gethostname()}) found no complete rendezvous at "
+        f"rank {placement.rank} of {placement.world_size} ({socket.gethostname()}) did not complete the rendezvous at "
         f"{placement.master_addr}:{placement.master_port} from {source} on interface {interface} after "
-        f"{waited_s:.1f} s: {reason}. The address and port come from {placement.engine}'s variables; check that rank 0 "
-        f"runs, that the port is free there and open, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME where a machine has "
-        f"several interfaces{hint}"
+        f"{waited_s:.1f} s: {reason}. The address and port come from {placement.engine}'s variables: check that rank 0 "
+        f"runs, that its machine has this port free and its firewall leaves it open, and, on a machine with several "
+        f"interfaces, that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is right{hint}"
     )
 
 
-def _seconds(timeout: float | timedelta | None) -> float | None:
-    if timeout is None:
-        return None
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"world(timeout={timeout!r}): give a positive number of seconds")
-    return seconds
-
-
 @contextmanager
-def batch_scheduling() -> Iterator[None]:
-    """Let threads that are woken wait for the one that runs, in this thread and those started from it (Linux).
+def _batch_scheduling() -> Iterator[None]:
+    """Schedule this thread, and the threads that start from it, as batch work (Linux).
 
-    Gloo's I/O thread polls while another thread holds the lock of a connection. Woken on that thread's core, it takes
-    the core and polls until its time slice, 3 to 4 ms, is over: on few cores every sixth small collective takes ten
-    times as long. Under SCHED_BATCH a woken thread does not interrupt (benchmarks/RESULTS.md, "Scheduling"). A policy
-    that the user has set stays. Source: sched(7).
+    A woken thread then does not interrupt the running one. This matters for Gloo: its I/O thread polls while another
+    thread holds the lock of a connection. If it wakes up on that thread's core, it takes the core and polls until its
+    time slice of 3 to 4 ms is over. On few cores every sixth small collective then takes ten times as long
+    (benchmarks/RESULTS.md, "Scheduling"). A policy that the user has set stays. Source: sched(7).
     """
     if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
         yield

@@ -30,8 +30,9 @@ from ..inference.predict import Predictor
 from ..inference.reading import read_predictions
 from ..runtime.agreement import agreed
 from ..runtime.first import first
-from ..runtime.logging import Progress, progress, setup_logging, show_table
+from ..runtime.logging import setup_logging
 from ..runtime.preemption import preemption
+from ..runtime.progress import Progress, progress, show_table
 from ..runtime.world import World, world
 from .task import Task, check_task
 

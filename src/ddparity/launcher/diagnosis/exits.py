@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from ...runtime.environment import PROGRESS
+from ...runtime.progress import PROGRESS_MARKER
 from ..output import last_lines
 from ..signals import name_of
 from .desync import describe_ranks
@@ -114,7 +114,7 @@ def read_fate(
     rank: int, host: str, folder: Path, code: int, at: float, ended_by_us: bool = False, logs: Path | None = None
 ) -> Fate:
     """A rank's end, with what it left in its folder and, at `logs`, among its output."""
-    fate = Fate(rank, host, code, at, ended_by_us, progressed=(folder / PROGRESS).exists())
+    fate = Fate(rank, host, code, at, ended_by_us, progressed=(folder / PROGRESS_MARKER).exists())
     try:
         record = json.loads((folder / "error.json").read_text())["message"]
         extra: dict[str, Any] = record["extraInfo"]
