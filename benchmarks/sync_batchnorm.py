@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet18
 
 import ddparity as dp
-from ddparity.batchnorm import fused
+from ddparity.batchnorm import cpu_kernels
 from ddparity.batchnorm.moments import SumOverRanks
 from results import machine, spread, table, write_section
 
@@ -137,7 +137,7 @@ def _layers(
 
 def _without_passes(work: Callable[[], None]) -> Callable[[], None]:
     def patched() -> None:
-        with mock.patch.object(fused, "_fused", None):
+        with mock.patch.object(cpu_kernels, "_fused", None):
             work()
 
     return patched
@@ -227,7 +227,7 @@ def measure_on_card(device: torch.device, rounds: int) -> list[tuple[str, Times]
 
 def _passes(x: Tensor) -> dict[str, Callable[[], object]]:
     """A forward and a backward without the exchange."""
-    from ddparity.batchnorm import kernels  # needs Triton, as the rest of this file does not
+    from ddparity.batchnorm import triton_kernels as kernels  # needs Triton, as the rest of this file does not
 
     layer, dy = nn.BatchNorm2d(x.size(1), device=x.device), torch.randn_like(x)
     values, weight, bias = x.detach(), layer.weight.detach(), layer.bias.detach()

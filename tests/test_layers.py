@@ -26,7 +26,7 @@ FLOOR_OF = {folder: floor for floor, folders in FLOORS.items() for folder in fol
 # Pure functions: no torch.distributed, so that tests can run through all of their inputs.
 PURE = ("data.plan", "data.rng")
 # These need what only some machines have.
-NEEDS_TRITON = "batchnorm.kernels"
+NEEDS_TRITON = "batchnorm.triton_kernels"
 
 
 def _name(path: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ddparity as dp
-from ddparity.batchnorm import fused, passes
+from ddparity.batchnorm import cpu_kernels, dispatch
 
 Shape = tuple[int, ...]
 
@@ -101,7 +101,7 @@ def torchs_operators(alone: bool = True) -> Iterator[None]:
     if not alone:
         yield
         return
-    with mock.patch.object(fused, "_fused", None), mock.patch.object(passes, "_kernels", return_value=None):
+    with mock.patch.object(cpu_kernels, "_fused", None), mock.patch.object(dispatch, "_kernels", return_value=None):
         yield
 
 

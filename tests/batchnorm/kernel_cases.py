@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddparity.batchnorm import stock
+from ddparity.batchnorm import reference
 
 SHAPES = [(4, 3, 5, 5), (6, 70, 4), (33, 5), (300, 2), (2, 9, 3, 3, 2), (1, 2, 1100), (5, 4, 1, 1), (0, 3, 4), (1, 1)]
 LARGE = [(5, 2, 2100), (1100, 3, 2), (70, 1, 1500)]
@@ -31,31 +31,37 @@ def compare(
     weight, bias = (torch.rand(shape[1], generator=generator).to(device) for _ in range(2))
     wide = [value.double() for value in (dy, x, weight, bias)]
     payload, _ = passes.moments(x)
-    expected, kept = stock.moments(wide[1])
+    expected, kept = reference.moments(wide[1])
     _close(payload, expected, sums_to)
     other = torch.stack([payload, torch.cat([payload[:-1] + 1, payload[-1:] * 3])])
     stats = passes.join(other, 1e-5)
-    _close(stats, stock.join(other, 1e-5), 1e-13)
+    _close(stats, reference.join(other, 1e-5), 1e-13)
     constant = torch.tensor([[5.0, 0.0, 7.0]], dtype=torch.float64, device=device)
-    _close(passes.join(constant, 0.1), stock.join(constant, 0.1), 1e-14)  # Triton would take a float for float32
+    _close(passes.join(constant, 0.1), reference.join(constant, 0.1), 1e-14)  # Triton would take a float for float32
     tolerance = TOLERANCES[dtype]
-    _close(passes.normalise(x, None, stats, weight, bias), stock.normalise(wide[1], kept, stats, *wide[2:]), tolerance)
-    _close(passes.normalise(x, None, stats, None, None), stock.normalise(wide[1], kept, stats, None, None), tolerance)
+    _close(
+        passes.normalise(x, None, stats, weight, bias), reference.normalise(wide[1], kept, stats, *wide[2:]), tolerance
+    )
+    _close(
+        passes.normalise(x, None, stats, None, None), reference.normalise(wide[1], kept, stats, None, None), tolerance
+    )
     sums = passes.backward_sums(dy, x, stats)
-    _close(sums, stock.backward_sums(*wide[:2], stats), 10 * sums_to)
+    _close(sums, reference.backward_sums(*wide[:2], stats), 10 * sums_to)
     for scale in (weight, None):
         got = passes.backward_input(dy, x, stats, scale, sums[None])
-        _close(got, stock.backward_input(*wide[:2], stats, None if scale is None else wide[2], sums[None]), tolerance)
+        _close(
+            got, reference.backward_input(*wide[:2], stats, None if scale is None else wide[2], sums[None]), tolerance
+        )
         assert got.stride() == x.stride() and got.dtype == dtype
     kinds = torch.float32, torch.float64
-    gradients = passes.parameter_gradients(sums, stats, *kinds), stock.parameter_gradients(sums, stats, *kinds)
+    gradients = passes.parameter_gradients(sums, stats, *kinds), reference.parameter_gradients(sums, stats, *kinds)
     for one, another, kind in zip(*gradients, kinds, strict=True):
         assert one.dtype == another.dtype == kind
         _close(one, another, 1e-7)
     running = [torch.zeros_like(wide[2]), torch.ones_like(wide[2])]
     moved = [value.clone() for value in running]
     passes.update(*moved, stats, 0.1)
-    stock.update(*running, stats, 0.1)
+    reference.update(*running, stats, 0.1)
     for one, another in zip(moved, running, strict=True):
         _close(one, another, 1e-14)
         assert one._version == 1
@@ -69,7 +75,7 @@ def _close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def main() -> None:
-    from ddparity.batchnorm import kernels  # needs Triton
+    from ddparity.batchnorm import triton_kernels as kernels  # needs Triton
 
     for number, shape in enumerate(SHAPES):
         for dtype in TOLERANCES if number < 3 else (torch.float32,):

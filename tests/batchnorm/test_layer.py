@@ -205,11 +205,11 @@ def test_ranks_may_compute_in_different_dtypes() -> None:
 
 
 def test_counts_are_exact_beyond_what_float32_holds() -> None:
-    from ddparity.batchnorm import fused, stock
+    from ddparity.batchnorm import cpu_kernels, reference
 
     counts = [2**24 + 1, 2**53 - 2**25]
     payloads = torch.tensor([[1.0, 0.0, counts[0]], [1.0, 0.0, counts[1]]], dtype=torch.float64)
-    for passes in [stock] + [fused] * fused.available():
+    for passes in [reference] + [cpu_kernels] * cpu_kernels.available():
         assert passes.join(payloads, 1e-5)[-1].item() == sum(counts)
 
 

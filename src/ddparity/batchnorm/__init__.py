@@ -3,7 +3,7 @@
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm, shared_layers, synchronises
 from .moments import sync_moments
-from .running import Room, RunningStatistics, compiled_layers, equal_buffers
+from .running_statistics import Room, RunningStatistics, compiled_layers, equal_buffers
 
 __all__ = [
     "Room",

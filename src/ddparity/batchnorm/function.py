@@ -12,9 +12,9 @@ from torch.autograd import Function
 
 from ..comm.allreduce import copies_of_ranks, parts_of_sum
 from ..compat import in_transform
+from .dispatch import passes_for
 from .layout import dense, dense_like, over, reduced_dims
 from .moments import Moments, SumOverRanks
-from .passes import passes_for
 
 Announce = Callable[[str], None]
 Dtypes = tuple[torch.dtype | None, torch.dtype | None]  # of weight and bias

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat import in_backward
 from ..runtime.agreement import agreed
-from .compiled import compiled_batch_norm
+from .custom_op import compiled_batch_norm
 from .function import Announce, sync_batch_norm
 from .moments import group_of_several
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..comm.allreduce import copies_of_ranks, sum_over_ranks
+from .dispatch import passes_for
 from .layout import dense, over
-from .passes import passes_for
 
 
 def sync_moments(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddparity.batchnorm import fused, stock
+from ddparity.batchnorm import cpu_kernels, reference
 from tests.batchnorm.kernel_cases import SHAPES, compare
 
-compiled = pytest.mark.skipif(not fused.available(), reason="built without a C compiler")
+compiled = pytest.mark.skipif(not cpu_kernels.available(), reason="built without a C compiler")
 
 # Planes of 64 elements or fewer are columns, of which 256 are taken together, 64 samples and 4,096 elements at a time.
 EDGES = [(2, 257, 1, 1), (65, 5, 8, 8), (65, 5, 65), (3, 90, 3), (2, 6, 4097), (4097, 2), (130, 3, 7, 7), (64, 4, 8, 8)]
@@ -19,7 +19,7 @@ EDGES = [(2, 257, 1, 1), (65, 5, 8, 8), (65, 5, 65), (3, 90, 3), (2, 6, 4097), (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES + EDGES, ids=str)
 def test_they_agree_with_torchs_operators(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
-    compare(fused, shape, dtype, last, "cpu", 1e-12 if dtype is torch.float64 else 1e-6)
+    compare(cpu_kernels, shape, dtype, last, "cpu", 1e-12 if dtype is torch.float64 else 1e-6)
 
 
 @compiled
@@ -31,10 +31,13 @@ def test_the_number_of_threads_does_not_change_the_bits(shape: tuple[int, ...]) 
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            payload, kept = fused.moments(x)
-            stats = fused.join(payload[None], 1e-5)
-            sums = fused.backward_sums(dy, x, stats)
-            y, dx = fused.normalise(x, kept, stats, None, None), fused.backward_input(dy, x, stats, None, sums[None])
+            payload, kept = cpu_kernels.moments(x)
+            stats = cpu_kernels.join(payload[None], 1e-5)
+            sums = cpu_kernels.backward_sums(dy, x, stats)
+            y, dx = (
+                cpu_kernels.normalise(x, kept, stats, None, None),
+                cpu_kernels.backward_input(dy, x, stats, None, sums[None]),
+            )
             results.append((payload, sums, y, dx))
     finally:
         torch.set_num_threads(threads)
@@ -44,10 +47,10 @@ def test_the_number_of_threads_does_not_change_the_bits(shape: tuple[int, ...]) 
 @compiled
 def test_sums_of_many_ranks_are_added_up() -> None:
     x, dy, weight = torch.randn(4, 3, 5), torch.randn(4, 3, 5), torch.rand(3)
-    stats = fused.join(fused.moments(x)[0][None], 1e-5)
+    stats = cpu_kernels.join(cpu_kernels.moments(x)[0][None], 1e-5)
     parts = torch.randn(5, 6, dtype=torch.float64)
-    got = fused.backward_input(dy, x, stats, weight, parts)
-    torch.testing.assert_close(got, fused.backward_input(dy, x, stats, weight, parts.sum(0, keepdim=True)))
+    got = cpu_kernels.backward_input(dy, x, stats, weight, parts)
+    torch.testing.assert_close(got, cpu_kernels.backward_input(dy, x, stats, weight, parts.sum(0, keepdim=True)))
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
@@ -58,12 +61,12 @@ def test_torchs_operators_work_in_parts(dtype: torch.dtype, last: bool, monkeypa
     if last:
         x, dy = (value.contiguous(memory_format=torch.channels_last) for value in (x, dy))
     results = []
-    for cached in (stock.CACHED, 150, 20):  # one part, five, and one where no sample is small enough
-        monkeypatch.setattr(stock, "CACHED", cached)
-        payload, kept = stock.moments(x)
-        stats = stock.join(payload[None], 1e-5)
-        y, sums = stock.normalise(x, kept, stats, None, None), stock.backward_sums(dy, x, stats)
-        dx = stock.backward_input(dy, x, stats, None, sums[None])
+    for cached in (reference.CACHED, 150, 20):  # one part, five, and one where no sample is small enough
+        monkeypatch.setattr(reference, "CACHED", cached)
+        payload, kept = reference.moments(x)
+        stats = reference.join(payload[None], 1e-5)
+        y, sums = reference.normalise(x, kept, stats, None, None), reference.backward_sums(dy, x, stats)
+        dx = reference.backward_input(dy, x, stats, None, sums[None])
         assert y.stride() == dx.stride() == x.stride() and y.dtype == dx.dtype == dtype
         results.append((payload, sums, y, dx))
     for whole, *others in zip(*results, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compat import constant_in_graph, group_name, group_of_name
 from .function import check_channels, input_gradients, normalised
 from .layout import dense
-from .stock import update
+from .reference import update
 
 
 @torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""The layer's passes over memory as Triton kernels, for CUDA; the same functions as in `stock`.
+"""The layer's passes over memory as Triton kernels, for CUDA; the same functions as in `reference`.
 
 Import it only where there is Triton, which CUDA builds of torch bring along. A kernel is compiled at its first use, for
 a number of channels and positions (whether they are multiples of 16), not for a batch size.
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compat import is_plain_tensor
-from . import stock
+from . import reference
 from .layout import sizes
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -199,12 +199,12 @@ def handles(x: Tensor, *others: Tensor | None) -> bool:
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:
     if x.numel() == 0:
-        return stock.moments(x)
+        return reference.moments(x)
     return _summed(x, x, None), None
 
 
 def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-    return stock.backward_sums(dy, x, stats) if x.numel() == 0 else _summed(x, dy, stats)
+    return reference.backward_sums(dy, x, stats) if x.numel() == 0 else _summed(x, dy, stats)
 
 
 def _summed(x: Tensor, dy: Tensor, stats: Tensor | None) -> Tensor:
@@ -232,7 +232,7 @@ def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: 
     return _scaled(x, None, stats, weight, bias, None)
 
 
-parameter_gradients = stock.parameter_gradients  # a few numbers
+parameter_gradients = reference.parameter_gradients  # a few numbers
 
 
 def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, parts: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def _scaled(
 def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor) -> None:
     both, c = (running_mean, running_var), running_mean.numel()
     if isinstance(momentum, Tensor) or not all(running.is_contiguous() for running in both):
-        stock.update(running_mean, running_var, stats, momentum)
+        reference.update(running_mean, running_var, stats, momentum)
         return
     with torch.cuda.device_of(stats):
         _move[_blocks(c)](running_mean, running_var, stats, *_in_two(momentum), c, BLOCK=_BLOCK)

@@ -1,6 +1,6 @@
 """The layer's passes over memory with torch's own operators: for every device and dtype, and no compiler.
 
-Both this module and `fused` have these seven functions. Statistics are float64:
+Both this module and `cpu_kernels` have these seven functions. Statistics are float64:
 
     payload  [mean (C), sum of squared deviations (C), count]                  what a rank sends
     stats    [mean (C), 1/sqrt(biased variance + eps) (C), unbiased variance (C), total count]    of all ranks

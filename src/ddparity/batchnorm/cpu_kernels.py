@@ -1,4 +1,4 @@
-"""The layer's passes over memory, compiled at installation (`_fused.c`); the same functions as in `stock`.
+"""The layer's passes over memory, compiled at installation (`_fused.c`); the same functions as in `reference`.
 
 Each reads and writes no more than the mathematics asks for: moments in one read, normalising in one, both sums of the
 backward in one, its result in one (benchmarks/sync_batchnorm.py). For float32 and float64 on the CPU, in torch's number
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..compat import is_plain_tensor
-from . import stock
+from . import reference
 from .layout import sizes
 
 try:
@@ -73,7 +73,7 @@ def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: 
 
 def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor) -> None:
     if _readable(running_mean) is not running_mean or _readable(running_var) is not running_var:
-        stock.update(running_mean, running_var, stats, momentum)
+        reference.update(running_mean, running_var, stats, momentum)
         return
     channels = running_mean.numel()
     _fused.move(*_place(running_mean), *_place(running_var), channels, stats.data_ptr(), float(momentum))
@@ -101,7 +101,7 @@ def parameter_gradients(
     sums: Tensor, stats: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
     if weight_dtype not in _WIDE or bias_dtype not in _WIDE:
-        return stock.parameter_gradients(sums, stats, weight_dtype, bias_dtype)
+        return reference.parameter_gradients(sums, stats, weight_dtype, bias_dtype)
     channels = sums.numel() // 2
     d_weight, d_bias = torch.empty(channels, dtype=weight_dtype), torch.empty(channels, dtype=bias_dtype)
     _fused.parameter_gradients(channels, stats.data_ptr(), sums.data_ptr(), *_place(d_weight), *_place(d_bias))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import fused, stock
+from . import cpu_kernels, reference
 
 _COMPILED_S = 0.2  # a kernel that is on disk is loaded sooner
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def passes_for(x: Tensor, *others: Tensor | None) -> Any:
-    """The module with the functions that `stock` describes, for this input and these tensors with it."""
+    """The module with the functions that `reference` describes, for this input and these tensors with it."""
     if x.is_cuda:
         kernels = _kernels(x.device)
-        return kernels if kernels is not None and kernels.handles(x, *others) else stock
-    return fused if fused.handles(x, *others) else stock
+        return kernels if kernels is not None and kernels.handles(x, *others) else reference
+    return cpu_kernels if cpu_kernels.handles(x, *others) else reference
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def _kernels(device: torch.device) -> Any:
         return None
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     try:
-        kernels = importlib.import_module(f"{__package__}.kernels")
+        kernels = importlib.import_module(f"{__package__}.triton_kernels")
         start = time.monotonic()
         kernels.join(torch.zeros(1, 3, dtype=torch.float64, device=device), 1e-5)
     except Exception as error:  # Triton raises what its compiler, or its folder for compiled kernels, gives it
