@@ -101,7 +101,10 @@ def torchs_operators(alone: bool = True) -> Iterator[None]:
     if not alone:
         yield
         return
-    with mock.patch.object(cpu_kernels, "_fused", None), mock.patch.object(dispatch, "_kernels", return_value=None):
+    with (
+        mock.patch.object(cpu_kernels, "_fused", None),
+        mock.patch.object(dispatch, "_triton_kernels", return_value=None),
+    ):
         yield
 
 

@@ -155,9 +155,9 @@ def test_what_was_converted_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         dp.convert_sync_batchnorm(model)
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        "convert_sync_batchnorm: 1 batch norm synchronises over the ranks",
-        "convert_sync_batchnorm left alone what looks like a batch norm: 1 (MyBatchNorm), 2.0 (Statistics), "
-        "3 (BatchNorm2d), 4 (RecursiveScriptModule)",
+        "convert_sync_batchnorm: converted 1 batch norm",
+        "convert_sync_batchnorm: did not convert modules that look like a batch norm: 1 (MyBatchNorm), "
+        "2.0 (Statistics), 3 (BatchNorm2d), 4 (RecursiveScriptModule)",
     ]
     assert type(model[3]) is nn.BatchNorm2d
 
@@ -323,7 +323,7 @@ def test_a_layer_built_as_synchronised_reverts_to_what_its_input_needs(
     build: Any, shape: tuple[int, ...], kind: type[nn.Module]
 ) -> None:
     model = nn.Sequential(build())
-    with pytest.raises(ValueError, match=r"0 \(SyncBatchNorm\) was built as a SyncBatchNorm and has seen no input"):
+    with pytest.raises(ValueError, match=r"0 \(SyncBatchNorm\) was created as a SyncBatchNorm and has seen no input"):
         dp.revert_sync_batchnorm(model)
     model(torch.randn(shape))
     assert type(dp.revert_sync_batchnorm(model)[0]) is kind

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddparity.batchnorm import reference
-from ddparity.batchnorm.dispatch import passes_for
+from ddparity.batchnorm.dispatch import kernels_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this build of torch has no Triton")
 
@@ -43,7 +43,7 @@ def test_they_agree_with_torchs_operators_on_a_card() -> None:
 @pytest.mark.gpu
 def test_a_result_has_the_same_bits_each_time() -> None:
     x = torch.randn(64, 64, 56, 56, device="cuda")
-    kernels = passes_for(x)
+    kernels = kernels_for(x)
     assert kernels.__name__ == "ddparity.batchnorm.triton_kernels"
     for layout in (torch.contiguous_format, torch.channels_last):
         laid = x.to(memory_format=layout)

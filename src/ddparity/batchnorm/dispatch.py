@@ -1,4 +1,4 @@
-"""Which passes over memory a tensor takes: the compiled ones where they can, else torch's own operators."""
+"""Choose the kernels for an input: compiled ones if they can handle it, otherwise the reference kernels."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ from torch import Tensor
 
 from . import cpu_kernels, reference
 
-_COMPILED_S = 0.2  # a kernel that is on disk is loaded sooner
+_COMPILATION_S = 0.2  # loading a compiled kernel from disk takes less time
 
 logger = logging.getLogger(__name__)
 
 
-def passes_for(x: Tensor, *others: Tensor | None) -> Any:
-    """The module with the functions that `reference` describes, for this input and these tensors with it."""
+def kernels_for(x: Tensor, *others: Tensor | None) -> Any:
+    """Return the module whose kernels handle this input and these other tensors; `reference` describes them."""
     if x.is_cuda:
-        kernels = _kernels(x.device)
+        kernels = _triton_kernels(x.device)
         return kernels if kernels is not None and kernels.handles(x, *others) else reference
     return cpu_kernels if cpu_kernels.handles(x, *others) else reference
 
 
 @functools.cache
-def _kernels(device: torch.device) -> Any:
-    """The Triton kernels; None where there is no Triton, none for this card, or no C compiler, which it needs."""
+def _triton_kernels(device: torch.device) -> Any:
+    """Return the Triton kernels, or None if they do not work here.
+
+    They need Triton, a GPU of compute capability 8 or higher, and a C compiler, which Triton uses.
+    """
     if torch.cuda.get_device_capability(device)[0] < 8 or importlib.util.find_spec("triton") is None:
         return None
-    speaks = not dist.is_initialized() or dist.get_rank() == 0
+    logs = not dist.is_initialized() or dist.get_rank() == 0
     try:
         kernels = importlib.import_module(f"{__package__}.triton_kernels")
         start = time.monotonic()
         kernels.join(torch.zeros(1, 3, dtype=torch.float64, device=device), 1e-5)
-    except Exception as error:  # Triton raises what its compiler, or its folder for compiled kernels, gives it
-        if speaks:
+    except Exception as error:  # for example of the C compiler, or of the folder for compiled kernels
+        if logs:
             reason = str(error).partition("\n")[0]
-            logger.warning("SyncBatchNorm uses torch's operators, as Triton does not work here: %s", reason)
+            logger.warning("Triton does not work here, so SyncBatchNorm uses torch's own operators: %s", reason)
         return None
-    if speaks and time.monotonic() - start > _COMPILED_S:
-        logger.warning("SyncBatchNorm compiles its kernels for this GPU as they are first used: seconds, kept on disk")
+    if logs and time.monotonic() - start > _COMPILATION_S:
+        logger.warning(
+            "SyncBatchNorm compiles each kernel for this GPU at its first use. This takes seconds, once: Triton keeps "
+            "the compiled kernels on disk"
+        )
     return kernels
