@@ -36,6 +36,7 @@ def _name(path: Path) -> str:
 
 
 PATHS = {_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+EXTENSIONS = {_name(path) for path in SOURCE.rglob("*.pyi")}  # modules in C, which import nothing
 
 
 def _imports(module: str) -> set[str]:
@@ -54,7 +55,8 @@ def _imports(module: str) -> set[str]:
                 continue
             for alias in node.names:
                 whole = ".".join((*base, alias.name))
-                found.add(whole if whole in PATHS else ".".join(base))
+                if whole not in EXTENSIONS:
+                    found.add(whole if whole in PATHS else ".".join(base))
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             found |= {name.removeprefix("ddparity").removeprefix(".") for name in names if name.startswith("ddparity")}

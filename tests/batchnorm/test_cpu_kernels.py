@@ -1,4 +1,4 @@
-"""The batch norm's passes on the CPU, at sizes around those at which they take another way."""
+"""Tests of the kernels on the CPU, at sizes around the limits of their code paths."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from tests.batchnorm.kernel_cases import SHAPES, compare
 
 compiled = pytest.mark.skipif(not cpu_kernels.available(), reason="built without a C compiler")
 
-# Planes of 64 elements or fewer are columns, of which 256 are taken together, 64 samples and 4,096 elements at a time.
+# A plane with at most 64 elements is handled as columns: 256 columns together, 64 samples and 4,096 elements at a time.
 EDGES = [(2, 257, 1, 1), (65, 5, 8, 8), (65, 5, 65), (3, 90, 3), (2, 6, 4097), (4097, 2), (130, 3, 7, 7), (64, 4, 8, 8)]
 
 
 @compiled
-@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES + EDGES, ids=str)
-def test_they_agree_with_torchs_operators(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
-    compare(cpu_kernels, shape, dtype, last, "cpu", 1e-12 if dtype is torch.float64 else 1e-6)
+def test_compiled_kernels_equal_the_reference_kernels(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> None:
+    compare(cpu_kernels, shape, dtype, channels_last, "cpu", 1e-12 if dtype is torch.float64 else 1e-6)
 
 
 @compiled
@@ -31,11 +33,11 @@ def test_the_number_of_threads_does_not_change_the_bits(shape: tuple[int, ...]) 
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            payload, kept = cpu_kernels.moments(x)
+            payload, intermediate = cpu_kernels.moments(x)
             stats = cpu_kernels.join(payload[None], 1e-5)
             sums = cpu_kernels.backward_sums(dy, x, stats)
             y, dx = (
-                cpu_kernels.normalise(x, kept, stats, None, None),
+                cpu_kernels.normalise(x, intermediate, stats, None, None),
                 cpu_kernels.backward_input(dy, x, stats, None, sums[None]),
             )
             results.append((payload, sums, y, dx))
@@ -45,7 +47,7 @@ def test_the_number_of_threads_does_not_change_the_bits(shape: tuple[int, ...]) 
 
 
 @compiled
-def test_sums_of_many_ranks_are_added_up() -> None:
+def test_the_sums_of_several_ranks_are_added() -> None:
     x, dy, weight = torch.randn(4, 3, 5), torch.randn(4, 3, 5), torch.rand(3)
     stats = cpu_kernels.join(cpu_kernels.moments(x)[0][None], 1e-5)
     parts = torch.randn(5, 6, dtype=torch.float64)
@@ -53,23 +55,25 @@ def test_sums_of_many_ranks_are_added_up() -> None:
     torch.testing.assert_close(got, cpu_kernels.backward_input(dy, x, stats, weight, parts.sum(0, keepdim=True)))
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_torchs_operators_work_in_parts(dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_kernels_give_the_same_result_in_parts(
+    dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(9, 3, 5, 5, generator=generator).to(dtype) for _ in range(2))
-    if last:
+    if channels_last:
         x, dy = (value.contiguous(memory_format=torch.channels_last) for value in (x, dy))
     results = []
-    for cached in (reference.CACHED, 150, 20):  # one part, five, and one where no sample is small enough
+    for cached in (reference.CACHED, 150, 20):  # one part, five parts, and a cache smaller than a sample
         monkeypatch.setattr(reference, "CACHED", cached)
-        payload, kept = reference.moments(x)
+        payload, intermediate = reference.moments(x)
         stats = reference.join(payload[None], 1e-5)
-        y, sums = reference.normalise(x, kept, stats, None, None), reference.backward_sums(dy, x, stats)
+        y, sums = reference.normalise(x, intermediate, stats, None, None), reference.backward_sums(dy, x, stats)
         dx = reference.backward_input(dy, x, stats, None, sums[None])
         assert y.stride() == dx.stride() == x.stride() and y.dtype == dx.dtype == dtype
         results.append((payload, sums, y, dx))
     for whole, *others in zip(*results, strict=True):
-        kind = torch.float32 if whole.dtype == torch.float64 != dtype else whole.dtype  # in which it was added up
+        kind = torch.float32 if whole.dtype == torch.float64 != dtype else whole.dtype  # the dtype of the sum
         for parts in others:
             torch.testing.assert_close(parts.to(kind), whole.to(kind))
