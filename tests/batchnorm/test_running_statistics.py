@@ -196,7 +196,7 @@ def _without_statistics() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "exchanges"),
+    ("make", "collectives"),
     [
         (_linear, [1, 1, 1]),
         (_without_statistics, [1, 1, 1]),
@@ -205,9 +205,9 @@ def _without_statistics() -> nn.Module:
         (_three_times, [3, 2, 2]),  # the first step finds out how much room it needs
     ],
 )
-def test_one_all_gather_a_step(make, exchanges: list[int]) -> None:
+def test_one_collective_a_step(make, collectives: list[int]) -> None:
     for found in run_ranks(_collectives, 2, make, "strict"):
-        assert [counts.pop("gloo:all_to_all") for counts in found] == exchanges
+        assert [counts.pop("gloo:all_to_all") for counts in found] == collectives
         if make is not _evaluating:  # DDP broadcasts the buffers of other layers
             assert found == [{}] * 3
 

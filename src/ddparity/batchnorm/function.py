@@ -63,8 +63,8 @@ def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
     channels, device = x.size(1), x.device
     if channels == 0:
         raise ValueError(
-            f"SyncBatchNorm got an input of shape {tuple(x.shape)}, which has no channels: give an input with at least "
-            f"one channel"
+            f"SyncBatchNorm got an input of shape {tuple(x.shape)}, which has no channels: give one with at least one "
+            f"channel"
         )
     for name, values in per_channel.items():
         if values is not None and (values.numel() != channels or values.device != device):

@@ -44,8 +44,9 @@ class SyncBatchNorm(_BatchNorm):
         process_group: the ranks that take part; None: all ranks. `torch.save` does not save it.
 
     Collectives, in training with several ranks: in the forward one all-gather of 8 * (2C + 1) bytes from each rank; in
-    the backward one sum of 16C bytes. Every rank of the group must run the same layers in the same order. In the first
-    forward and the first backward of a layer the ranks check this through the group's store.
+    the backward one sum of 16C bytes. Short tensors on the CPU use an all-to-all for both. Every rank of the group must
+    run the same layers in the same order. In the first forward and the first backward of a layer the ranks check this
+    through the group's store.
 
     Raises:
         ValueError: the input has fewer than 2 dimensions or another number of channels than `num_features`; all ranks
@@ -198,4 +199,4 @@ def _agree(group: dist.ProcessGroup, path: str | None, channels: int, direction:
     what = f"the {direction} of {path or 'a SyncBatchNorm'}, {channels} channels"
     with agreed(what, group, "batchnorm") as agreement:
         assert agreement is not None, "the group has several ranks"
-        agreement.same("the layer whose statistics a SyncBatchNorm exchanges", what)
+        agreement.same("the SyncBatchNorm layer", what)

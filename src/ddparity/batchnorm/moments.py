@@ -81,7 +81,7 @@ def group_of_several(process_group: dist.ProcessGroup | None) -> dist.ProcessGro
 class SumOverRanks(Function):
     """Sum over the ranks. The gradient is also summed, since each rank's result depends on each rank's input.
 
-    Collectives: one sum of the tensor's bytes, forward and backward.
+    Collectives: one sum of the tensor's bytes in the forward, and one in each backward.
     """
 
     @staticmethod
