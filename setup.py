@@ -1,4 +1,4 @@
-"""Compiles the passes of SyncBatchNorm where there is a compiler; without one, torch's own operators do the work."""
+"""Compile the CPU kernels of SyncBatchNorm. Without a C compiler, SyncBatchNorm uses torch's own operators."""
 
 from setuptools import Extension, setup
 

@@ -1,9 +1,9 @@
-"""What synchronising brings where ranks have few samples: accuracy on digits at 2 samples a rank.
+"""Measure the accuracy on digits with local and with synchronised batch norms, with 2 samples a rank.
 
 python benchmarks/digits_batchnorm.py [--nproc 4] [--epochs 5] [--seeds 3]
 
-A small convolutional network with batch norm is trained with local and with synchronised statistics: the same data, the
-same order, the same initial weights, the same steps. Writes a section of RESULTS.md and docs/sync_batchnorm.png.
+It trains a small convolutional network with local and with synchronised statistics. Both have the same data in the same
+order, the same initial weights and the same steps. It writes a section of RESULTS.md and docs/sync_batchnorm.png.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import ddparity as dp
 from results import machine, table, write_section
 
 ROOT = Path(__file__).parent.parent
-SAMPLES = 2  # of a rank, in each step
+SAMPLES = 2  # samples of a rank in each step
 
 
 def net() -> nn.Module:
@@ -29,13 +29,13 @@ def net() -> nn.Module:
     for inputs, outputs in ((1, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         layers.append(nn.MaxPool2d(2))
-    # A hidden layer with batch norm, as in projection heads: on one rank its statistics are those of two values.
+    # A hidden layer with batch norm, as in projection heads. On one rank its statistics are computed from two values.
     head = [nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10)]
     return nn.Sequential(*layers, nn.Flatten(), *head)
 
 
 def train(synchronised: bool, epochs: int, seed: int) -> list[float]:
-    """On each rank: the held-out accuracy after each epoch (rank 0's; zeros elsewhere)."""
+    """Train on each rank. Return the held-out accuracy after each epoch; zeros on ranks other than 0."""
     sys.path.insert(0, str(ROOT / "examples"))
     from digits import Digits, accuracy
 
@@ -111,7 +111,7 @@ def main() -> None:
             "## Accuracy at 2 samples a process",
             facts,
             f"`digits_batchnorm.py`, {options.nproc} processes, {SAMPLES} samples a process and step, SGD, held-out "
-            f"accuracy in per cent: mean of {options.seeds} seeds, with their range.",
+            f"accuracy in per cent: the mean of {options.seeds} seeds and their range.",
             table(["batch norm", *(f"epoch {number + 1}" for number in range(options.epochs))], rows),
         ]
     )

@@ -1,11 +1,11 @@
-"""What a synchronised batch norm costs against the local one, on the same shard.
+"""Measure the time of a synchronised batch norm and of the local one, on the same shard.
 
 python benchmarks/sync_batchnorm.py [--rounds 21] [--device cpu] [--repeat 3] [--quick]
 
-Forward and backward of one layer, and a whole training step of two kinds of ResNet-18, in 2 processes; with local norms
-that step is plain PyTorch's. All contenders live in the same processes and take turns, in an order that changes from
-round to round; a ratio is that of one round. On CUDA the processes share one card, over Gloo, and torch's own
-SyncBatchNorm takes part, which does not run on the CPU.
+It measures the forward and backward of one layer, and a whole training step of two kinds of ResNet-18, in 2 processes.
+With local norms, the step is that of plain PyTorch. All contenders run in the same processes, one after the other, in
+an order that changes from round to round. A ratio compares two times of the same round. On CUDA the processes share one
+GPU, over Gloo. torch's own SyncBatchNorm is a contender there; it does not run on the CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet18
 
 import ddparity as dp
-from ddparity.batchnorm import fused
+from ddparity.batchnorm import cpu_kernels
 from ddparity.batchnorm.moments import SumOverRanks
 from results import machine, spread, table, write_section
 
@@ -38,18 +38,18 @@ SHAPES = [(32, 64, 56, 56), (64, 256, 14, 14), (16, 512, 7, 7)]
 SMALL_IMAGES = "ResNet-18 for small images (stem of 3×3, no pooling), batch 16 at 64×64, whole step"
 IMAGENET = "ResNet-18 as for ImageNet (last stage 2×2), batch 16 at 64×64, whole step"
 LOCAL = "ddparity, local norms"
-COPIES = 2  # of each model: where its weights lie in memory makes a per cent
+COPIES = 2  # of each model: the addresses of its weights change the time by one per cent
 Times = dict[str, list[float]]
 HOW = {
-    "cpu": "“stock operators”: ddparity without its compiled passes. “simple”: sums and sums of squares, reduced, and "
-    "autograd. Each process has a core of its own, and the C library keeps freed memory: nobody pays for another's "
-    "page faults.",
-    "cuda": "Both processes share one card, which NCCL refuses: what they exchange goes through the host.",
+    "cpu": "“reference”: ddparity without its compiled kernels. “simple”: an all-reduce of the sums and the sums of "
+    "squares, and autograd. Each process has its own core. The C library keeps freed memory, so that a contender does "
+    "not cause page faults in another.",
+    "cuda": "Both processes share one GPU, which NCCL does not support: their messages go through the host.",
 }
 
 
 class Simple(nn.BatchNorm2d):
-    """As many write it: two all-reduces of sums, and autograd for the rest."""
+    """A simple implementation: two all-reduces of sums, and autograd for the rest."""
 
     def forward(self, x: Tensor) -> Tensor:
         count = SumOverRanks.apply(torch.tensor([x.numel() / x.size(1)]), dist.group.WORLD)
@@ -70,7 +70,7 @@ def contenders(channels: int, device: torch.device) -> dict[str, nn.Module]:
         "ddparity": dp.SyncBatchNorm(channels),
     }
     if device.type == "cpu":
-        layers["stock operators"] = dp.SyncBatchNorm(channels)
+        layers["reference"] = dp.SyncBatchNorm(channels)
         layers["simple"] = Simple(channels)
     else:
         layers["torch's"] = nn.SyncBatchNorm(channels)
@@ -78,7 +78,7 @@ def contenders(channels: int, device: torch.device) -> dict[str, nn.Module]:
 
 
 def measure(device: str, rounds: int, quick: bool) -> list[tuple[str, Times]]:
-    """On each rank: for each row, each contender's milliseconds in each round."""
+    """Measure on each rank. Return for each row the milliseconds of each contender in each round."""
     torch.set_num_threads(1)
     _keep_freed_memory()
     if device == "cpu":
@@ -101,7 +101,7 @@ def _for_small_images() -> nn.Module:
 
 
 def _keep_freed_memory() -> None:
-    """Outputs of this size cost as much in page faults as in work, at whoever's turn the C library returns memory."""
+    """Make the C library keep freed memory. Page faults for outputs of this size take as long as the work itself."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -109,7 +109,7 @@ def _keep_freed_memory() -> None:
 
 
 def _bind_to_own_core() -> None:
-    """As mpirun does: otherwise processes take each other's cores while one waits, which is what would be measured."""
+    """Bind each process to its own core, as mpirun does. Otherwise the time would include waiting for a core."""
     cores = sorted(os.sched_getaffinity(0))
     rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if len(cores) >= ranks:
@@ -129,15 +129,15 @@ def _layers(
                 x.grad = None
                 layer(x).backward(dy)
 
-        return _without_passes(both) if name == "stock operators" else both
+        return _without_kernels(both) if name == "reference" else both
 
     runs = {name: run(name, layer) for name, layer in contenders(shape[1], device).items()}
     return _in_turns(runs, rounds, times, device)
 
 
-def _without_passes(work: Callable[[], None]) -> Callable[[], None]:
+def _without_kernels(work: Callable[[], None]) -> Callable[[], None]:
     def patched() -> None:
-        with mock.patch.object(fused, "_fused", None):
+        with mock.patch.object(cpu_kernels, "_fused", None):
             work()
 
     return patched
@@ -147,7 +147,7 @@ def _steps(network: Callable[[], nn.Module], device: torch.device, rounds: int, 
     torch.manual_seed(0)
     images, targets = torch.randn(16, 3, 64, 64, device=device), torch.randint(1000, (16,), device=device)
     first = network().to(device)
-    names = ["local", "local again", "ddparity", "torch's" if device.type == "cuda" else "stock operators", LOCAL]
+    names = ["local", "local again", "ddparity", "torch's" if device.type == "cuda" else "reference", LOCAL]
     runs: dict[str, Callable[[], None]] = {}
     for name in names:
         steps = itertools.cycle([_step(name, copy.deepcopy(first), images, targets) for _ in range(COPIES)])
@@ -157,13 +157,13 @@ def _steps(network: Callable[[], nn.Module], device: torch.device, rounds: int, 
             for _ in range(times):
                 step()
 
-        runs[name] = _without_passes(run) if name == "stock operators" else run
+        runs[name] = _without_kernels(run) if name == "reference" else run
     return _in_turns(runs, rounds, times, device)
 
 
 def _step(name: str, model: nn.Module, images: Tensor, targets: Tensor) -> Callable[[], None]:
-    """A training step: ddparity's with synchronised norms, otherwise as PyTorch's documentation shows it."""
-    ours = name in ("ddparity", "stock operators", LOCAL)
+    """Return a training step: ddparity's, or for torch's contenders the one of PyTorch's documentation."""
+    ours = name in ("ddparity", "reference", LOCAL)
     if ours:
         model = dp.replicate(model if name == LOCAL else dp.convert_sync_batchnorm(model))
     else:
@@ -187,7 +187,7 @@ def _step(name: str, model: nn.Module, images: Tensor, targets: Tensor) -> Calla
 def _in_turns(runs: dict[str, Callable[[], None]], rounds: int, times: int, device: torch.device) -> Times:
     taken: Times = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0)  # the same on both ranks
-    for _ in range(2):  # each copy of a model once, too
+    for _ in range(2):  # each of the two copies of a model runs once
         for run in runs.values():
             run()
     for _ in range(rounds):
@@ -202,14 +202,14 @@ def _in_turns(runs: dict[str, Callable[[], None]], rounds: int, times: int, devi
     return taken
 
 
-def measure_on_card(device: torch.device, rounds: int) -> list[tuple[str, Times]]:
-    """For each input, each contender's microseconds in each round: what the card itself does, as a CUDA graph."""
+def measure_on_gpu(device: torch.device, rounds: int) -> list[tuple[str, Times]]:
+    """Measure the GPU's own time in CUDA graphs. Return each contender's microseconds by input and round."""
     rows = []
     for shape in [*SHAPES, (256, 64, 56, 56)]:
         for kind in (torch.float32, torch.bfloat16):
             for layout in (torch.contiguous_format, torch.channels_last):
                 x = torch.randn(shape, device=device, dtype=kind).to(memory_format=layout).requires_grad_()
-                graphs = {name: _captured(work) for name, work in _passes(x).items()}
+                graphs = {name: _captured(work) for name, work in _contenders_on_gpu(x).items()}
                 taken: Times = {name: [] for name in graphs}
                 for _ in range(rounds):
                     for name, graph in graphs.items():
@@ -225,20 +225,20 @@ def measure_on_card(device: torch.device, rounds: int) -> list[tuple[str, Times]
     return rows
 
 
-def _passes(x: Tensor) -> dict[str, Callable[[], object]]:
-    """A forward and a backward without the exchange."""
-    from ddparity.batchnorm import kernels  # needs Triton, as the rest of this file does not
+def _contenders_on_gpu(x: Tensor) -> dict[str, Callable[[], object]]:
+    """Return each contender's forward and backward without the collectives."""
+    from ddparity.batchnorm import triton_kernels as kernels  # only this function needs Triton
 
     layer, dy = nn.BatchNorm2d(x.size(1), device=x.device), torch.randn_like(x)
     values, weight, bias = x.detach(), layer.weight.detach(), layer.bias.detach()
     count = torch.tensor([x.numel() // x.size(1)], device=x.device, dtype=torch.int32)
 
     def ours() -> object:
-        payload, kept = kernels.moments(values)
+        payload, intermediate = kernels.moments(values)
         stats = kernels.join(payload[None], 1e-5)
         kernels.update(layer.running_mean, layer.running_var, stats, 0.1)
         sums = kernels.backward_sums(dy, values, stats)
-        return kernels.normalise(values, kept, stats, weight, bias), kernels.backward_input(
+        return kernels.normalise(values, intermediate, stats, weight, bias), kernels.backward_input(
             dy, values, stats, weight, sums[None]
         )
 
@@ -260,19 +260,19 @@ def _passes(x: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             work()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
     return graph
 
 
-def report_on_card(rows: list[tuple[str, Times]], rounds: int) -> str:
+def report_on_gpu(rows: list[tuple[str, Times]], rounds: int) -> str:
     cells = [
         [name, f"{np.median(taken['local']):.0f}"]
         + [spread([a / b for a, b in zip(taken[one], taken["local"], strict=True)]) for one in ("ddparity", "torch's")]
@@ -280,8 +280,9 @@ def report_on_card(rows: list[tuple[str, Times]], rounds: int) -> str:
     ]
     return "\n\n".join(
         [
-            f"What the card itself does in a forward and a backward, the exchange left out, as CUDA graphs: medians of "
-            f"{rounds} interleaved rounds of ten; the ratios are to the local layer's time in the same round.",
+            f"The GPU's own time of a forward and a backward without the collectives, in CUDA graphs: medians of "
+            f"{rounds} interleaved rounds of ten. A ratio is a contender's time divided by the local layer's in the "
+            f"same round.",
             table(["input", "local, µs", "ddparity", "torch's"], cells),
         ]
     )
@@ -310,9 +311,10 @@ def report(facts: str, repeats: list[list[tuple[str, Times]]], rounds: int, devi
             f"## SyncBatchNorm on {device.upper()}",
             facts,
             f"`sync_batchnorm.py`, 2 processes over Gloo, {runs}medians of {rounds} interleaved rounds. Forward and "
-            f"backward of one layer, milliseconds with the local layer, then each contender's time over its in the "
-            f"same round; “local again” is a second copy of it, and shows the noise. {HOW[device]} A step with local "
-            f"norms is plain PyTorch's, with its DistributedDataParallel; others are ddparity's.",
+            f"backward of one layer: milliseconds with the local layer, then each contender's time divided by the "
+            f"local layer's in the same round. “local again” is a second copy of the local layer and shows the noise. "
+            f"{HOW[device]} A step with local norms is that of plain PyTorch with DistributedDataParallel; the other "
+            f"steps are ddparity's.",
             table(["input of a rank", "local, ms", *names], rows),
         ]
     )
@@ -321,9 +323,9 @@ def report(facts: str, repeats: list[list[tuple[str, Times]]], rounds: int, devi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--repeat", type=int, default=3, help="whole measurements, each in new processes")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda:0 where both processes share the card")
-    parser.add_argument("--quick", action="store_true", help="two short rounds, printed only")
+    parser.add_argument("--repeat", type=int, default=3, help="number of whole measurements, each in new processes")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda:0, which both processes share")
+    parser.add_argument("--quick", action="store_true", help="two short rounds; the results are only printed")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.repeat = 2, 1
@@ -336,7 +338,7 @@ def main() -> None:
     kind = torch.device(options.device).type
     text = report(facts, repeats, options.rounds, kind)
     if kind == "cuda":
-        text += "\n\n" + report_on_card(measure_on_card(torch.device(options.device), options.rounds), options.rounds)
+        text += "\n\n" + report_on_gpu(measure_on_gpu(torch.device(options.device), options.rounds), options.rounds)
     print(text)
     print(f"\n{time.monotonic() - start:.0f} s")
     if not options.quick:

@@ -26,7 +26,7 @@ FLOOR_OF = {folder: floor for floor, folders in FLOORS.items() for folder in fol
 # Pure functions: no torch.distributed, so that tests can run through all of their inputs.
 PURE = ("data.plan", "data.rng")
 # These need what only some machines have.
-NEEDS_TRITON = "batchnorm.kernels"
+NEEDS_TRITON = "batchnorm.triton_kernels"
 
 
 def _name(path: Path) -> str:
@@ -36,6 +36,7 @@ def _name(path: Path) -> str:
 
 
 PATHS = {_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+EXTENSIONS = {_name(path) for path in SOURCE.rglob("*.pyi")}  # modules in C, which import nothing
 
 
 def _imports(module: str) -> set[str]:

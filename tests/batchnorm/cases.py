@@ -1,4 +1,4 @@
-"""Runs a batch norm on ranks, and one big local batch in float64 as the oracle."""
+"""Run a batch norm on ranks. The oracle is one large local batch in float64."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import ddparity as dp
-from ddparity.batchnorm import fused, passes
+from ddparity.batchnorm import cpu_kernels, dispatch
 
 Shape = tuple[int, ...]
 
-# Of the largest element, or of 1.
+# Relative to the largest element, or to 1 if that is larger.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and the ranks' inputs. `offsets`: added to rank r's values. `layout`, `dy_layout`: see `laid_out`."""
+    """One layer and the inputs of the ranks.
+
+    `offsets`: one number for each rank, added to its values. `layout`, `dy_layout`: see `with_layout`. `reference`: use
+    the reference kernels alone.
+    """
 
     name: str
     shapes: tuple[Shape, ...]
@@ -33,14 +37,14 @@ class Case:
     layout: str = "contiguous"
     dy_layout: str = "contiguous"
     steps: int = 1
-    stock: bool = False
+    reference: bool = False
     input_gradients: tuple[bool, ...] = (True,)
     parameter_gradients: bool = True
     autocast: bool = False
     device: str = "cpu"
 
     def values(self, rank: int, step: int) -> tuple[Tensor, Tensor]:
-        """(x, dy) of a rank, as float64 numbers that the case's dtype can hold."""
+        """Return (x, dy) of a rank: float64 numbers that the case's dtype represents exactly."""
         generator = torch.Generator().manual_seed(1000 * step + rank)
         shape = self.shapes[rank]
         x, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -50,7 +54,7 @@ class Case:
     def layer(self, kind: Any, dtype: torch.dtype) -> Any:
         layer = kind(self.shapes[0][1], **{"dtype": self.parameters or dtype, **self.options})
         channels = torch.arange(layer.num_features)
-        with torch.no_grad():  # numbers that every dtype holds
+        with torch.no_grad():  # every dtype represents these numbers exactly
             if layer.weight is not None:
                 layer.weight.copy_((channels * 3 % 7 + 6) / 8)
             if layer.bias is not None:
@@ -66,8 +70,8 @@ def over(shape: Sequence[int]) -> list[int]:
     return [1, -1] + [1] * (len(shape) - 2)
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values, lying in memory in another way."""
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """Return the same values in a memory layout."""
     if layout == "contiguous":
         return x.contiguous()
     if layout == "channels_last":
@@ -88,20 +92,23 @@ def rows(x: Tensor) -> Tensor:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """On a rank: what the case's layer gives."""
+    """Run the case's layer on a rank. Return its outputs, gradients and buffers."""
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_group() else (0, 1)
     assert len(case.shapes) == world_size
-    with torchs_operators(case.stock):
+    with torchs_operators(case.reference):
         return _run(case, rank)
 
 
 @contextlib.contextmanager
 def torchs_operators(alone: bool = True) -> Iterator[None]:
-    """Whether the layers work in these alone, as where nothing was compiled."""
+    """Make the layers use torch's own operators, as in an installation without compiled kernels."""
     if not alone:
         yield
         return
-    with mock.patch.object(fused, "_fused", None), mock.patch.object(passes, "_kernels", return_value=None):
+    with (
+        mock.patch.object(cpu_kernels, "_fused", None),
+        mock.patch.object(dispatch, "_triton_kernels", return_value=None),
+    ):
         yield
 
 
@@ -115,14 +122,14 @@ def _run(case: Case, rank: int) -> dict[str, Any]:
     needs_gradient = case.input_gradients[rank % len(case.input_gradients)]
     for step in range(case.steps):
         x, dy = (value.to(case.device, case.dtype) for value in case.values(rank, step))
-        x = laid_out(x, case.layout).detach().requires_grad_(needs_gradient)
+        x = with_layout(x, case.layout).detach().requires_grad_(needs_gradient)
         with torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.autocast):
             y = layer(x)
         assert y.dtype == case.dtype and y.shape == x.shape
         if case.layout in ("contiguous", "channels_last"):
             assert y.stride() == x.stride(), (y.stride(), x.stride())
         if y.requires_grad:
-            y.backward(laid_out(dy, case.dy_layout))
+            y.backward(with_layout(dy, case.dy_layout))
         outputs["y"].append(y.detach().double().cpu())
         if needs_gradient:
             assert x.grad is not None and x.grad.shape == x.shape
@@ -139,7 +146,7 @@ def _run(case: Case, rank: int) -> dict[str, Any]:
 
 
 def oracle(case: Case) -> list[dict[str, Any]]:
-    """What each rank should have given, with the weights' gradients summed over the ranks on each."""
+    """Return the expected result of each rank. The gradients of the weights are summed over the ranks."""
     options = {name: value for name, value in case.options.items() if name != "dtype"}
     layer = Case(case.name, case.shapes, options=options).layer(nn.BatchNorm1d, torch.float64)
     ranks = range(len(case.shapes))
@@ -147,7 +154,7 @@ def oracle(case: Case) -> list[dict[str, Any]]:
     for step in range(case.steps):
         pairs = [case.values(rank, step) for rank in ranks]
         xs = [x.requires_grad_() for x, _ in pairs]
-        dys = [laid_out(dy.to(case.dtype), case.dy_layout).double() for _, dy in pairs]
+        dys = [with_layout(dy.to(case.dtype), case.dy_layout).double() for _, dy in pairs]
         joined = torch.cat([rows(x) for x in xs])
         y = layer(joined) if len(joined) else joined
         (y * torch.cat([rows(dy) for dy in dys])).sum().backward()
@@ -165,7 +172,7 @@ def oracle(case: Case) -> list[dict[str, Any]]:
 
 
 def check(case: Case, results: Sequence[dict[str, Any]]) -> None:
-    """Compare what the ranks gave with the oracle."""
+    """Compare the results of the ranks with the oracle."""
     wanted = oracle(case)
     for rank, (got, expected) in enumerate(zip(results, wanted, strict=True)):
         for name in ("y", "dx"):
@@ -174,7 +181,7 @@ def check(case: Case, results: Sequence[dict[str, Any]]) -> None:
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             assert (name in got) == (expected[name] is not None)
             if name in got:
-                # A buffer of lower precision cannot hold more.
+                # The precision of a buffer's dtype limits the tolerance.
                 tolerance = max(case.tolerance, TOLERANCES[case.parameters or case.dtype])
                 close(f"{case.name}: {name} of rank {rank}", got[name], expected[name], tolerance)
     for name in ("weight", "bias"):

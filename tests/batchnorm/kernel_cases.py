@@ -1,6 +1,7 @@
-"""Compares compiled passes with torch's operators in float64.
+"""Compare compiled kernels with the reference kernels in float64.
 
-As a program the Triton kernels, with the name of a device; on the CPU, with TRITON_INTERPRET=1, by their interpreter.
+Run as a program, with the name of a device, it compares the Triton kernels. On the CPU, set TRITON_INTERPRET=1 to run
+them in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddparity.batchnorm import stock
+from ddparity.batchnorm import reference
 
 SHAPES = [(4, 3, 5, 5), (6, 70, 4), (33, 5), (300, 2), (2, 9, 3, 3, 2), (1, 2, 1100), (5, 4, 1, 1), (0, 3, 4), (1, 1)]
 LARGE = [(5, 2, 2100), (1100, 3, 2), (70, 1, 1500)]
@@ -19,43 +20,60 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3}
 
 
 def compare(
-    passes: Any, shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: str, sums_to: float = 1e-11
+    kernels: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    channels_last: bool,
+    device: str,
+    sum_tolerance: float = 1e-11,
 ) -> None:
-    """`sums_to`: how near the sums of the two reductions come."""
+    """Compare all functions of the kernels. `sum_tolerance`: the relative error of the payload."""
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
-    x = (2 * x + (3 if dtype is torch.float16 else 1e3)).to(device, dtype)  # a mean that would cancel
+    x = (2 * x + (3 if dtype is torch.float16 else 1e3)).to(device, dtype)  # a large mean, which cancels
     dy = dy.to(device, dtype)
-    if last:
+    if channels_last:
         x, dy = (value.movedim(1, -1).contiguous().movedim(-1, 1) for value in (x, dy))
     weight, bias = (torch.rand(shape[1], generator=generator).to(device) for _ in range(2))
     wide = [value.double() for value in (dy, x, weight, bias)]
-    payload, _ = passes.moments(x)
-    expected, kept = stock.moments(wide[1])
-    _close(payload, expected, sums_to)
+    payload, _ = kernels.moments(x)
+    expected, intermediate = reference.moments(wide[1])
+    _close(payload, expected, sum_tolerance)
     other = torch.stack([payload, torch.cat([payload[:-1] + 1, payload[-1:] * 3])])
-    stats = passes.join(other, 1e-5)
-    _close(stats, stock.join(other, 1e-5), 1e-13)
+    stats = kernels.join(other, 1e-5)
+    _close(stats, reference.join(other, 1e-5), 1e-13)
     constant = torch.tensor([[5.0, 0.0, 7.0]], dtype=torch.float64, device=device)
-    _close(passes.join(constant, 0.1), stock.join(constant, 0.1), 1e-14)  # Triton would take a float for float32
+    _close(
+        kernels.join(constant, 0.1), reference.join(constant, 0.1), 1e-14
+    )  # Triton converts a float argument to float32
     tolerance = TOLERANCES[dtype]
-    _close(passes.normalise(x, None, stats, weight, bias), stock.normalise(wide[1], kept, stats, *wide[2:]), tolerance)
-    _close(passes.normalise(x, None, stats, None, None), stock.normalise(wide[1], kept, stats, None, None), tolerance)
-    sums = passes.backward_sums(dy, x, stats)
-    _close(sums, stock.backward_sums(*wide[:2], stats), 10 * sums_to)
+    _close(
+        kernels.normalise(x, None, stats, weight, bias),
+        reference.normalise(wide[1], intermediate, stats, *wide[2:]),
+        tolerance,
+    )
+    _close(
+        kernels.normalise(x, None, stats, None, None),
+        reference.normalise(wide[1], intermediate, stats, None, None),
+        tolerance,
+    )
+    sums = kernels.backward_sums(dy, x, stats)
+    _close(sums, reference.backward_sums(*wide[:2], stats), 10 * sum_tolerance)
     for scale in (weight, None):
-        got = passes.backward_input(dy, x, stats, scale, sums[None])
-        _close(got, stock.backward_input(*wide[:2], stats, None if scale is None else wide[2], sums[None]), tolerance)
+        got = kernels.backward_input(dy, x, stats, scale, sums[None])
+        _close(
+            got, reference.backward_input(*wide[:2], stats, None if scale is None else wide[2], sums[None]), tolerance
+        )
         assert got.stride() == x.stride() and got.dtype == dtype
     kinds = torch.float32, torch.float64
-    gradients = passes.parameter_gradients(sums, stats, *kinds), stock.parameter_gradients(sums, stats, *kinds)
+    gradients = kernels.parameter_gradients(sums, stats, *kinds), reference.parameter_gradients(sums, stats, *kinds)
     for one, another, kind in zip(*gradients, kinds, strict=True):
         assert one.dtype == another.dtype == kind
         _close(one, another, 1e-7)
     running = [torch.zeros_like(wide[2]), torch.ones_like(wide[2])]
     moved = [value.clone() for value in running]
-    passes.update(*moved, stats, 0.1)
-    stock.update(*running, stats, 0.1)
+    kernels.update(*moved, stats, 0.1)
+    reference.update(*running, stats, 0.1)
     for one, another in zip(moved, running, strict=True):
         _close(one, another, 1e-14)
         assert one._version == 1
@@ -69,19 +87,19 @@ def _close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def main() -> None:
-    from ddparity.batchnorm import kernels  # needs Triton
+    from ddparity.batchnorm import triton_kernels  # needs Triton
 
     for number, shape in enumerate(SHAPES):
         for dtype in TOLERANCES if number < 3 else (torch.float32,):
-            for last in (False, True):
-                compare(kernels, shape, dtype, last, sys.argv[1])
-    # Where few programs share the work, each takes several steps, in both directions.
+            for channels_last in (False, True):
+                compare(triton_kernels, shape, dtype, channels_last, sys.argv[1])
+    # With few programs, each one runs several steps of its loops in both directions.
     for programs in (1, 8, 200):
-        kernels._PROGRAMS = programs
-        kernels._plan.cache_clear()
+        triton_kernels._PROGRAMS = programs
+        triton_kernels._plan.cache_clear()
         for shape in LARGE:
-            for last in (False, True):
-                compare(kernels, shape, torch.float32, last, sys.argv[1])
+            for channels_last in (False, True):
+                compare(triton_kernels, shape, torch.float32, channels_last, sys.argv[1])
     print("all agree")
 
 

@@ -1,4 +1,4 @@
-"""Conversion to SyncBatchNorm and back: what a module was, it stays."""
+"""Tests of the conversion to SyncBatchNorm and back: each module stays the same object."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..ranks import outcomes, run_ranks
 
 
 class Activated(nn.BatchNorm2d):
-    """As timm's BatchNormAct2d: a forward of its own that calls torch's function, and an activation behind it."""
+    """Like timm's BatchNormAct2d: its own forward calls torch's function and then an activation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -41,18 +41,18 @@ class Activated(nn.BatchNorm2d):
 
 
 class Scaled(nn.BatchNorm2d):
-    """A forward around the one above."""
+    """Its own forward calls the forward of the base class."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
 
 class Renamed(nn.BatchNorm2d):
-    """No forward of its own."""
+    """It has no own forward."""
 
 
 class ByHand(nn.BatchNorm2d):
-    """Computes its statistics itself, unseen."""
+    """It computes its statistics itself, without torch's function."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean((0, 2, 3), keepdim=True)
@@ -66,11 +66,11 @@ class Doubled(nn.Module):
 X = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
-# --- what stays ---
+# --- what the conversion keeps ---
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, Activated, Scaled])
-def test_the_module_stays_the_same_object(kind: type[nn.Module]) -> None:
+def test_a_module_stays_the_same_object(kind: type[nn.Module]) -> None:
     layer: Any = kind(4)
     layer.weight.requires_grad_(False)
     layer.half().eval()
@@ -89,7 +89,7 @@ def test_the_module_stays_the_same_object(kind: type[nn.Module]) -> None:
     handle.remove()
 
 
-def test_an_optimizer_made_before_stays_valid() -> None:
+def test_an_optimizer_from_before_the_conversion_stays_valid() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     dp.convert_sync_batchnorm(model)
@@ -107,7 +107,7 @@ def test_a_shared_layer_stays_shared() -> None:
     assert model["a"][0] is model["a"][2] is model["b"]
 
 
-def test_other_norms_are_left_alone() -> None:
+def test_other_norms_are_not_converted() -> None:
     model = nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.GroupNorm(2, 4), nn.LayerNorm(3))
     kinds = [type(module) for module in model]
     assert [type(module) for module in dp.convert_sync_batchnorm(model)] == kinds
@@ -116,7 +116,7 @@ def test_other_norms_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("kind", "shape"), [(nn.BatchNorm1d, (2, 4, 3, 3)), (nn.BatchNorm2d, (2, 4)), (nn.BatchNorm3d, (2, 4, 3, 3))]
 )
-def test_the_dimensions_are_still_checked(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+def test_the_number_of_dimensions_is_checked(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected"):
         dp.convert_sync_batchnorm(kind(4))(torch.ones(shape))
 
@@ -132,11 +132,11 @@ def test_state_dicts_are_interchangeable(kind: type[nn.Module]) -> None:
     kind(4).load_state_dict(ours.state_dict(), strict=True)
 
 
-# --- reports ---
+# --- logs and errors ---
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_what_was_converted_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_conversion_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     class MyBatchNorm(nn.Module):
         pass
 
@@ -155,14 +155,14 @@ def test_what_was_converted_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         dp.convert_sync_batchnorm(model)
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        "convert_sync_batchnorm: 1 batch norm synchronises over the ranks",
-        "convert_sync_batchnorm left alone what looks like a batch norm: 1 (MyBatchNorm), 2.0 (Statistics), "
-        "3 (BatchNorm2d), 4 (RecursiveScriptModule)",
+        "convert_sync_batchnorm: converted 1 batch norm",
+        "convert_sync_batchnorm: did not convert modules that look like a batch norm: 1 (MyBatchNorm), "
+        "2.0 (Statistics), 3 (BatchNorm2d), 4 (RecursiveScriptModule)",
     ]
     assert type(model[3]) is nn.BatchNorm2d
 
 
-def test_a_lazy_batch_norm_is_refused_before_anything_is_converted() -> None:
+def test_a_lazy_batch_norm_raises_an_error_before_any_conversion() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(nn.LazyBatchNorm2d()))
     with pytest.raises(ValueError, match=r"1\.0 \(LazyBatchNorm2d\) has seen no input"):
         dp.convert_sync_batchnorm(model)
@@ -171,7 +171,7 @@ def test_a_lazy_batch_norm_is_refused_before_anything_is_converted() -> None:
     assert type(dp.convert_sync_batchnorm(model)[1][0]) is dp.SyncBatchNorm
 
 
-def test_what_is_no_module_is_refused() -> None:
+def test_an_argument_that_is_not_a_module_raises_an_error() -> None:
     with pytest.raises(TypeError, match="got a dict"):
         dp.convert_sync_batchnorm({})  # type: ignore[type-var]
 
@@ -182,7 +182,7 @@ def _regrouped() -> tuple[bool, bool, bool]:
     kept = dp.convert_sync_batchnorm(layer).process_group is group
     other = dist.new_group([0, 1])
     torchs = dp.convert_sync_batchnorm(nn.SyncBatchNorm(4, process_group=group)).process_group is group
-    dist.barrier()  # or the first one to leave closes the connections that the other still makes
+    dist.barrier()  # otherwise the first rank to exit closes connections that the other rank still opens
     return kept, dp.convert_sync_batchnorm(layer, other).process_group is other, torchs
 
 
@@ -209,7 +209,7 @@ def _subclass(kind: type[nn.BatchNorm2d]) -> tuple[Tensor, Tensor, dict[str, Ten
 
 
 @pytest.mark.parametrize("kind", [Activated, Scaled, Renamed])
-def test_a_subclass_keeps_its_forward_and_synchronises(kind: type[nn.BatchNorm2d]) -> None:
+def test_a_subclass_keeps_its_forward_and_is_synchronised(kind: type[nn.BatchNorm2d]) -> None:
     local, x = kind(4), X.clone().requires_grad_()
     y = local(x)
     y.sin().sum().backward()
@@ -231,7 +231,7 @@ def _recomputed(kind: type[nn.BatchNorm2d], checkpointed: bool) -> dict[str, Ten
 
 @pytest.mark.parametrize("kind", [Activated, Scaled])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_subclass_updates_nothing_when_it_is_recomputed(world_size: int, kind: type[nn.BatchNorm2d]) -> None:
+def test_a_recomputed_forward_of_a_subclass_updates_nothing(world_size: int, kind: type[nn.BatchNorm2d]) -> None:
     expected = run_ranks(_recomputed, world_size, kind, False)
     torch.testing.assert_close(run_ranks(_recomputed, world_size, kind, True), expected, rtol=0, atol=0)
 
@@ -242,13 +242,13 @@ def _by_hand() -> None:
     model.train()(X)
 
 
-def test_a_subclass_whose_statistics_nobody_sees_is_an_error() -> None:
+def test_a_subclass_that_computes_its_own_statistics_raises_an_error() -> None:
     for outcome in outcomes(_by_hand, 2):
         assert "RuntimeError: 1: the forward of" in outcome.error
         assert "write it with ddparity.sync_moments" in outcome.error
 
 
-def test_converted_subclasses_have_one_class() -> None:
+def test_converted_layers_of_one_subclass_have_one_class() -> None:
     one, other = (dp.convert_sync_batchnorm(Activated(4)) for _ in range(2))
     assert type(one) is type(other) and isinstance(one, Activated) and one.colour == "blue"
 
@@ -272,7 +272,7 @@ def test_a_parametrized_weight_stays_parametrized() -> None:
     torch.testing.assert_close(results[0][1] + results[1][1], gradient)
 
 
-def test_parametrizations_come_off_and_conversion_reverts() -> None:
+def test_parametrizations_can_be_removed_and_the_conversion_reverted() -> None:
     layer = nn.BatchNorm2d(4)
     parametrize.register_parametrization(layer, "weight", Doubled())
     dp.revert_sync_batchnorm(dp.convert_sync_batchnorm(layer))
@@ -288,10 +288,10 @@ def test_a_spectral_norm_over_the_convolution_does_not_matter() -> None:
     assert type(dp.convert_sync_batchnorm(model)[1]) is dp.SyncBatchNorm
 
 
-# --- and back ---
+# --- the conversion back ---
 
 
-def test_a_resnet_goes_there_and_back() -> None:
+def test_a_resnet_is_converted_and_reverted() -> None:
     model = resnet18().eval()
     state, kinds, keys = (
         model.state_dict(),
@@ -319,11 +319,11 @@ def test_a_resnet_goes_there_and_back() -> None:
     ],
 )
 @pytest.mark.parametrize("build", [lambda: dp.SyncBatchNorm(3), lambda: dp.convert_sync_batchnorm(nn.SyncBatchNorm(3))])
-def test_a_layer_built_as_synchronised_reverts_to_what_its_input_needs(
+def test_a_layer_created_as_synchronised_becomes_the_class_that_its_input_needs(
     build: Any, shape: tuple[int, ...], kind: type[nn.Module]
 ) -> None:
     model = nn.Sequential(build())
-    with pytest.raises(ValueError, match=r"0 \(SyncBatchNorm\) was built as a SyncBatchNorm and has seen no input"):
+    with pytest.raises(ValueError, match=r"0 \(SyncBatchNorm\) was created as a SyncBatchNorm and has seen no input"):
         dp.revert_sync_batchnorm(model)
     model(torch.randn(shape))
     assert type(dp.revert_sync_batchnorm(model)[0]) is kind

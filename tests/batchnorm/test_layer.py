@@ -1,4 +1,4 @@
-"""SyncBatchNorm against one big local batch in float64."""
+"""Compare SyncBatchNorm with one large local batch in float64."""
 
 from __future__ import annotations
 
@@ -78,8 +78,10 @@ CASES = [
     Case("input with gradient on one rank", EVEN, input_gradients=(True, False)),
     Case("parameters without gradient", EVEN, parameter_gradients=False),
 ]
-# The passes of torch's own operators take the same cases.
-CASES += [replace(case, name=f"{case.name}, stock", stock=True) for case in CASES if case.dtype not in (F16, BF16)]
+# The reference kernels run the same cases.
+CASES += [
+    replace(case, name=f"{case.name}, reference", reference=True) for case in CASES if case.dtype not in (F16, BF16)
+]
 BY_WORLD_SIZE = {size: [case for case in CASES if len(case.shapes) == size] for size in (1, 2, 3, 4)}
 
 
@@ -89,7 +91,7 @@ def _run_all(cases: list[Case]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def given_results() -> dict[str, list[Any]]:
-    """What the ranks gave in each case; one start of processes for each world size."""
+    """Return the results of the ranks in each case. The processes start once for each world size."""
     results: dict[str, list[Any]] = {}
     for size, cases in BY_WORLD_SIZE.items():
         of_ranks = run_ranks(_run_all, size, cases)
@@ -102,17 +104,17 @@ def _has_oracle(case: Case) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_it_is_the_batch_norm_of_the_joined_batch(case: Case, given_results: dict[str, list[Any]]) -> None:
+def test_the_result_is_the_batch_norm_of_the_whole_batch(case: Case, given_results: dict[str, list[Any]]) -> None:
     if not _has_oracle(case):
-        pytest.skip("this torch's own layer has no bias argument, so there is no oracle")
+        pytest.skip("the layer of this torch version has no bias argument, so there is no oracle")
     check(case, given_results[case.name])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_it_is_on_a_card_that_ranks_share_over_gloo(world_size: int, stock: bool) -> None:
-    given = [case for case in BY_WORLD_SIZE[world_size] if case.stock == stock and _has_oracle(case)]
+def test_the_result_on_a_gpu_that_ranks_share_over_gloo(world_size: int, reference: bool) -> None:
+    given = [case for case in BY_WORLD_SIZE[world_size] if case.reference == reference and _has_oracle(case)]
     cases = [replace(case, device="cuda") for case in given]
     of_ranks = run_ranks(_run_all, world_size, cases, timeout_s=200)
     for number, case in enumerate(cases):
@@ -121,7 +123,7 @@ def test_it_is_on_a_card_that_ranks_share_over_gloo(world_size: int, stock: bool
 
 @st.composite
 def _spreads(draw: st.DrawFn) -> tuple[int, int, list[list[int]]]:
-    """Channels, samples, and for each of several cases where the ranks' parts of one batch end."""
+    """Draw channels, samples, and for several cases the ends of the ranks' parts of one batch."""
     samples = draw(st.integers(2, 12))
     cuts = st.lists(st.integers(0, samples), min_size=3, max_size=3).map(sorted)
     return draw(st.integers(1, 5)), samples, draw(st.lists(cuts, min_size=6, max_size=6))
@@ -130,7 +132,7 @@ def _spreads(draw: st.DrawFn) -> tuple[int, int, list[list[int]]]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @settings(max_examples=4)
 @given(spreads=_spreads())
-def test_however_a_batch_is_spread_the_result_is_that_of_one_process(
+def test_the_result_does_not_depend_on_how_a_batch_is_divided(
     world_size: int, spreads: tuple[int, int, list[list[int]]]
 ) -> None:
     channels, samples, cuts = spreads
@@ -163,11 +165,11 @@ def _empty() -> Any:
     return x.grad.shape, layer.weight.grad, layer.running_mean, layer.running_var, int(layer.num_batches_tracked)
 
 
-def test_a_batch_empty_everywhere_moves_no_statistics() -> None:
+def test_an_empty_batch_on_all_ranks_does_not_change_running_statistics() -> None:
     for shape, gradient, mean, var, tracked in run_ranks(_empty, 2):
         assert shape == (0, 2, 3, 3) and torch.equal(gradient, torch.zeros(2))
         assert torch.equal(mean, torch.zeros(2)) and torch.equal(var, torch.ones(2))
-        assert tracked == 1  # as torch's local layer counts
+        assert tracked == 1  # torch's local layer counts it too
 
 
 def _single(samples: list[int]) -> None:
@@ -179,12 +181,12 @@ def _single(samples: list[int]) -> None:
 
 
 @pytest.mark.parametrize("samples", [[1, 0], [0, 1, 0]])
-def test_one_value_on_all_ranks_together_is_refused_on_every_rank(samples: list[int]) -> None:
+def test_one_value_on_all_ranks_together_raises_an_error_on_every_rank(samples: list[int]) -> None:
     for outcome in outcomes(_single, len(samples), samples):
         assert "ValueError: Expected more than 1 value per channel when training" in outcome.error
 
 
-def test_one_value_in_one_process_is_refused_as_by_torch() -> None:
+def test_one_value_in_one_process_raises_the_error_of_torch() -> None:
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         dp.SyncBatchNorm(3)(torch.ones(1, 3))
 
@@ -204,19 +206,19 @@ def test_ranks_may_compute_in_different_dtypes() -> None:
     assert torch.equal(mean0, mean1) and mean0.abs().max() > 0
 
 
-def test_counts_are_exact_beyond_what_float32_holds() -> None:
-    from ddparity.batchnorm import fused, stock
+def test_counts_that_float32_cannot_represent_are_exact() -> None:
+    from ddparity.batchnorm import cpu_kernels, reference
 
     counts = [2**24 + 1, 2**53 - 2**25]
     payloads = torch.tensor([[1.0, 0.0, counts[0]], [1.0, 0.0, counts[1]]], dtype=torch.float64)
-    for passes in [stock] + [fused] * fused.available():
-        assert passes.join(payloads, 1e-5)[-1].item() == sum(counts)
+    for kernels in [reference] + [cpu_kernels] * cpu_kernels.available():
+        assert kernels.join(payloads, 1e-5)[-1].item() == sum(counts)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 5), (2, 3, 2, 2, 2)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}])
-def test_without_a_group_it_is_exactly_the_local_layer(
+def test_without_a_group_the_result_equals_the_local_layer(
     shape: tuple[int, ...], training: bool, options: dict[str, Any]
 ) -> None:
     local = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](3, **options)
@@ -239,7 +241,7 @@ def test_without_a_group_it_is_exactly_the_local_layer(
     ("shape", "message"),
     [((3,), "expected at least 2D input"), ((4, 5), "its weight has 3 elements"), ((4, 0, 2), "at least one channel")],
 )
-def test_a_wrong_input_is_refused(shape: tuple[int, ...], message: str) -> None:
+def test_a_wrong_input_raises_an_error(shape: tuple[int, ...], message: str) -> None:
     for outcome in outcomes(_wrong_input, 2, shape):
         assert "ValueError" in outcome.error and message in outcome.error
 

@@ -1,4 +1,4 @@
-"""SyncBatchNorm inside real trainings: DDP, accumulation, checkpointing, compilation, derivatives, groups, failures."""
+"""Tests of SyncBatchNorm in trainings: DDP, accumulation, checkpointing, compilation, derivatives, groups, failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ddparity as dp
-from ddparity.comm import allreduce as reduction
+from ddparity.comm import allreduce
 
 from ..ranks import kill_self, outcomes, run_ranks
 from .cases import torchs_operators
@@ -58,17 +58,17 @@ def _gloo(work: Callable[[], Any]) -> dict[str, int]:
     return {e.key.removeprefix("gloo:"): e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
 
 
-def _counted(stock: bool) -> list[Any]:
+def _counted(reference: bool) -> list[Any]:
     layer, x = dp.SyncBatchNorm(7), torch.randn(4, 7, 3, 3)
-    layer(x).sum().backward()  # the first time, the ranks meet in the store
+    layer(x).sum().backward()  # the first time, the ranks also agree through the store
     sent: list[tuple[torch.dtype, int]] = []
-    exchange = reduction.all_to_all_single
+    exchange = allreduce.all_to_all_single
 
     def recorded(output: Tensor, value: Tensor, group: dist.ProcessGroup) -> Any:
-        sent.append((value.dtype, value[0].numel()))  # to each rank
+        sent.append((value.dtype, value[0].numel()))  # what goes to each rank
         return exchange(output, value, group)
 
-    with mock.patch.object(reduction, "all_to_all_single", recorded), torchs_operators(stock):
+    with mock.patch.object(allreduce, "all_to_all_single", recorded), torchs_operators(reference):
         outputs = []
         forward = _gloo(lambda: outputs.append(layer(x)))
         backward = _gloo(lambda: outputs[0].sum().backward())
@@ -76,20 +76,20 @@ def _counted(stock: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("stock", [False, True])
-def test_one_collective_each_way(world_size: int, stock: bool) -> None:
+@pytest.mark.parametrize("reference", [False, True])
+def test_one_collective_each_way(world_size: int, reference: bool) -> None:
     one = {"all_to_all": 1}
     sent = [(torch.float64, 2 * 7 + 1), (torch.float64, 2 * 7)]
-    assert run_ranks(_counted, world_size, stock) == [[one, one, sent]] * world_size
+    assert run_ranks(_counted, world_size, reference) == [[one, one, sent]] * world_size
 
 
 def _broadcasts(kind: str) -> bool:
     model: nn.Module = nn.Sequential(nn.Linear(6, 6), dp.SyncBatchNorm(6))
     if kind == "another buffer":
         model.register_buffer("mask", torch.ones(6))
-    elif kind == "a group of its own":
-        model[1].process_group = dist.new_group([0, 1])  # as large, but who knows
-    elif kind == "a buffer of the norm's own":
+    elif kind == "its own group":
+        model[1].process_group = dist.new_group([0, 1])  # another group of the same ranks
+    elif kind == "another buffer of the norm":
         model[1].register_buffer("mask", torch.ones(6))
     elif kind == "frozen":
         model[1].eval()
@@ -99,7 +99,7 @@ def _broadcasts(kind: str) -> bool:
         for micro in dp.accumulate(model, [x], equal_counts=True):
             (model(micro.data).square().mean() * micro.weight).backward()
 
-    for _ in range(3):  # DDP's broadcast of the buckets' order is over
+    for _ in range(3):  # DDP broadcasts the order of its buckets in the first steps
         step()
     return "broadcast" in _gloo(step)
 
@@ -109,12 +109,12 @@ def _broadcasts(kind: str) -> bool:
     [
         ("all synchronised", False),
         ("another buffer", True),
-        ("a buffer of the norm's own", True),
-        ("a group of its own", True),
+        ("another buffer of the norm", True),
+        ("its own group", True),
         ("frozen", True),
     ],
 )
-def test_running_statistics_that_are_equal_are_not_broadcast(kind: str, expected: bool) -> None:
+def test_equal_running_statistics_are_not_broadcast(kind: str, expected: bool) -> None:
     assert run_ranks(_broadcasts, 2, kind) == [expected, expected]
 
 
@@ -130,7 +130,7 @@ def _converted_late() -> list[Tensor]:
     return means
 
 
-def test_running_statistics_that_differed_are_equal_after_a_step() -> None:
+def test_different_running_statistics_are_equal_after_a_step() -> None:
     (own, joined), (other, also_joined) = run_ranks(_converted_late, 2)
     assert not torch.equal(own, other) and torch.equal(joined, also_joined)
 
@@ -145,7 +145,7 @@ def _evaluates_alone() -> list[Any]:
     return results
 
 
-def test_eval_mode_makes_no_collective() -> None:
+def test_eval_mode_runs_no_collective() -> None:
     assert run_ranks(_evaluates_alone, 2) == [[], [True, True]]
 
 
@@ -165,7 +165,7 @@ def _reads_nothing() -> bool:
 
 
 def test_no_value_is_read_from_the_device() -> None:
-    """An empty rank's count is arithmetic, and so is the cumulative average's: CUDA would stall, and graphs break."""
+    """A read would make the host wait for CUDA, and break graphs. Counts are computed on the device."""
     assert run_ranks(_reads_nothing, 2) == [True, True]
 
 
@@ -188,7 +188,7 @@ def _trained(options: dict[str, Any], micro_batches: int) -> dict[str, Tensor]:
     for step in range(3):
         for number, micro in enumerate(dp.accumulate(replicated, _micro_batches(micro_batches, step))):
             loss = replicated(micro.data).square().mean()
-            if not group and number == 0:  # the oracle's parts are whole micro-batches too
+            if not group and number == 0:  # in one process, a part is a whole micro-batch
                 assert len(micro.data) == len(X) // micro_batches
             (loss * micro.weight).backward()
         optimizer.step()
@@ -197,7 +197,7 @@ def _trained(options: dict[str, Any], micro_batches: int) -> dict[str, Tensor]:
 
 
 def _micro_batches(count: int, step: int) -> list[Tensor]:
-    """This rank's parts of the micro-batches; one process has them whole."""
+    """Return this rank's parts of the micro-batches; in one process the whole micro-batches."""
     whole = torch.roll(X, step, 0).chunk(count)
     if not dist.is_initialized():
         return list(whole)
@@ -210,7 +210,7 @@ def _micro_batches(count: int, step: int) -> list[Tensor]:
     ("options", "micro_batches"),
     [*[(options, 1) for options in DDP_OPTIONS], ({}, 2), ({"broadcast_buffers": False}, 4)],
 )
-def test_training_is_that_of_one_process_with_joined_micro_batches(
+def test_training_equals_that_of_one_process_with_whole_micro_batches(
     world_size: int, options: dict[str, Any], micro_batches: int
 ) -> None:
     expected = _trained({}, micro_batches)
@@ -225,7 +225,7 @@ def _plain_ddp() -> tuple[dict[str, Tensor], list[Tensor]]:
     return _state(model.module), _gradients(model)
 
 
-def test_under_torchs_own_ddp_on_the_cpu() -> None:
+def test_torchs_own_ddp_on_the_cpu() -> None:
     model = _net(nn.BatchNorm1d)
     model(X).square().sum().backward()
     for state, gradients in run_ranks(_plain_ddp, 2):
@@ -245,13 +245,13 @@ def _uneven(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["batches", "step"])
-def test_micro_batches_that_ranks_cannot_share_evenly_are_refused_on_all(kind: str) -> None:
+def test_different_numbers_of_micro_batches_raise_an_error_on_all_ranks(kind: str) -> None:
     for outcome in outcomes(_uneven, 2, kind):
         assert "synchronised batch norms, which every rank must run equally often" in outcome.error
         assert outcome.seconds < 10
 
 
-def _other_models_may_be_uneven() -> int:
+def _uneven_in_eval_mode() -> int:
     model = dp.replicate(_net(dp.SyncBatchNorm).eval())
     count = 0
     for micro in dp.accumulate(model, [X] * (2 + dist.get_rank())):
@@ -260,8 +260,8 @@ def _other_models_may_be_uneven() -> int:
     return count
 
 
-def test_batch_norms_in_eval_mode_do_not_ask_for_even_shares() -> None:
-    assert run_ranks(_other_models_may_be_uneven, 2) == [2, 3]
+def test_batch_norms_in_eval_mode_allow_uneven_shares() -> None:
+    assert run_ranks(_uneven_in_eval_mode, 2) == [2, 3]
 
 
 def _joined(batches: list[int]) -> None:
@@ -294,12 +294,12 @@ def test_two_forwards_before_one_backward(broadcast_buffers: bool) -> None:
         _close(result, expected)
 
 
-def _penalised(stock: bool) -> tuple[list[Tensor], Tensor]:
-    """WGAN-GP: the loss is a function of the input's gradient. Summed over the ranks by hand, without DDP."""
+def _penalised(reference: bool) -> tuple[list[Tensor], Tensor]:
+    """Train as WGAN-GP: the loss is a function of the input's gradient. Sum gradients over the ranks without DDP."""
     group = dist.is_initialized()
     model = _net(dp.SyncBatchNorm)
     x = (_part() if group else X.clone()).requires_grad_()
-    with torchs_operators(stock):
+    with torchs_operators(reference):
         (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         ((slope.norm(dim=1) - 1).square().sum() + slope.sum()).backward()
     gradients = _gradients(model)
@@ -310,11 +310,11 @@ def _penalised(stock: bool) -> tuple[list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("stock", [False, True])
-def test_second_derivatives_go_through_all_ranks(world_size: int, stock: bool) -> None:
-    gradients, x_gradient = _penalised(stock)
+@pytest.mark.parametrize("reference", [False, True])
+def test_second_derivatives_include_all_ranks(world_size: int, reference: bool) -> None:
+    gradients, x_gradient = _penalised(reference)
     parts = x_gradient.split(SPLITS[world_size])
-    for (got, got_x), expected_x in zip(run_ranks(_penalised, world_size, stock), parts, strict=True):
+    for (got, got_x), expected_x in zip(run_ranks(_penalised, world_size, reference), parts, strict=True):
         _close(got, gradients, 1e-11)
         _close(got_x, expected_x, 1e-11)
 
@@ -351,7 +351,7 @@ def _ignores_output() -> list[Tensor]:
     return _gradients(model)
 
 
-def test_a_rank_may_leave_its_output_out_of_the_loss_with_a_factor_of_zero() -> None:
+def test_a_rank_can_multiply_its_output_by_zero_in_the_loss() -> None:
     model = _net(nn.BatchNorm1d)
     model(X)[: SPLITS[2][0]].square().sum().backward()
     got = run_ranks(_ignores_output, 2)
@@ -374,7 +374,7 @@ def _grouped(broadcast_buffers: bool) -> tuple[list[Tensor], dict[str, Tensor], 
 
 
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
-def test_groups_have_statistics_of_their_own(broadcast_buffers: bool) -> None:
+def test_each_group_has_its_own_statistics(broadcast_buffers: bool) -> None:
     parts = X.split(SPLITS[4])
     models = []
     for members in (parts[:2], parts[2:]):
@@ -384,7 +384,7 @@ def test_groups_have_statistics_of_their_own(broadcast_buffers: bool) -> None:
     for rank, (gradients, first, second) in enumerate(run_ranks(_grouped, 4, broadcast_buffers)):
         _close(gradients, mean)
         _close(first, _state(models[rank // 2]))
-        # DDP's forward begins with rank 0's buffers, unless it is told to leave them.
+        # DDP's forward begins with rank 0's buffers, unless broadcast_buffers is False.
         origin = copy.deepcopy(models[0 if broadcast_buffers else rank // 2])
         origin(torch.cat((parts[:2], parts[2:])[rank // 2]))
         _close(second, _state(origin))
@@ -401,7 +401,7 @@ def _two_groups() -> tuple[Tensor, Tensor]:
     return inner.running_mean, y.detach()
 
 
-def test_groups_at_the_same_time() -> None:
+def test_layers_of_two_groups_in_one_model() -> None:
     parts = X.split(SPLITS[3])
     inner = [nn.BatchNorm1d(6, dtype=X.dtype) for _ in range(2)]
     middle = torch.cat([inner[0](torch.cat(parts[:2])), inner[1](parts[2])])
@@ -416,7 +416,7 @@ def _not_a_member() -> None:
     dp.SyncBatchNorm(6, process_group=group, dtype=X.dtype)(_part())
 
 
-def test_a_group_without_this_rank_is_refused() -> None:
+def test_a_group_without_this_rank_raises_an_error() -> None:
     ended = outcomes(_not_a_member, 2)
     assert ended[0].error is None
     assert "rank 1 is not in the process group" in ended[1].error
@@ -451,7 +451,7 @@ def test_recomputation_updates_nothing(world_size: int, reentrant: bool) -> None
     plain = run_ranks(_checkpointed, world_size, None)
     for got, expected in zip(run_ranks(_checkpointed, world_size, reentrant), plain, strict=True):
         _close(got[:2], expected[:2], 0)
-        if world_size == 2:  # two layers: forward and backward, and the forward again
+        if world_size == 2:  # two layers: a forward, a backward and a recomputed forward each
             assert (expected[2], got[2]) == (4, 6)
 
 
@@ -479,7 +479,7 @@ def _compiled(backend: str | None, momentum: float | None) -> tuple[list[Tensor]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_torch_compile_takes_the_whole_graph(momentum: float | None) -> None:
+def test_torch_compile_compiles_the_whole_graph(momentum: float | None) -> None:
     expected = run_ranks(_compiled, 2, None, momentum)
     for got, wanted in zip(run_ranks(_compiled, 2, "aot_eager", momentum), expected, strict=True):
         _close(got, wanted)
@@ -505,7 +505,7 @@ def test_copies_keep_the_group_and_files_do_not() -> None:
     assert run_ranks(_copied, 2) == [(True, True, True, "SyncBatchNorm")] * 2
 
 
-# --- ranks that disagree ---
+# --- ranks that run different layers, or end ---
 
 
 def _other_channels() -> None:
@@ -533,7 +533,7 @@ def _leaves() -> None:
         dp.SyncBatchNorm(6)(torch.randn(4, 6))
 
 
-def test_ranks_with_other_numbers_of_channels_get_an_error() -> None:
+def test_ranks_with_different_numbers_of_channels_get_an_error() -> None:
     ended = outcomes(_other_channels, 2)
     text = "\n".join(outcome.error for outcome in ended)
     assert all(outcome.error and outcome.seconds < 10 for outcome in ended)
@@ -542,14 +542,14 @@ def test_ranks_with_other_numbers_of_channels_get_an_error() -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_ranks_with_other_layers_get_an_error(layer: int) -> None:
+def test_ranks_with_different_layers_get_an_error(layer: int) -> None:
     ended = outcomes(_skips, 2, layer)
     assert all(outcome.error and outcome.seconds < 10 for outcome in ended)
     assert f"the forward of {layer}, 6 channels" in "\n".join(outcome.error for outcome in ended)
 
 
 @pytest.mark.parametrize(("function", "message"), [(_dies, "died"), (_leaves, "left the world")])
-def test_a_rank_that_does_not_come_is_an_error(function: Callable[[], None], message: str) -> None:
+def test_a_rank_that_ended_is_an_error(function: Callable[[], None], message: str) -> None:
     start = time.monotonic()
     error = outcomes(function, 2)[0].error
     assert "RankFailure" in error and message in error and "the forward of a SyncBatchNorm" in error
@@ -569,14 +569,14 @@ MOMENTS = [
 ]
 
 
-def _moments(shape: tuple[int, ...], dims: Any, stock: bool) -> Any:
+def _moments(shape: tuple[int, ...], dims: Any, reference: bool) -> Any:
     group = dist.is_initialized()
     torch.manual_seed(0)
     first = dims[0] if isinstance(dims, tuple) else dims
     whole = torch.randn(shape, dtype=torch.float64)
     x = whole.tensor_split(dist.get_world_size(), first)[dist.get_rank()].clone() if group else whole
     x.requires_grad_()
-    with torchs_operators(stock):
+    with torchs_operators(reference):
         mean, variance, count = dp.sync_moments(x, dims, keepdim=True)
         y = (x - mean) / (variance + 0.1).sqrt()
         (slope,) = torch.autograd.grad((y.sin()).sum(), x, create_graph=True)
@@ -584,10 +584,10 @@ def _moments(shape: tuple[int, ...], dims: Any, stock: bool) -> Any:
     return mean.detach(), variance.detach(), int(count), slope.detach(), x.grad
 
 
-@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize(("shape", "dims", "reduced"), MOMENTS)
-def test_moments_and_their_derivatives_are_those_of_the_joined_input(
-    shape: tuple[int, ...], dims: Any, reduced: tuple[int, ...], stock: bool
+def test_moments_and_their_derivatives_equal_those_of_the_whole_input(
+    shape: tuple[int, ...], dims: Any, reduced: tuple[int, ...], reference: bool
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -596,7 +596,7 @@ def test_moments_and_their_derivatives_are_those_of_the_joined_input(
     (slope,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
     (slope * x.cos()).sum().backward()
     for world_size in (1, 3):
-        results = run_ranks(_moments, world_size, shape, dims, stock)
+        results = run_ranks(_moments, world_size, shape, dims, reference)
         for got_mean, got_variance, count, _, _ in results:
             _close(got_mean, mean.detach())
             _close(got_variance, variance.detach())
@@ -613,7 +613,7 @@ def _masked() -> Tensor:
     return torch.cat([mean, variance, count[None]])
 
 
-def test_moments_of_what_a_mask_leaves() -> None:
+def test_moments_of_the_elements_of_a_mask() -> None:
     kept = torch.cat([X[:5], X[12:21]])
     for got in run_ranks(_masked, 2):
         _close(got, torch.cat([kept.mean(0), kept.var(0, unbiased=False), torch.tensor([14.0])]))
@@ -638,7 +638,9 @@ def test_moments_of_nothing_are_zero() -> None:
         (torch.ones(2, 3, dtype=torch.int64), 0, TypeError, "torch.int64"),
     ],
 )
-def test_wrong_arguments_of_sync_moments(x: Tensor, dims: Any, error: type[Exception], message: str) -> None:
+def test_wrong_arguments_of_sync_moments_raise_an_error(
+    x: Tensor, dims: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         dp.sync_moments(x, dims)
 

@@ -1,9 +1,11 @@
-/* The layer's passes over memory, fused: torch's operators read the input more often than the mathematics asks for.
+/* The fused kernels of the batch norm on the CPU. torch's operators read the input more often than is necessary.
  *
- * Tensors come as addresses (`data_ptr`) with their sizes, so nothing of torch is compiled in and one build serves every
- * version. `wide`: 1 for float64, 0 for float32. x, y, dy and dx are planes (N, C, M), or rows (N, C) where M is 1;
- * weight, bias, their gradients and running statistics come with a `wide` of their own (the address is 0 for none), all
- * other numbers of channels are float64. The caller holds the tensors.
+ * The caller passes a tensor as its address (`data_ptr`) and its sizes, and keeps the tensor alive. The code does not
+ * use torch's headers, so one build works with every version of torch. `is_double`: 1 for float64, 0 for float32.
+ *
+ * x, y, dy and dx are planes (N, C, M), or rows (N, C) with M = 1. weight, bias, their gradients and the running
+ * statistics each have their own `is_double`; the address 0 means that the tensor does not exist. All other values of a
+ * channel are float64.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -17,14 +19,16 @@
 #define CLONES
 #endif
 
-#define BLOCK 4096 /* elements that are summed in the input's own type, and stay in the cache between two reads */
-#define ROWS 64    /* samples of a block of columns */
-#define SHORT (BLOCK / ROWS) /* elements of a plane up to which each of them is a column, or most time goes into ends */
-#define TILE 256   /* columns that are handled together; TILE * ROWS elements stay in the cache */
-#define CHUNK 4096 /* elements of a channel that one thread takes at a time, in columns */
+#define BLOCK 4096 /* elements that are summed in the input's type; they stay in the cache between two reads */
+#define ROWS 64    /* samples in a block of columns */
+/* A plane with at most SHORT elements is handled as columns, one for each element. A loop over such a plane would spend
+ * most of its time at its two ends. */
+#define SHORT (BLOCK / ROWS)
+#define TILE 256   /* columns that are handled together: TILE * ROWS elements stay in the cache */
+#define CHUNK 4096 /* elements of a channel that one thread handles at a time, in columns */
 #define END(number, size, all) (((number) + 1) * (size) < (all) ? ((number) + 1) * (size) : (all))
 
-/* Channels that are handled together; of long planes too, since short runs of memory are slow to come. */
+/* Return how many channels are handled together. Long planes are grouped too: the memory is slow for short runs. */
 static ssize_t tile_of(ssize_t M)
 {
     if (M <= SHORT)
@@ -33,19 +37,20 @@ static ssize_t tile_of(ssize_t M)
     return tile < 1 ? 1 : tile > 16 ? 16 : tile;
 }
 
+/* Return the number of chunks of N samples; at least 1. */
 static ssize_t chunks_of(ssize_t N, ssize_t chunk) { return N > chunk ? (N + chunk - 1) / chunk : 1; }
 
-/* Values of the channels, float32 or float64, or none. */
+/* One value for each channel, as float32 or float64. `data` is NULL if there are no values. */
 struct values {
-    int wide;
-    const void *at;
+    int is_double;
+    const void *data;
 };
 
-static inline double at(struct values values, ssize_t c, double otherwise)
+static inline double value_at(struct values values, ssize_t c, double default_value)
 {
-    if (!values.at)
-        return otherwise;
-    return values.wide ? ((const double *)values.at)[c] : (double)((const float *)values.at)[c];
+    if (!values.data)
+        return default_value;
+    return values.is_double ? ((const double *)values.data)[c] : (double)((const float *)values.data)[c];
 }
 
 #define T float
@@ -59,8 +64,9 @@ static inline double at(struct values values, ssize_t c, double otherwise)
 #undef T
 #undef SUFFIX
 
-/* Joins the ranks' moments [mean (C), sum of squared deviations (C), count], weighted by counts. `stats` gets
- * [mean (C), 1/sqrt(biased variance + eps) (C), unbiased variance (C), total count]; zeros for no samples at all. */
+/* Combine the moments of W ranks, each [mean (C), sum of squared deviations (C), count], weighted by their counts.
+ * Write [mean (C), 1/sqrt(biased variance + eps) (C), unbiased variance (C), total count] to `stats`. If there are no
+ * samples, mean, variance and total count are 0. */
 static void join_moments(const double *gathered, ssize_t W, ssize_t C, double eps, double *stats)
 {
     double *mean = stats, *invstd = stats + C, *unbiased = stats + 2 * C, total = 0;
@@ -77,8 +83,8 @@ static void join_moments(const double *gathered, ssize_t W, ssize_t C, double ep
     for (ssize_t w = 0; w < W; w++) {
         double count = gathered[w * width + 2 * C];
         for (ssize_t c = 0; c < C; c++) {
-            double off = gathered[w * width + c] - mean[c];
-            invstd[c] += gathered[w * width + C + c] + count * off * off;
+            double delta = gathered[w * width + c] - mean[c];
+            invstd[c] += gathered[w * width + C + c] + count * delta * delta;
         }
     }
     for (ssize_t c = 0; c < C; c++) {
@@ -89,24 +95,25 @@ static void join_moments(const double *gathered, ssize_t W, ssize_t C, double ep
     stats[3 * C] = total;
 }
 
-static void fill(int wide, void *out, ssize_t c, double value)
+static void store(int is_double, void *out, ssize_t c, double value)
 {
-    if (wide)
+    if (is_double)
         ((double *)out)[c] = value;
     else
         ((float *)out)[c] = (float)value;
 }
 
-/* Moves running statistics towards those of the batch. */
-static void move_running(struct values running, const double *target, ssize_t C, double part)
+/* Update running statistics: running += momentum * (batch - running). */
+static void update_running(struct values running, const double *batch, ssize_t C, double momentum)
 {
     for (ssize_t c = 0; c < C; c++) {
-        double now = at(running, c, 0);
-        fill(running.wide, (void *)running.at, c, now + part * (target[c] - now));
+        double old = value_at(running, c, 0);
+        store(running.is_double, (void *)running.data, c, old + momentum * (batch[c] - old));
     }
 }
 
-static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected, ssize_t *out)
+/* Convert the arguments to integers. Return -1 with an exception set if that fails. */
+static int parse_integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected, ssize_t *out)
 {
     if (given != expected) {
         PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, given);
@@ -120,6 +127,7 @@ static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected,
     return 0;
 }
 
+/* Run a kernel without the GIL, for the element type that the first argument gives. */
 #define RUN(call_float, call_double)                                                                                  \
     int failed;                                                                                                       \
     Py_BEGIN_ALLOW_THREADS failed = a[0] ? call_double : call_float;                                                  \
@@ -131,7 +139,7 @@ static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected,
 static PyObject *moments(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     ssize_t a[7];
-    if (numbers(args, n, 7, a))
+    if (parse_integers(args, n, 7, a))
         return NULL;
     double *payload = D(5);
     ssize_t C = a[3];
@@ -143,7 +151,7 @@ static PyObject *moments(PyObject *self, PyObject *const *args, Py_ssize_t n)
 static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     ssize_t a[12];
-    if (numbers(args, n, 12, a))
+    if (parse_integers(args, n, 12, a))
         return NULL;
     const double *stats = D(6);
     ssize_t C = a[4];
@@ -154,7 +162,7 @@ static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t n)
 static PyObject *backward_sums(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     ssize_t a[9];
-    if (numbers(args, n, 9, a))
+    if (parse_integers(args, n, 9, a))
         return NULL;
     double *sums = D(7);
     ssize_t C = a[4];
@@ -165,7 +173,7 @@ static PyObject *backward_sums(PyObject *self, PyObject *const *args, Py_ssize_t
 static PyObject *backward_input(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     ssize_t a[13];
-    if (numbers(args, n, 13, a))
+    if (parse_integers(args, n, 13, a))
         return NULL;
     const double *stats = D(7), *parts = D(10);
     ssize_t C = a[5];
@@ -173,17 +181,17 @@ static PyObject *backward_input(PyObject *self, PyObject *const *args, Py_ssize_
         backward_input_double(D(1), D(2), D(3), a[4], C, a[6], stats, V(8), parts, a[11], (int)a[12]));
 }
 
-/* Of weight and bias, in their own types. */
+/* Compute the gradients of weight and bias, in their own types. */
 static PyObject *parameter_gradients(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     ssize_t a[7];
-    if (numbers(args, n, 7, a))
+    if (parse_integers(args, n, 7, a))
         return NULL;
     const double *stats = D(1), *sums = D(2);
     ssize_t C = a[0];
     for (ssize_t c = 0; c < C; c++) {
-        fill((int)a[3], (void *)a[4], c, sums[C + c] * stats[C + c]);
-        fill((int)a[5], (void *)a[6], c, sums[c]);
+        store((int)a[3], (void *)a[4], c, sums[C + c] * stats[C + c]);
+        store((int)a[5], (void *)a[6], c, sums[c]);
     }
     Py_RETURN_NONE;
 }
@@ -192,30 +200,30 @@ static PyObject *join(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     ssize_t a[4];
     double eps = n == 5 ? PyFloat_AsDouble(args[4]) : 0;
-    if (PyErr_Occurred() || numbers(args, n - 1, 4, a))
+    if (PyErr_Occurred() || parse_integers(args, n - 1, 4, a))
         return NULL;
     join_moments(D(0), a[1], a[2], eps, D(3));
     Py_RETURN_NONE;
 }
 
-/* An empty batch moves nothing. */
-static PyObject *move(PyObject *self, PyObject *const *args, Py_ssize_t n)
+/* Update the running mean and variance. An empty batch changes nothing. */
+static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     ssize_t a[6];
-    double part = n == 7 ? PyFloat_AsDouble(args[6]) : 0;
-    if (PyErr_Occurred() || numbers(args, n - 1, 6, a))
+    double momentum = n == 7 ? PyFloat_AsDouble(args[6]) : 0;
+    if (PyErr_Occurred() || parse_integers(args, n - 1, 6, a))
         return NULL;
     const double *stats = D(5);
     ssize_t C = a[4];
     if (stats[3 * C] < 1)
-        part = 0;
-    move_running(V(0), stats, C, part);
-    move_running(V(2), stats + 2 * C, C, part);
+        momentum = 0;
+    update_running(V(0), stats, C, momentum);
+    update_running(V(2), stats + 2 * C, C, momentum);
     Py_RETURN_NONE;
 }
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
-static PyMethodDef methods[] = {METHOD(moments), METHOD(join), METHOD(move), METHOD(normalise), METHOD(backward_sums),
+static PyMethodDef methods[] = {METHOD(moments), METHOD(join), METHOD(update), METHOD(normalise), METHOD(backward_sums),
                                 METHOD(backward_input), METHOD(parameter_gradients), {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_fused", NULL, 0, methods, NULL, NULL, NULL, NULL};
 

@@ -1,31 +1,33 @@
-"""The compiled passes; addresses and sizes as described in _fused.c."""
+"""The compiled kernels. _fused.c describes the addresses and sizes."""
 
-def moments(wide: int, x: int, n: int, c: int, m: int, payload: int, threads: int, /) -> None: ...
+def moments(is_double: int, x: int, n: int, c: int, m: int, payload: int, threads: int, /) -> None: ...
 def join(gathered: int, w: int, c: int, stats: int, eps: float, /) -> None: ...
-def move(mean_wide: int, mean: int, var_wide: int, var: int, c: int, stats: int, momentum: float, /) -> None: ...
+def update(
+    mean_is_double: int, mean: int, var_is_double: int, var: int, c: int, stats: int, momentum: float, /
+) -> None: ...
 def normalise(
-    wide: int,
+    is_double: int,
     x: int,
     y: int,
     n: int,
     c: int,
     m: int,
     stats: int,
-    weight_wide: int,
+    weight_is_double: int,
     weight: int,
-    bias_wide: int,
+    bias_is_double: int,
     bias: int,
     threads: int,
     /,
 ) -> None: ...
 def backward_sums(
-    wide: int, dy: int, x: int, n: int, c: int, m: int, stats: int, sums: int, threads: int, /
+    is_double: int, dy: int, x: int, n: int, c: int, m: int, stats: int, sums: int, threads: int, /
 ) -> None: ...
 def parameter_gradients(
-    c: int, stats: int, sums: int, weight_wide: int, d_weight: int, bias_wide: int, d_bias: int, /
+    c: int, stats: int, sums: int, weight_is_double: int, d_weight: int, bias_is_double: int, d_bias: int, /
 ) -> None: ...
 def backward_input(
-    wide: int,
+    is_double: int,
     dy: int,
     x: int,
     dx: int,
@@ -33,7 +35,7 @@ def backward_input(
     c: int,
     m: int,
     stats: int,
-    weight_wide: int,
+    weight_is_double: int,
     weight: int,
     parts: int,
     count: int,

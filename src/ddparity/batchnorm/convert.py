@@ -1,4 +1,4 @@
-"""Turns the batch norms of a model into synchronised ones and back, each module staying the object that it is."""
+"""Convert the batch norms of a model to synchronised ones and back. Each module stays the same object."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ _OWN_ATTRIBUTES = ("process_group", "_plain_class", "_path", "_input_dim", "_agr
 
 
 def convert_sync_batchnorm(model: Model, process_group: dist.ProcessGroup | None = None) -> Model:
-    """Make every batch norm of a model a `SyncBatchNorm`, in place, and return the model.
+    """Convert every batch norm of a model to a `SyncBatchNorm`, in place, and return the model.
 
-    Each module stays the same object, with its parameters, buffers, hooks, attributes and parametrizations, in every
-    place where the model has it: an optimizer made before stays valid. A BatchNorm1d, 2d, 3d or torch.nn.SyncBatchNorm
-    becomes a `SyncBatchNorm`. A subclass with a forward of its own keeps it (a fused activation, say): its calls of
-    torch.nn.functional.batch_norm and of the forward above it synchronise. What was converted is logged, and so is
-    what looks like a batch norm but could not be.
+    Each module stays the same object, with its parameters, buffers, hooks, attributes and parametrizations. So an
+    optimizer that exists already stays valid, and a layer that the model uses twice stays one layer. BatchNorm1d,
+    BatchNorm2d, BatchNorm3d and torch.nn.SyncBatchNorm become `SyncBatchNorm`. A subclass that has its own forward (for
+    example with a fused activation) keeps it: its calls of torch.nn.functional.batch_norm and of the base class's
+    forward are synchronised. The function logs how many layers it converted, and which modules look like a batch norm
+    but were not converted.
 
     Args:
-        model: any module; also one inside DistributedDataParallel.
-        process_group: whose ranks; None: all, but a layer that has a group already keeps it.
+        model: any module, also one inside DistributedDataParallel.
+        process_group: the ranks that take part; None: all ranks, except that a layer keeps a group that it has already.
 
     Raises:
-        TypeError: the model is no module.
-        ValueError: a lazy batch norm that has seen no input.
+        TypeError: the model is not a module.
+        ValueError: the model has a lazy batch norm that has seen no input.
 
     Example:
         >>> type(convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1])
@@ -52,14 +53,14 @@ def convert_sync_batchnorm(model: Model, process_group: dist.ProcessGroup | None
     for path, module in modules.items():
         if isinstance(module, _LazyNormBase) and isinstance(module, _BatchNorm):
             raise ValueError(
-                f"convert_sync_batchnorm(): {_named(path, module)} has seen no input, so it has no number of channels "
-                f"yet: run one forward first, then convert"
+                f"convert_sync_batchnorm(): {_named(path, module)} has seen no input, so its number of channels is "
+                f"unknown: run one forward before the conversion"
             )
-    converted, left = 0, []
+    converted, skipped = 0, []
     for path, module in modules.items():
         if not _is_convertible(module):
-            if _looks_like_one(module):
-                left.append(_named(path, module))
+            if _looks_like_batch_norm(module):
+                skipped.append(_named(path, module))
             continue
         if not isinstance(module, SyncBatchNorm):
             plain = type(module)
@@ -70,65 +71,62 @@ def convert_sync_batchnorm(model: Model, process_group: dist.ProcessGroup | None
         state["process_group"] = process_group or state.get("process_group")
         state["_path"] = path or None
         converted += 1
-    norms = "batch norm synchronises" if converted == 1 else "batch norms synchronise"
-    logger.info("convert_sync_batchnorm: %d %s over the ranks", converted, norms)
-    if left:
-        logger.warning("convert_sync_batchnorm left alone what looks like a batch norm: %s", ", ".join(left))
+    logger.info("convert_sync_batchnorm: converted %d batch norm%s", converted, "" if converted == 1 else "s")
+    if skipped:
+        logger.warning(
+            "convert_sync_batchnorm: did not convert modules that look like a batch norm: %s", ", ".join(skipped)
+        )
     return model
 
 
 def revert_sync_batchnorm(model: Model) -> Model:
-    """Make every `SyncBatchNorm` of a model the plain layer that it was, in place, and return the model.
+    """Convert every `SyncBatchNorm` of a model back to its plain class, in place, and return the model.
 
-    For export and for inference elsewhere: torch.export and ONNX then see torch's own layers. One that was built as a
-    `SyncBatchNorm` becomes the BatchNorm1d, 2d or 3d that fits its last input.
+    Use it before an export or for inference elsewhere: torch.export and ONNX then see torch's own layers. A layer that
+    was created as a `SyncBatchNorm` becomes the BatchNorm1d, BatchNorm2d or BatchNorm3d that fits its last input.
 
     Raises:
-        ValueError: such a layer has seen no input.
+        ValueError: a layer was created as a `SyncBatchNorm` and has seen no input.
 
     Example:
         >>> type(revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm2d(8))))
         <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, SyncBatchNorm)}
-    plain = {path: _plain(path, module) for path, module in layers.items()}
+    plain = {path: _plain_class(path, module) for path, module in layers.items()}
     for path, module in layers.items():
-        module.__class__ = plain[path]  # type: ignore[assignment]  # mypy lets no class change
+        module.__class__ = plain[path]  # type: ignore[assignment]  # mypy does not allow a change of class
         for name in _OWN_ATTRIBUTES:
             module.__dict__.pop(name, None)
     return model
 
 
-def _plain(path: str, module: SyncBatchNorm) -> type[nn.Module]:
-    plain = _plain_of(path, module)
-    return _reparametrized(type(module), plain) if _is_parametrized(type(module)) else plain
-
-
-def _plain_of(path: str, module: SyncBatchNorm) -> type[nn.Module]:
-    known: type[nn.Module] | None = module._plain_class  # the object's own or its class's
-    if known is None and module._input_dim is not None:
-        known = _BY_DIMENSIONS.get(module._input_dim)
-    if known is None:
+def _plain_class(path: str, module: SyncBatchNorm) -> type[nn.Module]:
+    """Return the class that the module gets back. Raises ValueError if it is unknown."""
+    plain: type[nn.Module] | None = module._plain_class  # an attribute of the object or of its class
+    if plain is None and module._input_dim is not None:
+        plain = _BY_DIMENSIONS.get(module._input_dim)
+    if plain is None:
         raise ValueError(
-            f"revert_sync_batchnorm(): {_named(path, module)} was built as a SyncBatchNorm and has seen no input of 2 "
-            f"to 5 dimensions, so nothing says which layer it should become: run one forward first"
+            f"revert_sync_batchnorm(): {_named(path, module)} was created as a SyncBatchNorm and has seen no input of "
+            f"2 to 5 dimensions, so its plain class is unknown: run one forward first"
         )
-    return known
+    return _reparametrized(type(module), plain) if _is_parametrized(type(module)) else plain
 
 
 def _is_convertible(module: nn.Module) -> bool:
     if isinstance(module, SyncBatchNorm):
         return True
-    # A forward set on the object itself, and a subclass of torch's synchronised layer, would go on as before.
+    # Conversion would not change a forward that is set on the object, nor that of a subclass of torch.nn.SyncBatchNorm.
     replaced = "forward" in module.__dict__
     foreign = isinstance(module, nn.SyncBatchNorm) and _unparametrized(type(module)) is not nn.SyncBatchNorm
     return isinstance(module, _BatchNorm) and not replaced and not foreign
 
 
-def _looks_like_one(module: nn.Module) -> bool:
+def _looks_like_batch_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return False
-    name = str(getattr(module, "original_name", type(module).__name__)).lower()  # of a scripted module
+    name = str(getattr(module, "original_name", type(module).__name__)).lower()  # a scripted module has original_name
     buffers = dict(module.named_buffers(recurse=False))
     return "batchnorm" in name.replace("_", "") or {"running_mean", "running_var"} <= buffers.keys()
 
@@ -138,7 +136,7 @@ def _named(path: str, module: nn.Module) -> str:
 
 
 def _unparametrized(kind: type) -> type:
-    """The class under what torch.nn.utils.parametrize put over it."""
+    """Return the class that torch.nn.utils.parametrize replaced by its own, or the class itself."""
     return kind.__bases__[0] if _is_parametrized(kind) else kind
 
 
@@ -147,6 +145,7 @@ def _is_parametrized(kind: type) -> bool:
 
 
 def _synchronised(kind: type) -> type:
+    """Return the synchronised class for a class of batch norms."""
     if _is_parametrized(kind):
         return _reparametrized(kind, _synchronised(kind.__bases__[0]))
     if kind in _PLAIN or kind is nn.SyncBatchNorm:
@@ -155,28 +154,32 @@ def _synchronised(kind: type) -> type:
 
 
 def _reparametrized(kind: type, base: type) -> type:
-    """torch's class for a parametrized module, with its properties, over another base."""
+    """Return a copy of torch's class for a parametrized module, with another base class."""
     own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{base.__name__}", (base,), own)
 
 
 @functools.cache
 def synchronised_subclass(kind: type[_BatchNorm]) -> type[SyncBatchNorm]:
-    """The synchronised class of a user's own batch norm; one for each, so that types compare."""
+    """Return the synchronised class for a user's batch norm, always the same one, so that types can be compared."""
     own: dict[str, Any] = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_plain_class": kind}
-    # Pickled by the user's class, since nobody can import this one.
+    # pickle stores the user's class, since this one cannot be imported.
     own["__reduce_ex__"] = lambda self, protocol: (_restored, (kind,), self.__getstate__())
     if kind.forward is not _BatchNorm.forward:
-        own["forward"] = _routed(kind.forward)
+        own["forward"] = _synchronised_forward(kind.forward)
     return type(f"Sync{kind.__name__}", (kind, SyncBatchNorm), own)
 
 
 def _restored(kind: type[_BatchNorm]) -> nn.Module:
-    return nn.Module.__new__(synchronised_subclass(kind))  # type: ignore[arg-type]  # a class made at run time
+    return nn.Module.__new__(synchronised_subclass(kind))  # type: ignore[arg-type]  # the class is made at run time
 
 
-def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A subclass's forward whose batch norm synchronises, whether it calls torch's function or the forward above."""
+def _synchronised_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a subclass's forward with a synchronised batch norm.
+
+    The forward may call torch.nn.functional.batch_norm or the forward of its base class. Otherwise it raises
+    RuntimeError in training.
+    """
 
     @functools.wraps(forward)
     def synchronised(self: SyncBatchNorm, *args: Any, **kwargs: Any) -> Any:
@@ -187,24 +190,24 @@ def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:
         counted = self.num_batches_tracked.clone() if recomputes and self.num_batches_tracked is not None else None
         self.__dict__["_ran"] = False
         try:
-            with _Route(self, group):
+            with _Synchronise(self, group):
                 result = forward(self, *args, **kwargs)
-        finally:  # a recomputation ends by an exception where all that the backward needs is there
+        finally:  # checkpointing ends a recomputed forward by an exception when the backward has all it needs
             if counted is not None and self.num_batches_tracked is not None:
                 self.num_batches_tracked.copy_(counted)
         if not self._ran:
             raise RuntimeError(
                 f"{self._path or type(self).__name__}: the forward of {self._plain_class} calls neither "
                 f"torch.nn.functional.batch_norm nor the forward of its base class, so its statistics are not "
-                f"synchronised: write it with ddparity.sync_moments, or leave it out of the conversion"
+                f"synchronised: write it with ddparity.sync_moments, or do not convert it"
             )
         return result
 
     return synchronised
 
 
-class _Route(TorchFunctionMode):
-    """Leads a module's calls of torch.nn.functional.batch_norm in training to the synchronised one."""
+class _Synchronise(TorchFunctionMode):
+    """Replace a module's calls of torch.nn.functional.batch_norm in training by the synchronised batch norm."""
 
     def __init__(self, module: SyncBatchNorm, group: dist.ProcessGroup | None) -> None:
         super().__init__()

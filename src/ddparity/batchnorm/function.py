@@ -1,4 +1,4 @@
-"""The training forward and backward of a batch norm over all ranks."""
+"""The training forward and backward of a batch norm over all ranks, as functions for autograd."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.autograd import Function
 
 from ..comm.allreduce import copies_of_ranks, parts_of_sum
 from ..compat import in_transform
+from .dispatch import kernels_for
 from .layout import dense, dense_like, over, reduced_dims
 from .moments import Moments, SumOverRanks
-from .passes import passes_for
 
 Announce = Callable[[str], None]
 Dtypes = tuple[torch.dtype | None, torch.dtype | None]  # of weight and bias
@@ -31,13 +31,20 @@ def sync_batch_norm(
     group: dist.ProcessGroup,
     announce: Announce | None = None,
 ) -> Tensor:
-    """Normalise x with the moments over all ranks; as torch.nn.functional.batch_norm in training.
+    """Normalise x by the moments over all ranks, as torch.nn.functional.batch_norm does in training.
 
-    `running`: mean and variance to update, if any. `announce`: called before each collective with its direction.
+    Args:
+        x: (N, C, ...), with at least one channel.
+        running: running mean and variance, which are updated in place; None: there are none.
+        announce: called before each collective with "forward" or "backward".
 
-    Collectives: an exchange of 2C + 1 float64 numbers a rank; the backward a sum of 2C.
+    Raises:
+        ValueError: a tensor has another number of channels than x or is on another device; all ranks together have one
+            value for each channel.
+
+    Collectives: an all-gather of 2C + 1 float64 numbers from each rank; in the backward a sum of 2C. All ranks call it.
     """
-    if torch.is_autocast_enabled(x.device.type):  # which would choose other dtypes inside
+    if torch.is_autocast_enabled(x.device.type):  # autocast would choose other dtypes inside
         with torch.autocast(x.device.type, enabled=False):
             return sync_batch_norm(x, running, weight, bias, momentum, eps, group, announce)
     running_mean, running_var = running or (None, None)
@@ -52,15 +59,19 @@ def sync_batch_norm(
 
 
 def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
-    """Refuse what the passes, which work on addresses, must never see."""
+    """Raise ValueError if a tensor does not fit x: the kernels get addresses and cannot check them."""
     channels, device = x.size(1), x.device
     if channels == 0:
-        raise ValueError(f"SyncBatchNorm got input of shape {tuple(x.shape)}: it needs at least one channel")
+        raise ValueError(
+            f"SyncBatchNorm got an input of shape {tuple(x.shape)}, which has no channels: give one with at least one "
+            f"channel"
+        )
     for name, values in per_channel.items():
         if values is not None and (values.numel() != channels or values.device != device):
             raise ValueError(
-                f"SyncBatchNorm got input of shape {tuple(x.shape)} on {device}, but its {name} has "
-                f"{values.numel()} elements on {values.device}"
+                f"SyncBatchNorm got an input of shape {tuple(x.shape)} on {device}, but its {name} has "
+                f"{values.numel()} elements on {values.device}: give an input of {values.numel()} channels, and move "
+                f"layer and input to one device"
             )
 
 
@@ -78,7 +89,7 @@ class _SyncBatchNorm(Function):
         announce: Announce | None,
     ) -> Tensor:
         y, stats = normalised(x, weight, bias, eps, group, running, momentum, announce)
-        _keep(ctx, x, weight, bias, stats, eps, group, announce)
+        _save(ctx, x, weight, bias, stats, eps, group, announce)
         return y
 
     @staticmethod
@@ -87,7 +98,7 @@ class _SyncBatchNorm(Function):
 
 
 class _Transformed(Function):
-    """The same for torch.func, which demands that the context is set up afterwards: that takes longer."""
+    """The same for torch.func, which needs a separate `setup_context`. This takes longer."""
 
     @staticmethod
     def forward(
@@ -109,14 +120,14 @@ class _Transformed(Function):
         x, weight, bias, _, _, _, eps, group, announce = inputs
         _, stats = output
         ctx.mark_non_differentiable(stats)
-        _keep(ctx, x, weight, bias, stats, eps, group, announce)
+        _save(ctx, x, weight, bias, stats, eps, group, announce)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
         return *_backward(ctx, dy), None, None, None, None, None, None
 
 
-def _keep(
+def _save(
     ctx: Any,
     x: Tensor,
     weight: Tensor | None,
@@ -135,11 +146,11 @@ def _keep(
 def _backward(ctx: Any, dy: Tensor | None) -> Gradients:
     x, weight, stats = ctx.saved_tensors
     eps, group, announce, dtypes = ctx.others
-    if dy is None:  # the others wait for this rank all the same
+    if dy is None:  # the output is not used, but the other ranks wait in the collective
         dy = torch.zeros_like(x)
     if announce is not None:
         announce("backward")
-    # Gradient mode is on where the backward itself is to be differentiated (create_graph).
+    # Gradient mode is on if the backward itself is differentiated (create_graph).
     gradients = _differentiable if torch.is_grad_enabled() else input_gradients
     return gradients(dy, x, weight, stats, eps, group, dtypes)
 
@@ -154,43 +165,52 @@ def normalised(
     momentum: float | Tensor = 0.0,
     announce: Announce | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output and the statistics of all ranks; moves the running ones, if given.
+    """Return the output and the stats of all ranks, and update the running statistics if they are given.
 
-    Raises ValueError where all ranks together have one value.
+    Raises ValueError if all ranks together have one value for each channel.
+
+    Collectives: one all-gather of 2C + 1 float64 numbers from each rank.
     """
     if announce is not None:
         announce("forward")
-    passes = passes_for(x, weight, bias)
-    payload, kept = passes.moments(x)
-    for_channels = passes_for(payload, *running or ())  # these are float64 where x may be half precision
-    stats = for_channels.join(copies_of_ranks(payload, group), eps)
-    # Only a rank with no value or one can be in a batch of one; the others need not read the device.
+    kernels = kernels_for(x, weight, bias)
+    payload, intermediate = kernels.moments(x)
+    # The payload is float64, so other kernels may handle it than x, which may be in half precision.
+    channel_kernels = kernels_for(payload, *running or ())
+    stats = channel_kernels.join(copies_of_ranks(payload, group), eps)
+    # Only a rank with at most one value checks this, since reading stats[-1] waits for the device.
     if x.numel() <= x.size(1) and stats[-1] == 1:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} and one value on "
-            f"all {dist.get_world_size(group)} ranks together"
+            f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} and one value per "
+            f"channel on all {dist.get_world_size(group)} ranks together: give more samples, or use eval mode"
         )
-    y = passes.normalise(x, kept, stats, weight, bias)
+    y = kernels.normalise(x, intermediate, stats, weight, bias)
     if running is not None:
-        for_channels.update(*running, stats, momentum)
+        channel_kernels.update(*running, stats, momentum)
     return y, stats
 
 
 def input_gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: dist.ProcessGroup, dtypes: Dtypes
 ) -> Gradients:
-    """Gradients of the input, and of weight and bias from this rank's samples alone: DDP adds those up."""
+    """Return the gradient of x, and those of weight and bias from this rank's samples alone, which DDP sums.
+
+    Collectives: one sum of 2C float64 numbers.
+    """
     dy = dense_like(dy, x)
-    passes = passes_for(x, dy, weight)
-    sums = passes.backward_sums(dy, x, stats)
-    d_weight, d_bias = passes.parameter_gradients(sums, stats, *dtypes)
-    return passes.backward_input(dy, x, stats, weight, parts_of_sum(sums, group)), d_weight, d_bias
+    kernels = kernels_for(x, dy, weight)
+    sums = kernels.backward_sums(dy, x, stats)
+    d_weight, d_bias = kernels.parameter_gradients(sums, stats, *dtypes)
+    return kernels.backward_input(dy, x, stats, weight, parts_of_sum(sums, group)), d_weight, d_bias
 
 
 def _differentiable(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: dist.ProcessGroup, dtypes: Dtypes
 ) -> Gradients:
-    """`input_gradients` in operations that are differentiable themselves, the collectives included."""
+    """Do the same as `input_gradients` in differentiable operations, collectives included.
+
+    Collectives: those of `Moments`, and one sum of 2C float64 numbers.
+    """
     mean, variance, total = Moments.apply(x, group)
     dims = reduced_dims(x)
     invstd, centred, wide_dy = (variance + eps).rsqrt(), x - over(mean, x), dy.to(mean.dtype)

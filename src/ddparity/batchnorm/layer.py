@@ -1,4 +1,4 @@
-"""Batch norm over all processes."""
+"""The layer `SyncBatchNorm`, and which batch norms of a model are synchronised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat import in_backward
 from ..runtime.agreement import agreed
-from .compiled import compiled_batch_norm
+from .custom_op import compiled_batch_norm
 from .function import Announce, sync_batch_norm
 from .moments import group_of_several
 
@@ -23,33 +23,34 @@ logger = logging.getLogger(__name__)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose statistics, in training, are those of the ranks' inputs joined in one batch.
+    """Batch norm over all ranks: in training, the statistics are those of the ranks' inputs in one batch.
 
         y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias
 
-    with the mean and the biased variance of each channel over all dimensions but the second, and over all ranks. The
-    running variance moves towards the unbiased one. Arguments, attributes and state are those of torch.nn.BatchNorm*d
-    and torch.nn.SyncBatchNorm. In eval mode, without a process group, and in a world of one it is exactly
+    The mean and the biased variance of each channel are computed over all ranks and all dimensions except the second.
+    The running variance uses the unbiased variance. Arguments, attributes and state are those of torch.nn.BatchNorm*d
+    and torch.nn.SyncBatchNorm. In eval mode, without a process group, and in a world of one the layer is exactly
     torch.nn.functional.batch_norm.
 
-    Shapes: (N, C, ...) with 2 dimensions or more; N and the sizes behind C may differ between ranks and may be zero.
-    The output has the input's shape, dtype and memory layout. Statistics are kept in float64.
+    Shapes: (N, C, ...) with at least 2 dimensions. N and the sizes after C may differ between ranks and may be 0. The
+    output has the input's shape, dtype and memory layout. The statistics are computed in float64.
 
-    Gradients of weight and bias are those of this rank's samples, as of any layer: DistributedDataParallel adds them
-    up. Where activation checkpointing recomputes a forward, running statistics do not move again.
+    The gradients of weight and bias are those of this rank's samples, as in every layer; DistributedDataParallel sums
+    them. If activation checkpointing recomputes a forward, the running statistics are not updated again.
 
     Args:
         num_features: C.
         eps, momentum, affine, track_running_stats, bias: as in torch.nn.BatchNorm2d.
-        process_group: whose ranks; None: all. `torch.save` does not keep it.
+        process_group: the ranks that take part; None: all ranks. `torch.save` does not save it.
 
-    Collectives, in training with several ranks: forward one exchange of 8 * (2C + 1) bytes a rank; backward one sum
-    of 16C bytes. Every rank of the group must run the layer, in the same order of layers; in a layer's first forward
-    and backward the ranks make sure of that through the group's store.
+    Collectives, in training with several ranks: in the forward one all-gather of 8 * (2C + 1) bytes from each rank; in
+    the backward one sum of 16C bytes. Short tensors on the CPU use an all-to-all for both. Every rank of the group must
+    run the same layers in the same order. In the first forward and the first backward of a layer the ranks check this
+    through the group's store.
 
     Raises:
-        ValueError: fewer than 2 dimensions, another number of channels than `num_features`, one value a channel on all
-            ranks together; the ranks are about to exchange different layers (on the others RankFailure).
+        ValueError: the input has fewer than 2 dimensions or another number of channels than `num_features`; all ranks
+            together have one value for each channel; the ranks run different layers (RankFailure on the other ranks).
 
     Sources: https://arxiv.org/abs/1502.03167, https://pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html
 
@@ -59,12 +60,11 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     process_group: dist.ProcessGroup | None
-    # What it was before `convert_sync_batchnorm`, and where in the model.
-    _plain_class: type[_BatchNorm] | None = None
-    _path: str | None = None
-    _input_dim: int | None = None  # of the last forward, for `revert_sync_batchnorm`
-    _agreed = False  # the ranks have met in the first forward
-    _ran = False  # a forward has come to the normalisation
+    _plain_class: type[_BatchNorm] | None = None  # the class before `convert_sync_batchnorm`
+    _path: str | None = None  # the layer's name in the model
+    _input_dim: int | None = None  # of the last forward; `revert_sync_batchnorm` needs it
+    _agreed = False  # the ranks agreed on this layer in its first forward
+    _ran = False  # the forward called the normalisation
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:  # torch's own argument from 2.15 on
+        if not bias:  # torch has this argument since 2.15
             self.register_parameter("bias", None)
         self.process_group = process_group
 
@@ -100,16 +100,16 @@ class SyncBatchNorm(_BatchNorm):
             self.__dict__["_input_dim"] = input.dim()
 
     def _group(self) -> dist.ProcessGroup | None:
-        """With whom this forward exchanges."""
+        """Return the process group of this forward's collective; None: no collective."""
         return group_of_several(self.process_group) if self.training else None
 
     def _running(self) -> tuple[Tensor, Tensor] | None:
-        """The running statistics that this training forward moves."""
-        mean, var = self.running_mean, self.running_var  # each look at a buffer goes through Module.__getattr__
+        """Return the running statistics that this training forward updates."""
+        mean, var = self.running_mean, self.running_var  # read each buffer once: Module.__getattr__ is slow
         return None if not self.track_running_stats or mean is None or var is None else (mean, var)
 
     def _count(self) -> float | Tensor:
-        """Count this batch; by how much the running statistics move."""
+        """Count this batch, and return the factor by which the running statistics are updated."""
         batches = self.num_batches_tracked
         if not self.track_running_stats or batches is None:
             return 0.0 if self.momentum is None else self.momentum
@@ -127,12 +127,13 @@ class SyncBatchNorm(_BatchNorm):
         momentum: float | Tensor,
         eps: float,
     ) -> Tensor:
-        """The training forward; `group` is None for a recomputed one of a process alone."""
+        """Run the training forward. `group` is None if a process without other ranks recomputes the forward."""
         if torch.compiler.is_compiling():
-            assert group is not None, "no recomputation in a graph"
+            assert group is not None, "a compiled graph has no recomputed forward here"
             return compiled_batch_norm(input, running, weight, bias, momentum, eps, group)
         self.__dict__["_ran"] = True
-        if in_backward() and running is not None:  # recomputed: move copies, since what is saved must be alike
+        # A recomputed forward updates copies: checkpointing compares what it saves with the first forward.
+        if in_backward() and running is not None:
             running = running[0].clone(), running[1].clone()
         if group is None:
             mean, var = running or (None, None)
@@ -141,24 +142,24 @@ class SyncBatchNorm(_BatchNorm):
         if not self._agreed:
             announce = functools.partial(_agree, group, self._path, input.size(1))
         y = sync_batch_norm(input, running, weight, bias, momentum, eps, group, announce)
-        self.__dict__["_agreed"] = True  # not through Module.__setattr__, which takes longer than the dictionary
+        self.__dict__["_agreed"] = True  # Module.__setattr__ is slower
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the process group, which only exists in this world."""
+        """Return the state without the process group, which other processes do not have."""
         return {**self.__dict__, "process_group": None, "_agreed": False, "_lost_group": self.process_group is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.pop("_lost_group", False):
             logger.warning(
-                "a SyncBatchNorm%s was saved with a process group of its own, which is not kept: set its "
-                "process_group, or it will synchronise over all ranks",
+                "a SyncBatchNorm%s was saved with its own process group, which the file does not contain: set its "
+                "process_group, otherwise it synchronises over all ranks",
                 f" ({state['_path']})" if state.get("_path") else "",
             )
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch gives no type
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
-        """A copy in this process, which keeps the process group."""
+        """Return a copy that keeps the process group."""
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         memo[id(self.process_group)] = self.process_group
@@ -167,12 +168,12 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def synchronises(model: nn.Module) -> bool:
-    """Whether the model has batch norms, ours or torch's, whose forward in training waits for other ranks."""
+    """Return True if a batch norm of the model, ddparity's or torch's, is in training and waits for other ranks."""
     return any(layer.training for _, layer in shared_layers(model))
 
 
 def shared_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The model's batch norms, ours or torch's, that are synchronised over several ranks, by name; in any mode."""
+    """Return (name, layer) of each batch norm, ddparity's or torch's, that is synchronised over several ranks."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -185,16 +186,17 @@ def _is_shared(process_group: dist.ProcessGroup | None) -> bool:
 
 
 def in_backward_of_eager() -> bool:
-    """Whether this forward is one that activation checkpointing recomputes; compiled graphs see to that themselves."""
+    """Return True if activation checkpointing recomputes this forward. Compiled graphs handle this case themselves."""
     return not torch.compiler.is_compiling() and in_backward()
 
 
 def _agree(group: dist.ProcessGroup, path: str | None, channels: int, direction: str) -> None:
-    """Return when all ranks are about to exchange the same layer. No collective: short requests to the group's store.
+    """Wait until all ranks are at the collective of the same layer.
 
-    Raises ValueError on a rank that is about to exchange another one, and RankFailure on the others, at once.
+    Raises ValueError on a rank that is at another layer, and RankFailure on the other ranks. It uses no collective, but
+    short requests to the group's store.
     """
     what = f"the {direction} of {path or 'a SyncBatchNorm'}, {channels} channels"
     with agreed(what, group, "batchnorm") as agreement:
-        assert agreement is not None, "a group of several ranks"
-        agreement.same("what a SyncBatchNorm is about to exchange", what)
+        assert agreement is not None, "the group has several ranks"
+        agreement.same("the SyncBatchNorm layer", what)

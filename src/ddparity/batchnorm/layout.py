@@ -1,4 +1,4 @@
-"""How an input lies in memory. Passes read it as it lies, channels-last included, where it is dense."""
+"""The memory layout of an input. The kernels read a dense input in its own layout, also in channels-last."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from torch import Tensor
 
 
 def dense(x: Tensor) -> Tensor:
-    """The input itself where it is planes (N, C, ...) or rows (N, ..., C) without gaps; otherwise a copy in planes."""
+    """Return the input if it is planes (N, C, ...) or rows (N, ..., C) without gaps, otherwise a copy in planes."""
     return x if x.is_contiguous() or is_rows(x) else x.contiguous()
 
 
 def dense_like(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient in the layout of x, which is dense; a copy where it lies otherwise."""
+    """Return the gradient in the layout of x, which is dense. It is a copy if the gradient has another layout."""
     if dy.stride() == x.stride() or (dy.is_contiguous() and x.is_contiguous()):
         return dy
     return torch.empty_like(x, dtype=dy.dtype).copy_(dy)
 
 
 def is_rows(x: Tensor) -> bool:
-    """Whether the channels of one position lie together, and positions follow one another."""
+    """Return True if the channels of one position are next to each other in memory, and positions have no gaps."""
     return x.movedim(1, -1).is_contiguous()
 
 
 def has_planes(x: Tensor) -> bool:
-    """Whether a dense input is planes (N, C, M) rather than rows."""
+    """Return True if a dense input is planes (N, C, M), and False if it is rows."""
     return x.dim() > 2 and x.is_contiguous()
 
 
 def sizes(x: Tensor) -> tuple[int, int, int]:
-    """(N, C, M) of planes, or (rows, C, 1) of a dense input."""
+    """Return (N, C, M) for a dense input of planes, and (rows, C, 1) for one of rows."""
     channels, elements = x.size(1), x.numel()
     if elements and has_planes(x):
         batch = x.size(0)
@@ -38,10 +38,10 @@ def sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def reduced_dims(x: Tensor) -> list[int]:
-    """All dimensions but the channels'."""
+    """Return all dimensions of x except the channel dimension."""
     return [dim for dim in range(x.dim()) if dim != 1]
 
 
 def over(values: Tensor, x: Tensor) -> Tensor:
-    """Values a channel, to be broadcast over x."""
+    """Return a view of one value for each channel that broadcasts over x."""
     return values.view([1, -1] + [1] * (x.dim() - 2))

@@ -1,4 +1,4 @@
-"""Mean and variance over all ranks, differentiable any number of times."""
+"""Mean and variance over all ranks, with derivatives of any order."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..comm.allreduce import copies_of_ranks, sum_over_ranks
+from .dispatch import kernels_for
 from .layout import dense, over
-from .passes import passes_for
 
 
 def sync_moments(
     x: Tensor, dims: int | Sequence[int], process_group: dist.ProcessGroup | None = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean, the biased variance and the count over `dims` and over all ranks, for a norm of your own.
+    """Return the mean, the biased variance and the count over `dims` and all ranks, to write your own norm.
 
-    The result is that of the ranks' inputs joined along `dims` in one process, and so are its derivatives, of any
-    order: each rank's loss counts once, as if the losses were added up.
+    The result is the same as in one process that has the ranks' inputs concatenated along `dims`. So are the
+    derivatives, of any order, of the sum of the ranks' losses.
 
     Args:
-        x: float tensor; sizes of `dims` may differ between ranks and may be zero, the others are the same everywhere.
-        dims: dimensions to reduce. For elements without a mask: `sync_moments(x[mask], (0,))`.
-        process_group: whose ranks; None: all. In a world of one, or without a group, nothing is exchanged.
+        x: floating-point tensor. The sizes of `dims` may differ between ranks and may be 0; the other sizes must be the
+            same on all ranks.
+        dims: the dimensions to reduce. To use only the elements of a mask: `sync_moments(x[mask], (0,))`.
+        process_group: the ranks that take part; None: all ranks. In a world of one, or without a process group, there
+            is no collective.
         keepdim: keep the reduced dimensions with size 1.
 
     Returns:
-        mean, biased variance (in x's dtype, in float32 for half precision) and count (int64, no dimensions). Both are 0
-        where the count is 0.
+        mean, biased variance (both in x's dtype, or in float32 for half precision) and count (int64, 0-D). If the count
+        is 0, mean and variance are 0.
 
     Raises:
-        TypeError: x is not a float tensor.
-        ValueError: dims is empty, or names a dimension twice or one that x does not have.
+        TypeError: x is not a floating-point tensor.
+        ValueError: dims is empty, contains a dimension twice, or contains one that x does not have.
 
-    Collectives: an exchange of 2C + 1 float64 numbers a rank, C being the elements of the mean; each backward a sum
-    of 2C. All ranks call it.
+    Collectives: one all-gather of 2C + 1 float64 numbers from each rank, where C is the number of elements of the mean;
+    in each backward one sum of 2C numbers. All ranks call it.
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 
@@ -48,7 +50,7 @@ def sync_moments(
         (tensor([2., 4.]), tensor([1., 4.]), tensor(2))
     """
     if not x.is_floating_point():
-        raise TypeError(f"sync_moments() got a tensor of {x.dtype}: it takes floating-point ones")
+        raise TypeError(f"sync_moments() got a tensor of {x.dtype}: give a floating-point tensor")
     reduced = _checked_dims(x, [dims] if isinstance(dims, int) else list(dims))
     kept = [dim for dim in range(x.dim()) if dim not in reduced]
     shape = [x.size(dim) for dim in kept]
@@ -60,7 +62,7 @@ def sync_moments(
 
 
 def group_of_several(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group to exchange with; None where this process is alone.
+    """Return the process group if it has several ranks, otherwise None. `process_group` None: all ranks.
 
     Raises ValueError on a rank that is not in the group.
     """
@@ -68,15 +70,19 @@ def group_of_several(process_group: dist.ProcessGroup | None) -> dist.ProcessGro
     if everyone is None:
         return None
     group = everyone if process_group is None else process_group
-    if not isinstance(group, dist.ProcessGroup):  # torch gives a number to a rank that is not in it
+    if not isinstance(group, dist.ProcessGroup):  # new_group returns a number on a rank outside the group
         raise ValueError(
-            f"rank {dist.get_rank()} is not in the process group it was given: on each rank, pass the group that has it"
+            f"rank {dist.get_rank()} is not in the process group that it was given: on each rank, pass a group that "
+            f"contains this rank"
         )
     return group if group.size() > 1 else None
 
 
 class SumOverRanks(Function):
-    """The sum over the ranks, whose gradient is again the sum: every rank's result depends on every rank's input."""
+    """Sum over the ranks. The gradient is also summed, since each rank's result depends on each rank's input.
+
+    Collectives: one sum of the tensor's bytes in the forward, and one in each backward.
+    """
 
     @staticmethod
     def forward(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -92,15 +98,15 @@ class SumOverRanks(Function):
 
 
 class Moments(Function):
-    """(mean, biased variance, count) of dense planes or rows over all ranks, as float64."""
+    """Compute (mean, biased variance, count) of dense planes or rows over all ranks, in float64."""
 
     @staticmethod
     def forward(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
         channels = x.size(1)
-        passes = passes_for(x)
-        payload, _ = passes.moments(x)
+        kernels = kernels_for(x)
+        payload, _ = kernels.moments(x)
         gathered = payload[None] if group is None else copies_of_ranks(payload, group)
-        mean, _, unbiased, total = passes.join(gathered, 1.0).split([channels, channels, channels, 1])
+        mean, _, unbiased, total = kernels.join(gathered, 1.0).split([channels, channels, channels, 1])
         return mean.clone(), unbiased * (total - 1).clamp(min=1) / total.clamp(min=1), total[0].clone()
 
     @staticmethod
@@ -112,7 +118,7 @@ class Moments(Function):
 
     @staticmethod
     def backward(ctx: Any, d_mean: Tensor, d_variance: Tensor, _: Any) -> Any:
-        # mean = sum(x) / n and variance = sum((x - mean)²) / n over all ranks, so that
+        # mean = sum(x) / n and variance = sum((x - mean)²) / n over all ranks, so
         # dx = (sum over ranks of d_mean + 2 * (x - mean) * sum over ranks of d_variance) / n.
         x, mean, total = ctx.saved_tensors
         d_mean, d_variance = SumOverRanks.apply(torch.stack([d_mean, d_variance]), ctx.group)
@@ -122,19 +128,22 @@ class Moments(Function):
 
 
 def _checked_dims(x: Tensor, dims: list[int]) -> set[int]:
+    """Return the dimensions as non-negative numbers. Raises ValueError if they do not fit x."""
     if not dims:
-        raise ValueError("sync_moments() got no dims: name at least one dimension to reduce")
+        raise ValueError("sync_moments() got no dims: give at least one dimension to reduce")
     for dim in dims:
         if not -x.dim() <= dim < x.dim():
-            raise ValueError(f"sync_moments() got dim {dim} for a tensor of {x.dim()} dimensions")
+            raise ValueError(
+                f"sync_moments() got dim {dim} for a tensor of {x.dim()} dimensions: give dims that it has"
+            )
     reduced = {dim % x.dim() for dim in dims}
     if len(reduced) < len(dims):
-        raise ValueError(f"sync_moments() got a dimension twice in dims={tuple(dims)}")
+        raise ValueError(f"sync_moments() got a dimension twice in dims={tuple(dims)}: give each dimension once")
     return reduced
 
 
 def _as_channels(x: Tensor, reduced: set[int], kept: list[int]) -> Tensor:
-    """As (N, C, M): what is kept in the middle, without a copy where it lies together."""
+    """Return x as (N, C, M), where C are the kept dimensions. It is a view if these are next to each other."""
     channels = 1
     for dim in kept:
         channels *= x.size(dim)

@@ -1,14 +1,14 @@
-"""The layer's passes over memory with torch's own operators: for every device and dtype, and no compiler.
+"""The reference kernels: the layer's work in torch's own operators, for every device and dtype, without a compiler.
 
-Both this module and `fused` have these seven functions. Statistics are float64:
+`cpu_kernels` and `triton_kernels` have the same seven functions. Statistics are float64:
 
     payload  [mean (C), sum of squared deviations (C), count]                  what a rank sends
     stats    [mean (C), 1/sqrt(biased variance + eps) (C), unbiased variance (C), total count]    of all ranks
-    sums     [sum of dy (C), sum of dy * (x - mean) (C)]                       what the backward adds up; `parts` of it
-                                                                               are rows (P, 2C), to be added
+    sums     [sum of dy (C), sum of dy * (x - mean) (C)]                       what the backward sums over the ranks
+    parts    (P, 2C)                                                           rows whose sum is `sums` of all ranks
 
-float32 sums would lose digits on two ways: where the mean is large against the deviation, so every sum runs around a
-shift near the mean; and in the mean's own rounding, so a mean is used in two parts, high and low.
+Sums in float32 lose precision for two reasons. First, the mean may be much larger than the deviation: so each sum is
+computed around a shift near the mean. Second, the mean itself is rounded: so a mean is used in two parts, high and low.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch import Tensor
 from ..compat import statistics_dtype
 from .layout import has_planes, over, reduced_dims
 
-CACHED = 2**18  # elements that a CPU's cache holds from one operator to the next
+CACHED = 2**18  # elements that stay in a CPU's cache from one operator to the next
 
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:
-    """The payload of this rank's input, and what `normalise` can use of the work: the shifted input and its shift."""
+    """Return the payload of this rank's input, and (shifted input, shift), which `normalise` uses again."""
     channels = x.size(1)
     count = x.numel() // channels
     payload = x.new_zeros(2 * channels + 1, dtype=statistics_dtype(x.device))
     if count == 0:
         return payload, None
-    # Around the mean of the first sample or samples, so that neither cancels.
+    # Sum around the mean of the first samples, so that neither the sums nor the squares cancel.
     plane = count // x.size(0)
     values = x if x.dtype in (torch.float32, torch.float64) else x.float()
     shift = values[: 1 + 15 // plane].mean(reduced_dims(x))
     mean, m2 = payload[:channels], payload[channels:-1]
 
-    def shift_and_add_up(part: Tensor) -> Tensor:
+    def shift_and_sum(part: Tensor) -> Tensor:
         shifted = part - over(shift, x)
-        if has_planes(x):  # runs of one channel: reducing these is much faster than several dimensions
+        if has_planes(x):  # torch reduces one dimension much faster than several
             runs = shifted.flatten(2)
             mean.add_(runs.sum(-1).to(payload.dtype).sum(0))
             m2.add_(torch.linalg.vector_norm(runs, dim=-1).to(payload.dtype).square_().sum(0))
@@ -50,7 +50,7 @@ def moments(x: Tensor) -> tuple[Tensor, Any]:
             m2.add_((rows * rows).sum(0))
         return shifted
 
-    shifted = _in_parts(shift_and_add_up, values)
+    shifted = _in_parts(shift_and_sum, values)
     mean /= count
     m2.addcmul_(mean, mean, value=-count).clamp_(min=0)
     mean += shift
@@ -59,7 +59,10 @@ def moments(x: Tensor) -> tuple[Tensor, Any]:
 
 
 def join(gathered: Tensor, eps: float) -> Tensor:
-    """Join the payloads (W, 2C + 1) of all ranks, weighted by counts: Chan, Golub and LeVeque, 1979."""
+    """Return the stats of all ranks from their payloads (W, 2C + 1), weighted by counts.
+
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
     channels = gathered.size(1) // 2
     means, m2s, counts = gathered.split([channels, channels, 1], 1)
     total = counts.sum()
@@ -69,14 +72,17 @@ def join(gathered: Tensor, eps: float) -> Tensor:
     return torch.cat([mean, invstd, m2 / (total - 1).clamp(min=1), total.view(1)])
 
 
-def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x - mean) * invstd * weight + bias, in the dtype and the layout of x."""
-    if kept is None:  # nothing to normalise
+def normalise(x: Tensor, intermediate: Any, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return (x - mean) * invstd * weight + bias, in the dtype and the layout of x.
+
+    `intermediate`: the second result of `moments`.
+    """
+    if intermediate is None:  # x is empty
         return torch.empty_like(x)
-    shifted, shift = kept
+    shifted, shift = intermediate
     mean, invstd = stats[: x.size(1)], stats[x.size(1) : 2 * x.size(1)]
     kind = shifted.dtype
-    planes = has_planes(x)  # torch's kernel would move other layouts than these and rows of 2 dimensions
+    planes = has_planes(x)  # torch's kernel copies an input that is neither planes nor 2-D rows
     y = torch.batch_norm(
         shifted if planes else _rows(shifted),
         None if weight is None else weight.to(kind),
@@ -94,14 +100,18 @@ def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: 
 
 
 def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor) -> None:
-    """Move the running statistics towards those of the batch, with the unbiased variance. An empty batch moves none."""
+    """Update the running statistics, in place, by those of the batch. An empty batch changes nothing.
+
+    The running variance uses the unbiased variance.
+    """
     channels = running_mean.numel()
-    part = stats[-1].clamp(max=1) * momentum
+    factor = stats[-1].clamp(max=1) * momentum
     for running, new in ((running_mean, stats[:channels]), (running_var, stats[2 * channels : 3 * channels])):
-        running.copy_(torch.lerp(running.to(stats.dtype), new, part.to(stats.dtype)))
+        running.copy_(torch.lerp(running.to(stats.dtype), new, factor.to(stats.dtype)))
 
 
 def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
+    """Return the sums of this rank's dy and dy * (x - mean) for each channel."""
     channels = x.size(1)
     if x.numel() == 0:
         return stats.new_zeros(2 * channels)
@@ -109,7 +119,7 @@ def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     mean, invstd = stats[:channels], stats[channels : 2 * channels]
     high = mean.to(kind)
     scale = invstd.to(kind)
-    if x.is_cuda:  # whose kernel for the other one needs a weight and running statistics
+    if x.is_cuda:  # on CUDA, native_batch_norm_backward needs a weight and running statistics
         sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
             dy.to(kind), x.to(kind), high, scale, None, True, False, False
         )
@@ -126,14 +136,14 @@ def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
 def parameter_gradients(
     sums: Tensor, stats: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """From this rank's samples alone; none for what the layer does not have."""
+    """Return the gradients of weight and bias from this rank's samples; None where the dtype is None."""
     channels = sums.numel() // 2
     d_weight = None if weight_dtype is None else (sums[channels:] * stats[channels : 2 * channels]).to(weight_dtype)
     return d_weight, None if bias_dtype is None else sums[:channels].to(bias_dtype, copy=True)
 
 
 def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, parts: Tensor) -> Tensor:
-    """(dy - sum_dy / n - (x - mean) * invstd² * sum_dy_xmu / n) * invstd * weight"""
+    """Return (dy - sum_dy / n - (x - mean) * invstd² * sum_dy_xmu / n) * invstd * weight."""
     sums = parts.sum(0)
     channels = x.size(1)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -151,7 +161,10 @@ def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, 
 
 
 def _in_parts(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
-    """`function(x, *others)`, where samples may come separately; a large input on the CPU in parts for the cache."""
+    """Return `function(x, *others)`, which handles each sample separately.
+
+    A large input on the CPU is handled in parts that fit the cache.
+    """
     samples = CACHED * len(x) // max(1, x.numel())
     if not x.is_cpu or x.numel() <= 4 * CACHED or samples == 0:
         return function(x, *others)
@@ -162,4 +175,5 @@ def _in_parts(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Te
 
 
 def _rows(x: Tensor) -> Tensor:
+    """Return x as (rows, C)."""
     return x.movedim(1, -1).reshape(-1, x.size(1))

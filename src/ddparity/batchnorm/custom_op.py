@@ -1,4 +1,4 @@
-"""The layer as one operator that torch.compile takes whole into its graph: the collectives are inside."""
+"""The layer as a custom operator. torch.compile puts it into its graph as one node, with the collectives inside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compat import constant_in_graph, group_name, group_of_name
 from .function import check_channels, input_gradients, normalised
 from .layout import dense
-from .stock import update
+from .reference import update
 
 
 @torch.library.custom_op(
@@ -36,9 +36,9 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    both = stats.dtype, stats.dtype
-    dx, d_weight, d_bias = input_gradients(dy, dense(x), weight, stats, eps, group_of_name(group), both)
-    assert d_weight is not None and d_bias is not None, "both were asked for"
+    dtypes = stats.dtype, stats.dtype
+    dx, d_weight, d_bias = input_gradients(dy, dense(x), weight, stats, eps, group_of_name(group), dtypes)
+    assert d_weight is not None and d_bias is not None, "a dtype was given for both"
     return dx, d_weight, d_bias
 
 
@@ -74,7 +74,10 @@ def compiled_batch_norm(
     eps: float,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """`function.sync_batch_norm` for a traced graph, of which the update of the running statistics is a part."""
+    """Do the same as `function.sync_batch_norm` in a traced graph. The update of `running` is a part of the graph.
+
+    Raises ValueError for tensors of another number of channels than x or on another device.
+    """
     if running is not None:
         check_channels(x, running_mean=running[0], running_var=running[1])
     check_channels(x, weight=weight, bias=bias)
@@ -87,4 +90,5 @@ def compiled_batch_norm(
 
 @constant_in_graph
 def _name(group: dist.ProcessGroup) -> str:
+    """Return the name of the group, as a constant of the graph: an operator takes no process group."""
     return group_name(group)

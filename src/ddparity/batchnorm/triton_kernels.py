@@ -1,13 +1,15 @@
-"""The layer's passes over memory as Triton kernels, for CUDA; the same functions as in `stock`.
+"""The kernels for CUDA, in Triton; the same functions as in `reference`.
 
-Import it only where there is Triton, which CUDA builds of torch bring along. A kernel is compiled at its first use, for
-a number of channels and positions (whether they are multiples of 16), not for a batch size.
+Import this module only if Triton is installed; CUDA builds of torch install it. Triton compiles a kernel at its first
+use. The compiled kernel depends on whether the numbers of channels and positions are multiples of 16, and not on the
+batch size.
 
-All sums run in float64 around a shift, so that large means cost no digits, and in an order that depends on the shape
-alone. What a channel has is cut into parts, so that few channels too occupy the whole device.
+All sums are computed in float64 around a shift, so a large mean does not reduce the precision. The order of a sum
+depends on the shape alone. The elements of a channel are divided into parts, so that a few channels also use the whole
+GPU.
 """
 
-# No `from __future__ import annotations`: Triton reads annotations as objects.
+# No `from __future__ import annotations`: Triton needs the annotations as objects.
 
 import ctypes
 import functools
@@ -19,37 +21,37 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compat import is_plain_tensor
-from . import stock
+from . import reference
 from .layout import sizes
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_TILE = 2048  # elements that a program holds at once
-_PROGRAMS = 512  # that the device is given to share out; several for each of its multiprocessors
-_CHANNELS = 64  # of a tile, where the channels of a position lie together
-_BLOCK = 128
+_TILE = 2048  # elements that a program handles at once
+_PROGRAMS = 512  # number of programs: several for each multiprocessor of the GPU
+_CHANNELS = 64  # channels of a tile, if the input is rows
+_BLOCK = 128  # channels that a program handles in kernels that read no input
 
 
 @triton.jit
-def _tile(number, part, more, n, c, m, per_n, per_m, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """A program's channels, the first position of its part in each direction, and where that part ends."""
-    part = part.to(tl.int64)
-    more = more.to(tl.int64)
+def _tile(block, part_n, part_m, n, c, m, per_n, per_m, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """Return a program's channels, the first positions of its part in both directions, and the ends of that part."""
+    part_n = part_n.to(tl.int64)
+    part_m = part_m.to(tl.int64)
     if ROWS:
-        channel = number * B + tl.arange(0, B)[None, :]
+        channel = block * B + tl.arange(0, B)[None, :]
         inner = tl.zeros((1, B), tl.int32)
     else:
-        channel = number + tl.zeros((1, B), tl.int32)
-        inner = more * per_m + tl.arange(0, B)[None, :]
-    outer = part * per_n + tl.arange(0, A)[:, None]
-    return channel, outer, inner, tl.minimum(n, (part + 1) * per_n), tl.minimum(m, (more + 1) * per_m)
+        channel = block + tl.zeros((1, B), tl.int32)
+        inner = part_m * per_m + tl.arange(0, B)[None, :]
+    outer = part_n * per_n + tl.arange(0, A)[:, None]
+    return channel, outer, inner, tl.minimum(n, (part_n + 1) * per_n), tl.minimum(m, (part_m + 1) * per_m)
 
 
 @triton.jit(do_not_specialize=["n", "per_n"])
 def _sums(x, dy, mean, parts, n, c, m, per_n, per_m, BACKWARD: tl.constexpr, ROWS: tl.constexpr, A: tl.constexpr,
           B: tl.constexpr):  # fmt: skip
-    """Of one part: sums of x - x[0] and of its square; in the backward of dy and of dy * (x - mean)."""
-    number, part, more = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channel, outer, inner, n_end, m_end = _tile(number, part, more, n, c, m, per_n, per_m, ROWS, A, B)
+    """Compute the sums of one part: x - x[0] and its square; in the backward dy and dy * (x - mean)."""
+    block, part_n, part_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channel, outer, inner, n_end, m_end = _tile(block, part_n, part_m, n, c, m, per_n, per_m, ROWS, A, B)
     if BACKWARD:
         centre = tl.load(mean + channel, mask=channel < c, other=0.0)
     else:
@@ -69,19 +71,19 @@ def _sums(x, dy, mean, parts, n, c, m, per_n, per_m, BACKWARD: tl.constexpr, ROW
             else:
                 first += value
                 second += value * value
-    to = parts + (more * tl.num_programs(1) + part).to(tl.int64) * 2 * c
+    to = parts + (part_m * tl.num_programs(1) + part_n).to(tl.int64) * 2 * c
     if ROWS:
-        at_c = number * B + tl.arange(0, B)
+        at_c = block * B + tl.arange(0, B)
         tl.store(to + at_c, tl.sum(first, 0), mask=at_c < c)
         tl.store(to + c + at_c, tl.sum(second, 0), mask=at_c < c)
     else:
-        tl.store(to + number, tl.sum(first))
-        tl.store(to + c + number, tl.sum(second))
+        tl.store(to + block, tl.sum(first))
+        tl.store(to + c + block, tl.sum(second))
 
 
 @triton.jit(do_not_specialize=["count", "total"])
 def _finish(parts, count, x, out, c, m, total, BACKWARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """Add the parts up; forward: to the payload."""
+    """Sum the parts; in the forward, compute the payload from the sums."""
     channel = tl.program_id(0) * B + tl.arange(0, B)
     inside = channel < c
     first = tl.zeros((A, B), tl.float64)
@@ -95,17 +97,18 @@ def _finish(parts, count, x, out, c, m, total, BACKWARD: tl.constexpr, A: tl.con
     one = tl.sum(first, 0)
     two = tl.sum(second, 0)
     if not BACKWARD:
-        number = tl.zeros((B,), tl.float64) + total
-        mean = one / number
+        total_count = tl.zeros((B,), tl.float64) + total
+        mean = one / total_count
         two = tl.maximum(two - one * mean, 0.0)
         one = mean + tl.load(x + channel.to(tl.int64) * m, mask=inside, other=0.0).to(tl.float64)
-        tl.store(out + 2 * c + channel, number, mask=channel == 0)
+        tl.store(out + 2 * c + channel, total_count, mask=channel == 0)
     tl.store(out + channel, one, mask=inside)
     tl.store(out + c + channel, two, mask=inside)
 
 
 @triton.jit(do_not_specialize=["ranks"])
-def _join(gathered, ranks, c, eps, more_eps, stats, BLOCK: tl.constexpr):
+def _join(gathered, ranks, c, eps, eps_low, stats, BLOCK: tl.constexpr):
+    """Compute the stats of all ranks from their payloads; eps is given in two parts."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < c
     width = 2 * c + 1
@@ -119,11 +122,11 @@ def _join(gathered, ranks, c, eps, more_eps, stats, BLOCK: tl.constexpr):
     m2 = tl.zeros((BLOCK,), tl.float64)
     for rank in range(ranks):
         own = gathered + rank * width
-        apart = tl.load(own + channel, mask=inside, other=0.0) - mean
-        m2 += tl.load(own + c + channel, mask=inside, other=0.0) + tl.load(own + 2 * c) * apart * apart
+        delta = tl.load(own + channel, mask=inside, other=0.0) - mean
+        m2 += tl.load(own + c + channel, mask=inside, other=0.0) + tl.load(own + 2 * c) * delta * delta
     tl.store(stats + channel, mean, mask=inside)
     variance = m2 / tl.maximum(total, 1.0)
-    tl.store(stats + c + channel, 1.0 / tl.sqrt(variance + eps + more_eps), mask=inside)
+    tl.store(stats + c + channel, 1.0 / tl.sqrt(variance + eps + eps_low), mask=inside)
     tl.store(stats + 2 * c + channel, m2 / tl.maximum(total - 1.0, 1.0), mask=inside)
     tl.store(stats + 3 * c + channel, total + tl.zeros((BLOCK,), tl.float64), mask=channel == 0)
 
@@ -132,9 +135,9 @@ def _join(gathered, ranks, c, eps, more_eps, stats, BLOCK: tl.constexpr):
 def _scale(x, dy, out, stats, weight, bias, sums, n, c, m, per_n, per_m, KIND: tl.constexpr, WEIGHT: tl.constexpr,
            BIAS: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, A: tl.constexpr,
            B: tl.constexpr):  # fmt: skip
-    """Forward: x normalised. Backward: the gradient of x. Both are (x - mean) * slope (+ dy * scale) + shift."""
-    number, part, more = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channel, outer, inner, n_end, m_end = _tile(number, part, more, n, c, m, per_n, per_m, ROWS, A, B)
+    """Compute (x - mean) * slope + shift: x normalised. In the backward add dy * scale: the gradient of x."""
+    block, part_n, part_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channel, outer, inner, n_end, m_end = _tile(block, part_n, part_m, n, c, m, per_n, per_m, ROWS, A, B)
     known = channel < c
     mean = tl.load(stats + channel, mask=known, other=0.0)
     invstd = tl.load(stats + c + channel, mask=known, other=0.0)
@@ -150,7 +153,7 @@ def _scale(x, dy, out, stats, weight, bias, sums, n, c, m, per_n, per_m, KIND: t
         shift = tl.zeros_like(scale)
         if BIAS:
             shift += tl.load(bias + channel, mask=known, other=0.0).to(tl.float64)
-    # The mean in two parts: x - high has no rounding where it matters, and the rest is in the shift.
+    # The mean is used in two parts: x - high is exact if x is near the mean, and the shift contains the low part.
     high = mean.to(KIND)
     shift = (shift - slope * (mean - high.to(tl.float64))).to(KIND)
     slope, scale = slope.to(KIND), scale.to(KIND)
@@ -166,45 +169,46 @@ def _scale(x, dy, out, stats, weight, bias, sums, n, c, m, per_n, per_m, KIND: t
 
 
 @triton.jit
-def _move(mean, var, stats, momentum, more_momentum, c, BLOCK: tl.constexpr):
+def _update(mean, var, stats, momentum, momentum_low, c, BLOCK: tl.constexpr):
+    """Update the running mean and variance; the momentum is given in two parts."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < c
-    some = tl.minimum(tl.load(stats + 3 * c), 1.0)  # an empty batch moves none
-    part = some * momentum + some * more_momentum
+    not_empty = tl.minimum(tl.load(stats + 3 * c), 1.0)  # 0 for an empty batch, which changes nothing
+    factor = not_empty * momentum + not_empty * momentum_low
     for number in tl.static_range(2):
         running = mean if number == 0 else var
         old = tl.load(running + channel, mask=inside, other=0.0).to(tl.float64)
         new = tl.load(stats + 2 * number * c + channel, mask=inside, other=0.0)
-        tl.store(running + channel, (old + part * (new - old)).to(running.dtype.element_ty), mask=inside)
+        tl.store(running + channel, (old + factor * (new - old)).to(running.dtype.element_ty), mask=inside)
 
 
 @functools.lru_cache(4096)
 def _plan(n: int, c: int, m: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The grid of programs, and how the kernels' arguments cut an input up."""
+    """Return the grid of programs, and the kernels' arguments that divide an input among them."""
     rows = m == 1
     b = min(_CHANNELS if rows else 1024, triton.next_power_of_2(c if rows else m))
     a = _TILE // b
-    across = triton.cdiv(c, b) if rows else c
-    parts = triton.cdiv(_PROGRAMS, across)  # of each channel
+    blocks = triton.cdiv(c, b) if rows else c
+    parts = triton.cdiv(_PROGRAMS, blocks)  # of each channel
     per_n = a * triton.cdiv(triton.cdiv(n, a), parts)
     by_n = triton.cdiv(n, per_n)
     per_m = b * triton.cdiv(triton.cdiv(m, b), max(1, parts // by_n))
-    return (across, by_n, triton.cdiv(m, per_m)), {"per_n": per_n, "per_m": per_m, "ROWS": rows, "A": a, "B": b}
+    return (blocks, by_n, triton.cdiv(m, per_m)), {"per_n": per_n, "per_m": per_m, "ROWS": rows, "A": a, "B": b}
 
 
 def handles(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels can work on this input, which is dense, with these other tensors."""
+    """Return True if the kernels can handle this dense input with these other tensors."""
     return all(value is None or (value.dtype in KINDS and is_plain_tensor(value)) for value in (x, *others))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Any]:
     if x.numel() == 0:
-        return stock.moments(x)
+        return reference.moments(x)
     return _summed(x, x, None), None
 
 
 def backward_sums(dy: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-    return stock.backward_sums(dy, x, stats) if x.numel() == 0 else _summed(x, dy, stats)
+    return reference.backward_sums(dy, x, stats) if x.numel() == 0 else _summed(x, dy, stats)
 
 
 def _summed(x: Tensor, dy: Tensor, stats: Tensor | None) -> Tensor:
@@ -224,15 +228,15 @@ def join(gathered: Tensor, eps: float) -> Tensor:
     c = width // 2
     stats = gathered.new_empty(3 * c + 1)
     with torch.cuda.device_of(gathered):
-        _join[_blocks(c)](gathered, ranks, c, *_in_two(eps), stats, BLOCK=_BLOCK)
+        _join[_blocks(c)](gathered, ranks, c, *_high_and_low(eps), stats, BLOCK=_BLOCK)
     return stats
 
 
-def normalise(x: Tensor, kept: Any, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalise(x: Tensor, intermediate: Any, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return _scaled(x, None, stats, weight, bias, None)
 
 
-parameter_gradients = stock.parameter_gradients  # a few numbers
+parameter_gradients = reference.parameter_gradients  # two values for each channel need no kernel
 
 
 def backward_input(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, parts: Tensor) -> Tensor:
@@ -271,18 +275,19 @@ def _scaled(
 def update(running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor) -> None:
     both, c = (running_mean, running_var), running_mean.numel()
     if isinstance(momentum, Tensor) or not all(running.is_contiguous() for running in both):
-        stock.update(running_mean, running_var, stats, momentum)
+        reference.update(running_mean, running_var, stats, momentum)
         return
     with torch.cuda.device_of(stats):
-        _move[_blocks(c)](running_mean, running_var, stats, *_in_two(momentum), c, BLOCK=_BLOCK)
+        _update[_blocks(c)](running_mean, running_var, stats, *_high_and_low(momentum), c, BLOCK=_BLOCK)
     torch.autograd.graph.increment_version(both)
 
 
-def _in_two(value: float) -> tuple[float, float]:
-    """A number as the sum of two that float32 holds, which is what Triton makes of a float."""
+def _high_and_low(value: float) -> tuple[float, float]:
+    """Return two float32 numbers whose sum is the value. Triton converts a float argument to float32."""
     high = ctypes.c_float(value).value
     return high, value - high
 
 
 def _blocks(c: int) -> tuple[int]:
+    """Return the grid of programs for C channels."""
     return (triton.cdiv(c, _BLOCK),)

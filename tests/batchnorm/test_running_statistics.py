@@ -1,4 +1,4 @@
-"""Running statistics of plain batch norms: those of one process, which runs all micro-batches in their order."""
+"""Tests that running statistics of plain batch norms equal those of one process, which runs all micro-batches."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "checkpointing": Checkpointed,
     "reentrant checkpointing": lambda: Checkpointed(use_reentrant=True),
     "frozen": Frozen,
-    "a buffer of one's own": WithBuffer,
+    "a user's buffer": WithBuffer,
 }
 UNUSED = {"find_unused_parameters": True}
 CASES = {
-    # Not Adam: it blows up the rounding of gradients that are zero, as that of a bias in front of a batch norm.
+    # Not Adam: it enlarges rounding errors of zero gradients, for example of a bias before a batch norm.
     name: Case(make, sgd, loss=_in_double, options=UNUSED if make is Sometimes else {})
     for name, make in MODELS.items()
 }
@@ -69,12 +69,12 @@ def _buffers(reduction: str) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def torchs_own() -> dict[str, dict[str, torch.Tensor]]:
-    """The oracle: in one process "fast" leaves everything to torch."""
+    """Return the oracle: in one process, torch itself does all of "fast"."""
     return run_ranks(_buffers, 1, "fast")[0]
 
 
 @pytest.mark.parametrize(("world_size", "reduction"), [(1, "strict"), (2, "fast"), (3, "fast")])
-def test_they_are_those_of_one_process(world_size: int, reduction: str, torchs_own) -> None:
+def test_running_statistics_equal_those_of_one_process(world_size: int, reduction: str, torchs_own) -> None:
     for found in run_ranks(_buffers, world_size, reduction):
         for name, buffers in found.items():
             for key, value in buffers.items():
@@ -88,7 +88,7 @@ def test_they_are_those_of_one_process(world_size: int, reduction: str, torchs_o
 
 
 def _with_fixed_weights(reduction: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Both reductions see the same batches: what differs is who moves the statistics."""
+    """Train with fixed weights, so that both reductions see the same batches and differ only in the update."""
 
     def unmoved(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.0)
@@ -104,7 +104,7 @@ def _with_fixed_weights(reduction: str, dtype: torch.dtype) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_replay_rounds_as_torch_does_or_in_the_last_place(dtype: torch.dtype) -> None:
+def test_the_replay_differs_from_torch_at_most_in_the_last_digits(dtype: torch.dtype) -> None:
     (torchs,) = run_ranks(_with_fixed_weights, 1, "fast", dtype)
     (ours,) = run_ranks(_with_fixed_weights, 1, "strict", dtype)
     on_two = run_ranks(_with_fixed_weights, 2, "fast", dtype)
@@ -121,12 +121,12 @@ def _rank_0s() -> tuple[float, float]:
     return found[0], found[1]
 
 
-def test_rank_0s_are_those_of_ddp() -> None:
+def test_the_statistics_of_rank_0_are_those_of_ddp() -> None:
     assert run_ranks(_rank_0s, 2) == [(24, 12), (24, 12)]  # 2 epochs of 3 steps of 4 micro-batches
 
 
 def _between_steps() -> list[torch.Tensor]:
-    """A forward outside of `accumulate` moves the statistics of its rank, as in a GAN whose parts run in turns."""
+    """Run forwards outside `accumulate`, which update the statistics of one rank, as in the training of a GAN."""
     model = dp.replicate(cnn(momentum=None), broadcast_buffers=False)
     generator = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(2):
@@ -140,17 +140,17 @@ def _between_steps() -> list[torch.Tensor]:
     return [buffer.clone() for buffer in model.buffers()]
 
 
-def test_ranks_that_went_apart_meet_again_at_rank_0s() -> None:
+def test_different_statistics_of_ranks_become_those_of_rank_0() -> None:
     first, second = run_ranks(_between_steps, 2)
     assert all(map(torch.equal, first, second))
-    assert first[2] == 2 * (1 + 2 * 2)  # batches that rank 0 counts: its own outside, all inside
+    assert first[2] == 2 * (1 + 2 * 2)  # rank 0 counts its own batches outside, and all batches inside
 
 
-# -- collectives --
+# --- collectives ---
 
 
 class _Shared(nn.Module):
-    """One layer, run several times in a forward."""
+    """A forward runs one layer several times."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -196,23 +196,23 @@ def _without_statistics() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "exchanges"),
+    ("make", "collectives"),
     [
         (_linear, [1, 1, 1]),
         (_without_statistics, [1, 1, 1]),
         (_evaluating, [1, 1, 1]),
         (_once, [2, 2, 2]),
-        (_three_times, [3, 2, 2]),  # the first finds how much room is needed
+        (_three_times, [3, 2, 2]),  # the first step finds out how much room it needs
     ],
 )
-def test_one_exchange_a_step(make, exchanges: list[int]) -> None:
+def test_one_collective_a_step(make, collectives: list[int]) -> None:
     for found in run_ranks(_collectives, 2, make, "strict"):
-        assert [counts.pop("gloo:all_to_all") for counts in found] == exchanges
-        if make is not _evaluating:  # DDP broadcasts the buffers of layers that are left to it
+        assert [counts.pop("gloo:all_to_all") for counts in found] == collectives
+        if make is not _evaluating:  # DDP broadcasts the buffers of other layers
             assert found == [{}] * 3
 
 
-# -- the user's layers are left as they were --
+# --- the user's layers do not change ---
 
 
 def _strict(layer: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -232,7 +232,7 @@ class _Interrupted(nn.BatchNorm1d):
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, StopAsyncIteration])
-def test_a_layer_is_afterwards_as_before(error: type[BaseException] | None) -> None:
+def test_a_layer_has_its_own_state_again_after_the_step(error: type[BaseException] | None) -> None:
     layer = (_Interrupted if error is KeyboardInterrupt else nn.BatchNorm1d)(3)
     model, before = _strict(layer)
     running = layer.running_mean
@@ -250,19 +250,19 @@ def test_a_layer_is_afterwards_as_before(error: type[BaseException] | None) -> N
     else:
         for _ in range(2):
             model(micro.data).mean().backward()
-            assert running.eq(0).all()  # they move after the loop
+            assert running.eq(0).all()  # they are updated after the loop
             micro = next(steps, None)
         assert running.ne(0).all()
     assert _state(layer) == before
     assert running.ne(0).any() == (error is None)
 
 
-def test_a_loop_that_an_exception_keeps_alive_does_not_disturb_the_next() -> None:
+def test_an_unfinished_loop_does_not_change_the_next_one() -> None:
     layer = nn.BatchNorm1d(3)
     model, before = _strict(layer)
     x = torch.randn(2, 4, 3)
-    left = dp.accumulate(model, x)
-    next(left)
+    unfinished = dp.accumulate(model, x)
+    next(unfinished)
     for micro in dp.accumulate(model, x):
         (model(micro.data).mean() * micro.weight).backward()
     expected = nn.BatchNorm1d(3)
@@ -270,12 +270,12 @@ def test_a_loop_that_an_exception_keeps_alive_does_not_disturb_the_next() -> Non
         expected(part)
     torch.testing.assert_close(layer.running_var, expected.running_var)
     torch.testing.assert_close(layer.running_mean, expected.running_mean)
-    left.close()
+    unfinished.close()
     assert _state(layer) == before
     assert layer.num_batches_tracked == 2
 
 
-def test_evaluating_inside_of_a_step_takes_the_statistics_before_it() -> None:
+def test_an_evaluation_inside_a_step_uses_the_statistics_before_the_step() -> None:
     layer = nn.BatchNorm1d(3)
     model, _ = _strict(layer)
     x = torch.randn(4, 3)
@@ -287,8 +287,8 @@ def test_evaluating_inside_of_a_step_takes_the_statistics_before_it() -> None:
     assert layer.num_batches_tracked == 2
 
 
-def test_nobody_counts_the_batches() -> None:
-    """torch leaves the statistics alone where the momentum is None and nothing counts."""
+def test_layers_without_a_batch_count() -> None:
+    """torch does not update the statistics if the momentum is None and the batches are not counted."""
     for momentum in (0.3, None):
         layer, expected = nn.BatchNorm1d(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
         layer.num_batches_tracked = expected.num_batches_tracked = None
@@ -301,7 +301,7 @@ def test_nobody_counts_the_batches() -> None:
 
 
 def _half(dtype: torch.dtype) -> torch.Tensor:
-    """Buffers of several dtypes travel in one collective."""
+    """Send buffers of several dtypes in one collective."""
     model = dp.replicate(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3).to(dtype)), reduction="strict")
     x = torch.arange(24.0).view(2, 4, 3)
     rank, size = dist.get_rank(), 2 // dist.get_world_size()
@@ -325,7 +325,7 @@ def _lazy() -> bool:
     return bool(model[0].running_mean.ne(0).all())
 
 
-def test_a_lazy_layer_is_left_to_torch_until_it_has_its_shape() -> None:
+def test_torch_updates_a_lazy_layer_in_its_first_step() -> None:
     assert run_ranks(_lazy, 1) == [True]
 
 
@@ -343,7 +343,7 @@ def _compiled(reduction: str) -> tuple[int, list[str]]:
     return net[1].num_batches_tracked.item(), told
 
 
-def test_a_compiled_layer_is_refused_or_told() -> None:
+def test_a_compiled_layer_raises_an_error_or_logs_a_warning() -> None:
     (count, told), (_, others) = run_ranks(_compiled, 2, "fast")
     assert count == 4
     assert told == ["the model is compiled, and a batch norm inside of a graph does not tell a batch's statistics: its "

@@ -1,4 +1,4 @@
-"""The Triton kernels of the batch norm, without and with a GPU."""
+"""Tests of the Triton kernels, in Triton's interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddparity.batchnorm import stock
-from ddparity.batchnorm.passes import passes_for
+from ddparity.batchnorm import reference
+from ddparity.batchnorm.dispatch import kernels_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this build of torch has no Triton")
 
@@ -31,23 +31,23 @@ def _compare(device: str, variables: dict[str, str]) -> str:
     return ended.stdout + ended.stderr
 
 
-def test_they_agree_with_torchs_operators_where_tritons_interpreter_runs_them() -> None:
+def test_kernels_in_the_interpreter_equal_the_reference_kernels() -> None:
     assert _compare("cpu", {"TRITON_INTERPRET": "1"}) == "all agree\n"
 
 
 @pytest.mark.gpu
-def test_they_agree_with_torchs_operators_on_a_card() -> None:
+def test_kernels_on_a_gpu_equal_the_reference_kernels() -> None:
     assert _compare("cuda", {}) == "all agree\n"
 
 
 @pytest.mark.gpu
-def test_a_result_has_the_same_bits_each_time() -> None:
+def test_each_call_gives_the_same_bits() -> None:
     x = torch.randn(64, 64, 56, 56, device="cuda")
-    kernels = passes_for(x)
-    assert kernels.__name__ == "ddparity.batchnorm.kernels"
+    kernels = kernels_for(x)
+    assert kernels.__name__ == "ddparity.batchnorm.triton_kernels"
     for layout in (torch.contiguous_format, torch.channels_last):
-        laid = x.to(memory_format=layout)
-        first, _ = kernels.moments(laid)
-        assert (first - stock.moments(laid.double())[0]).abs().max() < 1e-7
+        value = x.to(memory_format=layout)
+        first, _ = kernels.moments(value)
+        assert (first - reference.moments(value.double())[0]).abs().max() < 1e-7
         for _ in range(5):
-            assert torch.equal(kernels.moments(laid)[0], first)
+            assert torch.equal(kernels.moments(value)[0], first)
