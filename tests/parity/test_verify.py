@@ -20,7 +20,7 @@ from ddparity.parity import CheckedStep, Comparison, Difference, show
 from ddparity.parity.causes import CAUSES
 from ddparity.parity.digests import difference, digest
 from ddparity.parity.noise import PermutedSum, envelope, tolerance_factor
-from ddparity.parity.record import checked_steps
+from ddparity.parity.notes import checked_steps
 from tests.parity.verify_cases import (
     FAULTS,
     IMAGES,

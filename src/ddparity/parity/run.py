@@ -33,7 +33,7 @@ from ..task.task import Task, check_task, load_task
 from ..task.train import backward, build
 from .digests import difference, digest, streams_digest
 from .noise import PermutedSum
-from .record import MicroNote, Notes, StepNote, TaggedCollate, checked_steps, tagged, write_notes
+from .notes import MicroNote, Notes, StepNote, TaggedCollate, checked_steps, tagged, write_notes
 
 # What the elastic agent sets in a process.
 _LAUNCHERS = {

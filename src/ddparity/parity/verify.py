@@ -17,11 +17,11 @@ from ..gradients.replicate import Reduction
 from ..launcher import launch_forked
 from ..runtime.environment import find_placement
 from ..task.task import Task, check_task, load_task
-from .compare import compare, largest_weights, measure
 from .comparison import CheckedStep, Comparison, Curve, Divergence
 from .noise import Measured, envelope, tolerance_factor
-from .record import Run, checked_steps, read_run
+from .notes import Run, checked_steps, read_run
 from .run import RunPlan, Settings, run_alone, run_together
+from .stages import compare, largest_weights, measure
 
 logger = logging.getLogger(__name__)
 

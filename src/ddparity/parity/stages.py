@@ -12,7 +12,7 @@ from .causes import Cause
 from .comparison import CheckedStep, Difference, Divergence, Stage
 from .digests import relative
 from .noise import Measured
-from .record import MicroNote, Run, StepNote
+from .notes import MicroNote, Run, StepNote
 
 # Differences of weights above this are all rounding: what such a parameter becomes says nothing about the others.
 _ALL_ROUNDING = 0.1
