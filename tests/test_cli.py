@@ -75,7 +75,7 @@ WRONG = [
     (ONE, "verify t.py --nproc 3", "3 ranks but only 2 micro-batches in a step (global batch 4, micro-batch 2)"),
     (ONE, "verify t.py --nproc 0", "--nproc 0: start at least 1 process"),
     (ONE, "verify t.py --world-sizes 1,x", "--world-sizes 1,x: give numbers of processes, as in 1,2,4"),
-    (ONE, "verify t.py --world-sizes 1,0", "--world-sizes 1,0: numbers of processes are at least 1"),
+    (ONE, "verify t.py --world-sizes 1,0", "--world-sizes 1,0: a number of processes must be at least 1"),
     (ONE, "verify t.py --nproc 2 --world-sizes 1,2", "--nproc 2 --world-sizes 1,2: give one of the two"),
     (
         ONE,
@@ -153,7 +153,10 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
     assert "torchrun started this process already, as rank 1 of 2" in result.stderr
     (folder / "t.py").write_text(ONE)
     result = CliRunner().invoke(app, ["train", "t.py", "--nproc", "2"])
-    assert (result.exit_code, result.stderr) == (2, "ddparity: --nproc 2: torchrun started 2 processes already\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "ddparity: --nproc 2: torchrun started 2 processes already: leave --nproc out\n",
+    )
 
 
 @pytest.mark.parametrize(("command", "words"), [

@@ -1,20 +1,21 @@
-"""What one process of a run notes down, and the notes of all its processes together."""
+"""The notes that each rank of a run writes to a file, and the run that is read from these files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch.utils.data import default_collate
 
 
 @dataclass
 class MicroNote:
-    """One micro-batch: the data-set indices, digests of the data, of the streams before and after the forward, of the
-    model's outputs and the loss, the loss and its weight. Of joined micro-batches the loss is that of all of them."""
+    """What one micro-batch had.
+
+    `samples`: data-set indices. `data`: a digest. `before` and `after`: digests of the random streams before and after
+    the forward. `forward`: a digest of the model's outputs and the loss. If micro-batches were joined into one batch,
+    `before`, `after`, `forward` and `loss` are those of the joined batch.
+    """
 
     index: int
     samples: list[int]
@@ -28,7 +29,12 @@ class MicroNote:
 
 @dataclass
 class StepNote:
-    """One step on one rank. By parameter or buffer: digests, norms of gradients, differences from the reference."""
+    """What one step had on one rank.
+
+    The dicts are by name of parameter or buffer. `gradients`, `weights`, `buffers`: digests. `norms`: of gradients.
+    `differences`: of weights and buffers from the reference run. `optimizer`: a digest of its state. Only checked
+    steps have more than `micros`.
+    """
 
     step: int
     micros: list[MicroNote] = field(default_factory=list)
@@ -42,9 +48,12 @@ class StepNote:
 
 
 @dataclass
-class Notes:
-    """A run on one rank. `built`: digests of what the Task's model() gave; `units`: what a quantity's last place is
-    worth."""
+class RankNotes:
+    """All notes of one rank.
+
+    `built`: digests of the parameters and buffers that the Task's `model()` returned. `units`: the relative size of one
+    unit in the last place, by quantity.
+    """
 
     rank: int
     device: str
@@ -57,74 +66,44 @@ class Notes:
 
 @dataclass
 class Run:
-    """The notes of all ranks of a run, by rank."""
+    """The notes of all ranks of one run, in rank order."""
 
-    ranks: list[Notes]
+    ranks: list[RankNotes]
 
     @property
     def world_size(self) -> int:
         return len(self.ranks)
 
     def steps(self) -> Iterator[tuple[StepNote, ...]]:
-        """The ranks' notes, step by step."""
+        """Yield the notes of each step, one for each rank."""
         return zip(*(notes.steps for notes in self.ranks), strict=True)
 
 
-def write_notes(notes: Notes, folder: Path) -> None:
+def write_notes(notes: RankNotes, folder: Path) -> None:
+    """Write the notes of one rank to a JSON file in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"rank{notes.rank}.json").write_text(json.dumps(asdict(notes)))
 
 
 def read_run(folder: Path, world_size: int) -> Run:
+    """Read the notes that `world_size` ranks wrote to `folder`."""
     return Run([_read(folder / f"rank{rank}.json") for rank in range(world_size)])
 
 
-def _read(path: Path) -> Notes:
+def _read(path: Path) -> RankNotes:
     values = json.loads(path.read_text())
     values["steps"] = [
         StepNote(**{**step, "micros": [MicroNote(**micro) for micro in step["micros"]]}) for step in values["steps"]
     ]
-    return Notes(**values)
+    return RankNotes(**values)
 
 
 def checked_steps(steps: int) -> list[int]:
-    """The steps after which weights are compared: the first 20, then ever fewer, and the last; 31 of 1,000."""
+    """Return the steps after which a run of `steps` steps is checked.
+
+    These are the first 20, then fewer and fewer, and the last: 30 of 1,000.
+    """
     checked = list(range(1, min(steps, 20) + 1))
     while checked and checked[-1] < steps:
         checked.append(min(steps, checked[-1] * 3 // 2))
     return checked
-
-
-class Tagged:
-    """A data set whose samples carry their indices, so that what was loaded is noted, and not what was asked for."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
-
-
-class TaggedTogether(Tagged):
-    """The same for a data set that gives several samples at once."""
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        items = self.dataset.__getitems__(indices)
-        return list(zip(indices, items, strict=True))
-
-
-def tagged(dataset: Any) -> Tagged:
-    return TaggedTogether(dataset) if hasattr(dataset, "__getitems__") else Tagged(dataset)
-
-
-class TaggedCollate:
-    """Collates tagged samples: their indices, and what the Task's own function makes of them."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any] | None) -> None:
-        self._collate = collate_fn or default_collate
-
-    def __call__(self, samples: list[tuple[int, Any]]) -> tuple[list[int], Any]:
-        return [index for index, _ in samples], self._collate([item for _, item in samples])
