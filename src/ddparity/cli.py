@@ -83,7 +83,9 @@ def doctor(
     rendezvous: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="Also test the address where the machines of a job meet.", show_default=False
+            metavar="HOST:PORT",
+            help="Where the machines of a job meet. Shows this machine's route to it.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:

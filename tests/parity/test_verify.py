@@ -26,9 +26,9 @@ from tests.parity.verify_cases import (
     IMAGES,
     cnn,
     cnn_without_dropout,
+    correct_task,
     dropped_micro_batch,
     fails_on_rank_1,
-    honest,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ BITS = (
 def test_a_fault_is_caught_with_its_stage_and_cause(fault: str, reduction: str) -> None:
     parts, processes, stage, cause = FAULTS[fault]
     with pytest.raises(dp.ParityError) as caught:
-        dp.verify(honest(**parts), (1, 2), steps=3, reduction=reduction, permutations=2)
+        dp.verify(correct_task(**parts), (1, 2), steps=3, reduction=reduction, permutations=2)
     (found,) = caught.value.comparison.divergences
     assert (found.processes, found.stage, found.cause) == (processes, stage, CAUSES[cause])
     assert found.cause.sentence in str(caught.value)
@@ -66,8 +66,8 @@ def test_a_fault_is_caught_with_its_stage_and_cause(fault: str, reduction: str) 
         ({**IMAGES, "model": cnn}, {"world_sizes": (3, 2), "steps": 4, "reduction": "strict"}),
     ],
 )
-def test_an_honest_task_has_parity(parts: dict, options: dict) -> None:
-    found = dp.verify(honest(**parts), **options)
+def test_a_correct_task_has_parity(parts: dict, options: dict) -> None:
+    found = dp.verify(correct_task(**parts), **options)
     assert found.parity
     sizes = {*options["world_sizes"]} | {1}
     assert set(found.fingerprints) == sizes
@@ -88,13 +88,13 @@ def test_checked_steps_stay_few() -> None:
 
 def test_synchronised_batch_norms_are_compared_with_joined_micro_batches() -> None:
     parts = {**IMAGES, "model": cnn_without_dropout, "drop_last": True}
-    found = dp.verify(honest(**parts), (2, 3), steps=4, sync_batchnorm=True, permutations=2)
+    found = dp.verify(correct_task(**parts), (2, 3), steps=4, sync_batchnorm=True, permutations=2)
     assert found.synchronised
     assert "joined" in found.verdict()
     with pytest.raises(dp.ParityError, match=r"in gradients"):  # joined micro-batches hide no fault
-        dp.verify(honest(**parts, loss=dropped_micro_batch), (2,), steps=3, sync_batchnorm=True, permutations=2)
+        dp.verify(correct_task(**parts, loss=dropped_micro_batch), (2,), steps=3, sync_batchnorm=True, permutations=2)
     with pytest.raises(ValueError, match="draws random numbers in its forward"):
-        dp.verify(honest(**{**parts, "model": cnn}), (2,), steps=1, sync_batchnorm=True)
+        dp.verify(correct_task(**{**parts, "model": cnn}), (2,), steps=1, sync_batchnorm=True)
 
 
 @pytest.mark.parametrize("runs", [1, 2, 4, 8])
@@ -169,24 +169,24 @@ def test_digests_see_bits_names_and_types() -> None:
 )
 def test_wrong_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dp.verify(honest(), **arguments)
+        dp.verify(correct_task(), **arguments)
 
 
 def test_a_task_that_cannot_be_pickled_is_refused() -> None:
     with pytest.raises(TypeError, match="make its parts functions of a module, not lambdas"):
-        dp.verify(honest(loss=lambda model, data: model(data[0]).sum()))
+        dp.verify(correct_task(loss=lambda model, data: model(data[0]).sum()))
 
 
 def test_inside_a_launched_job_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ValueError, match="torchrun started this process, as rank 1 of 2"):
-        dp.verify(honest())
+        dp.verify(correct_task())
 
 
 def test_a_run_that_fails_names_its_rank() -> None:
     with pytest.raises(dp.RankFailure, match=r"rank 1 failed in run_together: .*lost on rank 1") as caught:
-        dp.verify(honest(loss=fails_on_rank_1), steps=2, reduction="strict")
+        dp.verify(correct_task(loss=fails_on_rank_1), steps=2, reduction="strict")
     assert "fails_on_rank_1" in caught.value.__notes__[0]
 
 
@@ -203,7 +203,7 @@ import ddparity as dp
 from tests.parity import verify_cases
 
 print("a Task may print")
-task = verify_cases.honest({parts})
+task = verify_cases.correct_task({parts})
 """
 
 

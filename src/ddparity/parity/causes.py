@@ -22,24 +22,24 @@ INITIAL_WEIGHTS = Cause(
     "docs/tasks.md",
 )
 SAMPLES = Cause(
-    "A data set or collate function that depends on the rank, has random streams of its own, or repeats or drops "
-    "samples, returns other samples than the plan's.",
+    "A data set or collate function uses the rank, keeps its own random streams, or repeats or drops samples. Then a "
+    "step differs from the plan's.",
     "docs/data.md",
 )
 DATA = Cause(
-    "ddparity does not seed random streams that are not global, such as a `numpy.random.Generator` of the data set or "
-    "the state of an augmentation library. Seed them in `__getitem__` from `torch.initial_seed()`, which is the "
-    "micro-batch's key.",
+    "Streams that are not global (a `numpy.random.Generator` that the data set keeps, the state of an augmentation "
+    "library) belong to the user. Seed them inside `__getitem__` from `torch.initial_seed()`, which is the "
+    "micro-batch's seed.",
     "docs/data.md",
 )
 STREAMS = Cause(
-    "A forward that seeds the global random streams, or whose number of draws depends on the rank or the process, "
-    "leaves streams that do not depend on the micro-batch alone.",
+    "A forward seeds the global streams, or the count of numbers that it draws depends on the rank or the process. "
+    "Then the streams no longer follow the micro-batch's key.",
     "docs/data.md",
 )
 FORWARD = Cause(
-    "A forward that draws from a generator of its own, or depends on the rank, the world size or an earlier "
-    "micro-batch, is not a function of its micro-batch alone.",
+    "A forward draws from its own generator, or uses the rank, the world size or an earlier micro-batch. Then it is "
+    "not a function of the micro-batch.",
     "docs/data.md",
 )
 SCALE = Cause(

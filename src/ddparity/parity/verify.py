@@ -102,7 +102,7 @@ def compare_runs(
     threads: int = 1,
     permutations: int = 4,
 ) -> Comparison:
-    """Do the same as `verify`, but return the comparison if the runs diverge, too."""
+    """Do the same as `verify`, but return the comparison even if the runs diverge."""
     sizes = sorted({checked_integer(size, "world_sizes") for size in world_sizes} | {1})
     numbers = {"steps": steps, "num_workers": num_workers, "threads": threads, "permutations": permutations}
     for name, least in (("steps", 1), ("num_workers", 0), ("threads", 1), ("permutations", 2)):

@@ -58,7 +58,7 @@ class Task:
         for name, value in parts.items():
             setattr(self, name, value)
         if self.metric is not None and self.sums is not None:
-            raise TypeError("Task() got metric and sums, which replace each other: give one")
+            raise TypeError("Task() got metric and sums: give one")
         if missing := [name for name in names if not hasattr(self, name)]:
             raise TypeError(f"Task() lacks {', '.join(missing)}: give them as arguments, or as methods of a subclass")
         for name in ("global_batch", "micro_batch", "epochs"):

@@ -205,7 +205,7 @@ def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, stat
 def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
     """Do one reduction of gradients and drop them, so that DDP's buckets are those of the training that is resumed.
 
-    DDP arranges its buckets anew after its first reduction. From three ranks on, the order of a sum, and so its
+    DDP rebuilds its buckets after its first reduction. From three ranks on, the order of a sum, and so its
     rounding, depends on the position of a gradient in its bucket.
     """
     if not isinstance(model, DistributedDataParallel) or dist.get_world_size() < 3:
