@@ -1,9 +1,11 @@
-"""Kills ranks and machines, and cuts the network, while strict trainings run: all must end with the undisturbed bits.
+"""Kill ranks and machines, and cut the network, while strict trainings run.
+
+Each training must end with the same bits as one without faults.
 
 python benchmarks/chaos.py [--minutes 20] [--seed 0]
 
-Machines are network namespaces (root, Linux); without them one machine stays. This script plays the scheduler: a
-launcher that ends with an error, or is killed, is started again.
+Machines are network namespaces (root, Linux). Without these there is one machine. This script does the work of a
+scheduler: it starts a launcher again that is killed or ends with an error.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from tests.ranks import free_port
 
 SCRIPT = str(Path(__file__).parent.parent / "tests" / "launcher" / "elastic_training.py")
 EPOCHS, PACE_S = 8, 0.04  # 192 micro-batches
-LIMIT_S = 300.0  # a training that takes longer hangs
-PAUSE_S = (0.5, 12.0)  # between two faults; a start takes about 5 s
+LIMIT_S = 300.0  # a training that takes longer counts as hung
+PAUSE_S = (0.5, 12.0)  # the least and the most between two faults; a start takes about 5 s
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One training's machines and ranks. With a range, it goes on with the machines that are left."""
+    """The machines and ranks of one training. An `elastic` training continues with the machines that remain."""
 
     machines: int
     nproc: int
@@ -49,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-results", action="store_true", help="only print")
+    parser.add_argument("--no-results", action="store_true", help="print the results and do not write them")
     given = parser.parse_args()
     about = this_machine()
     counts = chaos(given.minutes * 60, given.seed)
@@ -76,7 +78,7 @@ NAMES = (
 
 
 def chaos(seconds: float, seed: int) -> Counter[str]:
-    """Train again and again under faults, until the time is over; gives how often what happened."""
+    """Train again and again with faults for this many seconds, and return how often each event of NAMES happened."""
     dice, counts, deadline = random.Random(seed), Counter[str](), time.monotonic() + seconds
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -89,28 +91,28 @@ def chaos(seconds: float, seed: int) -> Counter[str]:
         number = 0
         while time.monotonic() < deadline:
             number += 1
-            # All shapes in turn; the first has several ranks and, where there can be, machines.
+            # Take the shapes in turn. The first has several machines, if there are namespaces.
             shapes = [Shape(2, 1, True), Shape(1, 3, False), Shape(2, 2, True), Shape(1, 1, False), Shape(2, 1, False)]
             shape = shapes[(number - 1) % len(shapes)]
             if net is None:
                 shape = Shape(1, dice.choice([1, 2, 3]), False)
             faults = dice.randint(2, 6)
             job = Job(shape, folder / f"checkpoint{number}", net, counts)
-            said = job.train(dice, faults, deadline)
-            if said is None:
+            found = job.train(dice, faults, deadline)
+            if found is None:
                 counts["hung"] += 1
             else:
                 counts["trainings finished"] += 1
-                good = said and all(
-                    found[0] == expected[0] and found[1] in (expected[1], "elsewhere") for found in said
+                good = found and all(
+                    trained == expected[0] and predicted in (expected[1], "elsewhere") for trained, predicted in found
                 )
                 counts["mismatches"] += not good
-            print(f"{number}: {shape}, {faults} faults: {said and set(said)}; {dict(counts)}", flush=True)
+            print(f"{number}: {shape}, {faults} faults: {found and set(found)}; {dict(counts)}", flush=True)
     return counts
 
 
 class Job:
-    """One training, on launchers that are started again when they end with an error."""
+    """One training. Its launchers are started again if they end with an error."""
 
     def __init__(self, shape: Shape, checkpoint: Path, net: Network | None, counts: Counter[str]) -> None:
         self._shape, self._checkpoint, self._net, self._counts = shape, checkpoint, net, counts
@@ -119,26 +121,26 @@ class Job:
         self._ended: list[Machine] = []
 
     def train(self, dice: random.Random, faults: int, deadline: float) -> list[tuple[str, str]] | None:
-        """The fingerprints that the ranks print in the end; None where the training hangs."""
+        """Train, and return the fingerprints that the ranks print at the end; None if the training hangs."""
         limit = time.monotonic() + LIMIT_S
-        strikes = time.monotonic() + dice.uniform(*PAUSE_S)
+        next_fault = time.monotonic() + dice.uniform(*PAUSE_S)
         with self._machines():
             while True:
                 for number in range(self._shape.machines):
                     self._keep_running(number)
                 if not self._running:
-                    said = [re.findall(r"trained (\w{64}) predicted (\w+)", one.text) for one in self._ended]
-                    return [one for found in said for one in found]
+                    printed = [re.findall(r"trained (\w{64}) predicted (\w+)", one.text) for one in self._ended]
+                    return [pair for pairs in printed for pair in pairs]
                 now = time.monotonic()
                 if now > limit:
                     for number, one in self._running.items():
                         print(f"machine {number} hangs:\n{one.text[-3000:]}")
                     return None
-                if now > strikes and faults > 0 and now < deadline:
+                if now > next_fault and faults > 0 and now < deadline:
                     faults -= 1
-                    self._strike(dice)
-                    strikes = time.monotonic() + dice.uniform(*PAUSE_S)
-                time.sleep(0.1)  # faults come at chosen times, whatever the job says
+                    self._cause_fault(dice)
+                    next_fault = time.monotonic() + dice.uniform(*PAUSE_S)
+                time.sleep(0.1)  # faults come at random times, so there is no event to wait for
 
     @contextmanager
     def _machines(self) -> Iterator[None]:
@@ -162,7 +164,7 @@ class Job:
         self._running[number] = Machine([*where, SCRIPT, *task], name)
 
     def _keep_running(self, number: int) -> None:
-        """As a scheduler does: a launcher that failed is started again, as long as the job has not finished."""
+        """Start a launcher again that failed, as a scheduler does, until one launcher of the job has succeeded."""
         one = self._running.get(number)
         if one is None or one.process.poll() is None:
             return
@@ -172,11 +174,11 @@ class Job:
         if code == 0:
             self._ended.append(one)
             return
-        one.kill()  # what it left
+        one.kill()  # processes that the launcher left behind
         if not any(ended.process.returncode == 0 for ended in self._ended):
             self._start(number)
 
-    def _strike(self, dice: random.Random) -> None:
+    def _cause_fault(self, dice: random.Random) -> None:
         several = len(self._running) > 1
         kind = dice.choices(["rank", "machine", "cut"], [5, 3 if several else 1, 2 if several else 0])[0]
         number = dice.choice(sorted(self._running))

@@ -1,12 +1,12 @@
-"""Which evaluation gives what one process gives: ddparity, Accelerate, the recipe of 2020 and Lightning, counted.
+"""Count which evaluations return what one process returns: ddparity, Accelerate, the recipe of 2020 and Lightning.
 
 python benchmarks/eval_correctness.py [--nproc 1 2 3 4] [--quick]
 python benchmarks/eval_correctness.py --ours  # ddparity alone, on every batch size from 1 to 16
 
-Every contender runs every case (data-set size, batch size, number of processes, kind of output; the data repeats
-samples), and what rank 0 holds at the end is compared, sample by sample, with a plain loop in one process. A case is
-right, wrong (something else, without a word), refused (an exception, or a process that aborts) or hung. Ours may not
-be wrong: then the exit code is 1. `--quick` only tries that everything runs: it writes nothing.
+Each contender runs each case (data-set size, batch size, number of processes, kind of output; samples repeat in the
+data). The result on rank 0 is compared, sample by sample, with that of a plain loop in one process. A case is right,
+wrong (another result without an error), refused (an exception, or a process that aborts) or hung. If ddparity is wrong
+or hangs, the exit code is 1. `--quick` checks that everything runs, and writes nothing.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ import ddparity as dp
 from predict import SequentialDistributedSampler, distributed_concat, nested_concat
 from results import machine, table, write_section
 
-HANG_S = 30  # without a word from a case, which takes a tenth of a second
-POLL_S = 0.01  # between two looks whether another rank's child has ended
+HANG_S = 30  # a case takes a tenth of a second; without news for this time it counts as hung
+POLL_S = 0.01  # between two checks whether another rank's child has ended
 BEGIN = "begin"
 WORST_FIRST = ("hung", "refused", "wrong", "right")
 ELSEWHERE = "another rank failed"
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`what`: one of WORST_FIRST. `why`: in words, empty where it is right."""
+    """The result of a case. `what`: one of WORST_FIRST. `why`: the reason in words, empty for "right"."""
 
     what: str
     why: str = ""
@@ -103,10 +103,10 @@ def values(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A model and how its output, of a batch or of the whole data set, reads as a list with one entry a sample.
+    """A model, and `rows`, which turns its output for a batch or the whole data set into a list of one entry a sample.
 
-    A regular result may be one tensor or a list of its rows: both read alike. `objects`: what does not stack, for
-    which Accelerate's documentation has `use_gather_object`.
+    A regular result may be one tensor or a list of its rows: `rows` returns the same for both. `objects`: outputs do
+    not stack, so Accelerate needs `use_gather_object`, as its documentation says.
     """
 
     model: Callable[[Tensor], Any]
@@ -120,7 +120,7 @@ def _zipped(output: tuple[Any, Any]) -> list[Any]:
 
 
 def _unpadded(output: Any) -> list[Tensor]:
-    """How far rows are padded depends on the batches that a contender makes: not a fault."""
+    """Return rows without padding, because its length depends on a contender's batches, and is no fault."""
     return [row[row != 0] for row in output]
 
 
@@ -139,7 +139,7 @@ KINDS = {
 }
 
 
-# Contenders: each returns the parts, one or several, that its user holds on rank 0; of a mean the number
+# Contenders: each returns a list of the results that its user has on rank 0; for a mean, a list of the number
 
 
 def ddparity(data: Tensor, batch_size: int, kind: Kind, mean: bool) -> list[Any]:
@@ -157,7 +157,7 @@ def _accelerator() -> Accelerator:
 
 
 def accelerate(data: Tensor, batch_size: int, kind: Kind, mean: bool) -> list[Any]:
-    """As documented: the whole output to `gather_for_metrics`; a loss as in the examples of transformers."""
+    """Evaluate as documented: the whole output to `gather_for_metrics`; a loss as in the examples of transformers."""
     accelerator = _accelerator()
     loader = accelerator.prepare(DataLoader(data, batch_size))
     if mean:
@@ -167,7 +167,7 @@ def accelerate(data: Tensor, batch_size: int, kind: Kind, mean: bool) -> list[An
 
 
 def recipe(data: Tensor, batch_size: int, kind: Kind, mean: bool) -> list[Any]:
-    """What Trainer.predict of transformers 3 did in 2020, and many since; in one process nothing is gathered."""
+    """Evaluate as Trainer.predict of transformers 3 did in 2020; in one process nothing is gathered."""
     outputs: Any = None
     losses = []
     several = dist.is_initialized()
@@ -207,7 +207,7 @@ def _trainer() -> lightning.Trainer:
 
 
 def lightnings(data: Tensor, batch_size: int, kind: Kind, mean: bool) -> list[Any]:
-    """`Trainer.predict`, and `Trainer.validate` for the mean of a logged value."""
+    """Evaluate with `Trainer.predict`, and with `Trainer.validate` for the mean of a logged value."""
     trainer, module, loader = _trainer(), Predicting(), DataLoader(data, batch_size)
     module.kind = kind
     if mean:
@@ -228,9 +228,9 @@ def world_size() -> int:
 
 
 def judge(name: str, case: Case) -> Verdict:
-    """Run a case and compare. An exception is the caller's."""
+    """Run a case, compare its result, and return the verdict. The caller handles exceptions."""
     kind, mean = KINDS[case.kind], case.kind == MEAN
-    # About two thirds of the samples have an equal.
+    # About two thirds of the samples are equal to another one.
     data = torch.randint(0, 1 + case.size, (case.size,), generator=torch.Generator().manual_seed(case.size))
     parts = CONTENDERS[name](data, case.batch_size, kind, mean)
     if dist.is_initialized() and dist.get_rank() > 0:
@@ -242,7 +242,7 @@ def judge(name: str, case: Case) -> Verdict:
     wanted = [row for x in data.split(case.batch_size) if len(x) for row in kind.rows(kind.model(x))]
     try:
         got = [row for part in parts for row in kind.rows(part)]
-    except Exception:  # the result is no such output: its user would notice, or not, where it is used
+    except Exception:  # the structure is another; its user may notice when the result is used
         return Verdict("wrong", f"another structure: {_short(parts[-1])}")
     if len(got) != len(wanted):
         return Verdict("wrong", f"{len(got)} entries, not {len(wanted)}")
@@ -273,11 +273,11 @@ def _cut(text: str, limit: int) -> str:
 
 
 def run_all(names: Sequence[str], cases: list[Case]) -> dict[str, list[Verdict]]:
-    """On each rank: its verdict of every case of every contender.
+    """Return this rank's verdicts: of each contender, one for each case. Every rank calls it.
 
-    The cases of a contender share one process group, in a child of this process. A case that fails on a rank leaves
-    the group unusable, or takes the process along (Gloo aborts it where sizes differ): then every rank's child ends,
-    and new ones go on with the next case. A fork has everything imported, which a launch takes seconds for.
+    The cases of a contender share one process group, in a child of this process. A case that fails on one rank makes
+    the group unusable, or ends the process (Gloo aborts if sizes differ). Then the child of each rank ends, and new
+    children continue with the next case. A forked child has imported everything; a launch takes seconds for it.
     """
     torch.set_num_threads(1)
     gc.freeze()
@@ -293,24 +293,24 @@ def run_all(names: Sequence[str], cases: list[Case]) -> dict[str, list[Verdict]]
 
 
 def _stretch(name: str, cases: list[Case], number: int, store: dist.Store) -> list[Verdict]:
-    """This rank's verdicts up to the first case that fails on any rank, that one included."""
+    """Return this rank's verdicts up to the first case that fails on any rank, including that case."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         _child(name, cases, number, writer)
     os.close(writer)
-    said, heard, end = b"", time.monotonic(), None
+    output, last_news, end = b"", time.monotonic(), None
     while True:
         if select.select([reader], [], [], POLL_S)[0]:
-            news, heard = os.read(reader, 2**16), time.monotonic()
+            news, last_news = os.read(reader, 2**16), time.monotonic()
             if not news:
                 break
-            said += news
+            output += news
         elif end is None:
             if store.check(["down"]):
                 end = Verdict("refused", ELSEWHERE)
-            elif time.monotonic() - heard > HANG_S:
-                end = Verdict("hung", f"nothing for {HANG_S} s")
+            elif time.monotonic() - last_news > HANG_S:
+                end = Verdict("hung", f"no news for {HANG_S} s")
             if end is not None:
                 os.kill(child, signal.SIGKILL)
     os.close(reader)
@@ -318,15 +318,15 @@ def _stretch(name: str, cases: list[Case], number: int, store: dist.Store) -> li
     if code != 0:
         store.set("down", "")
         end = end or Verdict("refused", f"the process ends by {signal.Signals(-code).name}" if code < 0 else "")
-    lines = said.decode().splitlines()
+    lines = output.decode().splitlines()
     verdicts = [Verdict(*json.loads(line)) for line in lines if line != BEGIN]
-    # A barrier stands between two cases: no rank is past the failed one, and each has a verdict of those before it.
+    # There is a barrier between two cases, so no rank is past the failed case, and each has verdicts of those before.
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store.set(f"begun/{rank}", str(lines.count(BEGIN)))
     store.wait([f"begun/{other}" for other in range(ranks)], timedelta(seconds=2 * HANG_S))
     reached = max(int(store.get(f"begun/{other}")) for other in range(ranks))
     if reached == 0:
-        raise RuntimeError(f"{name}: the processes did not come together ({end})")
+        raise RuntimeError(f"{name}: no rank began a case ({end})")
     if len(verdicts) < reached:
         assert end is not None and len(verdicts) == reached - 1, f"{name}: {len(verdicts)} verdicts of {reached} cases"
         verdicts.append(end)
@@ -336,15 +336,17 @@ def _stretch(name: str, cases: list[Case], number: int, store: dist.Store) -> li
 def _child(name: str, cases: list[Case], number: int, writer: int) -> NoReturn:
     code = 1
     try:
-        silent = os.open(os.devnull, os.O_WRONLY)  # advice and tracebacks, thousands of them
+        silent = os.open(os.devnull, os.O_WRONLY)  # the other libraries write thousands of lines
         os.dup2(silent, sys.stdout.fileno())
         os.dup2(silent, sys.stderr.fileno())
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # the agent's store has the keys of earlier children
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(
+            number
+        )  # keys of earlier children are still in the agent's store
         if os.environ["WORLD_SIZE"] == "1":
-            # One process is a plain `python evaluate.py`, where nobody joins a group.
+            # One process is a plain `python evaluate.py`, without a process group.
             for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR"):
                 os.environ.pop(variable, None)
-        # Its collectives wait for longer than HANG_S: what is hung is called so, rather than a refusal.
+        # Collectives wait for longer than HANG_S, so that a hung case is not counted as refused.
         with dp.world(backend="gloo", device="cpu", timeout=2 * HANG_S):
             for case in cases:
                 os.write(writer, f"{BEGIN}\n".encode())
@@ -354,7 +356,7 @@ def _child(name: str, cases: list[Case], number: int, writer: int) -> NoReturn:
                     verdict = Verdict("refused", _reason(error))
                 os.write(writer, json.dumps([verdict.what, verdict.why]).encode() + b"\n")
                 if verdict.what == "refused":
-                    os._exit(code)  # without a word to the others, as a process that an exception ends
+                    os._exit(code)  # as if the exception had ended the process
                 if dist.is_initialized():
                     dist.barrier()
         code = 0
@@ -370,7 +372,7 @@ def _reason(error: Exception) -> str:
 
 
 def merged(verdicts: Sequence[Verdict]) -> Verdict:
-    """Of all ranks: the worst, with the reason of the rank where it began."""
+    """Return the worst verdict of all ranks, with the reason of the rank that failed first."""
     worst = min((verdict.what for verdict in verdicts), key=WORST_FIRST.index)
     such = [verdict for verdict in verdicts if verdict.what == worst]
     return min(such, key=lambda verdict: verdict.why in ("", ELSEWHERE))
@@ -398,7 +400,7 @@ def report_ours(facts: str, cases: list[Case], found: dict[int, dict[str, list[V
 def report(facts: str, cases: list[Case], found: dict[int, dict[str, list[Verdict]]]) -> str:
     by_kind: Counter[tuple[str, str, str]] = Counter()
     by_ranks: Counter[tuple[str, int, str]] = Counter()
-    first: dict[tuple[str, str, str], str] = {}  # contender, verdict, kind: the first such case
+    first: dict[tuple[str, str, str], str] = {}  # by contender, verdict and kind: the first case
     for ranks, every in found.items():
         for name, verdicts in every.items():
             for case, verdict in zip(cases, verdicts, strict=True):
@@ -423,17 +425,17 @@ def report(facts: str, cases: list[Case], found: dict[int, dict[str, list[Verdic
     sizes, batches = sorted({case.size for case in cases}), sorted({case.batch_size for case in cases})
     return "\n\n".join(
         [
-            "## What comes back from a distributed evaluation",
+            "## Results of distributed evaluation",
             facts,
-            f"`eval_correctness.py`: data sets of {sizes[0]} to {sizes[-1]} samples, about two thirds of which have an "
-            f"equal, batch sizes {', '.join(map(str, batches))}, on {', '.join(map(str, found))} processes over Gloo. "
-            f"What rank 0 holds at the end, against a plain loop in one process, sample by sample. Right / **wrong** "
-            f"(other values, order, number or structure, without a word) / refused (an exception, or an abort) / hung, "
-            f"the last only where there are any. Accelerate gets each output whole in `gather_for_metrics`, with "
-            f"`use_gather_object` where an output does not stack, and a mean loss as in the examples of transformers. "
-            f"The recipe of 2020: a sampler that pads, concatenation, all-gather, truncation. Lightning: "
-            f"`Trainer.predict`, and `Trainer.validate` for the mean. Not held against anybody: a tensor where a list "
-            f"of its rows is asked for, or the reverse; how far rows are padded.",
+            f"`eval_correctness.py`: data sets of {sizes[0]} to {sizes[-1]} samples, about two thirds of which equal "
+            f"another, batch sizes {', '.join(map(str, batches))}, on {', '.join(map(str, found))} processes over "
+            f"Gloo. The result on rank 0 is compared with that of a plain loop in one process, sample by sample. Right "
+            f"/ **wrong** (other values, order, number or structure, without an error) / refused (an exception, or an "
+            f"abort) / hung, only if there are any. Accelerate gets each whole output in `gather_for_metrics`, with "
+            f"`use_gather_object` if an output does not stack, and a mean loss as in the examples of transformers. The "
+            f"recipe of 2020: a sampler that pads, concatenation, all-gather, truncation. Lightning: "
+            f"`Trainer.predict`, and `Trainer.validate` for the mean. Not counted as wrong: a tensor instead of a list "
+            f"of its rows, or the reverse; the length of the padding of rows.",
             table(["output", "cases", *names], [row(kind, by_kind, kind) for kind in KINDS]),
             table(["processes", "cases", *names], [row(str(ranks), by_ranks, ranks) for ranks in found]),
             *filter(None, map(examples, ("wrong", "refused", "hung"))),
@@ -450,8 +452,8 @@ def _cell(counts: Counter[Any], name: str, key: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--quick", action="store_true", help="few sizes, printed only")
-    parser.add_argument("--ours", action="store_true", help="ddparity alone, on every batch size")
+    parser.add_argument("--quick", action="store_true", help="run few sizes, and print the results only")
+    parser.add_argument("--ours", action="store_true", help="run ddparity alone, on each batch size")
     options = parser.parse_args()
     sizes = [0, 1, 3, 7, 14] if options.quick else range(68)
     batch_sizes = [1, 4] if options.quick else range(1, 17) if options.ours else [1, 4, 16]

@@ -1,6 +1,7 @@
-"""What `ddparity verify` tolerates: rounding noise over 300 steps of the digits example, and a fault above it.
+"""Measure the noise that `ddparity verify` tolerates over 300 steps of the digits example, and a fault above it.
 
-Writes docs/verify.png, and how far honest runs of small Tasks came from the noise, over many seeds, to RESULTS.md.
+Write the plot to docs/verify.png. Write to RESULTS.md how large the differences of correct runs are beside the noise,
+for small Tasks and many seeds.
 
     python benchmarks/noise_floor.py [--steps 300] [--seeds 30]
 """
@@ -78,7 +79,7 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
 SMALL = {"MLP, dropout, Adam": (mlp, adam), "CNN, batch norm, SGD": (cnn, momentum)}
 
 
-def honest(seeds: int) -> Iterator[tuple[str, list[Comparison]]]:
+def correct_runs(seeds: int) -> Iterator[tuple[str, list[Comparison]]]:
     for name, (model, optimizer) in SMALL.items():
         parts = {"dataset": Points, "loss": cross_entropy, "global_batch": 32, "micro_batch": 4}
         tasks = [dp.Task(model=model, optimizer=optimizer, seed=seed, **parts) for seed in range(seeds)]
@@ -86,7 +87,7 @@ def honest(seeds: int) -> Iterator[tuple[str, list[Comparison]]]:
 
 
 def closest(found: Comparison) -> float:
-    """The largest difference as a part of what is tolerated."""
+    """Return the largest ratio of a difference to its tolerance."""
     kinds = [kind for one in found.checked for kind in (one.weights, one.gradient_norm, one.loss, one.buffers)]
     return max(kind.value / kind.tolerance for kind in kinds if kind.tolerance)
 
@@ -97,7 +98,7 @@ def picture(steps: int, path: Path) -> list[str]:
     pyplot = pyplot_of_matplotlib()
     figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
     draw(axes, found)
-    lines = [f"honest, 2 and 4 processes: {found.verdict()}; closest to the tolerance: {closest(found):.2f} of it"]
+    lines = [f"correct, 2 and 4 processes: {found.verdict()}; closest to the tolerance: {closest(found):.2f} of it"]
     faulty = compare_runs(digits(loss=too_large), (2,), steps, permutations=2)
     (curve,) = [curve for curve in faulty.curves if curve.kind == "processes"]
     axes.plot(
@@ -119,7 +120,7 @@ def main() -> None:
     facts = machine("scikit-learn")
     lines = picture(options.steps, ROOT / "docs" / "verify.png")
     rows = []
-    for name, found in honest(options.seeds):
+    for name, found in correct_runs(options.seeds):
         ratios = sorted(closest(one) for one in found)
         rejected = sum(not one.parity for one in found)
         factor = found[0].factor
@@ -129,7 +130,7 @@ def main() -> None:
         [
             "## The noise that verify tolerates",
             facts,
-            f"`noise_floor.py`: {options.seeds} seeds of honest Tasks, 30 steps, 2 and 3 processes against one, noise "
+            f"`noise_floor.py`: {options.seeds} seeds of correct Tasks, 30 steps, 2 and 3 processes against one, noise "
             f"of 4 permuted runs, a false alarm in {1 / FALSE_ALARM:,.0f} allowed: how many were rejected, the factor "
             f"by which the noise is tolerated, and the largest difference of a run (weights, gradient norm, loss, "
             f"buffers) in units of the noise, as the median and the largest of all seeds.",

@@ -1,10 +1,10 @@
-"""What `predict` costs: how it scales, what balancing gains, its time and memory against what people write today.
+"""Measure how `predict` scales, what balancing gains, and its time and memory beside code that people write today.
 
 python benchmarks/predict.py [--rounds 15] [--repeat 3] [--quick]
 
-All on 2 processes over Gloo, one thread each, each on a core of its own. Contenders take turns in the same processes,
-in an order that rotates from round to round, and a ratio is that of one round; memory is measured in new processes,
-`--repeat` times. `--quick` only tries that everything runs: it writes nothing.
+There are 2 processes over Gloo, with one thread and one core each. Contenders take turns in the same processes, in an
+order that rotates from round to round, and a ratio is that of one round. Memory is measured in new processes,
+`--repeat` times. `--quick` checks that everything runs, and writes nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Evaluate = Callable[[Model, Dataset[Any]], Tensor | None]  # the outputs in data
 
 @dataclass(frozen=True)
 class Sizes:
-    """`samples`: of the compute-bound run, of the skewed one and of the collected ones. `result_mb`: of the memory."""
+    """Numbers of samples: of the compute-bound run, the skewed one, the collected ones. `result_mb`: outputs, in MB."""
 
     compute: int = 64 * BATCH
     skewed: int = 2000
@@ -55,11 +55,11 @@ class Sizes:
 QUICK = Sizes(compute=4 * BATCH, skewed=200, collected=1000, result_mb=40)
 
 
-# What people write: also counted in eval_correctness.py
+# Code that people write; eval_correctness.py uses it, too
 
 
 class SequentialDistributedSampler(Sampler[int]):
-    """A contiguous share; the end is filled up from the beginning."""
+    """Yields a contiguous share. The last share is filled up with the first samples."""
 
     def __init__(self, length: int) -> None:
         self.length, self.rank, ranks = length, dist.get_rank(), dist.get_world_size()
@@ -97,7 +97,7 @@ def ddparity(model: Model, dataset: Any) -> Tensor | None:
 
 @torch.inference_mode()
 def recipe(model: Model, dataset: Any) -> Tensor:
-    """The loop of Trainer.predict in transformers 3, of 2020."""
+    """Predict with the loop of Trainer.predict in transformers 3, of 2020."""
     outputs: Tensor | None = None
     for batch in DataLoader(dataset, BATCH, sampler=SequentialDistributedSampler(len(dataset))):
         output = model(batch)
@@ -129,13 +129,13 @@ CONTENDERS: dict[str, Evaluate] = {"ddparity": ddparity, "recipe of 2020": recip
 
 
 def measure(sizes: Sizes, rounds: int) -> dict[str, Times]:
-    """On each rank: the seconds of each contender in each round, for each figure."""
+    """Return the seconds of each contender in each round, for each figure. Every rank calls it."""
     _settle()
-    warnings.simplefilter("ignore")  # the other libraries' advice on numbers of workers
+    warnings.simplefilter("ignore")  # the other libraries give advice on numbers of workers
     samples, model = _compute_bound(sizes)
-    # A process of its own without a group, on the same core: forked while this one has no group either.
-    ours, its = multiprocessing.Pipe()
-    copy = multiprocessing.get_context("fork").Process(target=_alone, args=(its, model, samples), daemon=True)
+    # The copy is a process without a process group, on the same core. It is forked before this one joins its group.
+    ours, theirs = multiprocessing.Pipe()
+    copy = multiprocessing.get_context("fork").Process(target=_alone, args=(theirs, model, samples), daemon=True)
     copy.start()
     with dp.world(backend="gloo", device="cpu") as world:
         measured = {"scaling": _scaling(ours, model, samples, world.rank, rounds), "skew": _skew(sizes, rounds)}
@@ -147,7 +147,7 @@ def measure(sizes: Sizes, rounds: int) -> dict[str, Times]:
 
 
 def _settle() -> None:
-    """One thread on a core of its own: otherwise processes take each other's cores while one waits."""
+    """Use one thread on one core: otherwise a process uses the core of another that waits."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -215,7 +215,7 @@ def _collecting(sizes: Sizes, width: int, rounds: int) -> Times:
     outputs = {name: evaluate(model, samples) for name, evaluate in CONTENDERS.items()}
     if dist.get_rank() == 0:
         for name, output in outputs.items():
-            # A row's bits may depend on the batch that it is in.
+            # The bits of a row may depend on the batch that the row is in.
             assert torch.allclose(output, outputs["ddparity"], rtol=1e-4, atol=1e-5), f"{name}: other outputs"
     outputs.clear()
     return _in_turns(
@@ -229,7 +229,7 @@ def _in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> Times:
     for run in runs.values():
         run()
     gc.collect()
-    gc.freeze()  # a collection costs each contender its own garbage
+    gc.freeze()  # a later collection looks at new objects only, so each contender pays for its own garbage
     for number in range(rounds):
         for name in order[number % len(order) :] + order[: number % len(order)]:
             dist.barrier()
@@ -244,11 +244,11 @@ def _in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> Times:
 
 
 def remember(name: str, sizes: Sizes, gives_back: bool) -> float:
-    """On each rank: bytes that memory grows by at its peak, while outputs of `sizes.result_mb` go to rank 0.
+    """Return by how many bytes memory grows at its peak, while outputs of `sizes.result_mb` go to rank 0.
 
-    `gives_back`: memory that is freed leaves the process. glibc would keep up to seven of the model's outputs after
-    they are freed: behind each, aligned, it makes a small chunk of its own, keeps it for the thread, and then finds the
-    hole too small for the next. That counts the model, and says by chance 0 to 7 times 4 MB.
+    Every rank calls it. `gives_back`: freed memory leaves the process. Otherwise glibc keeps up to seven of the model's
+    outputs after they are freed: after each aligned output it makes a small chunk, keeps the chunk for the thread, and
+    then the hole is too small for the next output. This adds memory of the model, 0 to 7 times 4 MB by chance.
     """
     _settle()
     if gives_back:
@@ -265,7 +265,7 @@ def remember(name: str, sizes: Sizes, gives_back: bool) -> float:
         _return_freed_memory()
         dist.barrier()
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # set VmHWM, the peak, to the present size
         outputs = CONTENDERS[name](model(width), samples)
         peak = _status("VmHWM")
         if dist.get_rank() == 0:
@@ -288,9 +288,9 @@ def _return_freed_memory() -> None:
 
 
 def _status(field: str) -> float:
-    """Bytes, from what the kernel says of this process."""
+    """Return a field of the kernel's status of this process, in bytes."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, f"the kernel does not tell {field}"
+    assert found, f"the kernel's status of this process has no {field}"
     return int(found[1]) * 1024
 
 
@@ -298,7 +298,7 @@ def _status(field: str) -> float:
 
 
 def slowest(of_ranks: Sequence[dict[str, Times]], figure: str) -> dict[str, np.ndarray]:
-    """Seconds until the last rank is done."""
+    """Return the seconds until the last rank is done, by contender and round."""
     return {name: np.max([rank[figure][name] for rank in of_ranks], axis=0) for name in of_ranks[0][figure]}
 
 
@@ -306,7 +306,7 @@ def report(
     facts: str, of_ranks: Sequence[dict[str, Times]], grown: dict[str, list[list[float]]], sizes: Sizes, rounds: int
 ) -> str:
     scaling, skew = slowest(of_ranks, "scaling"), slowest(of_ranks, "skew")
-    # Two copies do the work twice, so that their throughput is 2 / time where ours is 1 / time.
+    # Two copies do the work twice: their throughput is 2 / time, and ours is 1 / time.
     share = scaling["two copies"] / (2 * scaling["two"])
     figures = [
         ["throughput, 2 processes to 1", spread(scaling["one"] / scaling["two"]), ""],
@@ -335,19 +335,19 @@ def report(
         [
             "## Prediction",
             facts,
-            f"`predict.py`, 2 processes over Gloo, each on a core of its own, {rounds} interleaved rounds: medians of "
-            f"the ratios of a round, with quartiles.",
+            f"`predict.py`, 2 processes over Gloo, with one core each, {rounds} interleaved rounds: medians of the "
+            f"ratios of a round, with quartiles.",
             table(["figure", "measured", "at least, at most"], figures),
             "Throughput: a compute-bound MLP, until the last process is done; a copy is `predict` in a process without "
-            "a group. Skew: the last tenth of the samples costs ten times as much; 1.47 is ideal.",
+            "a process group. Skew: the last tenth of the samples costs ten times as much; 1.47 is ideal.",
             "### Until rank 0 has all outputs",
             f"An MLP, batches of {BATCH}, no workers. Milliseconds of `predict`, and its time over the others'.",
             table(["outputs", "ddparity, ms", *(f"to {name}" for name in peers)], collected),
             f"### Memory to collect {sizes.result_mb} MB on rank 0",
             f"Growth of the resident set at its peak, in MB, largest of {len(next(iter(grown.values())))} runs in new "
             f"processes: on rank 0 beyond the result, on rank 1 beyond its share of {share_mb:.0f} MB. The C library "
-            f"gives back what is freed (M_MMAP_THRESHOLD 1 MB); the last row is with its heap as it is, which keeps "
-            f"some of the 4 MB outputs that the model has freed, in any loop.",
+            f"gives freed memory back (M_MMAP_THRESHOLD 1 MB). The last row is with the default heap, which keeps some "
+            f"of the 4 MB outputs that the model has freed, in any loop.",
             table(["", "rank 0, beyond", "rank 1, beyond", "to its share"], memory),
         ]
     )
@@ -356,8 +356,8 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each contender for its memory")
-    parser.add_argument("--quick", action="store_true", help="two short rounds, printed only")
+    parser.add_argument("--repeat", type=int, default=3, help="how often the memory of each contender is measured")
+    parser.add_argument("--quick", action="store_true", help="run two short rounds, and print the results only")
     options = parser.parse_args()
     sizes = Sizes()
     if options.quick:

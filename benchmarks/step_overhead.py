@@ -1,11 +1,11 @@
-"""What a whole training step costs: DDP written by hand, ddparity, Accelerate and Lightning Fabric.
+"""Measure the time of a whole training step: DDP written by hand, ddparity, Accelerate and Lightning Fabric.
 
 python benchmarks/step_overhead.py [--rounds 20] [--steps 30] [--quick]
 
-All contenders live in the same processes, each with its own copy of one model, and take turns: a round runs a number
-of steps of each, in an order that rotates from round to round. A contender's ratio is its time over that of plain DDP
-in the same round, so that what slows the machine for longer than a round slows both. Plain DDP runs twice: the second
-copy against the first shows the noise. `--quick` only tries that everything runs: it writes nothing.
+All contenders run in the same processes, each with its own copy of one model, and take turns. A round runs a number of
+steps of each contender, in an order that rotates from round to round. A contender's ratio is its time over that of
+plain DDP in the same round, so a load on the machine that is longer than a round slows both. Plain DDP runs twice: the
+ratio of the second copy to the first is the noise. `--quick` checks that everything runs, and writes nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ MODELS = {"MLP": mlp, "CNN": cnn}
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `micro_batches`: of a step on each rank. `loads`: the step includes the loader."""
+    """One row of the table. `micro_batches`: on each rank in a step. `loads`: the step includes the loader."""
 
     model: str
     micro_batches: int
@@ -71,9 +71,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Job:
-    """What every contender gets: a model of its own, the same data, the same sizes.
+    """What each contender gets: its own model, the same data, the same sizes.
 
-    `batches`: this rank's micro-batches of an epoch, in memory; empty where the loader is measured.
+    `batches`: this rank's micro-batches of an epoch, in memory; empty if the loader is measured, too.
     """
 
     case: Case
@@ -89,9 +89,9 @@ class Job:
 
 
 def plain(job: Job) -> Epoch:
-    """By hand. In a world of one, without DDP, which an expert leaves out there."""
+    """Train with DDP by hand. In a world of one, DDP is left out, as an expert does."""
     count, alone = job.case.micro_batches, job.world_size == 1
-    # gradient_as_bucket_view saves the copies between gradients and buckets, at these sizes within the noise.
+    # gradient_as_bucket_view saves copies between gradients and buckets. At these sizes the effect is within the noise.
     model = job.model if alone else DistributedDataParallel(job.model, gradient_as_bucket_view=True)
     optimizer = job.optimizer(model)
     sampler = DistributedSampler(job.dataset, job.world_size, job.rank)
@@ -189,11 +189,11 @@ CONTENDERS: dict[str, Callable[[Job], Epoch]] = {
 
 
 def measure(cases: list[Case], rounds: int, steps: int) -> list[dict[str, list[float]]]:
-    """On each rank: for each case, each contender's milliseconds a step in each round."""
+    """Return the milliseconds of a step, for each case, by contender and round. Every rank calls it."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # the other libraries' advice on numbers of workers
+    warnings.simplefilter("ignore")  # the other libraries give advice on numbers of workers
     if int(os.environ["WORLD_SIZE"]) == 1:
-        # One process is a plain `python train.py`, where nobody joins a group or wraps a model in DDP.
+        # One process is a plain `python train.py`, without a process group and without DDP.
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR"):
             os.environ.pop(name, None)
     with dp.world(device="cpu") as world:
@@ -218,11 +218,11 @@ def _measured(case: Case, rounds: int, steps: int, world: dp.World) -> dict[str,
         )
         for name, make in CONTENDERS.items()
     }
-    models = {name: run(0) for name, run in runs.items()}  # also warms up: DDP orders its buckets in the first steps
+    models = {name: run(0) for name, run in runs.items()}  # a warm-up, too: DDP orders its buckets in the first steps
     if not case.loads:
         _check_same_work(models)
     gc.collect()
-    gc.freeze()  # what stands is no longer looked through, so that a collection costs each contender its own garbage
+    gc.freeze()  # a later collection looks at new objects only, so each contender pays for its own garbage
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for number in range(rounds):
@@ -237,7 +237,7 @@ def _measured(case: Case, rounds: int, steps: int, world: dp.World) -> dict[str,
 
 
 def _check_same_work(models: dict[str, nn.Module]) -> None:
-    """Without a loader, all have trained on the same batches: equal weights show that all did the same work."""
+    """Check that all contenders have equal weights, because without a loader all train on the same batches."""
     expected = list(models["plain"].parameters())
     for name, model in models.items():
         for mine, theirs in zip(expected, model.parameters(), strict=True):
@@ -252,9 +252,9 @@ def report(
         "## Cost of a training step",
         facts,
         f"`step_overhead.py`, medians of {rounds} interleaved rounds with quartiles; a round is an epoch of {steps} "
-        f"steps. Milliseconds a step of DDP written by hand, then each contender's time over its in the same round; "
-        f"“plain again” is a second copy of the first column, and shows the noise. Micro-batches of {MICRO_BATCH}, "
-        f"K of them a step on each rank, Gloo, SGD; parameters: {sizes}. In one process nothing is wrapped in DDP.",
+        f"steps. Milliseconds a step of DDP written by hand, then each contender's time over this time in the same "
+        f"round; “plain again” is a second copy of the first column, and shows the noise. Micro-batches of "
+        f"{MICRO_BATCH}, K of them a step on each rank, Gloo, SGD; parameters: {sizes}. One process does not use DDP.",
     ]
     for loads, title in ((True, "Loader included"), (False, "Batches in memory")):
         rows = []
@@ -271,7 +271,7 @@ def report(
 
 
 def summary(text: str) -> str:
-    """What the README shows of `report`: whole steps, loader included, on 2 processes."""
+    """Return the part of `report` that the README shows: steps with the loader, on 2 processes."""
     loaded = re.search(r"### Loader included\n\n(.*?)(?=\n\n|\Z)", text, re.DOTALL)
     assert loaded
     return "\n".join(line for line in loaded[1].splitlines() if "1 process," not in line)
@@ -280,9 +280,9 @@ def summary(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=30, help="of a round")
+    parser.add_argument("--steps", type=int, default=30, help="steps of a round")
     parser.add_argument("--nproc", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--quick", action="store_true", help="two short rounds, printed only")
+    parser.add_argument("--quick", action="store_true", help="run two short rounds, and print the results only")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.steps = 2, 3

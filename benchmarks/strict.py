@@ -1,12 +1,12 @@
-"""What the strict reduction costs: time of a whole step beside the fast one, bytes on the wire, peak memory.
+"""Measure the cost of the strict reduction: the time of a whole step beside fast, bytes on the wire, peak memory.
 
 python benchmarks/strict.py [--rounds 30] [--steps 20] [--link] [--quick]
 
-Two processes. The contenders live in the same processes, each with its own copy of one model, and take turns round by
-round; a ratio is of two times of the same round, and a second copy of the fast one shows the noise. Bytes are those
-that the kernel counted on this process's TCP connections. Peak memory is that of processes of their own, above what
-stood before the first step. `--link` (as root) repeats the times between two network namespaces that a link of 200
-Mbit/s joins, as two machines. `--quick` only tries that everything runs: it writes nothing.
+There are two processes. The contenders run in the same processes, each with its own copy of one model, and take turns
+in each round. A ratio is that of two times of the same round; a second copy of fast shows the noise. Bytes are those
+that the kernel counts on the TCP connections of a process. Peak memory is measured in new processes, above the memory
+before the first step. `--link` (as root) repeats the times between two network namespaces, joined by a link of 200
+Mbit/s, which are like two machines. `--quick` checks that everything runs, and writes nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MODELS = {"MLP": mlp, "CNN": cnn, "CNN, BatchNorm": cnn_with_batch_norm, "wide M
 
 @dataclass(frozen=True)
 class Case:
-    """`micro_batches`: of a step, on each rank."""
+    """One row of the table. `micro_batches`: on each rank in a step."""
 
     model: str
     micro_batches: int
@@ -67,14 +67,14 @@ CASES = [Case(model, count) for model in MODELS for count in (1, 4)]
 Measured = dict[str, dict[str, Any]]  # contender: "ms", a step's time in each round; "bytes", received in a step
 
 
-EXCHANGED = [300_000, 2_400_000]  # floats
+SIZES = [300_000, 2_400_000]  # floats
 
 
 def measure_exchange(rounds: int) -> list[Measured]:
-    """On each rank, for each size: milliseconds of an all-reduce, and of two ways to exchange slices and their sums."""
+    """Return, for each size, the milliseconds of an all-reduce, and of two ways to exchange slices and their sums."""
     torch.set_num_threads(1)
     with dp.world(device="cpu"):
-        return [_exchange_measured(numel, rounds) for numel in EXCHANGED]
+        return [_exchange_measured(numel, rounds) for numel in SIZES]
 
 
 def _exchange_measured(numel: int, rounds: int) -> Measured:
@@ -85,7 +85,7 @@ def _exchange_measured(numel: int, rounds: int) -> Measured:
     def all_reduce() -> None:
         dist.all_reduce(own.zero_())
 
-    def stock() -> None:
+    def reference() -> None:
         dist.all_to_all_single(parts.view(-1), own.view(-1))
         all_gather_single(total.view(-1), parts[0])
 
@@ -93,7 +93,7 @@ def _exchange_measured(numel: int, rounds: int) -> Measured:
         exchange(list(own), list(parts), group)
         exchange([parts[0]] * len(total), list(total), group)
 
-    ways = {"all-reduce": all_reduce, "all-to-all, all-gather": stock, "point to point": point_to_point}
+    ways = {"all-reduce": all_reduce, "all-to-all, all-gather": reference, "point to point": point_to_point}
     found: Measured = {name: {"ms": []} for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
@@ -106,7 +106,7 @@ def _exchange_measured(numel: int, rounds: int) -> Measured:
 
 
 class Training:
-    """One contender: its model and optimizer, and a step's batches in memory."""
+    """One contender: its model, its optimizer, and the batches of a step in memory."""
 
     def __init__(self, case: Case, reduction: Any, first: nn.Module) -> None:
         self.model = dp.replicate(copy.deepcopy(first), reduction)
@@ -124,7 +124,7 @@ class Training:
 
 
 def measure(cases: list[Case], rounds: int, steps: int) -> list[Measured]:
-    """On each rank, for each case."""
+    """Return the measurements of each case. Every rank calls it."""
     torch.set_num_threads(1)
     with dp.world(device="cpu"):
         return [_measured(case, rounds, steps) for case in cases]
@@ -151,7 +151,7 @@ def _measured(case: Case, rounds: int, steps: int) -> Measured:
 
 
 def received() -> int:
-    """Bytes that all TCP connections of this process have received, by the kernel's count (tcp(7), TCP_INFO)."""
+    """Return how many bytes all TCP connections of this process have received, as counted by the kernel (TCP_INFO)."""
     total = 0
     for descriptor in Path("/proc/self/fd").iterdir():
         if not (descriptor.is_symlink() and os.readlink(descriptor).startswith("socket:")):
@@ -164,13 +164,13 @@ def received() -> int:
 
 
 def peak_mib(case: Case, reduction: str) -> float:
-    """Highest resident memory in three steps, above what stood before the first."""
+    """Return the peak of resident memory in three steps, in MiB, above the memory before the first step."""
     torch.set_num_threads(1)
     with dp.world(device="cpu"):
         training = Training(case, reduction, MODELS[case.model]())
         gc.collect()
         before = _status_kib("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # set VmHWM to the present size
         training.run(3)
         return (_status_kib("VmHWM") - before) / 1024
 
@@ -183,7 +183,7 @@ def _status_kib(name: str) -> int:
 
 @contextlib.contextmanager
 def link() -> Iterator[list[tuple[str, str]]]:
-    """Two network namespaces, joined by a slow link: for each its name and its address."""
+    """Join two network namespaces by a slow link, and yield the name and the address of each."""
     ends = [(f"strict{number}", f"10.77.0.{number + 1}") for number in range(2)]
 
     def run(command: str) -> None:
@@ -205,7 +205,7 @@ def link() -> Iterator[list[tuple[str, str]]]:
 
 
 def measure_over_link(cases: list[Case], rounds: int, steps: int) -> dict[str, list[Measured]]:
-    """As `measure` and `measure_exchange`, one process in each namespace; rank 0's."""
+    """Run `measure` and `measure_exchange` with one process in each namespace, and return the results of rank 0."""
     with tempfile.TemporaryDirectory() as folder, link() as ends:
         processes = []
         for rank, (name, _) in enumerate(ends):
@@ -231,7 +231,7 @@ def measure_over_link(cases: list[Case], rounds: int, steps: int) -> dict[str, l
 
 
 def _work(job: dict[str, Any]) -> None:
-    """A process in a namespace."""
+    """Measure in one process of a namespace, and write the results to a file."""
     cases = [Case(**case) for case in job["cases"]]
     found = {"steps": measure(cases, job["rounds"], job["steps"]), "exchange": measure_exchange(job["rounds"])}
     Path(job["out"]).write_text(json.dumps(found))
@@ -245,7 +245,7 @@ def times_table(cases: list[Case], measured: list[Measured]) -> str:
         for name in ("fast again", "strict"):
             cells.append(spread([a / b for a, b in zip(found[name]["ms"], fast, strict=True)]))
         gradients = 4 * sum(parameter.numel() for parameter in MODELS[case.model]().parameters())
-        ring = 2 * gradients * (2 - 1) / 2  # of n bytes on N processes each receives 2 n (N - 1) / N
+        ring = 2 * gradients * (2 - 1) / 2  # each of N processes receives 2 n (N - 1) / N bytes for n bytes
         cells += [f"{value / 1e3:,.0f}" for value in (ring, found["fast"]["bytes"], found["strict"]["bytes"])]
         rows.append(cells)
     head = ["", "fast, ms", "fast again", "strict", "ring, kB", "fast, kB", "strict, kB"]
@@ -256,7 +256,7 @@ def exchange_table(measured: list[Measured]) -> str:
     names = list(measured[0])
     rows = [
         [f"{numel:,} floats", *(spread(found[name]["ms"], 1) for name in names)]
-        for numel, found in zip(EXCHANGED, measured, strict=True)
+        for numel, found in zip(SIZES, measured, strict=True)
     ]
     return table(["", *(f"{name}, ms" for name in names)], rows)
 
@@ -264,9 +264,9 @@ def exchange_table(measured: list[Measured]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=20, help="of a round")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a round")
     parser.add_argument("--link", action="store_true", help=f"also over {RATE_MBIT} Mbit/s (needs root)")
-    parser.add_argument("--quick", action="store_true", help="two short rounds, printed only")
+    parser.add_argument("--quick", action="store_true", help="run two short rounds, and print the results only")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job is not None:
@@ -280,13 +280,13 @@ def main() -> None:
         "## Strict reduction",
         facts,
         f"`strict.py`, 2 processes over Gloo, medians of {options.rounds} interleaved rounds of {options.steps} steps "
-        f"with quartiles. Milliseconds of a whole step with the fast reduction, then the time over it in the same "
-        f"round; “fast again” is a second copy, and shows the noise. Micro-batches of {MICRO_BATCH}, K of them on each "
-        f"rank, SGD. kB received by a rank in a step: what a ring all-reduce of the gradients takes, and what the "
-        f"kernel counted; small gradients are gathered, since that waits less.",
+        f"with quartiles. Milliseconds of a whole step with the fast reduction, then the other times divided by it, "
+        f"of the same round; “fast again” is a second copy, and shows the noise. Micro-batches of {MICRO_BATCH}, K of "
+        f"them on each rank, SGD. kB that a rank receives in a step: for a ring all-reduce of the gradients, and as "
+        f"counted by the kernel. Small gradients are gathered, because this waits less.",
         times_table(CASES, measured),
-        "The exchange by itself: the sum of a buffer, by Gloo's all-reduce, and slice by slice in a fixed order "
-        "(without the additions).",
+        "The exchange alone: the sum of a buffer, by Gloo's all-reduce, and slice by slice in a fixed order (without "
+        "the additions).",
         exchange_table(dp.launch(measure_exchange, options.rounds, nproc=2)[0]),
     ]
     if options.link:
@@ -305,7 +305,7 @@ def main() -> None:
         rows.append([f"wide MLP, K = {count}", *(f"{peak:.1f}" for peak in peaks)])
     gradients = 4 * sum(parameter.numel() for parameter in wide().parameters()) / 2**20
     parts += [
-        f"### Peak memory\n\nMiB of resident memory in three steps above what stood before; gradients take "
+        f"### Peak memory\n\nMiB of resident memory in three steps, above the memory before; gradients take "
         f"{gradients:.1f}.",
         table(["", "fast", "strict"], rows),
     ]

@@ -1,7 +1,7 @@
-"""CIFAR-10 (torchvision's) with a ResNet-20: `ddparity train examples/cifar10.py --nproc 2`. Needs the extra `vision`.
+"""Train a ResNet-20 on torchvision's CIFAR-10. It needs the extra `vision`.
 
-The data set lies in ./data, and is downloaded there (170 MB) if it does not. The same as a script, with the command's
-options: `python examples/cifar10.py --nproc 2 --sync-batchnorm`.
+Run it with `ddparity train examples/cifar10.py --nproc 2`, or as a script that takes the same options: `python
+examples/cifar10.py --nproc 2 --sync-batchnorm`. The data set is in ./data; if not, it is downloaded (170 MB).
 """
 
 import sys
@@ -20,13 +20,14 @@ from ddparity.cli import main
 
 DATA = Path("data")
 
-# Crop and flip draw from torch's global stream, which the loader keys by micro-batch: the same on any number of ranks.
+# Crop and flip draw from torch's global random stream. The loader seeds it for each micro-batch, so the images are the
+# same on any number of ranks.
 PLAIN = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
 AUGMENTED = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *PLAIN]
 
 
 def dataset(split: str) -> CIFAR10:
-    """Called inside `first("node")`: one process a node downloads, the others find the files."""
+    """Load a split. The trainer calls this inside `first("node")`: one process of each node downloads the files."""
     transform = transforms.Compose(AUGMENTED if split == "train" else PLAIN)
     try:
         return CIFAR10(DATA, split == "train", transform, download=True)
@@ -52,7 +53,7 @@ class Block(nn.Module):
 
 
 def resnet20() -> nn.Module:
-    """He et al., 2015 (https://arxiv.org/abs/1512.03385), section 4.2: three stages of three blocks."""
+    """Return a ResNet-20: three stages of three blocks, He et al., 2015, section 4.2 (https://arxiv.org/abs/1512.03385)."""
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     for inputs, outputs, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
         layers += [Block(inputs, outputs, stride), Block(outputs, outputs, 1), Block(outputs, outputs, 1)]
@@ -71,7 +72,7 @@ def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def decay(sgd: torch.optim.Optimizer, *_: Any) -> None:
-    """To a tenth of the learning rate in 5,000 steps; it is part of the optimizer's own state, and of a checkpoint."""
+    """Lower the learning rate, to a tenth in 5,000 steps. It is in the optimizer's state, so a checkpoint has it."""
     for group in sgd.param_groups:
         group["lr"] *= 0.1 ** (1 / 5000)
 

@@ -1,4 +1,4 @@
-"""Handwritten digits (scikit-learn's, 8 by 8 pixels) with a small convolutional network. The default example."""
+"""Train a small convolutional network on scikit-learn's handwritten digits, 8 by 8 pixels. The default example."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ import ddparity as dp
 
 
 class Digits(Dataset):
-    """1,797 digits; every fifth is held out. Training images are shifted by up to a pixel, anew each epoch."""
+    """1,797 digits; every fifth is held out. Training images are shifted at random, by up to one pixel."""
 
     def __init__(self, split: str) -> None:
         digits = load_digits()
@@ -35,8 +35,8 @@ class Digits(Dataset):
 
 
 def net() -> nn.Module:
-    # Smooth on purpose: where a ReLU or a maximum switches sides, rounding alone leads to other weights, and runs on
-    # different numbers of processes, which add up in a different order, would drift apart.
+    # Smooth functions on purpose. Runs on different numbers of processes add in a different order. If rounding makes a
+    # ReLU or a maximum switch sides, their weights diverge.
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         nn.GELU(),
@@ -59,14 +59,14 @@ def accuracy(logits: torch.Tensor, dataset: Digits) -> dict[str, float]:
 
 
 def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    # With the default eps of 1e-8 a gradient that is all rounding still moves its weight by a whole step.
+    # With the default eps of 1e-8, a gradient that is rounding only moves its weight by a whole step.
     adam = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-5)
     adam.register_step_post_hook(decay)
     return adam
 
 
 def decay(adam: torch.optim.Optimizer, *_: Any) -> None:
-    """Lower the learning rate after a step; it is part of the optimizer's own state, and so of a checkpoint."""
+    """Lower the learning rate after a step. It is in the optimizer's state, so a checkpoint has it."""
     for group in adam.param_groups:
         group["lr"] *= 0.997
 

@@ -1,4 +1,4 @@
-"""What a user types wrong: one clear line and exit code 2, no traceback, no process started."""
+"""A user's mistake gives one clear line and exit code 2, no traceback, and starts no process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ONE = TASK + "small = dp.Task(**parts)\n"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "t", raising=False)  # absent again at the end
+    monkeypatch.delitem(sys.modules, "t", raising=False)  # monkeypatch removes it again at the end
     return tmp_path
 
 
@@ -75,7 +75,7 @@ WRONG = [
     (ONE, "verify t.py --nproc 3", "3 ranks but only 2 micro-batches in a step (global batch 4, micro-batch 2)"),
     (ONE, "verify t.py --nproc 0", "--nproc 0: start at least 1 process"),
     (ONE, "verify t.py --world-sizes 1,x", "--world-sizes 1,x: give numbers of processes, as in 1,2,4"),
-    (ONE, "verify t.py --world-sizes 1,0", "--world-sizes 1,0: numbers of processes are at least 1"),
+    (ONE, "verify t.py --world-sizes 1,0", "--world-sizes 1,0: a number of processes must be at least 1"),
     (ONE, "verify t.py --nproc 2 --world-sizes 1,2", "--nproc 2 --world-sizes 1,2: give one of the two"),
     (
         ONE,
@@ -118,7 +118,7 @@ def test_usage_errors_exit_with_2(folder: Path, arguments: str) -> None:
     assert "Traceback" not in result.output
 
 
-def test_a_plot_without_matplotlib_is_refused_with_the_way_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_without_matplotlib_says_how_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "t.py").write_text(ONE)
     real = builtins.__import__
 
@@ -133,7 +133,7 @@ def test_a_plot_without_matplotlib_is_refused_with_the_way_out(folder: Path, mon
     assert "pip install 'ddparity[plot]', or leave --plot out" in result.stderr
 
 
-def test_a_broken_launchers_variables_are_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_variable_of_a_launcher_gives_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -153,7 +153,10 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
     assert "torchrun started this process already, as rank 1 of 2" in result.stderr
     (folder / "t.py").write_text(ONE)
     result = CliRunner().invoke(app, ["train", "t.py", "--nproc", "2"])
-    assert (result.exit_code, result.stderr) == (2, "ddparity: --nproc 2: torchrun started 2 processes already\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "ddparity: --nproc 2: torchrun started 2 processes already: leave --nproc out\n",
+    )
 
 
 @pytest.mark.parametrize(("command", "words"), [
@@ -191,7 +194,7 @@ SUMS = ONE.replace("**parts)", "sums=lambda output, batch: output.sum(), **parts
 
 
 def _checkpoint(source: str = ONE) -> None:
-    """Of the Task in `t.py`, as a training would write it."""
+    """Write a Task to `t.py`, and a checkpoint of it to `good`."""
     Path("t.py").write_text(source)
     dp.save_checkpoint("good", model=load_task("t.py").model())
 
@@ -223,7 +226,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("prepare", "message"), REFUSED, ids=[message[:25] for _, message in REFUSED])
-def test_a_prediction_that_cannot_be_is_one_line(folder: Path, prepare: Callable[[], None], message: str) -> None:
+def test_an_impossible_prediction_gives_one_line(folder: Path, prepare: Callable[[], None], message: str) -> None:
     _checkpoint()
     prepare()
     result = CliRunner().invoke(app, ["predict", "t.py", "--nproc", "1", "--checkpoint", "good", "--to", "out"])
@@ -233,7 +236,9 @@ def test_a_prediction_that_cannot_be_is_one_line(folder: Path, prepare: Callable
 
 
 @pytest.mark.parametrize("prepare", [_bad, _of_another_run])
-def test_nor_do_several_processes_show_a_traceback(folder: Path, prepare: Callable[[], None]) -> None:
+def test_an_impossible_prediction_shows_no_traceback_on_several_processes(
+    folder: Path, prepare: Callable[[], None]
+) -> None:
     _checkpoint()
     prepare()
     done = _predict("--nproc", "2", "--to", "out")
@@ -266,9 +271,13 @@ class Broken:
 @pytest.mark.parametrize(
     ("source", "arguments", "message"),
     [
-        (ONE, "--metric", "--metric: t.py has no metric"),
-        (ONE, "--metric --to out", "--metric: t.py has no metric"),
-        (SUMS, "--metric --to out", "--metric: t.py has no metric of outputs"),
+        (ONE, "--metric", "--metric: t.py has no metric: give the Task one, or leave --metric out"),
+        (ONE, "--metric --to out", "--metric: t.py has no metric: give the Task one, or leave --metric out"),
+        (
+            SUMS,
+            "--metric --to out",
+            "--metric: t.py has no metric of outputs: give the Task one, or leave --metric out",
+        ),
     ],
 )
 def test_a_metric_that_a_task_does_not_have_is_refused(folder: Path, source: str, arguments: str, message: str) -> None:
@@ -299,7 +308,7 @@ def loss""",
 
 
 def test_the_same_command_completes_a_prediction(folder: Path) -> None:
-    """Batches of 2 samples, a file each; the process that comes to that of sample 4 ends without a word."""
+    """Batches have 2 samples and a file each. The process ends suddenly in the batch of sample 4."""
     _checkpoint(INTERRUPTED)
     assert _predict("--nproc", "1", "--to", "out").returncode == 9
     before = {file.name: file.stat().st_mtime_ns for file in Path("out").glob("part-*")}
@@ -351,7 +360,7 @@ def test_ctrl_c_ends_a_prediction(folder: Path, nproc: str) -> None:
     assert process.returncode == 130
     assert "Traceback" not in err and "KeyboardInterrupt" not in err
     assert err.splitlines()[-1].startswith("ddparity: ")
-    assert not list(Path("out").glob("*part-*")), "half a file"
+    assert not list(Path("out").glob("*part-*")), "an incomplete file is left"
 
 
 FAILS = ONE.replace("def loss(model, data):\n", "def loss(model, data):\n    import os, signal\n    {fault}\n")

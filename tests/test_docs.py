@@ -1,4 +1,4 @@
-"""The README's script is run as it stands; the pages' examples are doctests."""
+"""The script of the README runs as it is; the examples of the pages are doctests."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_every_page_is_reachable_from_the_readme(page: str) -> None:
 
 def test_every_public_name_is_documented() -> None:
     pages = README + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
-    # Types that other names give or raise are in their docstrings.
-    given = {"DDParityError", "LoadedMicroBatch", "MicroBatch", "Saving", "Step", "World"}
-    assert not [name for name in dp.__all__ if name not in given and name not in pages]
+    # Types that other names return or raise are described in the docstrings of these names.
+    returned = {"DDParityError", "LoadedMicroBatch", "MicroBatch", "Saving", "Step", "World"}
+    assert not [name for name in dp.__all__ if name not in returned and name not in pages]
     assert not [name for name in dp.__all__ if not getattr(dp, name).__doc__]
 
 

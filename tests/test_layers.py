@@ -36,7 +36,6 @@ def _name(path: Path) -> str:
 
 
 PATHS = {_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
-EXTENSIONS = {_name(path) for path in SOURCE.rglob("*.pyi")}  # modules in C, which import nothing
 
 
 def _imports(module: str) -> set[str]:

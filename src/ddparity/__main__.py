@@ -1,4 +1,4 @@
-"""`python -m ddparity`."""
+"""Run the command line with `python -m ddparity`."""
 
 from .cli import main
 

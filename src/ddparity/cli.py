@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command `ddparity`, with its subcommands run, doctor, train, predict and verify."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .parity.report import pyplot_of_matplotlib
 from .parity.verify import compare_runs
 from .runtime.environment import find_placement
 from .task.task import Task, check_task, load_task
-from .task.train import Refused, Saves, predict_task
+from .task.train import CheckpointOptions, InvalidInput, predict_task
 from .task.train import train as train_task
 
 app = typer.Typer(
@@ -34,54 +34,62 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-_STRICT_SYNCHRONISED = (
-    "--reduction strict --sync-batchnorm: synchronised statistics depend on the number of processes: leave one of the "
-    "two out"
+_STRICT_AND_SYNCHRONISED = (
+    "--reduction strict --sync-batchnorm: synchronised statistics depend on the number of processes, but strict "
+    "results do not: leave one of the two out"
 )
 TaskName = Annotated[
     str,
     typer.Argument(
         metavar="TASK",
-        help="`file.py:name` or `package.module:name`; the name may be left out where there is one Task.",
+        help="`file.py:name` or `package.module:name`. You may leave the name out if there is only one Task.",
     ),
 ]
 Nproc = Annotated[
     int | None,
     typer.Option(
-        "--nproc", "-n", metavar="N", help="Processes on this machine. Default: one a GPU, or one.", show_default=False
+        "--nproc",
+        "-n",
+        metavar="N",
+        help="Processes on this machine. Default: one for each GPU, or one without GPUs.",
+        show_default=False,
     ),
 ]
 
 
-class _Raw(typer.core.TyperCommand):
-    """A command that reads its arguments itself, each as it was typed."""
+class _UnparsedCommand(typer.core.TyperCommand):
+    """A command that gets all of its arguments as they were typed, `--help` too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.args = list(args)
         return []
 
 
-@app.command(cls=_Raw)
+@app.command(cls=_UnparsedCommand)
 def run(context: typer.Context) -> None:
-    """Run any script on N processes, of one machine or several, on torch's elastic agent."""
+    """Run a script on N processes, on one machine or several, with torch's elastic agent."""
     try:
         job = find_submission(context.args)
         if job is not None:
             raise SystemExit(submit_job(job))
-        wanted = parse(context.args)
+        launch = parse(context.args)
     except ValueError as error:
         _refuse(str(error))
-    raise _Ended(run_launch(wanted))
+    raise _LauncherExit(run_launch(launch))
 
 
 @app.command()
 def doctor(
     rendezvous: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Where machines of a job would meet.", show_default=False),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where the machines of a job meet. Shows this machine's route to it.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Show what a job would find on this machine and why, and test a group of two processes."""
+    """Show what a job finds on this machine, and why, and test a process group of two processes."""
     try:
         code = examine_machine(rendezvous)
     except ValueError as error:
@@ -97,44 +105,47 @@ def train(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where the checkpoint goes. Default: runs/NAME/checkpoint.safetensors.",
+            help="The checkpoint file. Default: runs/NAME/checkpoint.safetensors.",
             show_default=False,
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers of each process.")] = 0,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers for each process.")] = 0,
     sync_batchnorm: Annotated[
-        bool, typer.Option("--sync-batchnorm", help="Batch-norm statistics over all processes.")
+        bool, typer.Option("--sync-batchnorm", help="Take batch-norm statistics over all processes.")
     ] = False,
     reduction: Annotated[
         Literal["fast", "strict"],
-        typer.Option(help="`strict`: the same bits on any number of processes."),
+        typer.Option(help="`strict` gives the same bits on any number of processes."),
     ] = "fast",
     threads: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
-            help="Threads of each process, which the bits depend on. Default: 1 with `--reduction strict`, else the "
-            "cores shared out.",
+            help="Threads for each process. The bits of the result depend on this number. Default: 1 with "
+            "`--reduction strict`, else all cores, shared between the processes.",
             show_default=False,
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint, or from the start where there is none yet.")
+        bool, typer.Option("--resume", help="Continue from the checkpoint. Without a checkpoint, train from the start.")
     ] = False,
     save_every: Annotated[
         int | None,
-        typer.Option(metavar="K", min=1, help="Write the checkpoint every K steps, too.", show_default=False),
+        typer.Option(metavar="K", min=1, help="Also write the checkpoint every K steps.", show_default=False),
     ] = None,
     keep: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Keep the N last checkpoints, as FILE, FILE.1, …", show_default=False),
+        typer.Option(metavar="N", min=1, help="Keep the last N checkpoints, as FILE, FILE.1, …", show_default=False),
     ] = None,
 ) -> None:
-    """Train a TASK: one progress display, exact accuracy after each epoch, a checkpoint and a table at the end."""
+    """Train a TASK on one process or several, and write checkpoints.
+
+    Each epoch ends with the exact metric of the held-out set and a checkpoint. The training ends with a table.
+    """
     if sync_batchnorm and reduction == "strict":
-        _refuse(_STRICT_SYNCHRONISED)
-    loaded, count = _checked(task, nproc)
+        _refuse(_STRICT_AND_SYNCHRONISED)
+    loaded, count = _load(task, nproc)
     target = checkpoint or Path("runs") / _title(task) / "checkpoint.safetensors"
     if count > 1:
         options = ["--checkpoint", str(target), "--workers", str(workers), "--reduction", reduction]
@@ -143,8 +154,8 @@ def train(
         options += ["--resume"] * resume
         options += ["--save-every", str(save_every)] if save_every is not None else []
         options += ["--keep", str(keep)] if keep is not None else []
-        _launch(["-m", "ddparity", "train", task, *options], count)
-    saving = Saves(save_every, keep, resume)
+        raise _LauncherExit(run_command(["-m", "ddparity", "train", task, *options], count))
+    saving = CheckpointOptions(save_every, keep, resume)
     _in_this_process(
         lambda: train_task(loaded, target, workers, _title(task), sync_batchnorm, reduction, threads, saving)
     )
@@ -159,24 +170,28 @@ def predict(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Write the outputs there as a Parquet data set; the same command completes one that was interrupted.",
+            help="Write the outputs to this directory, as a Parquet data set. To complete an interrupted prediction, "
+            "give the same command again.",
             show_default=False,
         ),
     ] = None,
     metric: Annotated[
-        bool, typer.Option("--metric", help="Show the TASK's metric, also with `--to`. Without `--to` it always is.")
+        bool,
+        typer.Option("--metric", help="Show the TASK's metric with `--to`, too. Without `--to` it is always shown."),
     ] = False,
-    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers of each process.")] = 0,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers for each process.")] = 0,
 ) -> None:
-    """Predict the held-out set of a TASK: each sample once, in order."""
-    loaded, count = _checked(task, nproc)
+    """Predict the held-out set of a TASK: each sample once, in the order of the data set."""
+    loaded, count = _load(task, nproc)
     if not checkpoint.is_file():
         _refuse(f"there is no checkpoint at {checkpoint}: train one with `ddparity train {task}`")
     if metric and loaded.metric is None and (to is not None or loaded.sums is None):
-        _refuse(f"--metric: {task} has no metric{' of outputs' if loaded.sums is not None else ''}")
+        what = "metric of outputs" if loaded.sums is not None else "metric"
+        _refuse(f"--metric: {task} has no {what}: give the Task one, or leave --metric out")
     if count > 1:
         options = [*(["--to", str(to)] if to is not None else []), *["--metric"] * metric, "--workers", str(workers)]
-        _launch(["-m", "ddparity", "predict", task, "--checkpoint", str(checkpoint), *options], count)
+        command = ["-m", "ddparity", "predict", task, "--checkpoint", str(checkpoint), *options]
+        raise _LauncherExit(run_command(command, count))
     _in_this_process(lambda: predict_task(loaded, checkpoint, to, metric, workers))
 
 
@@ -185,7 +200,9 @@ def verify(
     task: TaskName,
     nproc: Annotated[
         int | None,
-        typer.Option("--nproc", "-n", metavar="N", help="Compare one process with N. Default: 2.", show_default=False),
+        typer.Option(
+            "--nproc", "-n", metavar="N", help="Compare one process with N processes. Default: 2.", show_default=False
+        ),
     ] = None,
     world_sizes: Annotated[
         str | None,
@@ -194,33 +211,42 @@ def verify(
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each run.")] = 20,
     reduction: Annotated[
         Literal["fast", "strict"],
-        typer.Option(help="`strict`: every bit must be equal. `fast`: rounding, as measured, is tolerated."),
+        typer.Option(
+            help="`strict`: every bit must be equal. `fast`: differences that measured rounding explains are tolerated."
+        ),
     ] = "fast",
     sync_batchnorm: Annotated[
-        bool, typer.Option("--sync-batchnorm", help="Batch-norm statistics over all processes.")
+        bool, typer.Option("--sync-batchnorm", help="Take batch-norm statistics over all processes.")
     ] = False,
-    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers of each process.")] = 0,
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of each process.")] = 1,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers for each process.")] = 0,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads for each process.")] = 1,
     permutations: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Runs that measure the noise of rounding, in `fast`.")
+        int, typer.Option(metavar="N", min=2, help="How many runs measure the noise of rounding in `fast` mode.")
     ] = 4,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")
+    ] = False,
     picture: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE", help="Draw the divergence against the noise.", show_default=False),
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw the differences and the noise, and write the plot to FILE.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Prove that a TASK trains as one process on several: run its steps on each, and compare.
+    """Prove that a TASK trains on several processes as on one: run its steps on each number of processes, and compare.
 
-    Exit code 0: parity. 1: the runs part. 2: a wrong argument. 3: a run failed.
+    Exit code 0: parity. 1: the runs diverge. 2: a wrong argument. 3: a run failed.
     """
     if sync_batchnorm and reduction == "strict":
-        _refuse(_STRICT_SYNCHRONISED)
+        _refuse(_STRICT_AND_SYNCHRONISED)
     try:
         sizes = _world_sizes(nproc, world_sizes)
         if picture is not None:
             pyplot_of_matplotlib()
-        with _told_on_stderr(), redirect_stdout(sys.stderr):  # what a Task's file prints when it is imported
+        with _log_to_stderr(), redirect_stdout(sys.stderr):  # a Task's file may print when it is imported
             found = compare_runs(
                 task,
                 sizes,
@@ -247,26 +273,27 @@ def verify(
         try:
             picture.parent.mkdir(parents=True, exist_ok=True)
             plot(found, picture, _title(task))
-        except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+        except (OSError, ValueError) as error:  # an unwritable folder, or an unknown image format
             _refuse(f"--plot {picture}: {error}")
     raise SystemExit(0 if found.parity else 1)
 
 
 @contextmanager
-def _told_on_stderr() -> Iterator[None]:
-    """Write what the library reports meanwhile to standard error."""
-    logger, speaker = logging.getLogger("ddparity"), logging.StreamHandler(sys.stderr)
+def _log_to_stderr() -> Iterator[None]:
+    """Write the log of the library, from INFO up, to standard error."""
+    logger, handler = logging.getLogger("ddparity"), logging.StreamHandler(sys.stderr)
     level = logger.level
-    logger.addHandler(speaker)
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.setLevel(level)
-        logger.removeHandler(speaker)
+        logger.removeHandler(handler)
 
 
 def _world_sizes(nproc: int | None, listed: str | None) -> list[int]:
+    """Return the numbers of processes that --nproc or --world-sizes gives."""
     if nproc is not None and listed is not None:
         raise ValueError(f"--nproc {nproc} --world-sizes {listed}: give one of the two")
     if listed is None:
@@ -276,16 +303,22 @@ def _world_sizes(nproc: int | None, listed: str | None) -> list[int]:
     except ValueError:
         raise ValueError(f"--world-sizes {listed}: give numbers of processes, as in 1,2,4") from None
     if min(sizes) < 1:
-        raise ValueError(f"--world-sizes {listed}: numbers of processes are at least 1")
+        raise ValueError(f"--world-sizes {listed}: a number of processes must be at least 1")
     return sizes
 
 
-def _checked(spec: str, nproc: int | None) -> tuple[Task, int]:
-    """The Task, and how many processes to start: one, this one, inside a job that a launcher started."""
+def _load(spec: str, nproc: int | None) -> tuple[Task, int]:
+    """Return the Task, and how many processes to run it on.
+
+    The number is 1, for this process, if a launcher started it. A wrong Task or number ends the command.
+    """
     try:
         task, count, placement = load_task(spec), _count(nproc), find_placement()
         if placement is not None and nproc is not None:
-            raise ValueError(f"--nproc {nproc}: {placement.engine} started {placement.world_size} processes already")
+            raise ValueError(
+                f"--nproc {nproc}: {placement.engine} started {placement.world_size} processes already: leave --nproc "
+                f"out"
+            )
         check_task(task, count if placement is None else placement.world_size)
     except (ValueError, TypeError) as error:
         _refuse(str(error))
@@ -293,6 +326,7 @@ def _checked(spec: str, nproc: int | None) -> tuple[Task, int]:
 
 
 def _count(nproc: int | None) -> int:
+    """Return how many processes to start on this machine."""
     if nproc is None:
         return max(1, torch.cuda.device_count())
     if nproc < 1:
@@ -300,51 +334,40 @@ def _count(nproc: int | None) -> int:
     return nproc
 
 
-def _launch(arguments: list[str], nproc: int | None) -> NoReturn:
-    try:
-        count = _count(nproc)
-        placement = find_placement()
-    except ValueError as error:
-        _refuse(str(error))
-    if placement is not None:
-        _refuse(
-            f"{placement.engine} started this process already, as rank {placement.rank} of {placement.world_size}: "
-            f"run the script itself"
-        )
-    raise _Ended(run_command(arguments, count))
-
-
 def _in_this_process(work: Callable[[], object]) -> None:
+    """Call `work`, and turn the user's mistakes and Ctrl+C into one line and an exit code."""
     try:
         work()
-    except Refused as error:
+    except InvalidInput as error:
         _refuse(str(error))
     except KeyboardInterrupt:
-        if find_placement() is not None:  # the launcher says it, once for all ranks
+        if find_placement() is not None:  # the launcher reports it, once for all ranks
             raise
         print("ddparity: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def _title(spec: str) -> str:
-    place, _, name = spec.partition(":")
-    return name or Path(place).stem.rpartition(".")[2]
+    """Return the name of a Task, or else that of its file or module."""
+    source, _, name = spec.partition(":")
+    return name or Path(source).stem.rpartition(".")[2]
 
 
 def _refuse(message: str) -> NoReturn:
+    """Print an error of the user's in one line, and exit with code 2."""
     print(f"ddparity: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
-class _Ended(SystemExit):
-    """All that this launcher had started has ended."""
+class _LauncherExit(SystemExit):
+    """The exit of a launcher, after all processes that it started have ended."""
 
 
 def main() -> None:
     try:
         app()
-    except _Ended as ending:
-        # At once: taking torch's modules apart takes half a second.
+    except _LauncherExit as end:
+        # Python needs half a second to take torch's modules apart, so exit without that.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(int(ending.code or 0))
+        os._exit(int(end.code or 0))

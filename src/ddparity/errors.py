@@ -27,7 +27,7 @@ class SampleError(DDParityError):
 
 
 class ParityError(DDParityError):
-    """Runs of one Task on different numbers of processes diverge. `comparison` is what `verify` found."""
+    """Runs of one Task on different numbers of processes diverge. `comparison`: the result of `verify`."""
 
     def __init__(self, message: str, comparison: object = None) -> None:
         super().__init__(message)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import ddparity as dp
 from ddparity import cli
-from ddparity.task.train import Saves, train
+from ddparity.task.train import CheckpointOptions, train
 from tests.data.test_loader import Noise
 from tests.ranks import kill_self, outcomes, run_ranks
 from tests.test_cli import ONE
@@ -222,7 +222,7 @@ def _task(
 def _train(path: str, num_workers: int, dies: int | None = None, model: Callable[[], nn.Module] = _normed) -> str:
     """`dies`: rank 0 is killed in this forward; with workers, who outlive it for 5 s then, it fails there."""
     task = _task(dies if dist.get_rank() == 0 else None, num_workers == 0, model=model)
-    return train(task, Path(path), num_workers, saving=Saves(every=2, resume=True)).fingerprint
+    return train(task, Path(path), num_workers, saving=CheckpointOptions(every=2, resume=True)).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(
 
 def _train_strictly(path: str, dies: int | None = None) -> str:
     task = _task(dies if dist.get_rank() == 0 else None)
-    return train(task, Path(path), reduction="strict", saving=Saves(every=2, resume=True)).fingerprint
+    return train(task, Path(path), reduction="strict", saving=CheckpointOptions(every=2, resume=True)).fingerprint
 
 
 @pytest.mark.parametrize("forward", [3, 8, 11])
@@ -273,7 +273,7 @@ def _train_preempted(path: str, forwards: list[int]) -> object:
     task = _task()
     task.loss = _Preempted(forwards[dist.get_rank()])
     try:
-        train(task, Path(path), reduction="strict", saving=Saves(resume=True))
+        train(task, Path(path), reduction="strict", saving=CheckpointOptions(resume=True))
     except SystemExit as ending:
         return ending.code
     return "ended"
@@ -301,15 +301,15 @@ def test_on_another_world_size_it_ends_the_same_to_rounding(tmp_path: Path) -> N
 
 
 def test_resuming_what_is_complete_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = train(_task(epochs=1), tmp_path / "c", saving=Saves(resume=True))
+    first = train(_task(epochs=1), tmp_path / "c", saving=CheckpointOptions(resume=True))
     assert f"no checkpoint at {tmp_path}/c yet: training from the start" in capsys.readouterr().out
-    again = train(_task(epochs=1), tmp_path / "c", saving=Saves(resume=True))
+    again = train(_task(epochs=1), tmp_path / "c", saving=CheckpointOptions(resume=True))
     assert f"resumed from {tmp_path}/c: 1 epochs and 0 of 5 steps are done" in capsys.readouterr().out
     assert (again.fingerprint, again.metrics, again.samples_per_second) == (first.fingerprint, first.metrics, 0)
-    longer = train(_task(epochs=2), tmp_path / "c", saving=Saves(resume=True))
+    longer = train(_task(epochs=2), tmp_path / "c", saving=CheckpointOptions(resume=True))
     assert longer.fingerprint != first.fingerprint
-    with pytest.raises(ValueError, match="2 epochs and 0 steps behind it, and the Task is of 1 epochs"):
-        train(_task(epochs=1), tmp_path / "c", saving=Saves(resume=True))
+    with pytest.raises(ValueError, match="a training of 2 epochs and 0 steps, but the Task has only 1 epochs"):
+        train(_task(epochs=1), tmp_path / "c", saving=CheckpointOptions(resume=True))
 
 
 def test_the_commands_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""examples/cifar10.py on a small data set in CIFAR-10's own file format, downloaded from a server of the test's."""
+"""examples/cifar10.py on a small data set in CIFAR-10's file format, downloaded from a server of this test."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEAN, STD = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616
 TRAIN_BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 PER_BATCH = 32  # images in each of the six files: 160 to train on are one full step and a short one
 
-# The example itself, but for where the archive comes from and what its check sums are.
+# The example itself, with another address and other check sums of the archive.
 TASK_FILE = """
 import sys
 from torchvision.datasets import CIFAR10
@@ -96,7 +96,7 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*args, **options)
 
     def do_GET(self) -> None:
-        if self.headers["Method"] != "HEAD":  # torchvision's way of asking where the address leads
+        if self.headers["Method"] != "HEAD":  # torchvision asks in this way where the address leads
             self._downloads.append(self.path)
         super().do_GET()
 
@@ -104,7 +104,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 def _write_archive(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
-    """CIFAR-10's archive with random images; returns the training images, and each file's MD5 sum by name."""
+    """Write CIFAR-10's archive with random images; return the training images, and each file's MD5 sum by name."""
     rng = np.random.default_rng(0)
     inside = folder / CIFAR10.base_folder
     inside.mkdir()
@@ -144,7 +144,7 @@ def test_it_trains_on_two_processes(trained: Trained) -> None:
 
 
 def _weights(folder: Path, *options: str) -> dict[str, torch.Tensor]:
-    """Trained again on the data set that lies there."""
+    """Train again on the data set in `folder`, and return the weights."""
     target = folder / f"{len(options)}.safetensors"
     command = [sys.executable, "-m", "ddparity", "train", "small.py", "--checkpoint", str(target), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -210,7 +210,7 @@ Loaded = dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]]
 
 
 def _loaded(folder: str, num_workers: int) -> Loaded:
-    """This rank's images of two epochs, and their data-set indices, by (epoch, step, micro-batch)."""
+    """Return this rank's images of two epochs, and their data-set indices, by (epoch, step, micro-batch)."""
     os.chdir(folder)
     task = load_task("small.py")
     train_set = task.dataset("train")
@@ -243,7 +243,7 @@ def test_augmentation_does_not_depend_on_the_number_of_processes(
 
 
 def test_training_images_are_random_crops_and_flips(trained: Trained, alone: Loaded) -> None:
-    """Each is exactly one of the 162 that there can be, and most of those appear among 2 epochs of 160 images."""
+    """Each image is exactly one of 162 possible images, and most of these appear in 2 epochs of 160 images."""
     seen = set()
     for images, samples in alone.values():
         for image, sample in zip(images, samples, strict=True):

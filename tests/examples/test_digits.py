@@ -1,4 +1,4 @@
-"""The default example as a user runs it: `ddparity train examples/digits.py`, on one process and on two."""
+"""The default example, started by `ddparity train examples/digits.py`, on one process and on two."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 import ddparity as dp
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.py"
-# Here and not in a test, since scikit-learn sets environment variables when it is first imported.
+# Not in a test, because scikit-learn sets environment variables when it is first imported.
 TASK = runpy.run_path(str(EXAMPLE))["digits"]
 
 
 @dataclass
 class Run:
-    """A training's output, and the rows of its closing table."""
+    """The output of a training, and the rows of the table at its end."""
 
     folder: Path
     output: str
@@ -50,13 +50,13 @@ def _table(output: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_each_epoch_is_told_once(nproc: int, runs: dict[int, Run]) -> None:
-    told = re.findall(r"^epoch (\d+)/(\d+): accuracy \d+\.\d\d %$", runs[nproc].output, re.MULTILINE)
-    assert told == [(str(epoch), str(TASK.epochs)) for epoch in range(1, TASK.epochs + 1)]
+def test_each_epoch_is_shown_once(nproc: int, runs: dict[int, Run]) -> None:
+    shown = re.findall(r"^epoch (\d+)/(\d+): accuracy \d+\.\d\d %$", runs[nproc].output, re.MULTILINE)
+    assert shown == [(str(epoch), str(TASK.epochs)) for epoch in range(1, TASK.epochs + 1)]
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_the_closing_table(nproc: int, runs: dict[int, Run]) -> None:
+def test_the_table_at_the_end(nproc: int, runs: dict[int, Run]) -> None:
     run = runs[nproc]
     assert run.output.count("trained on") == 1
     assert f"trained on {nproc} process" in run.output
@@ -71,7 +71,7 @@ def test_one_and_two_processes_end_with_the_same_model(runs: dict[int, Run]) -> 
     assert runs[1].table["accuracy"] == runs[2].table["accuracy"]
     others = _trained(runs[2]).state_dict()
     for name, weights in _trained(runs[1]).state_dict().items():
-        # Measured after the 460 steps: 8e-7 at most. A network with ReLU and MaxPool2d comes to 0.1 here.
+        # Measured after 460 steps: at most 8e-7. With ReLU and MaxPool2d it is 0.1.
         assert (weights - others[name]).abs().max() <= 1e-4 * weights.abs().max(), name
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddparity as dp
-from ddparity.task.train import Saves, predictor, train
+from ddparity.task.train import CheckpointOptions, predictor, train
 
 
 class Data(torch.utils.data.Dataset):
@@ -58,7 +58,7 @@ def run(checkpoint: Path, epochs: int, pace_s: float = 0.0, announces: bool = Fa
     """The fingerprint of the trained model, and of what it predicts ("" where this is not rank 0)."""
     task = make_task(epochs, pace_s, announces)
     with dp.world(device="cpu"):
-        result = train(task, checkpoint, reduction="strict", saving=Saves(every=2, resume=True))
+        result = train(task, checkpoint, reduction="strict", saving=CheckpointOptions(every=2, resume=True))
         model = task.model()
         dp.load_checkpoint(checkpoint, model=model)
         outputs = predictor(task, Data())(model, inputs=task.inputs)

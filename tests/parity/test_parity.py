@@ -1,4 +1,4 @@
-"""N processes train as one: the claim of the whole library, on its parts together."""
+"""N processes train as one: the parts of the library together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLES, GLOBAL_BATCH, MICRO_BATCH, STEPS = 97, 24, 4, 20  # 5 steps an epoch; t
 
 
 class Augmented(torch.utils.data.Dataset):
-    """Draws from each of the three global streams."""
+    """A data set whose samples draw from each of the three global random streams."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -67,11 +67,11 @@ def test_n_processes_train_as_one(world_size: int, num_workers: int, one_process
     for other, drawn in run_ranks(_train, world_size, num_workers):
         for a, b in zip(weights, other, strict=True):
             assert ((a - b).abs().max() / a.abs().max()).item() <= 1e-12
-        assert drawn == outside  # the streams between steps are those of one process, on every rank
+        assert drawn == outside  # between steps, the streams are those of one process, on every rank
 
 
 def test_the_comparison_can_fail(one_process) -> None:
-    """A sample more in one micro-batch shows by far: the tolerance above is no accident."""
+    """One sample more in one micro-batch makes a difference far above the tolerance of the test above."""
     weights, _ = one_process
     other, _ = run_ranks(_train_with_a_wrong_weight, 2)[0]
     assert max((a - b).abs().max() for a, b in zip(weights, other, strict=True)) > 1e-4

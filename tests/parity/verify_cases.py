@@ -1,4 +1,4 @@
-"""Tasks for `verify`: an honest one, and the same with one fault each, which shows on several processes."""
+"""Tasks for `verify`: a correct one, and the same with one fault each, which has an effect on several processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def world_size() -> int:
 
 
 class Points(torch.utils.data.Dataset):
-    """Augmented by the global streams."""
+    """A data set whose samples draw from the global random streams."""
 
     def __init__(self, split: str = "train", samples: int = SAMPLES) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -50,7 +50,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-2)
 
 
-def honest(**parts: Any) -> dp.Task:
+def correct_task(**parts: Any) -> dp.Task:
     standard = {
         "model": mlp,
         "dataset": Points,
@@ -62,7 +62,7 @@ def honest(**parts: Any) -> dp.Task:
     return dp.Task(**{**standard, **parts})
 
 
-# Faults. Each is a Task that is right on one process.
+# Faults. Each of these Tasks is correct on one process.
 
 
 def scaled_loss(model: nn.Module, data: Any) -> torch.Tensor:
@@ -87,7 +87,7 @@ def dropping_collate(samples: list[Any]) -> Any:
 
 
 class ByRank(Points):
-    """Gives another sample than it was asked for."""
+    """Returns another sample than the one with the index."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return super().__getitem__((index + (os.environ.get("RANK") == "1")) % SAMPLES)
@@ -105,7 +105,7 @@ class DrawsUnseeded(Points):
 
 
 def dropped_micro_batch(model: nn.Module, data: Any) -> torch.Tensor:
-    """The right loss, without a gradient, of rank 1's micro-batches."""
+    """On rank 1, return the right loss with a gradient of zero."""
     loss = cross_entropy(model, data)
     return loss.detach() + 0 * loss if rank() == 1 else loss
 
@@ -115,7 +115,7 @@ def zeroed_micro_batch(model: nn.Module, data: Any) -> torch.Tensor:
 
 
 class OwnNoise(nn.Module):
-    """Draws from a generator of its own."""
+    """Draws from a generator of its own in its forward."""
 
     def __init__(self, seed: int | None) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def noise_by_rank() -> nn.Module:
 
 
 def noise_of_the_process() -> nn.Module:
-    """The same seed on each rank, whose first micro-batch is not the first of all."""
+    """Use the same seed on each rank, although the first micro-batch of rank 1 is not the first of the step."""
     return OwnNoise(0)
 
 
@@ -149,7 +149,7 @@ def seeded_by_rank(model: nn.Module, data: Any) -> torch.Tensor:
 
 
 def late_noise(model: nn.Module, data: Any) -> torch.Tensor:
-    """Begins to draw unseeded where nobody looks at single forwards any more."""
+    """Draw unseeded numbers in the third step; fast mode compares single forwards in the first step alone."""
     model.calls = getattr(model, "calls", 0) + 1
     noise = int.from_bytes(os.urandom(1), "little") * 1e-4 if model.calls > 8 else 0.0
     return cross_entropy(model, data) * (1 + noise)
@@ -161,7 +161,7 @@ def initialised_by_rank() -> nn.Module:
 
 
 class Hidden(nn.Module):
-    """Has a tensor that is no buffer, which DDP does not broadcast."""
+    """Has a tensor that is not a buffer, so DDP does not broadcast it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def rate_by_world(parameters: Any) -> torch.optim.Optimizer:
 
 
 def grown_with_the_world() -> nn.Module:
-    """Has a parameter more on several processes."""
+    """Return a model that has one more parameter on several processes."""
     model = mlp()
     if world_size() > 1:
         model.register_parameter("extra", nn.Parameter(torch.zeros(1), requires_grad=False))
@@ -189,7 +189,7 @@ def grown_with_the_world() -> nn.Module:
 
 
 class Tracking(nn.Module):
-    """A moving average of its inputs, which nobody exchanges."""
+    """Keeps a moving average of its inputs, which the ranks do not synchronise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,8 +201,8 @@ class Tracking(nn.Module):
         return self.inner(x)
 
 
-class Untold(nn.Module):
-    """Its bias becomes trainable behind DDP's back."""
+class LateTrainable(nn.Module):
+    """Its bias becomes trainable after DDP has wrapped it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Untold(nn.Module):
         return self.inner(x) + self.bias
 
 
-# name: the part that is wrong, the number of processes that parts, the stage, what its cause's name is.
+# By name: the wrong part, the number of processes whose run diverges, the stage, and the name of the cause.
 FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "wrong scale of the loss": ({"loss": scaled_loss}, 2, "forward", "SCALE"),
     "wrong scale of gradients": ({"model": averaged_gradients}, 2, "gradients", "SCALE"),
@@ -235,7 +235,7 @@ FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "learning rate of the rank": ({"optimizer": rate_by_rank}, 2, "update", "UPDATE"),
     "learning rate of the world": ({"optimizer": rate_by_world}, 2, "update", "UPDATE"),
     "buffer of the rank": ({"model": Tracking}, 2, "buffers", "BUFFERS"),
-    "parameter that DDP does not see": ({"model": Untold}, 2, "gradients", "UNREDUCED"),
+    "parameter that DDP does not see": ({"model": LateTrainable}, 2, "gradients", "UNREDUCED"),
 }
 
 
@@ -253,7 +253,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def cnn(dropout: float = 0.1) -> nn.Module:
-    """The convolution's bias, in front of a batch norm, has a gradient that is all rounding."""
+    """Return a model in which the gradient of the convolution's bias, before a batch norm, is rounding only."""
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(64, 3)
     )

@@ -1,3 +1,5 @@
+"""`train` and `predict_task` in a world of one and on several ranks."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -46,7 +48,7 @@ def _fails(part: str, folder: str) -> None:
         ("metric", ["OSError: lost", "rank 0 failed in the metric: OSError: lost"]),
     ],
 )
-def test_what_fails_on_a_rank_fails_on_all_by_name(part: str, messages: list[str], tmp_path: Path) -> None:
+def test_a_failure_on_one_rank_fails_on_all_and_names_it(part: str, messages: list[str], tmp_path: Path) -> None:
     for outcome, message in zip(outcomes(_fails, 2, part, str(tmp_path)), messages, strict=True):
         assert message in outcome.error
         assert outcome.seconds < 10

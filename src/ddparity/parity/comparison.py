@@ -1,4 +1,4 @@
-"""What `verify` found."""
+"""The result of `verify`: differences after each checked step, where the runs diverge, and the verdict."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from typing import Any, Literal
 
 from .causes import Cause
 
+# From this relative noise on, a verdict says that rounding may hide a fault.
 _BLIND = 0.1
 Stage = Literal["initial weights", "data", "random streams", "forward", "gradients", "update", "buffers"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A relative difference from one process, the largest in proportion to what is tolerated there; `where`: of which
-    parameter or buffer, empty for the whole."""
+    """A relative difference from one process, and the difference that is tolerated.
+
+    Of several parameters or buffers, it is the one with the largest ratio of the two, and `where` is its name.
+    """
 
     value: float
     tolerance: float
@@ -23,8 +26,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class CheckedStep:
-    """The state after a step on `processes`, compared with one process. `bits`: gradients and weights are equal bit for
-    bit. `samples`: each micro-batch since the last checked step had the same samples with the same data."""
+    """The state after a step on `processes`, compared with one process.
+
+    `samples`: each micro-batch since the last checked step had the same samples with the same data. `bits`: gradients
+    and weights are equal bit for bit.
+    """
 
     step: int
     processes: int
@@ -38,8 +44,11 @@ class CheckedStep:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where runs first part. `processes`: of the run that parts, 1 where one process does not repeat itself. `step`:
-    from 1; 0: before the first. `where`: the parameter, buffer or micro-batch."""
+    """The first place where runs diverge.
+
+    `processes`: of the run that is compared with one process; 1: two runs of one process diverge. `step`: from 1; 0:
+    before the first step. `where`: the parameter, buffer or micro-batch; empty: the whole step.
+    """
 
     processes: int
     step: int
@@ -49,18 +58,19 @@ class Divergence:
     cause: Cause
 
     def __str__(self) -> str:
-        who = (
-            "one process does not repeat itself" if self.processes == 1 else f"{self.processes} processes part from one"
-        )
-        when = f"in step {self.step}" if self.step else "before the first step"
+        runs = "two runs on 1 process" if self.processes == 1 else f"the runs on 1 and {self.processes} processes"
+        when = f"at step {self.step}" if self.step else "before the first step"
         where = f", {self.where}" if self.where else ""
-        return f"{who} {when}, in {self.stage}{where}: {self.detail}"
+        return f"{runs} diverge {when}, in {self.stage}{where}: {self.detail}"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The largest relative difference of weights after each of some steps, over the parameters that are not all
-    rounding. `kind`: of a run on several processes, of one in which sums are permuted, or what is tolerated."""
+    """The largest relative difference of weights after each of `steps`.
+
+    Parameters whose values are rounding only are left out. `kind`: "processes" for a run on several processes, "noise"
+    for a run of one process with permuted sums, "tolerance" for the tolerated difference.
+    """
 
     kind: Literal["processes", "noise", "tolerance"]
     processes: int
@@ -70,8 +80,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of one Task on different numbers of processes. `fingerprints`: of the model at the end, by number of
-    processes. `factor`: how often the measured noise is tolerated, see docs/verify.md; 0 for strict."""
+    """Runs of one Task on different numbers of processes.
+
+    `fingerprints`: of the model at the end, by number of processes. `factor`: the tolerated difference as a multiple of
+    the measured noise, see docs/verify.md; 0 in strict mode.
+    """
 
     steps: int
     reduction: str
@@ -85,10 +98,11 @@ class Comparison:
 
     @property
     def parity(self) -> bool:
+        """Whether no runs diverge."""
         return not self.divergences
 
     def verdict(self) -> str:
-        """In a few lines: parity or not; where runs part, and the likely cause."""
+        """Return a few lines: parity or not, where the runs diverge, and the likely cause."""
         if self.divergences:
             return "no parity\n" + "\n".join(f"{found}\n{found.cause}" for found in self.divergences)
         if self.reduction == "strict":
@@ -97,13 +111,13 @@ class Comparison:
         if self.synchronised:
             text += ", with one process that runs the joined micro-batches as one batch"
         if (step := self.blind_from) is not None:
-            text += f"\nfrom step {step} on rounding may be {_BLIND:.0%} of the weights and hide much: "
-            text += "--reduction strict hides nothing"
+            text += f"\nfrom step {step} on, rounding may change the weights by {_BLIND:.0%} and hide a fault: "
+            text += "use --reduction strict, which has no rounding"
         return text
 
     @property
     def blind_from(self) -> int | None:
-        """The first checked step after which tolerated noise is a tenth of the weights; None: there is none."""
+        """The first checked step whose tolerance is a tenth of the weights or more; None: there is none."""
         blind = [
             step
             for curve in self.curves
@@ -114,7 +128,7 @@ class Comparison:
         return min(blind, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts. Infinite differences are null."""
+        """Return the comparison as numbers, strings, lists and dicts. An infinite difference is None."""
         return {"parity": self.parity, "verdict": self.verdict(), **_finite(asdict(self))}
 
 

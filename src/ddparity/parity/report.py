@@ -1,4 +1,4 @@
-"""The comparison as a table and as a picture."""
+"""Show a comparison as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from .comparison import CheckedStep, Comparison, Curve, Difference
 
 
 def show(comparison: Comparison, title: str) -> None:
-    """Print the steps' table, the fingerprints and the verdict to standard output."""
+    """Print the table of checked steps, the fingerprints and the verdict to standard output."""
     if comparison.checked:
         strict = comparison.reduction == "strict"
         kinds = ("weights", "gradient norm", "loss")
         head = ["step", *(kinds if strict else (f"{kind} (tolerated)" for kind in kinds)), "samples"]
         show_grid(f"{title}: largest relative differences from one process", head, _rows(comparison, strict))
-    prints = [(str(number), value) for number, value in sorted(comparison.fingerprints.items())]
-    show_grid(f"{title}: after {comparison.steps} steps", ["processes", "fingerprint"], prints)
+    fingerprints = [(str(number), value) for number, value in sorted(comparison.fingerprints.items())]
+    show_grid(f"{title}: after {comparison.steps} steps", ["processes", "fingerprint"], fingerprints)
     print(comparison.verdict(), flush=True)
 
 
 def _rows(comparison: Comparison, strict: bool) -> list[list[str]]:
-    """One for each checked step, with the largest of all numbers of processes; steps that read alike are one row."""
-    lines = []
-    for step, found in itertools.groupby(comparison.checked, key=lambda one: one.step):
-        lines.append((step, _cells(list(found), strict)))
+    """Return a row for each checked step, with the largest difference of all numbers of processes.
+
+    Successive steps with the same cells are one row.
+    """
+    lines = [
+        (step, _cells(list(found), strict))
+        for step, found in itertools.groupby(comparison.checked, key=lambda one: one.step)
+    ]
     rows = []
-    for cells, alike in itertools.groupby(lines, key=lambda line: line[1]):
-        steps = [step for step, _ in alike]
+    for cells, same in itertools.groupby(lines, key=lambda line: line[1]):
+        steps = [step for step, _ in same]
         rows.append([f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0]), *cells])
     return rows
 
@@ -48,10 +52,10 @@ def _cell(found: list[Difference], strict: bool) -> str:
 
 
 def plot(comparison: Comparison, path: Path, title: str) -> None:
-    """Draw the divergence of weights against the noise of rounding.
+    """Draw the differences of weights and the noise of rounding, and write the plot to `path`.
 
     Raises:
-        ImportError: matplotlib is missing; it says how to install it.
+        ImportError: matplotlib is not installed; the message says how to install it.
     """
     pyplot = pyplot_of_matplotlib()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
@@ -62,15 +66,17 @@ def plot(comparison: Comparison, path: Path, title: str) -> None:
 
 
 def pyplot_of_matplotlib() -> Any:
-    """matplotlib's pyplot, for files alone.
+    """Return matplotlib's pyplot, with the backend that needs no display.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: matplotlib is not installed; the message says how to install it.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'ddparity[plot]', or leave --plot out") from error
+        raise ImportError(
+            "matplotlib is not installed, but a plot needs it: pip install 'ddparity[plot]', or leave --plot out"
+        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -81,21 +87,21 @@ _COLOURS = ("tab:blue", "tab:green", "tab:purple", "tab:brown", "tab:olive", "ta
 
 
 def draw(axes: Any, comparison: Comparison) -> None:
-    """Into a matplotlib Axes: a curve a run, the noise as a band, what is tolerated as a dashed line."""
+    """Draw into a matplotlib Axes: a curve for each run, grey for noise, and a dashed line for the tolerance."""
     noise = [curve for curve in comparison.curves if curve.kind == "noise"]
     floor = _floor(comparison.curves)
     for number, curve in enumerate(noise):
         label = f"sums permuted, one process ({len(noise)} runs)" if not number else None
-        axes.plot(curve.steps, _shown(curve, floor), color="0.6", linewidth=1, label=label)
+        axes.plot(curve.steps, _drawable(curve, floor), color="0.6", linewidth=1, label=label)
     for number, curve in enumerate(one for one in comparison.curves if one.kind == "tolerance"):
         label = f"tolerated: {comparison.factor:.0f} times the noise" if not number else None
-        axes.plot(curve.steps, _shown(curve, floor), color="tab:red", linestyle="--", label=label)
+        axes.plot(curve.steps, _drawable(curve, floor), color="tab:red", linestyle="--", label=label)
     runs = [one for one in comparison.curves if one.kind == "processes"]
     for curve, colour in zip(runs, itertools.cycle(_COLOURS)):
-        axes.plot(curve.steps, _shown(curve, floor), color=colour, marker=".", label=f"{curve.processes} processes")
+        axes.plot(curve.steps, _drawable(curve, floor), color=colour, marker=".", label=f"{curve.processes} processes")
     steps = sorted({divergence.step for divergence in comparison.divergences})
     for number, step in enumerate(steps):
-        axes.axvline(step, color="tab:red", linewidth=1, label="parts" if not number else None)
+        axes.axvline(step, color="tab:red", linewidth=1, label="runs diverge" if not number else None)
     axes.set_yscale("log")
     axes.set_xscale("log" if comparison.steps > 50 else "linear")
     axes.set_xlabel("step")
@@ -106,9 +112,9 @@ def draw(axes: Any, comparison: Comparison) -> None:
 
 
 def _floor(curves: tuple[Curve, ...]) -> float:
-    """What 0 is drawn as, on a logarithmic axis."""
+    """Return the value to draw for 0, which has no place on a logarithmic axis."""
     return min((value for curve in curves for value in curve.values if value > 0), default=1e-8) / 2
 
 
-def _shown(curve: Curve, floor: float) -> list[float]:
+def _drawable(curve: Curve, floor: float) -> list[float]:
     return [value if 0 < value < float("inf") else floor if value == 0 else float("nan") for value in curve.values]

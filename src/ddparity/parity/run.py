@@ -1,4 +1,4 @@
-"""One run of a Task, as `ddparity train` would do it, with notes taken on the way."""
+"""Run a Task's training steps as `ddparity train` does, and record them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..batchnorm import SyncBatchNorm
@@ -29,15 +27,15 @@ from ..gradients.replica import Reduction
 from ..gradients.replicate import replicate
 from ..runtime.first import first
 from ..runtime.logging import setup_logging
-from ..runtime.world import World, world
+from ..runtime.world import world
 from ..task.task import Task, check_task, load_task
 from ..task.train import backward, build
-from .digests import difference, digest, streams_digest
 from .noise import PermutedSum
-from .record import MicroNote, Notes, StepNote, TaggedCollate, checked_steps, tagged, write_notes
+from .notes import MicroNote, RankNotes, checked_steps, write_notes
+from .recorder import Recorder, TaggedCollate, digest, tagged, units_of
 
-# What the elastic agent sets in a process.
-_LAUNCHERS = {
+# The elastic agent sets these variables in each process, and those that begin with TORCHELASTIC_.
+_LAUNCHER_VARIABLES = {
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
 }
@@ -45,7 +43,7 @@ _LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs have in common. `task`: a Task, or the name of one."""
+    """What all runs of one comparison share. `task`: a Task, or the name of one. `folder`: where runs write files."""
 
     task: Task | str
     steps: int
@@ -58,11 +56,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run. `reference`: whose weights its own are compared with; its own name: it is one, and keeps them; None: its
-    weights are not compared.
+    """One run.
 
-    `joined`: micro-batches that so many ranks would run at the same time are one batch. `permutation`: keys the order
-    of its sums; None: as they come.
+    `reference`: the name of the run whose weights this run compares its own with. If it is this run's own name, the run
+    is a reference and keeps its weights. None: weights are not compared.
+    `joined`: N joins the micro-batches that N ranks would run at the same time into one batch.
+    `permutation`: the seed of the order in which gradients are summed; None: the order of the micro-batches.
     """
 
     name: str
@@ -72,41 +71,42 @@ class RunPlan:
 
 
 def run_together(settings: Settings, plan: RunPlan, variables: dict[str, str]) -> None:
-    """One rank of a run on several processes."""
+    """Run one rank of a run on several processes. `variables`: the environment of the process that compares."""
     _prepare_process(variables)
     run(settings, plan)
 
 
 def run_alone(settings: Settings, plans: Sequence[RunPlan], variables: dict[str, str]) -> None:
-    """Run number RANK of several one-process runs, which have nothing to do with each other."""
+    """Run the one-process run number RANK of `plans`; the runs do not communicate with each other."""
     number = int(os.environ["RANK"])
     for name in list(os.environ):
-        if _is_launchers(name):
+        if _is_launcher_variable(name):
             del os.environ[name]
     _prepare_process(variables)
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None
     run(settings, plans[number], device)
 
 
-def _is_launchers(name: str) -> bool:
-    return name in _LAUNCHERS or name.startswith("TORCHELASTIC_")
+def _is_launcher_variable(name: str) -> bool:
+    return name in _LAUNCHER_VARIABLES or name.startswith("TORCHELASTIC_")
 
 
 def _prepare_process(variables: dict[str, str]) -> None:
-    # Those that the fork server has are of its own start.
-    os.environ.update({name: value for name, value in variables.items() if not _is_launchers(name)})
-    # Data-loader workers start as in a script, not as this process did.
+    # The fork server started earlier, so its own variables may be old.
+    os.environ.update({name: value for name, value in variables.items() if not _is_launcher_variable(name)})
+    # This process was forked from the fork server, but its data-loader workers must start as they do in a script.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-    # What a Task prints must not mix with the comparison on standard output.
+    # Standard output is for the comparison alone, so what a Task prints goes to standard error.
     sys.stdout.flush()
     os.dup2(2, 1)
 
 
 def run(settings: Settings, plan: RunPlan, device: str | None = None) -> None:
+    """Run the training steps on this rank, and write the rank's notes. Every rank of the run calls it."""
     torch.set_num_threads(settings.threads)
     task = load_task(settings.task) if isinstance(settings.task, str) else settings.task
-    with world(device=device) as here, ExitStack() as stack:
-        setup_logging(logging.WARNING)  # what to say of the runs, the process that compares them says
+    with world(device=device) as here:
+        setup_logging(logging.WARNING)  # the process that compares the runs logs their progress
         check_task(task, here.world_size)
         with first("node"):
             train_set = task.dataset("train")
@@ -115,29 +115,51 @@ def run(settings: Settings, plan: RunPlan, device: str | None = None) -> None:
             task, here, tagged(train_set), settings.num_workers, TaggedCollate(task.collate_fn), settings.sync_batchnorm
         )
         built = {name: digest(value) for name, value in (*net.named_parameters(), *net.named_buffers())}
-        if _synchronised(net):
+        if _has_sync_batchnorm(net):
             check_even_shares(loader.plan, max(plan.joined, here.world_size))
         model = replicate(net, settings.reduction)
+        net = unwrapped(model)
         optimizer = task.optimizer(model.parameters())
-        recorder = _Recorder(settings, plan, task, here, model, optimizer, built)
-        stack.callback(recorder.close)
+        notes = RankNotes(here.rank, here.device.type, _has_sync_batchnorm(net), built, units_of(net))
+        own, reference = _weight_folders(settings.folder, plan) if here.rank == 0 else (None, None)
+        permuted = None
+        if plan.permutation is not None:
+            permuted = PermutedSum(net, torch.Generator().manual_seed(plan.permutation))
         checked = set(checked_steps(settings.steps))
         model.train()
-        for number, step in enumerate(_steps(loader, settings.steps), 1):
-            recorder.begin(number, number in checked, step)
-            backward(model, _joined(step, plan.joined), recorder.loss)
-            recorder.gradients()
-            optimizer.step()
-            recorder.update()
-            optimizer.zero_grad()
-        recorder.notes.fingerprint = fingerprint(model)
-        write_notes(recorder.notes, settings.folder / plan.name)
+        with closing(Recorder(notes, net, optimizer, own, reference)) as recorder:
+            for number, step in enumerate(_steps(loader, settings.steps), 1):
+                recorder.begin_step(number, number in checked)
+                _backward(task, model, _joined(step, plan.joined), recorder, plan.joined > 1, permuted)
+                recorder.record_gradients()
+                optimizer.step()
+                recorder.record_update()
+                optimizer.zero_grad()
+        notes.fingerprint = fingerprint(model)
+        write_notes(notes, settings.folder / plan.name)
+
+
+def _weight_folders(folder: Path, plan: RunPlan) -> tuple[Path | None, Path | None]:
+    """Return the folder to keep a run's weights in, and that of the weights to compare with."""
+    if plan.reference is None:
+        return None, None
+    if plan.reference == plan.name:
+        return folder / plan.name, None
+    return None, folder / plan.reference
+
+
+def _has_sync_batchnorm(net: nn.Module) -> bool:
+    """Return whether a model has batch norms that are synchronised if there are several ranks."""
+    return any(isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) for module in net.modules())
 
 
 def _steps(loader: Loader, count: int) -> Iterator[Step]:
-    """The first `count` steps, over as many epochs as it takes."""
+    """Yield the first `count` steps, from as many epochs as they need."""
     if len(loader) == 0:
-        raise ValueError("the plan has no step: drop_last leaves none of this small training set")
+        raise ValueError(
+            f"the training set of {loader.plan.num_samples} samples has no full step of {loader.plan.global_batch}, "
+            f"and drop_last=True drops the short one: give more samples, or drop_last=False"
+        )
     epoch = done = 0
     while done < count:
         for step in loader.epoch(epoch):
@@ -148,10 +170,34 @@ def _steps(loader: Loader, count: int) -> Iterator[Step]:
         epoch += 1
 
 
-def _joined(step: Step, world_size: int) -> Step:
-    """The step of one process, with the micro-batches that `world_size` ranks run at the same time as one.
+def _backward(
+    task: Task, model: nn.Module, step: Step, recorder: Recorder, joined: bool, permuted: PermutedSum | None
+) -> None:
+    """Compute a step's gradients with the training's own `backward`, and record each forward."""
 
-    Its data is the list of their indices, weights, samples and data.
+    def loss_of(micro: LoadedMicroBatch) -> torch.Tensor:
+        if permuted is not None and micro.index > 0:
+            permuted.take(micro.index - 1)  # the backward of the previous micro-batch has ended
+        parts = micro.data if joined else [(micro.index, micro.share, *micro.data)]
+        notes = [MicroNote(index, samples, digest(data), weight=weight) for index, weight, samples, data in parts]
+        data = parts[0][-1]
+        if joined:
+            order = range(len(parts)) if permuted is None else permuted.order(len(parts))
+            data = _concatenated([parts[number][-1] for number in order])
+        return recorder.record_forward(notes, lambda: task.loss(model, data))
+
+    if permuted is not None:
+        permuted.begin(len(step))
+    backward(model, step, loss_of)
+    if permuted is not None:
+        permuted.take(len(step) - 1)
+        permuted.finish()
+
+
+def _joined(step: Step, world_size: int) -> Step:
+    """Return a step of one process whose micro-batches are joined as `world_size` ranks run them at the same time.
+
+    The data of a joined micro-batch is a list of (index, weight, samples, data), one for each of its micro-batches.
     """
     if world_size == 1:
         return step
@@ -169,151 +215,22 @@ def _joined(step: Step, world_size: int) -> Step:
 
 
 def _concatenated(batches: list[Any]) -> Any:
-    """Batches of one structure as one batch: tensors are joined along their first dimension."""
-    first_one = batches[0]
-    if isinstance(first_one, torch.Tensor) and first_one.ndim:
+    """Return batches of one structure as one batch: tensors are concatenated along their first dimension."""
+    batch = batches[0]
+    if isinstance(batch, torch.Tensor) and batch.ndim:
         return torch.cat(batches)
-    if isinstance(first_one, Mapping):
-        return {key: _concatenated([batch[key] for batch in batches]) for key in first_one}
-    if isinstance(first_one, tuple) and hasattr(first_one, "_fields"):
-        return type(first_one)(*(_concatenated(list(values)) for values in zip(*batches, strict=True)))
-    if isinstance(first_one, (list, tuple)) and all(isinstance(item, str) for item in first_one):
-        return type(first_one)(item for batch in batches for item in batch)
-    if isinstance(first_one, (list, tuple)):
-        return type(first_one)(_concatenated(list(values)) for values in zip(*batches, strict=True))
-    if all(digest(batch) == digest(first_one) for batch in batches):
-        return first_one
+    if isinstance(batch, Mapping):
+        return {key: _concatenated([other[key] for other in batches]) for key in batch}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_concatenated(list(values)) for values in zip(*batches, strict=True)))
+    if isinstance(batch, (list, tuple)) and all(isinstance(item, str) for item in batch):
+        return type(batch)(item for other in batches for item in other)
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_concatenated(list(values)) for values in zip(*batches, strict=True))
+    if all(digest(other) == digest(batch) for other in batches):
+        return batch
     raise TypeError(
-        f"verify cannot join micro-batches with a {type(first_one).__name__} to the one batch that synchronised batch "
-        f"norms are compared with: let collate_fn give tensors, in lists, tuples or dicts"
+        f"the micro-batches contain a {type(batch).__name__}, but verify compares synchronised batch norms with one "
+        f"process that joins micro-batches into one batch, and only tensors can be joined: let collate_fn return "
+        f"tensors, in lists, tuples or dicts"
     )
-
-
-def _synchronised(net: nn.Module) -> bool:
-    """Whether a model has batch norms that would be synchronised, also where there is nobody else."""
-    return any(isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) for module in net.modules())
-
-
-def _unit(value: torch.Tensor) -> float:
-    """One unit in the last place, relative; 0 for integers, which are equal or not."""
-    return torch.finfo(value.dtype).eps if value.is_floating_point() or value.is_complex() else 0.0
-
-
-def _norm(gradient: torch.Tensor) -> float:
-    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    exact = torch.complex128 if dense.is_complex() else torch.float64
-    return float(torch.linalg.vector_norm(dense, dtype=exact))
-
-
-class _Recorder:
-    """Takes the notes of one rank."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        plan: RunPlan,
-        task: Task,
-        here: World,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        built: dict[str, str],
-    ) -> None:
-        self._task = task
-        self._plan = plan
-        self._here = here
-        self._model = model
-        self._net = unwrapped(model)
-        self._optimizer = optimizer
-        self._folder = settings.folder
-        self._permuted = None
-        if plan.permutation is not None:
-            self._permuted = PermutedSum(self._net, torch.Generator().manual_seed(plan.permutation))
-        parameters = {name: _unit(value) for name, value in self._net.named_parameters()}
-        units = {f"weights/{name}": unit for name, unit in parameters.items()}
-        units |= {f"gradient/{name}": unit for name, unit in parameters.items()}
-        units |= {f"buffers/{name}": _unit(value) for name, value in self._net.named_buffers()}
-        units["gradient norm"] = max(parameters.values(), default=0.0)
-        self.notes = Notes(here.rank, here.device.type, _synchronised(self._net), built, units)
-        self._note, self._taken = StepNote(0), 0
-        self._outputs: list[str] = []
-        self._hook = self._net.register_forward_hook(self._saw_output)
-
-    def close(self) -> None:
-        self._hook.remove()
-
-    def _saw_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._note.checked:
-            self._outputs.append(digest(output))
-
-    def begin(self, number: int, checked: bool, step: Step) -> None:
-        self._note = StepNote(number, checked=checked)
-        self.notes.steps.append(self._note)
-        self._taken = 0
-        if self._permuted is not None:
-            self._permuted.begin(len(step) // self._plan.joined)
-
-    def loss(self, micro: LoadedMicroBatch) -> torch.Tensor:
-        """The Task's loss of a micro-batch, noted."""
-        self._take()
-        joined = self._plan.joined > 1
-        parts = micro.data if joined else [(micro.index, micro.share, *micro.data)]
-        notes = [MicroNote(index, samples, digest(data), weight=weight) for index, weight, samples, data in parts]
-        data = parts[0][-1]
-        if joined:
-            order = range(len(parts)) if self._permuted is None else self._permuted.order(len(parts))
-            data = _concatenated([parts[number][-1] for number in order])
-        self._outputs = []
-        checked = self._note.checked
-        before = streams_digest() if checked else ""
-        loss = self._task.loss(self._model, data)
-        after = streams_digest() if checked else ""
-        forward = digest([self._outputs, loss]) if checked else ""
-        self.notes.units["loss"] = torch.finfo(loss.dtype).eps
-        for note in notes:
-            note.before, note.after, note.forward, note.loss = before, after, forward, float(loss.detach())
-        self._note.micros += notes
-        return loss
-
-    def _take(self) -> None:
-        """After the backward of the micro-batch before."""
-        if self._permuted is not None and self._note.micros:
-            self._permuted.take(self._taken)
-            self._taken += 1
-
-    def gradients(self) -> None:
-        """After a step's gradients are complete."""
-        self._take()
-        if self._permuted is not None:
-            self._permuted.finish()
-        if not self._note.checked:
-            return
-        for name, parameter in self._net.named_parameters():
-            if parameter.grad is not None:
-                self._note.gradients[name] = digest(parameter.grad)
-                self._note.norms[name] = _norm(parameter.grad)
-
-    def update(self) -> None:
-        """After the optimizer's step."""
-        if not self._note.checked:
-            return
-        parameters: dict[str, torch.Tensor] = dict(self._net.named_parameters())
-        buffers = dict(self._net.named_buffers())
-        self._note.weights = {name: digest(value) for name, value in parameters.items()}
-        self._note.buffers = {name: digest(value) for name, value in buffers.items()}
-        self._note.optimizer = digest(self._optimizer.state_dict())
-        if self._here.rank or self._plan.reference is None:
-            return
-        values = {f"weights/{name}": value for name, value in parameters.items()}
-        values |= {f"buffers/{name}": value for name, value in buffers.items()}
-        name = f"step{self._note.step}.safetensors"
-        if self._plan.reference == self._plan.name:
-            folder = self._folder / self._plan.name
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.detach().cpu().clone().contiguous() for key, value in values.items()}, folder / name)
-            return
-        with safe_open(self._folder / self._plan.reference / name, framework="pt", device="cpu") as file:
-            there = set(file.keys())
-            for key, value in values.items():
-                self._note.differences[key] = difference(value, file.get_tensor(key)) if key in there else float("inf")
-            for key in there - set(values):
-                self._note.differences[key] = float("inf")

@@ -1,4 +1,4 @@
-"""Starts the runs that `verify` compares."""
+"""Start the runs of a Task on different numbers of processes, and compare them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from ..data.plan import checked_integer
 from ..errors import ParityError
@@ -17,18 +18,18 @@ from ..gradients.replica import Reduction
 from ..launcher import launch_forked
 from ..runtime.environment import find_placement
 from ..task.task import Task, check_task, load_task
-from .compare import compare, largest_weights, measure
 from .comparison import CheckedStep, Comparison, Curve, Divergence
-from .noise import Measured, envelope, tolerance_factor
-from .record import Run, checked_steps, read_run
+from .noise import Series, envelope, tolerance_factor
+from .notes import Run, checked_steps, read_run
 from .run import RunPlan, Settings, run_alone, run_together
+from .stages import compare, largest_weights, measure_differences
 
 logger = logging.getLogger(__name__)
 
-# How probable it is that an honest Task is told that it has no parity.
+# The probability that `verify` rejects a Task that has parity.
 FALSE_ALARM = 1e-3
 
-# A forward of one process twice, on a device whose sums have no fixed order: units in the last place.
+# A GPU may add in no fixed order, so the first loss of a repeated run may differ by this many units in the last place.
 _REPEATED_UNITS = 64
 
 
@@ -43,36 +44,36 @@ def verify(
     threads: int = 1,
     permutations: int = 4,
 ) -> Comparison:
-    """Prove that a Task trains as one process on several: run its steps on each, and compare.
+    """Prove that a Task trains on several processes as on one: run its steps on each number, and compare them.
 
-    Runs on local processes, which it starts. One process is the reference, and runs twice: it must repeat itself. With
-    `reduction="strict"` every bit must be equal. With "fast" differences must be explained by rounding, which is
-    measured: in `permutations` further runs of one process, gradients are summed in other orders. A model with
-    synchronised batch norms is compared with one process that runs the micro-batches that N ranks run at the same time
-    as one batch.
+    This function starts local processes. The reference is one process, which runs twice and must give the same result
+    twice. With `reduction="strict"` every bit must be equal. With "fast", rounding must explain the differences. To
+    measure rounding, one process runs `permutations` more times and sums gradients in other orders. A model with
+    synchronised batch norms is compared with one process that joins, into one batch, the micro-batches that N ranks run
+    at the same time.
 
     Args:
         task: a Task that can be pickled (its parts are functions of an importable module), or "file.py:name".
-        world_sizes: numbers of processes, besides one.
-        steps: optimizer steps of each run; all up to 20 are checked, then ever fewer: 31 of 1,000.
+        world_sizes: the numbers of processes to compare with one process.
+        steps: optimizer steps of each run. All steps up to 20 are checked, then fewer and fewer: 30 of 1,000.
         reduction, sync_batchnorm, num_workers: as in `ddparity train`.
-        threads: of each process, the same for all: bits depend on it.
-        permutations: runs that measure the noise, 2 or more: the fewer, the more is tolerated.
+        threads: of each process, the same in all runs, because the bits depend on it.
+        permutations: how many runs measure the noise, at least 2. With fewer runs, larger differences are tolerated.
 
     Returns:
-        The comparison, whose `checked` has the differences after each checked step.
+        The comparison. Its `checked` has the differences after each checked step.
 
     Raises:
-        ParityError: the runs part. It says in which step, stage, parameter or micro-batch, with the likely cause; its
-            `comparison` is what this function would have returned.
+        ParityError: the runs diverge. The message has the step, stage, parameter or micro-batch, and the likely cause.
+            `comparison` of the error is what this function would return.
         RankFailure: a run failed.
         TypeError: the Task cannot be pickled.
-        ValueError: an argument is out of range, or strict is combined with synchronised batch norms; or a launcher
+        ValueError: an argument is out of range, strict is combined with synchronised batch norms, or a launcher
             started this process.
 
     Collectives: none in this process.
 
-    Example (in a test, behind no `if __name__ == "__main__":` of its own):
+    Example (in a test, which needs no `if __name__ == "__main__":` of its own):
         ddparity.verify("examples/digits.py:digits", world_sizes=(1, 2, 4), reduction="strict")
     """
     comparison = compare_runs(
@@ -101,45 +102,46 @@ def compare_runs(
     threads: int = 1,
     permutations: int = 4,
 ) -> Comparison:
-    """As `verify`, and returns the comparison also where the runs part."""
+    """Do the same as `verify`, but return the comparison even if the runs diverge."""
     sizes = sorted({checked_integer(size, "world_sizes") for size in world_sizes} | {1})
     numbers = {"steps": steps, "num_workers": num_workers, "threads": threads, "permutations": permutations}
     for name, least in (("steps", 1), ("num_workers", 0), ("threads", 1), ("permutations", 2)):
         if checked_integer(numbers[name], name) < least:
             raise ValueError(f"verify({name}={numbers[name]}): must be at least {least}")
     if sizes[0] < 1:
-        raise ValueError(f"verify(world_sizes={sizes}): numbers of processes are at least 1")
+        raise ValueError(f"verify(world_sizes={sizes}): a number of processes must be at least 1")
     if reduction == "strict" and sync_batchnorm:
         raise ValueError(
             'verify(reduction="strict", sync_batchnorm=True): synchronised statistics depend on the number of '
-            "processes: leave one of the two out"
+            "processes, but strict results do not: leave one of the two out"
         )
     if (placement := find_placement()) is not None:
         raise ValueError(
-            f"verify() starts its own processes, but {placement.engine} started this one, as rank {placement.rank} of "
-            f"{placement.world_size}: call it in a process that no launcher started"
+            f"{placement.engine} started this process, as rank {placement.rank} of {placement.world_size}, but "
+            f"verify() starts its own processes: call it in a process that no launcher started"
         )
-    _check_travels(task)
+    _check_picklable(task)
     check_task(load_task(task) if isinstance(task, str) else task, sizes[-1])
     with tempfile.TemporaryDirectory(prefix="ddparity-verify-") as folder:
         settings = Settings(task, steps, reduction, sync_batchnorm, num_workers, threads, Path(folder))
-        return _Runs(settings, sizes, permutations).compared()
+        return _Verification(settings, sizes, permutations).compare()
 
 
-def _check_travels(task: Task | str) -> None:
+def _check_picklable(task: Task | str) -> None:
     if isinstance(task, str):
         return
     try:
         pickle.dumps(task)
     except Exception as error:
         raise TypeError(
-            f"verify() cannot send this Task to the processes that run it ({error}): make its parts functions of a "
-            f'module, not lambdas or inner functions, or give its name, as in verify("file.py:name")'
+            f"this Task cannot be pickled ({error}), but verify() sends it to the processes that run it: make its "
+            f"parts functions of a module, not lambdas or inner functions, or give its name, as in "
+            f'verify("file.py:name")'
         ) from error
 
 
-class _Runs:
-    """The runs of one comparison, in the order in which they need each other."""
+class _Verification:
+    """The runs of one comparison, in the order in which one needs the other."""
 
     def __init__(self, settings: Settings, sizes: Sequence[int], permutations: int) -> None:
         self._settings = settings
@@ -148,10 +150,10 @@ class _Runs:
         self._strict = settings.reduction == "strict"
         self._checked = checked_steps(settings.steps)
 
-    def compared(self) -> Comparison:
+    def compare(self) -> Comparison:
         several = [size for size in self._sizes if size > 1]
         logger.info("verify: one process, twice")
-        reference, repeat = self._alone([RunPlan("reference", "reference"), RunPlan("repeat")])
+        reference, repeat = self._run_alone([RunPlan("reference", "reference"), RunPlan("repeat")])
         synchronised = reference.ranks[0].synchronised and bool(several)
         found = Comparison(
             self._settings.steps,
@@ -164,25 +166,24 @@ class _Runs:
             (),
             (),
         )
-        again = self._repeated(repeat, reference)
-        if again is not None or not several:
-            return replace(found, divergences=(again,) if again is not None else ())
+        divergence = self._compare_repeat(repeat, reference)
+        if divergence is not None or not several:  # noise cannot be measured if the reference does not repeat itself
+            return replace(found, divergences=(divergence,) if divergence is not None else ())
         references = dict.fromkeys(several, reference)
         names = dict.fromkeys(several, "reference")
         if synchronised:
-            _check_drawless(reference)
+            _check_no_random_forward(reference)
             logger.info("verify: one process, with joined micro-batches")
             names = {size: f"joined{size}" for size in several}
             plans = [RunPlan(names[size], names[size], joined=size) for size in several]
-            references = dict(zip(several, self._alone(plans), strict=True))
-        noise: dict[str, list[Measured]] = {}
+            references = dict(zip(several, self._run_alone(plans), strict=True))
+        noise: dict[str, list[Series]] = {}
         if not self._strict:
             logger.info("verify: one process, with sums in %d other orders", self._permutations)
-            noise, unlike = self._noise(
-                {names[size]: (size if synchronised else 1, references[size]) for size in several}
-            )
-            if unlike is not None:
-                return replace(found, divergences=(unlike,))
+            by_name = {names[size]: (size if synchronised else 1, references[size]) for size in several}
+            noise, divergence = self._measure_noise(by_name)
+            if divergence is not None:
+                return replace(found, divergences=(divergence,))
         comparisons = len(reference.ranks[0].units) * len(self._checked) * len(several)
         factor = 0.0 if self._strict else tolerance_factor(self._permutations, comparisons, FALSE_ALARM)
 
@@ -191,61 +192,76 @@ class _Runs:
         divergences: list[Divergence] = []
         for size in several:
             logger.info("verify: %d processes", size)
-            run = self._together(RunPlan(f"world{size}", names[size]), size)
+            run = self._run_together(RunPlan(f"world{size}", names[size]), size)
             floors = {} if self._strict else envelope(noise[names[size]], _units(references[size]), self._checked)
-            allowed = {name: {step: factor * value for step, value in row.items()} for name, row in floors.items()}
-            rows, divergence = compare(run, references[size], None if self._strict else allowed, synchronised)
-            checked += rows
+            tolerances = {name: {step: factor * value for step, value in row.items()} for name, row in floors.items()}
+            steps, divergence = compare(run, references[size], None if self._strict else tolerances, synchronised)
+            checked += steps
             divergences += [divergence] if divergence is not None else []
             found.fingerprints[size] = run.ranks[0].fingerprint
-            curves.append(self._curve("processes", size, measure(run, references[size]), floors))
+            curves.append(self._curve("processes", size, measure_differences(run, references[size]), floors))
             if not self._strict and (synchronised or size == several[0]):
                 curves += [self._curve("noise", 1, one, floors) for one in noise[names[size]]]
-                curves.append(self._curve("tolerance", 1, allowed, floors))
+                curves.append(self._curve("tolerance", 1, tolerances, floors))
         checked.sort(key=lambda one: (one.step, one.processes))
         return replace(
             found, factor=factor, checked=tuple(checked), curves=tuple(curves), divergences=tuple(divergences)
         )
 
-    def _curve(self, kind: str, processes: int, measured: Measured, floors: Measured) -> Curve:
-        values = tuple(largest_weights(measured, floors, step) for step in self._checked)
-        return Curve(kind, processes, tuple(self._checked), values)  # type: ignore[arg-type]
+    def _curve(
+        self, kind: Literal["processes", "noise", "tolerance"], processes: int, series: Series, floors: Series
+    ) -> Curve:
+        values = tuple(largest_weights(series, floors, step) for step in self._checked)
+        return Curve(kind, processes, tuple(self._checked), values)
 
-    def _noise(self, references: dict[str, tuple[int, Run]]) -> tuple[dict[str, list[Measured]], Divergence | None]:
-        """How permuted runs differ from each reference, and where one differs by more than the order of sums."""
+    def _measure_noise(
+        self, references: dict[str, tuple[int, Run]]
+    ) -> tuple[dict[str, list[Series]], Divergence | None]:
+        """Run with permuted sums, and return the differences of these runs from each reference.
+
+        Args:
+            references: by name, the number of joined micro-batches and the run.
+
+        Returns:
+            The differences by name of the reference, and the first divergence that no order of sums explains.
+        """
         plans = [
             RunPlan(f"{name}-permuted{number}", name, joined, permutation=number)
             for name, (joined, _) in references.items()
             for number in range(self._permutations)
         ]
-        found: dict[str, list[Measured]] = {name: [] for name in references}
-        unlike = None
-        for plan, run in zip(plans, self._alone(plans), strict=True):
-            assert plan.reference is not None, "permuted runs have one"
+        noise: dict[str, list[Series]] = {name: [] for name in references}
+        divergence = None
+        for plan, run in zip(plans, self._run_alone(plans), strict=True):
+            assert plan.reference is not None, "a permuted run has a reference"
             joined, reference = references[plan.reference]
-            found[plan.reference].append(measure(run, reference))
-            unlike = unlike or compare(run, reference, self._first_loss(reference), joined > 1)[1]
-        return found, unlike
+            noise[plan.reference].append(measure_differences(run, reference))
+            divergence = divergence or compare(run, reference, self._same_first_loss(reference), joined > 1)[1]
+        return noise, divergence
 
-    def _alone(self, plans: Sequence[RunPlan]) -> list[Run]:
-        """One-process runs, as many at the same time as the largest world has processes."""
+    def _run_alone(self, plans: Sequence[RunPlan]) -> list[Run]:
+        """Do one-process runs, at the same time as many as the largest world has processes."""
         width = self._sizes[-1]
         for start in range(0, len(plans), width):
             some = plans[start : start + width]
             launch_forked(run_alone, self._settings, some, dict(os.environ), nproc=len(some))
         return [read_run(self._settings.folder / plan.name, 1) for plan in plans]
 
-    def _together(self, plan: RunPlan, size: int) -> Run:
+    def _run_together(self, plan: RunPlan, size: int) -> Run:
+        """Do one run on `size` processes."""
         launch_forked(run_together, self._settings, plan, dict(os.environ), nproc=size)
         return read_run(self._settings.folder / plan.name, size)
 
-    def _repeated(self, repeat: Run, reference: Run) -> Divergence | None:
-        """Where a second run of one process parts from the first: then no noise can be measured."""
-        exact = self._strict or reference.ranks[0].device == "cpu"  # sums of a GPU may have no fixed order
-        return compare(repeat, reference, None if exact else self._first_loss(reference))[1]
+    def _compare_repeat(self, repeat: Run, reference: Run) -> Divergence | None:
+        """Return where the second run of one process diverges from the first."""
+        exact = self._strict or reference.ranks[0].device == "cpu"  # a GPU may add in no fixed order
+        return compare(repeat, reference, None if exact else self._same_first_loss(reference))[1]
 
-    def _first_loss(self, reference: Run) -> Measured:
-        """Tolerates anything but another first loss, which no order of gradients' sums explains."""
+    def _same_first_loss(self, reference: Run) -> Series:
+        """Return tolerances that allow everything but another loss in the first step.
+
+        No order of the gradients' sums explains another first loss.
+        """
         units = _units(reference)
         tolerances = {name: dict.fromkeys(self._checked, math.inf) for name in units}
         tolerances["loss"] = {**tolerances["loss"], 1: _REPEATED_UNITS * units["loss"]}
@@ -256,13 +272,12 @@ def _units(reference: Run) -> dict[str, float]:
     return reference.ranks[0].units
 
 
-def _check_drawless(reference: Run) -> None:
+def _check_no_random_forward(reference: Run) -> None:
     for note in reference.ranks[0].steps:
         for micro in note.micros:
             if micro.before != micro.after:
                 raise ValueError(
                     f"the model has synchronised batch norms and draws random numbers in its forward (dropout?; "
-                    f"micro-batch {micro.index} of step {note.step}): one process that runs joined micro-batches as "
-                    f"one batch draws others, so nothing can be compared. Verify it with p=0, or without synchronised "
-                    f"batch norms"
+                    f"micro-batch {micro.index} of step {note.step}), but the reference, one process that joins "
+                    f"micro-batches into one batch, draws other numbers: use p=0, or no synchronised batch norms"
                 )

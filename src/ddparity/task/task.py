@@ -1,4 +1,4 @@
-"""A Task: the few things that a training needs."""
+"""A Task has what a training needs: a model, data, a loss, an optimizer and batch sizes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ Split = Literal["train", "test"]
 
 
 class Task:
-    """What to train: give the parts as arguments, or as methods of a subclass.
+    """What to train. Give the parts as arguments, or as methods and attributes of a subclass.
 
-    `model()` gives a new module; it is called with equal random streams on every rank.
-    `dataset(split)` gives a map-style data set, for "train" and "test"; one process of each node calls it first.
-    `loss(model, data)` gives the mean loss of a micro-batch, whose data is on the model's device.
-    `optimizer(parameters)` gives a torch optimizer.
-    `metric(outputs, dataset)` gives a number, or a dict of numbers by name, from the outputs for the held-out set.
-    `sums(output, batch)`, in its place, gives what `predict(metric=)` adds up: then no outputs are collected.
-    `global_batch`, `micro_batch`: samples; `epochs`; `seed`; `drop_last`: leave out an epoch's short last step.
-    `inputs(batch)`: what the model is called with to predict, see `predict`; None: its first entry.
+    `model()` returns a new module. It is called with equal random streams on every rank.
+    `dataset(split)` returns a map-style data set, for "train" and "test". One process of each node calls it first.
+    `loss(model, data)` returns the mean loss of a micro-batch. `data` is on the model's device.
+    `optimizer(parameters)` returns a torch optimizer.
+    `metric(outputs, dataset)` returns a number, or a dict of numbers by name, from the outputs for the held-out set.
+    `sums(output, batch)`, in place of `metric`, returns what `predict(metric=)` adds up. No outputs are collected then.
+    `global_batch`, `micro_batch`: sizes in samples. `epochs`: how many. `seed`: from 0 to 2**64 - 1.
+    `drop_last`: drop the short last step of an epoch.
+    `inputs(batch)` returns what the model is called with to predict, see `predict`; None: the first entry of a batch.
     `collate_fn`: of the DataLoader.
 
     Raises:
-        TypeError: a part is missing or unknown, or a number is no integer.
+        TypeError: a part is missing or unknown, or a number is not an integer.
         ValueError: a number is out of range.
     """
 
@@ -59,7 +60,7 @@ class Task:
         if self.metric is not None and self.sums is not None:
             raise TypeError("Task() got metric and sums: give one")
         if missing := [name for name in names if not hasattr(self, name)]:
-            raise TypeError(f"Task() lacks {', '.join(missing)}")
+            raise TypeError(f"Task() lacks {', '.join(missing)}: give them as arguments, or as methods of a subclass")
         for name in ("global_batch", "micro_batch", "epochs"):
             number = checked_integer(getattr(self, name), name)
             if number < 1:
@@ -68,30 +69,31 @@ class Task:
             raise ValueError(f"Task(seed={self.seed}): must be from 0 to 2**64 - 1")
 
     def plan(self, num_samples: int) -> BatchPlan:
+        """Return the plan of the training for a training set of `num_samples` samples."""
         return BatchPlan(num_samples, self.global_batch, self.micro_batch, self.seed, drop_last=self.drop_last)
 
 
 def check_task(task: Task, nproc: int) -> None:
-    """Refuse a world that the task's batches cannot occupy."""
+    """Raise ValueError if a step has fewer micro-batches than there are processes."""
     check_world_size(task.plan(task.global_batch), nproc)
 
 
 def load_task(spec: str) -> Task:
-    """The Task that "file.py:name" or "package.module:name" names; the name may be left out where there is one.
+    """Load the Task that "file.py:name" or "package.module:name" names. With one Task, the name may be left out.
 
     Raises:
-        ValueError: there is no such file, module, name or Task; one line that says what there is.
+        ValueError: the file, module, name or Task does not exist. The message is one line and says what exists.
     """
-    place, _, name = spec.partition(":")
-    module = _module(place)
+    source, _, name = spec.partition(":")
+    module = _import(source)
     tasks = {key: value for key, value in vars(module).items() if _is_task(value) and not key.startswith("_")}
     if not name:
         if len(tasks) != 1:
             found = "no Task" if not tasks else f"several Tasks ({', '.join(tasks)})"
-            raise ValueError(f"{place} has {found}: name one, as in {place}:NAME")
+            raise ValueError(f"{source} has {found}: name one, as in {source}:NAME")
         (name,) = tasks
     if not hasattr(module, name):
-        raise ValueError(f"{place} has no {name!r}: its Tasks are {', '.join(tasks) or 'none'}")
+        raise ValueError(f"{source} has no {name!r}: its Tasks are {', '.join(tasks) or 'none'}")
     value = getattr(module, name)
     if not _is_task(value):
         raise ValueError(
@@ -108,38 +110,43 @@ def _is_task(value: object) -> bool:
     return isinstance(value, Task) or (isinstance(value, type) and issubclass(value, Task) and value is not Task)
 
 
-def _module(place: str) -> Any:
-    path = Path(place)
-    is_file = path.suffix == ".py" or "/" in place
+def _import(source: str) -> Any:
+    """Return the module of a file or of a dotted name."""
+    path = Path(source)
+    is_file = path.suffix == ".py" or "/" in source
     if is_file and not path.is_file():
-        raise ValueError(f"there is no file {place}: TASK is file.py:name or package.module:name")
+        raise ValueError(f"there is no file {source}: TASK is file.py:name or package.module:name")
     try:
-        return _from_file(path) if is_file else importlib.import_module(place)
+        return _import_file(path) if is_file else importlib.import_module(source)
     except ModuleNotFoundError as error:
-        if not is_file and error.name and (place == error.name or place.startswith(error.name + ".")):
-            raise ValueError(f"there is no module {place}: TASK is file.py:name or package.module:name") from error
-        raise ValueError(f"cannot import {place}: {error}") from error
+        if not is_file and error.name and (source == error.name or source.startswith(error.name + ".")):
+            raise ValueError(f"there is no module {source}: TASK is file.py:name or package.module:name") from error
+        raise ValueError(f"cannot import {source}: {error}") from error
     except Exception as error:
-        raise ValueError(f"cannot import {place}: {type(error).__name__}: {error}{_line(error, place)}") from error
+        raise ValueError(f"cannot import {source}: {type(error).__name__}: {error}{_line(error, source)}") from error
 
 
-def _from_file(path: Path) -> Any:
-    """Import a file as `python file.py` would find its neighbours, under its own name, so that workers can pickle."""
+def _import_file(path: Path) -> Any:
+    """Import a file as a module that bears the file's name.
+
+    As with `python file.py`, it can import other modules of its folder. Data-loader workers can unpickle its objects,
+    because the module is in `sys.modules`.
+    """
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
 
-def _line(error: Exception, place: str) -> str:
-    """Where in the user's file an import failed."""
+def _line(error: Exception, source: str) -> str:
+    """Return " (line N)", the line of the user's file that failed; empty if no line of it is in the traceback."""
     trace, line = error.__traceback__, None
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename.endswith(place):
+        if trace.tb_frame.f_code.co_filename.endswith(source):
             line = trace.tb_lineno
         trace = trace.tb_next
     return f" (line {line})" if line is not None else ""

@@ -1,4 +1,4 @@
-"""The whole training of a Task, at one look."""
+"""Train a Task, evaluate it, and predict with a checkpoint of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ from .task import Task, check_task
 
 @dataclass(frozen=True)
 class Result:
-    """How a training ended. `metrics`: of the held-out set. `train_s`: without evaluation, since it was resumed."""
+    """The result of a training.
+
+    `metrics`: of the held-out set, on rank 0; empty on other ranks. `total_s`: seconds of the whole call. `train_s`:
+    seconds of the training steps of this call, without evaluation. `samples_per_second`: over `train_s`.
+    """
 
     metrics: dict[str, float]
     total_s: float
@@ -50,11 +54,11 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Saves:
-    """How a training saves and resumes.
+class CheckpointOptions:
+    """When a training saves checkpoints, and whether it resumes.
 
-    `every`: also write the checkpoint every so many steps. `keep`: of `save_checkpoint`. `resume`: go on from the
-    checkpoint, or from the start where there is none yet.
+    `every`: also write the checkpoint every N steps; None: only after each epoch. `keep`: of `save_checkpoint`.
+    `resume`: continue from the checkpoint; if there is none, train from the start.
     """
 
     every: int | None = None
@@ -70,26 +74,31 @@ def train(
     sync_batchnorm: bool = False,
     reduction: Reduction = "fast",
     threads: int | None = None,
-    saving: Saves | None = None,
+    saving: CheckpointOptions | None = None,
 ) -> Result:
     """Train a Task on the processes that a launcher started, or on this one. Every rank calls it.
 
-    `sync_batchnorm`: its batch norms take their statistics over the micro-batches that run at the same time on all
-    ranks, so the result depends on the number of processes.
-    `reduction`: of `replicate`; "strict" gives the same fingerprint on any number of processes.
-    `threads`: intra-op threads of each process, which the bits depend on; None: 1 for "strict", else torch's default.
+    It shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end. After
+    SIGUSR1 or SIGUSR2 it saves a checkpoint after the next step, the same step on all ranks.
 
-    `saving`: when to write the checkpoint besides after each epoch, how many to keep, and whether to resume.
+    Args:
+        checkpoint: the file to write after each epoch.
+        title: of the progress display.
+        sync_batchnorm: batch norms take their statistics over the micro-batches that all ranks run at the same time, so
+            the result depends on the number of processes.
+        reduction: of `replicate`; "strict" gives the same fingerprint on any number of processes.
+        threads: intra-op threads of each process; the bits of the result depend on it. None: 1 for "strict", else
+            torch's default.
+        saving: when else to write the checkpoint, how many to keep, and whether to resume.
 
-    On SIGUSR1 or SIGUSR2 it saves and raises SystemExit(128 + the signal), on all ranks after the same step.
-
-    Shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end.
+    Raises:
+        SystemExit: with code 128 + the signal, after SIGUSR1 or SIGUSR2.
 
     Collectives: those of `replicate`, `accumulate` and `predict`.
     """
     start = time.monotonic()
     if threads is None and reduction == "strict":
-        threads = 1  # one process alone would take all cores
+        threads = 1  # else one process would use all cores, and each of several processes fewer
     if threads is not None:
         torch.set_num_threads(threads)
     with world() as here:
@@ -102,13 +111,13 @@ def train(
         optimizer = task.optimizer(model.parameters())
         predict = predictor(task, test_set, num_workers)
 
-        saving = saving or Saves()
+        saving = saving or CheckpointOptions()
         states: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
         save = partial(save_checkpoint, checkpoint, keep=saving.keep, **states)
         resumed = _resume(task, checkpoint, model, loader, states) if saving.resume else None
 
-        train_s, metrics, before = 0.0, None, _done(loader)
-        bar = progress(task.epochs * len(loader), here.rank, title, start=before)
+        train_s, metrics, (first_step, first_sample) = 0.0, None, _steps_and_samples(loader)
+        bar = progress(task.epochs * len(loader), here.rank, title, start=(first_step, first_sample))
         with bar as display, preemption() as stopping:
             if resumed is not None:
                 display.say(resumed)
@@ -117,12 +126,12 @@ def train(
                 _train_epoch(task, model, optimizer, loader, epoch, display, saving.every, save, stopping)
                 train_s += time.monotonic() - began
                 metrics = evaluate(task, model, predict)
-                display.say(f"epoch {epoch + 1}/{task.epochs}: {shown(metrics)}")
+                display.say(f"epoch {epoch + 1}/{task.epochs}: {_format_metrics(metrics)}")
                 save()
-        if metrics is None:  # nothing was left to train
+        if metrics is None:  # the checkpoint was the end of the training
             metrics = evaluate(task, model, predict)
 
-        rate = (_done(loader)[1] - before[1]) / train_s if train_s else 0.0
+        rate = (_steps_and_samples(loader)[1] - first_sample) / train_s if train_s else 0.0
         result = Result(metrics, time.monotonic() - start, train_s, rate, fingerprint(model), checkpoint.resolve())
         if here.rank == 0:
             _show(result, here.world_size, str(here.device.type))
@@ -137,12 +146,19 @@ def build(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     sync_batchnorm: bool = False,
 ) -> tuple[nn.Module, Loader]:
-    """A Task's model, before `replicate`, and the loader of its training set; what fails on one rank fails on all."""
+    """Return a Task's model, before `replicate`, and the loader of its training set. Every rank calls it.
+
+    Raises:
+        RankFailure: it failed on another rank. On the rank that failed, the error is its own.
+        ValueError: the training set is empty, or the ranks cannot share a step evenly for synchronised batch norms.
+
+    Collectives: one agreement, and a comparison of the training set's length.
+    """
     with agreed("preparing the training") as agreement:
         if agreement is not None:
             agreement.same("the training set's length", len(train_set))
         if len(train_set) == 0:
-            raise ValueError("the training set is empty: there is nothing to train on")
+            raise ValueError('the training set is empty: let dataset("train") return at least one sample')
         seed_everything(task.seed)
         net = task.model().to(here.device)
         loader = Loader(train_set, task.plan(len(train_set)), num_workers, collate_fn)
@@ -154,7 +170,13 @@ def build(
 def backward(
     model: nn.Module, step: Step, loss_of: Callable[[LoadedMicroBatch], torch.Tensor]
 ) -> tuple[torch.Tensor, float]:
-    """Leave a step's gradients in the parameters; gives this rank's weighted sum of losses, and of weights."""
+    """Compute the gradients of a step. `loss_of(micro)` returns the mean loss of a micro-batch.
+
+    Returns:
+        This rank's sum of weighted losses, a scalar tensor, and its sum of weights.
+
+    Collectives: those of `accumulate`.
+    """
     loss_sum, weight_sum = torch.zeros(()), 0.0
     for micro in accumulate(model, step):
         loss = loss_of(micro)
@@ -164,29 +186,29 @@ def backward(
 
 
 def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, states: dict[str, Any]) -> str:
-    """Load the checkpoint, where there is one; says where the training goes on."""
+    """Load the checkpoint if there is one, and return a line that says where the training continues."""
     with agreed(f"resuming from {checkpoint}") as agreement:
         exists = checkpoint.is_file()
         if agreement is not None:
             agreement.same(f"whether there is a checkpoint at {checkpoint}", exists)
     if not exists:
         return f"no checkpoint at {checkpoint} yet: training from the start"
-    _reduce_once(task, model, loader)
+    _reduce_once(task, model, loader)  # before the load, which replaces what this changes in the model
     load_checkpoint(checkpoint, **states)
     epoch, step = loader.position
     if (epoch, step) > (task.epochs, 0):
         raise ValueError(
-            f"{checkpoint} has {epoch} epochs and {step} steps behind it, and the Task is of {task.epochs} epochs: "
-            f"give the Task more epochs, or another checkpoint"
+            f"{checkpoint} is a training of {epoch} epochs and {step} steps, but the Task has only {task.epochs} "
+            f"epochs: give the Task more epochs, or use another checkpoint"
         )
     return f"resumed from {checkpoint}: {epoch} epochs and {step} of {len(loader)} steps are done"
 
 
 def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
-    """Have DDP's first reduction behind us, as the training that is resumed had: its gradients are dropped.
+    """Do one reduction of gradients and drop them, so that DDP's buckets are those of the training that is resumed.
 
-    DDP lays its buckets out anew after it, and from three ranks on the order of a sum, and so its rounding, depends on
-    where in a bucket a gradient stands. What this changes in the model is replaced by what is loaded after it.
+    DDP rebuilds its buckets after its first reduction. From three ranks on, the order of a sum, and so its
+    rounding, depends on the position of a gradient in its bucket.
     """
     if not isinstance(model, DistributedDataParallel) or dist.get_world_size() < 3:
         return
@@ -195,8 +217,8 @@ def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
     model.zero_grad()
 
 
-def _done(loader: Loader) -> tuple[int, int]:
-    """Steps before a loader's position, of all epochs, and their samples."""
+def _steps_and_samples(loader: Loader) -> tuple[int, int]:
+    """Return how many steps and samples are done, over all epochs."""
     plan, (epoch, step) = loader.plan, loader.position
     in_epoch = min(plan.num_samples, len(loader) * plan.global_batch)
     return epoch * len(loader) + step, epoch * in_epoch + min(step * plan.global_batch, in_epoch)
@@ -218,27 +240,31 @@ def _train_epoch(
         loss_sum, weight_sum = backward(model, step, lambda micro: task.loss(model, micro.data))
         optimizer.step()
         optimizer.zero_grad()
-        done, samples = _done(loader)
-        if display.due(done):  # reading the loss waits for the device
+        done, samples = _steps_and_samples(loader)
+        if display.due(done):  # not at each step, because float() waits for the device
             mean = float(loss_sum) / weight_sum if weight_sum else math.nan
             display.update(done, samples, f"loss {mean:.4f}")
-        number = stopping()
-        if number or (save_every is not None and done % save_every == 0):
+        signal_number = stopping()
+        if signal_number or (save_every is not None and done % save_every == 0):
             save()
-        if number:
-            display.say(f"stopped by {signal.Signals(number).name} after step {done}: --resume goes on from there")
-            raise SystemExit(128 + number)
+        if signal_number:
+            display.say(f"stopped by {signal.Signals(signal_number).name} after step {done}: continue with --resume")
+            raise SystemExit(128 + signal_number)
 
 
 def predictor(task: Task, dataset: Any, num_workers: int = 0) -> Predictor:
+    """Return a `Predictor` for a data set, with the Task's micro-batch size, seed and collate function."""
     return Predictor(dataset, task.micro_batch, seed=task.seed, num_workers=num_workers, collate_fn=task.collate_fn)
 
 
 def evaluate(task: Task, model: nn.Module, predict: Predictor, show_progress: bool = False) -> dict[str, float]:
-    """The metric of a data set, each sample counted once; on rank 0, empty on the others. Every rank calls it."""
+    """Return the metric of the predictor's data set, each sample counted once. Every rank calls it.
+
+    The result is empty on ranks other than 0, and if the Task has no metric.
+    """
     if task.sums is not None:
         value = predict(model, inputs=task.inputs, metric=task.sums, show_progress=show_progress)
-        return {} if value is None else _named(value)
+        return {} if value is None else _by_name(value)
     if task.metric is None:
         return {}
     outputs = predict(model, inputs=task.inputs, show_progress=show_progress)
@@ -247,45 +273,53 @@ def evaluate(task: Task, model: nn.Module, predict: Predictor, show_progress: bo
 
 def _metric_of(task: Task, outputs: Any, dataset: Any) -> dict[str, float]:
     with agreed("the metric"):
-        return {} if outputs is None or task.metric is None else _named(task.metric(outputs, dataset))
+        return {} if outputs is None or task.metric is None else _by_name(task.metric(outputs, dataset))
 
 
-def _named(value: Any) -> dict[str, float]:
+def _by_name(value: Any) -> dict[str, float]:
     return {name: float(one) for name, one in (value if isinstance(value, dict) else {"metric": value}).items()}
 
 
-class Refused(ValueError):
-    """A command was given what does not fit its Task; the message says all there is to say."""
+class InvalidInput(ValueError):
+    """A checkpoint or directory that the user gave does not fit the Task. A command shows the message alone."""
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Around what raises ValueError and TypeError for its arguments alone: the Task's own come as other errors."""
+def _invalid_input() -> Iterator[None]:
+    """Turn ValueError and TypeError into InvalidInput.
+
+    Use it only around calls that raise these errors for their arguments, and other errors for what the Task's own code
+    raises.
+    """
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise Refused(": ".join([str(error), *getattr(error, "__notes__", [])])) from error
+        raise InvalidInput(": ".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 
 def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, num_workers: int = 0) -> None:
-    """Predict a Task's held-out set with a checkpoint's weights: outputs to a directory, the metric to the screen.
+    """Predict a Task's held-out set with the weights of a checkpoint. Every rank calls it.
+
+    Args:
+        to: the directory for the outputs, a Parquet data set; None: outputs are not written.
+        metric: show the metric also if `to` is given. Without `to` it is always shown.
 
     Raises:
-        Refused: the checkpoint is damaged or of another model; the directory holds something else.
+        InvalidInput: the checkpoint is damaged or of another model, or the directory has other files in it.
     """
     with world() as here:
         setup_logging()
         with first("node"):
             test_set = task.dataset("test")
         model = task.model().to(here.device)
-        with _refusing():
+        with _invalid_input():
             load_checkpoint(checkpoint, model=model)
         predict, start = predictor(task, test_set, num_workers), time.monotonic()
         metrics: dict[str, float] = {}
         if to is None:
             metrics = evaluate(task, model, predict, show_progress=True)
         else:
-            with _refusing():
+            with _invalid_input():
                 predict(model, to, inputs=task.inputs, show_progress=True)
         seconds = time.monotonic() - start
         if to is not None and metric:
@@ -297,7 +331,7 @@ def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, nu
                 "predictions",
                 [
                     ("samples", f"{len(test_set):,}"),
-                    *[(name, number(name, value)) for name, value in metrics.items()],
+                    *[(name, _format_metric(name, value)) for name, value in metrics.items()],
                     ("time", f"{seconds:.1f} s"),
                     ("samples a second", f"{len(test_set) / seconds:,.0f}"),
                     *([("outputs", str(to.resolve()))] if to is not None else []),
@@ -305,11 +339,11 @@ def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, nu
             )
 
 
-def shown(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {number(name, value)}" for name, value in metrics.items()) or "no metric"
+def _format_metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {_format_metric(name, value)}" for name, value in metrics.items()) or "no metric"
 
 
-def number(name: str, value: float) -> str:
+def _format_metric(name: str, value: float) -> str:
     return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.6g}"
 
 
@@ -317,7 +351,7 @@ def _show(result: Result, world_size: int, device: str) -> None:
     show_table(
         f"trained on {world_size} {'process' if world_size == 1 else 'processes'} ({device})",
         [
-            *[(name, number(name, value)) for name, value in result.metrics.items()],
+            *[(name, _format_metric(name, value)) for name, value in result.metrics.items()],
             ("time", f"{result.total_s:.1f} s, of which training {result.train_s:.1f} s"),
             ("samples a second", f"{result.samples_per_second:,.0f}"),
             ("fingerprint", result.fingerprint),
