@@ -43,8 +43,12 @@ def rows_of_a_file(batches: Batches, given: int | None) -> int:
     return rows
 
 
-def prepare(path: Path, run: Run) -> str:
-    """On one rank: make the directory, or find what is there of this run. Gives what all ranks' `Directory` needs.
+def prepare(path: Path, run: Run, uncompared: Sequence[str]) -> str:
+    """On one rank: make the directory, or find what is there of this run. Return what all ranks' `Directory` needs.
+
+    Args:
+        run: what the call computes, see `identity`; with `key`.
+        uncompared: parts of the call of which `run` does not tell what they compute: only an equal key does.
 
     Raises:
         ValueError: the directory holds something else.
@@ -57,6 +61,9 @@ def prepare(path: Path, run: Run) -> str:
     ]  # hidden ones are not ours, nor in the way
     if RUN in found:
         before = json.loads((path / RUN).read_text())
+        _check_same(path, before["run"], {name: value for name, value in run.items() if name != "key"})
+        if uncompared and run["key"] is None:
+            return json.dumps({"refused": _needs_key(path, before["run"].get("key"), uncompared)})
         _check_same(path, before["run"], run)
         token = before["token"]
     elif found:
@@ -90,6 +97,19 @@ def _check_same(path: Path, before: Run, run: Run) -> None:
             )
 
 
+def _needs_key(path: Path, before: str | None, uncompared: Sequence[str]) -> str:
+    """Return what to say where only a key could tell whether the directory holds results of this call."""
+    if before is None:
+        way_out = (
+            "They were written without a key, so they cannot be resumed: remove the directory or give another one, and "
+            'pass key= from the first call on, e.g. key="resnet18 v2, resized to 224"'
+        )
+    else:
+        way_out = f"They were written with key={before}: pass the same key if this call computes the same"
+    parts = ", ".join(uncompared)
+    return f"{path} holds earlier results, and predict() cannot compare what wrote them with {parts}. {way_out}"
+
+
 class Directory:
     """A sink that writes each file of the data set on one rank, whole.
 
@@ -97,6 +117,9 @@ class Directory:
         prepared: what `prepare` gave on one rank.
         overrides: types of some columns.
         tell, hear: say to all ranks that the types are written, and wait for it.
+
+    Raises:
+        ValueError: `prepare` asks for a key; or the ranks do not share the directory.
 
     Attributes:
         chunks: the ranges of batch numbers that are still to be run, a file each.
@@ -112,6 +135,8 @@ class Directory:
         hear: Callable[[], object],
     ) -> None:
         said = json.loads(prepared)
+        if "refused" in said:
+            raise ValueError(said["refused"])
         if not (path / RUN).is_file() or json.loads((path / RUN).read_text())["token"] != said["token"]:
             raise ValueError(f"{path} is not the directory that rank 0 made: give one that all ranks share")
         self._path, self._run, self._overrides, self._tell, self._hear = path, said["run"], overrides, tell, hear

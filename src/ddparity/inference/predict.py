@@ -22,7 +22,7 @@ from ..errors import DDParityError
 from ..runtime.agreement import Agreement, agreed
 from ..runtime.logging import progress
 from .collect import Memory
-from .identity import identity, identity_of_dataset
+from .identity import Key, checked_key, identity
 from .metrics import Metric
 from .model import Model, Replica, callable_of, evaluating
 from .outputs import Schema
@@ -51,6 +51,7 @@ def predict(
     device: torch.device | str | None = None,
     rows_per_file: int | None = None,
     schema: pa.Schema | None = None,
+    key: Key = None,
     show_progress: bool = False,
     seed: int = 0,
     num_workers: int = 0,
@@ -81,6 +82,10 @@ def predict(
         device: where outputs are kept; None: where the model leaves them.
         rows_per_file: of the Parquet data set, a multiple of `batch_size`; a file is what an interruption can lose.
         schema: Arrow types of some of its columns, where the first batch does not show them (it holds None, say).
+        key: a str, an int or a nested tuple of them that names what this call computes. A call resumes a directory
+            only if its key is equal. It is required to resume if the model is a function, or with `inputs` or
+            `collate_fn`, since functions are not compared. Change it with anything else that is not compared: code,
+            and attributes and hooks of a module.
         show_progress: one bar for all ranks.
         seed: keys the random streams, with the batch.
         num_workers, collate_fn, dataloader_options: of torch.utils.data.DataLoader.
@@ -99,7 +104,7 @@ def predict(
     Raises:
         TypeError, ValueError: a bad argument, or one that differs between ranks; parameters, or buffers that are saved,
             that differ between ranks; an output without one row a sample; a batch whose output has another structure
-            than the first one's; a directory that holds something else.
+            than the first one's; a directory that holds something else, or that needs `key` to be resumed.
         DDParityError: the model failed; names the data-set indices of the batch. SampleError: the data set did.
         RankFailure: on every other rank, where one failed.
 
@@ -121,7 +126,7 @@ def predict(
             **{"persistent_workers": False, **dataloader_options},
         )
 
-    call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+    call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, key, show_progress)
     return _predict(predictor, call)
 
 
@@ -168,10 +173,11 @@ class Predictor:
         device: torch.device | str | None = None,
         rows_per_file: int | None = None,
         schema: pa.Schema | None = None,
+        key: Key = None,
         show_progress: bool = False,
     ) -> Any:
         """As `predict`. Every rank calls it."""
-        call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+        call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, key, show_progress)
         return _predict(lambda: self, call)
 
 
@@ -194,6 +200,7 @@ class _Call:
     device: torch.device | str | None
     rows_per_file: int | None
     schema: pa.Schema | None
+    key: Key
     show_progress: bool
 
     def directory(self) -> Path | None:
@@ -228,6 +235,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
     with ExitStack() as shown:
         with agreed("predict") as agreement:
             given.check_metric()
+            checked_key(given.key)
             made = predictor()
             source, balance = made._source, made._balance
             if agreement is not None:
@@ -238,7 +246,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
                     "balance": balance,
                     "to": str(given.to),
                 }
-                own |= {"metric": kind, "rows_per_file": given.rows_per_file}
+                own |= {"metric": kind, "rows_per_file": given.rows_per_file, "key": checked_key(given.key)}
                 named: dict[str, object] = {f"predict's {name}": value for name, value in own.items()}
                 named |= {"the data set's length": source.length, "the data set's num_shards": source.shards}
                 replica = Replica(given.model)
@@ -289,18 +297,17 @@ def _directory(path: Path, given: _Call, made: Predictor, agreement: Agreement |
             f"needs one of known length. Collect the outputs on a rank, or give a map-style data set"
         )
     if rank == 0:
+        known = identity(given.model, given.inputs, made._collate_fn, source.dataset, source.length)
         run = {
-            "model": identity(given.model),
-            "inputs": identity(given.inputs),
-            "collate_fn": identity(made._collate_fn),
-            "data set": identity_of_dataset(source.dataset, source.length),
+            **known.values,
             "length": source.length,
             "batch size": source.batch_size,
             "rows_per_file": rows_of_a_file(source, given.rows_per_file),
             "seed": made._seed,
             "schema": None if given.schema is None else str(given.schema),
+            "key": checked_key(given.key),
         }
-        prepared = prepare(path, run)
+        prepared = prepare(path, run, known.uncompared)
         if agreement is not None:
             agreement.tell("prepared", prepared)
     else:

@@ -265,7 +265,9 @@ def _refusing() -> Iterator[None]:
         raise Refused(": ".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 
-def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, num_workers: int = 0) -> None:
+def predict_task(
+    task: Task, checkpoint: Path, to: Path | None, metric: bool, num_workers: int = 0, key: str | None = None
+) -> None:
     """Predict a Task's held-out set with a checkpoint's weights: outputs to a directory, the metric to the screen.
 
     Raises:
@@ -284,7 +286,7 @@ def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, nu
             metrics = evaluate(task, model, predict, show_progress=True)
         else:
             with _refusing():
-                predict(model, to, inputs=task.inputs, show_progress=True)
+                predict(model, to, inputs=task.inputs, key=key, show_progress=True)
         seconds = time.monotonic() - start
         if to is not None and metric:
             with agreed("reading the outputs"):
