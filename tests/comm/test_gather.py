@@ -135,11 +135,14 @@ def _misfits(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("shape", "shape (2, 3) and dtype float32 in one part, (2, 4) and float32 in another"),
-        ("dtype", "float32 in one part, (2,) and float64 in another"),
-        ("kind", "value is a tensor in one part and a plain in another"),
-        ("keys", "value has the keys ['b'] in one part and ['a'] in another"),
-        ("entries", "value has the entries 1 in one part and 2 in another"),
+        (
+            "shape",
+            "a tensor of float32 with rows of shape (4,), not a tensor of float32 with rows of shape (3,) as in part 0",
+        ),
+        ("dtype", "a tensor of float64 with rows of shape (), not a tensor of float32 with rows of shape () as in"),
+        ("kind", "in part 1 the value is None, a number or a string, not a tensor of float32"),
+        ("keys", "value is a dict with the keys ['a'], not a dict with the keys ['b']"),
+        ("entries", "value is a tuple of 2, not a tuple of 1"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_on_every_rank(kind: str, message: str) -> None:

@@ -462,6 +462,40 @@ def test_a_type_that_the_first_batch_does_not_show_can_be_given(tmp_path: Path) 
     assert pq.read_table(tmp_path / "b")["note"].to_pylist() == [None] * 4 + [f"n{n}" for n in range(4, 9)]
 
 
+def _other_later(path: str, kind: str) -> None:
+    def model(x: torch.Tensor) -> Any:
+        odd = 4 in x.tolist()
+        return {
+            "dtype": {"a": x.float() if odd else x},
+            "key": {"b" if odd else "a": x},
+            "absent": {"a": None if odd else x},
+        }[kind]
+
+    dp.predict(model, torch.arange(8), 2, path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("dtype", "index 4: column 'a' is a tensor of float32 with 0 dimensions a sample, not a tensor of int64"),
+        (
+            "key",
+            "index 4: the output is a dict with the keys ['b'], not a dict with the keys ['a'] as in the first batch",
+        ),
+    ],
+)
+def test_a_batch_that_is_unlike_the_first_is_refused(kind: str, message: str, world_size: int, tmp_path: Path) -> None:
+    ended = outcomes(_other_later, world_size, str(tmp_path / "out"), kind)
+    assert message in "".join(outcome.error for outcome in ended)
+    assert all(outcome.error and outcome.seconds < 10 for outcome in ended)
+
+
+def test_an_absent_column_is_like_the_first_batch(tmp_path: Path) -> None:
+    _other_later(str(tmp_path), "absent")
+    assert pq.read_table(tmp_path)["a"].to_pylist() == [0, 1, 2, 3, None, None, 6, 7]
+
+
 def test_files_have_a_size_of_their_own(tmp_path: Path) -> None:
     path = dp.predict(lambda x: x, torch.arange(1000), 2, tmp_path / "out")
     files = sorted(name for name in os.listdir(path) if name.startswith("part-"))

@@ -258,10 +258,10 @@ def _differs(how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("key", r"it has the keys ['a', 'b'], not ['a']"),
-        ("kind", r"it['a'] is a list, not a tensor"),
-        ("dtype", r"it['a'][0] has dtype float32, not int64"),
-        ("none", r"it['a'] is a None, not a tensor"),
+        ("key", r"it is a dict with the keys ['a', 'b'], not a dict with the keys ['a']"),
+        ("kind", r"it['a'] is a list, not a tensor of int64"),
+        ("dtype", r"it['a'][0] is a tensor of float32, not a tensor of int64"),
+        ("none", r"it['a'] is None, not a tensor of int64"),
     ],
 )
 def test_a_batch_of_another_structure_is_named(how: str, message: str, world_size: int) -> None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers, synchronises
 from ..comm.allreduce import copies_of_ranks, sum_gradients
-from ..comm.trees import to_device
+from ..comm.nesting import to_device
 from ..compat import forward_collectives, forward_collectives_due, no_forward_collectives
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step

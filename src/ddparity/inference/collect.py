@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..comm.nesting import Description
 from ..comm.transfer import Receiver, exchange, move, move_json, takes_part
-from ..comm.trees import Node, assembled, leaves_of, new_tensor, plain_values, single
+from ..comm.trees import assembled, leaves_of, new_tensor, plain_values, single
 from ..errors import DDParityError
 from .outputs import Rows, Schema, on_device
 from .sendbuffer import Packed, Packer, Run
@@ -43,7 +44,7 @@ class Collected:
             target.copy_(leaf)
         finish()
 
-    def places(self, start: int, size: int, node: Node) -> tuple[list[torch.Tensor], Finish]:
+    def places(self, start: int, size: int, node: Description) -> tuple[list[torch.Tensor], Finish]:
         """Where to write the tensors of a batch's output, and what to call when that is done."""
         if self._columns is None:
             self._columns = _column(node, self._length)
@@ -57,19 +58,19 @@ class Collected:
 
 
 class _Tensors:
-    def __init__(self, node: Node, length: int) -> None:
+    def __init__(self, node: Description, length: int) -> None:
         self._is_array = node["kind"] == "array"
         self._row = node["shape"][1:]
         self._whole = _new({**node, "shape": [length, *self._row]})
         self._others: dict[int, torch.Tensor] = {}
 
-    def has_rows_of(self, node: Node) -> bool:
+    def has_rows_of(self, node: Description) -> bool:
         return bool(node["shape"][1:] == self._row)
 
     def rows(self, start: int, size: int) -> torch.Tensor:
         return self._whole[start : start + size]
 
-    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+    def place(self, node: Description, start: int, size: int, targets: Targets) -> Finish:
         if self.has_rows_of(node):
             targets[node["leaf"]] = self.rows(start, size)
             return _nothing
@@ -89,7 +90,7 @@ class _Entries:
     def __init__(self, length: int) -> None:
         self._entries: list[Any] = [None] * length
 
-    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+    def place(self, node: Description, start: int, size: int, targets: Targets) -> Finish:
         if node["kind"] == "plain list":
             text = targets[node["leaf"]] = _new(node)
             return lambda: self._set(start, plain_values(text))
@@ -106,7 +107,7 @@ class _Entries:
 class _Nothing:
     """A field that is None."""
 
-    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+    def place(self, node: Description, start: int, size: int, targets: Targets) -> Finish:
         targets[node["leaf"]] = _new(node)
         return _nothing
 
@@ -115,11 +116,11 @@ class _Nothing:
 
 
 class _Nesting:
-    def __init__(self, node: Node, length: int) -> None:
+    def __init__(self, node: Description, length: int) -> None:
         self._node = node
         self._items = [_column(item, length) for item in node["items"]]
 
-    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+    def place(self, node: Description, start: int, size: int, targets: Targets) -> Finish:
         inner = [
             column.place(item, start, size, targets) for column, item in zip(self._items, node["items"], strict=True)
         ]
@@ -137,7 +138,7 @@ class _Nesting:
 _Column = _Tensors | _Entries | _Nothing | _Nesting
 
 
-def _column(node: Node, length: int) -> _Column:
+def _column(node: Description, length: int) -> _Column:
     if node["kind"] in ("tensor", "array"):
         return _Tensors(node, length)
     if node["kind"] in ("list", "plain list"):
@@ -145,7 +146,7 @@ def _column(node: Node, length: int) -> _Column:
     return _Nothing() if node["kind"] == "plain" else _Nesting(node, length)
 
 
-def _new(node: Node) -> torch.Tensor:
+def _new(node: Description) -> torch.Tensor:
     with torch.inference_mode(False):  # the result must be of use in a training
         return new_tensor(node)
 
@@ -269,7 +270,7 @@ def _pieces(held: deque[Packed | Run]) -> deque[list[Packed | Run]]:
 
 
 def _send(piece: list[Rows], source: int, to: Receiver) -> None:
-    nodes: list[Node] = []
+    nodes: list[Description] = []
     places = []
     for rows in piece:
         if rows.node not in nodes[-2:]:  # most batches are alike

@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ..comm.nesting import Description
 from .description import (
     ARRAYS,
     COMPLEX,
     INDEX,
     STORED,
-    Node,
     fields_of,
     flatten,
     leaf_of,
@@ -46,7 +46,7 @@ _PLAIN = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": p
 _MOST = 2**31 - 1  # of the 32-bit offsets of list<>
 
 
-def schema_of(description: Node, overrides: pa.Schema | None = None) -> pa.Schema:
+def schema_of(description: Description, overrides: pa.Schema | None = None) -> pa.Schema:
     """The types of the columns of outputs of that description, "index" first; no metadata.
 
     Args:
@@ -71,21 +71,15 @@ def to_table(output: Any, start: int, size: int, schema: pa.Schema | None = None
     model may reuse it.
 
     Args:
-        schema: of `schema_of` the first batch; None: the batch's own.
+        schema: of `schema_of` the first batch, which the output is like, see `difference`; None: the batch's own.
 
     Raises:
-        TypeError, ValueError: as `describe`; a leaf without one row a sample; columns or types other than in `schema`
-            (which may be wider: integers fit into larger ones and into floats that hold them exactly, None into
-            anything). Names the column, the data-set index and the way out.
+        TypeError, ValueError: as `describe`; a leaf has not one row a sample; a type does not fit into that of `schema`
+            (integers fit into larger ones and into floats that hold them exactly, None fits into anything). Names the
+            column and the data-set index.
     """
     leaves = flatten(output)
     names = [INDEX, *(name for name, _ in leaves)]
-    if schema is not None and set(names) != set(schema.names):
-        raise ValueError(
-            f"index {start}: the output has the columns {names[1:]} where the first batch, or schema=, has "
-            f"{[name for name in schema.names if name != INDEX]}: give the same keys throughout, and None for what "
-            f"is absent"
-        )
     arrays = [
         _column(name, leaf, start, size, None if schema is None else schema.field(name).type) for name, leaf in leaves
     ]
@@ -116,7 +110,7 @@ def _column(name: str, leaf: Any, start: int, size: int, to: pa.DataType | None)
     return located(leaf, start, make)
 
 
-def _type(node: Node) -> pa.DataType:
+def _type(node: Description) -> pa.DataType:
     kind = node["kind"]
     if kind == "none":
         return pa.null()
@@ -135,7 +129,7 @@ def _type(node: Node) -> pa.DataType:
     return found
 
 
-def _entries(values: list[Any], node: Node, where: str) -> pa.Array:
+def _entries(values: list[Any], node: Description, where: str) -> pa.Array:
     kind = node["kind"]
     if kind in _PLAIN:
         try:
@@ -154,7 +148,7 @@ def _entries(values: list[Any], node: Node, where: str) -> pa.Array:
         shapes = np.array([value.shape for value in values], dtype=np.int64).reshape(len(values), node["dims"])
         return _nested(values, shapes, where)
     if kind == "dict":
-        rows = [fields_of(value, where) or {} for value in values]
+        rows = [fields_of(value, where) for value in values]
         columns = [
             _entries([row[key] for row in rows], item, f"{where}[{key!r}]")
             for key, item in zip(node["keys"], node["items"], strict=True)
@@ -241,7 +235,7 @@ def _cast(array: pa.Array, to: pa.DataType, where: str) -> pa.Array:
 # From Arrow
 
 
-def from_table(table: pa.Table, description: Node) -> Any:
+def from_table(table: pa.Table, description: Description) -> Any:
     """The outputs of a whole data set, in the table's order.
 
     A tensor or array comes back whole, (rows, ...), in its dtype, on the CPU, where all rows have one shape; else as a
@@ -256,7 +250,7 @@ def from_table(table: pa.Table, description: Node) -> Any:
     if lacking := [leaf["column"] for leaf in leaves_of(description) if leaf["column"] not in table.column_names]:
         raise ValueError(f"the table has no column {lacking[0]!r}: it has {table.column_names}")
 
-    def value(leaf: Node) -> Any:
+    def value(leaf: Description) -> Any:
         column = table.column(leaf["column"])
         if leaf["kind"] == "list":
             return _restored(column.chunks, leaf["entry"], leaf["column"])
@@ -272,7 +266,7 @@ def from_table(table: pa.Table, description: Node) -> Any:
     return rebuilt(description, value)
 
 
-def _restored(chunks: list[pa.Array], node: Node, name: str) -> list[Any]:
+def _restored(chunks: list[pa.Array], node: Description, name: str) -> list[Any]:
     kind = node["kind"]
     if kind == "none" or kind in _PLAIN:
         return [value for chunk in chunks for value in chunk.to_pylist()]
@@ -295,7 +289,7 @@ def _restored(chunks: list[pa.Array], node: Node, name: str) -> list[Any]:
     return [value for chunk in chunks for value in _to_numpy(chunk, "complex128").tolist()]
 
 
-def _dense_rows(chunks: list[pa.Array], node: Node, name: str) -> tuple[Any, Ints]:
+def _dense_rows(chunks: list[pa.Array], node: Description, name: str) -> tuple[Any, Ints]:
     """The numbers of all rows, as a flat tensor or array of the described dtype, and the rows' shapes, (rows, dims)."""
     pairs = [_unnested(chunk, node["dims"], name) for chunk in chunks]
     shapes = np.concatenate([np.empty((0, node["dims"]), np.int64), *(shapes for shapes, _ in pairs)])

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..checkpoint.atomic import draft_of, publish, replacing
+from ..comm.nesting import difference
 from ..data.plan import checked_integer
 from .columns import schema_of, to_table
-from .description import INDEX, check_like, describe
+from .description import INDEX, describe
 from .outputs import check_rows
 from .reading import DESCRIPTION, RUN, SCHEMA, Run, file_of, files_of, is_whole, rows_of
 from .source import Batches
@@ -153,7 +154,12 @@ class Directory:
         description = describe(output, samples.start)
         if self._schema is None:
             self._schema = self._types(description, samples)
-        check_like(description, json.loads(self._schema.metadata[DESCRIPTION]), samples.start)
+        first = json.loads(self._schema.metadata[DESCRIPTION])
+        if found := difference(description, first, "the output", lenient=True):
+            raise ValueError(
+                f"index {samples.start}: {found} as in the first batch: give the same keys, kinds, dtypes and numbers "
+                f"of dimensions for each batch, and None for what is absent"
+            )
         self._held.append(_copied(to_table(output, samples.start, len(samples), self._schema)))
         try:
             self._write(samples)

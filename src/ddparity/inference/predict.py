@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ..comm.nesting import to_device
 from ..comm.transfer import Receiver, checked_receiver
-from ..comm.trees import to_device
 from ..data.rng import seed_streams
 from ..errors import DDParityError
 from ..runtime.agreement import Agreement, agreed
