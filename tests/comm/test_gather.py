@@ -197,7 +197,7 @@ def test_a_receiver_that_is_no_rank_is_refused(to: Any) -> None:
         (np.array(["a", None], dtype=object), "array of object"),
     ],
 )
-def test_each_refusal_names_the_place(value: Any, message: str) -> None:
+def test_each_error_names_the_path(value: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         take_apart(value)
 
@@ -225,8 +225,8 @@ values = st.recursive(
 @given(values)
 def test_descriptions_are_json_and_whole(value: Any) -> None:
     """A value in a list comes back from its description and its tensors as it was."""
-    node, leaves = take_apart([value])
-    build, (targets,) = put_together([json.loads(json.dumps(node))], new_tensor)
+    description, leaves = take_apart([value])
+    build, (targets,) = put_together([json.loads(json.dumps(description))], new_tensor)
     for number, leaf in enumerate(leaves):
         targets[number].copy_(leaf)
     assert _same(build(), [value])

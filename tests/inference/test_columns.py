@@ -1,4 +1,4 @@
-"""Outputs as Arrow columns, one row a sample, against Python's own lists."""
+"""Outputs as Arrow columns, one row a sample, compared with Python's lists."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPECIAL = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1.5, -3.0, 0.1]
 
 
 def _numbers(dtype: str, count: int) -> np.ndarray[Any, Any]:
-    """Extremes and ordinary numbers of a NumPy dtype."""
+    """Return extreme and ordinary numbers of a NumPy dtype."""
     if dtype == "bool":
         values: list[Any] = [True, False, False]
     elif dtype in INTEGERS:
@@ -63,7 +63,7 @@ def _parquet(table: pa.Table, **options: Any) -> bytes:
 
 
 def _reread(output: Any, size: int, batches: int = 1, description: Any = None) -> Any:
-    """Through a Parquet file, written batch by batch, each with the whole output's schema."""
+    """Write an output to a Parquet file, batch by batch, with the whole output's schema, and read it."""
     description = json.loads(json.dumps(description or describe(output)))
     schema = schema_of(description)
     ends = np.linspace(0, size, batches + 1).astype(int)
@@ -84,7 +84,7 @@ def _rows(output: Any, start: int, stop: int) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Of the same types and values, NaN and -0.0 included, but for a size behind a dimension of size 0."""
+    """Compare types and values, also NaN and -0.0, but not sizes behind a dimension of size 0."""
     if type(a) is not type(b):
         return False
     if isinstance(a, (torch.Tensor, np.ndarray)):
@@ -120,7 +120,7 @@ def test_floats_unknown_to_parquet_are_stored_exactly(dtype: str) -> None:
     result = _reread(tensor, len(tensor))
     assert result.dtype == tensor.dtype
     differ = result.view(patterns.dtype) != tensor.view(patterns.dtype)
-    assert tensor.float()[differ].isnan().all()  # only their payload is lost
+    assert tensor.float()[differ].isnan().all()  # only the payload of a NaN is lost
     assert torch.equal(result.float().isnan(), tensor.float().isnan())
 
 
@@ -314,7 +314,7 @@ def _dense(draw: st.DrawFn, shape: tuple[int, ...], dtype: str, kind: str) -> An
 
 @st.composite
 def _entries(draw: st.DrawFn, rows: int, depth: int = 2) -> list[Any]:
-    """One entry a sample, of one kind, some of them None."""
+    """Draw one entry a sample, of one kind, some of them None."""
     plain = ["str", "int", "float", "bool", "complex", "dense", "scalar"]
     kind = draw(st.sampled_from([*plain, "list", "tuple", "dict"] if depth else plain))
     if kind == "dict":
@@ -461,7 +461,7 @@ def test_refused_with_the_way_out(output: Any, error: type[Exception], message: 
 @pytest.mark.parametrize("kind", ["quantized", "sparse_csr", "nested", "complex32"])
 def test_refused_kinds_of_tensors(kind: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, on making them
+        warnings.simplefilter("ignore")  # torch warns that they are prototypes
         tensor = {
             "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
             "sparse_csr": lambda: torch.eye(2).to_sparse_csr(),

@@ -51,7 +51,7 @@ def _writes(path: str, balance: str = "contiguous", model: Any = _model, **optio
 
 
 def _digests(path: Path) -> dict[str, str]:
-    """Of all that a run leaves but the name that it gave the directory."""
+    """Return digests of all files of a run but the one with the directory's token."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(path.iterdir())
@@ -83,7 +83,7 @@ def test_any_reader_finds_one_row_a_sample_in_order(alone: Path) -> None:
         assert table["found.boxes"].to_pylist() == [[[float(n)] * 4] * (n % 3) for n in range(LENGTH)]
 
 
-def test_they_can_be_read_back_as_they_were(alone: Path) -> None:
+def test_outputs_are_read_back_as_they_were(alone: Path) -> None:
     read = dp.read_predictions(alone)
     expected = dp.predict(_model, torch.arange(LENGTH), 3)
     for name in ("logits", "half", "noise"):
@@ -94,7 +94,7 @@ def test_they_can_be_read_back_as_they_were(alone: Path) -> None:
 
 
 class Dies(nn.Module):
-    """On the way, once: the first process to come to sample 31 is killed, or fails."""
+    """Fails once: the first process that gets sample 31 is killed, or raises."""
 
     def __init__(self, how: str, marker: str) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def test_a_directory_of_another_run_is_refused(what: str, named: str, tmp_path: 
 
 
 class Holds(nn.Module):
-    """Anything, as an attribute."""
+    """A module with any value as an attribute."""
 
     def __init__(self, held: Any) -> None:
         super().__init__()
@@ -340,7 +340,7 @@ def test_what_a_module_counts_is_not_compared(tmp_path: Path) -> None:
 
 
 class Odd(nn.Linear):
-    """Weights and a state without bytes to compare."""
+    """A layer with an extra state that has no bytes to compare."""
 
     def get_extra_state(self) -> Any:
         return {1, 2}
@@ -368,7 +368,7 @@ def test_a_model_is_the_same_at_any_world_size_and_compiled() -> None:
 
 
 class Pixels:
-    """What only a collate function understands, as an image."""
+    """A sample that only a collate function can read, such as an image."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -404,7 +404,7 @@ def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
     assert sorted(name for name in os.listdir(tmp_path) if name.startswith(".")) == [".env", ".ipynb_checkpoints"]
 
 
-def test_types_that_were_lost_are_taken_from_a_file(alone: Path, tmp_path: Path) -> None:
+def test_a_deleted_schema_is_taken_from_a_file(alone: Path, tmp_path: Path) -> None:
     _writes(str(tmp_path))
     for name in ("_common_metadata", "part-000000000030.parquet"):
         (tmp_path / name).unlink()
@@ -418,7 +418,7 @@ def _full(path: str) -> None:
         _writes(path)
 
 
-def test_a_full_disk_is_told_to_all(tmp_path: Path) -> None:
+def test_every_rank_learns_of_a_full_disk(tmp_path: Path) -> None:
     for outcome in outcomes(_full, 2, str(tmp_path)):
         assert "Error writing bytes to file, writing" in outcome.error
         assert "part-0000000000" in outcome.error and "with the data-set indices" in outcome.error
@@ -427,7 +427,7 @@ def test_a_full_disk_is_told_to_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["0", ""])
-def test_a_string_that_is_hardly_a_path_is_refused(to: str) -> None:
+def test_a_string_that_is_probably_no_path_is_refused(to: str) -> None:
     with pytest.raises(ValueError, match="give a rank as an integer"):
         dp.predict(_model, torch.arange(3), 3, to)
 
@@ -441,7 +441,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_an_empty_data_set_is_a_data_set(tmp_path: Path) -> None:
+def test_an_empty_data_set_is_written(tmp_path: Path) -> None:
     path = dp.predict(_model, torch.arange(0), 3, tmp_path / "out", key="a")
     assert pq.read_table(path).to_pydict() == {"index": []}
     assert dp.read_predictions(path).shape == (0,)
@@ -496,7 +496,7 @@ def test_an_absent_column_is_like_the_first_batch(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path)["a"].to_pylist() == [0, 1, 2, 3, None, None, 6, 7]
 
 
-def test_files_have_a_size_of_their_own(tmp_path: Path) -> None:
+def test_files_have_a_default_size(tmp_path: Path) -> None:
     path = dp.predict(lambda x: x, torch.arange(1000), 2, tmp_path / "out")
     files = sorted(name for name in os.listdir(path) if name.startswith("part-"))
     assert len(files) == 125 and files[1] == "part-000000000008.parquet"
@@ -510,7 +510,7 @@ def _to(path: str) -> None:
 
 
 @pytest.mark.parametrize("below", ["", "/in/side"])
-def test_a_file_in_the_way_is_known_to_all(below: str, tmp_path: Path) -> None:
+def test_every_rank_learns_of_a_file_in_the_way(below: str, tmp_path: Path) -> None:
     file = tmp_path / "out.parquet"
     file.write_text("of somebody")
     for outcome in outcomes(_to, 2, f"{file}{below}"):
@@ -548,7 +548,7 @@ def test_other_options_are_another_run(before: Any, now: Any, named: str, tmp_pa
 
 
 def _kept_little(path: str) -> int:
-    """Batches of 48 KB, of which a rank may hold 100 KB; gives how much it held."""
+    """Write batches of 48 KB, of which a rank may hold 100 KB. Return how much it held."""
     held = [0]
     copied = directory._copied
 
@@ -566,7 +566,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_rows_go_to_disk_as_they_come(world_size: int, tmp_path: Path) -> None:
+def test_rows_are_written_while_batches_run(world_size: int, tmp_path: Path) -> None:
     path = tmp_path / "out"
     batch = max(run_ranks(_kept_little, world_size, str(path)))
     for file in sorted(path.glob("part-*")):

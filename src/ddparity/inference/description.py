@@ -1,4 +1,7 @@
-"""What a model's outputs look like as columns: their names, kinds and dtypes, in JSON that names no type to import."""
+"""Describe a model's outputs as columns: their names, kinds and dtypes, in JSON that names no type to import.
+
+One description is of all batches of a data set. `comm.trees` describes one value as it travels.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from ..comm.nesting import Description, Keys, Nesting, check_dense, nesting_kind, nesting_of, text_of_entries, walk
 
 INDEX = "index"
-# Parquet has no such floats; each fits into this one exactly.
+# Parquet does not have these floats. Each fits exactly into the float that it is stored as.
 STORED = {
     "bfloat16": "float32",
     "float8_e8m0fnu": "float32",
@@ -84,21 +87,26 @@ def _described(value: Any, path: str, nesting: Nesting, items: list[Description]
     return {"kind": "tuple" if nesting.kind == "tuple" else "dict", "keys": nesting.keys, "items": items}
 
 
-def leaves_of(node: Description) -> list[Description]:
-    return [node] if "column" in node else [leaf for item in node["items"] for leaf in leaves_of(item)]
+def leaves_of(description: Description) -> list[Description]:
+    """Return the descriptions of the columns."""
+    if "column" in description:
+        return [description]
+    return [leaf for item in description["items"] for leaf in leaves_of(item)]
 
 
-def rebuilt(node: Description, value: Callable[[Description], Any]) -> Any:
-    if "column" in node:
-        return value(node)
-    items = [rebuilt(item, value) for item in node["items"]]
-    return tuple(items) if node["kind"] == "tuple" else dict(zip(node["keys"], items, strict=True))
+def rebuilt(description: Description, value: Callable[[Description], Any]) -> Any:
+    """Return an output of this description, with `value` of each column's description in its leaves."""
+    if "column" in description:
+        return value(description)
+    items = [rebuilt(item, value) for item in description["items"]]
+    return tuple(items) if description["kind"] == "tuple" else dict(zip(description["keys"], items, strict=True))
 
 
 # Kinds of leaves and of their entries
 
 
 def leaf_of(leaf: Any, where: str) -> Description:
+    """Describe a leaf: None, a tensor, an array, or a list with one entry a sample."""
     if leaf is None:
         return {"kind": "none"}
     if isinstance(leaf, list):
@@ -114,7 +122,7 @@ def leaf_of(leaf: Any, where: str) -> Description:
 
 
 def _entry(values: Iterable[Any], where: str) -> Description:
-    """What all entries have in common; None is left out, and integers among floats are floats."""
+    """Describe what all entries have in common. None is ignored; integers among floats are floats."""
     values = list(values)
     classes = dict.fromkeys(map(type, values))
     kinds = list(dict.fromkeys(_kind(cls, where) for cls in classes if cls is not type(None)))
@@ -126,13 +134,13 @@ def _entry(values: Iterable[Any], where: str) -> Description:
         raise TypeError(f"{where} holds {kinds[-1]} besides {kinds[0]}: give one type throughout, or None")
     present = [value for value in values if value is not None] if type(None) in classes else values
     if kinds[0] in ("tensor", "array"):
-        nodes = [_dense(value, where) for value in present]
-        if odd := [node for node in nodes if node != nodes[0]]:
+        found = [_dense(value, where) for value in present]
+        if odd := [one for one in found if one != found[0]]:
             raise ValueError(
-                f"{where} holds {text_of_entries(odd[0])} besides {text_of_entries(nodes[0])}: give one dtype and "
+                f"{where} holds {text_of_entries(odd[0])} besides {text_of_entries(found[0])}: give one dtype and "
                 f"number of dimensions"
             )
-        return nodes[0]
+        return found[0]
     if kinds[0] in ("list", "tuple"):
         return {"kind": kinds[0], "entry": _entry(chain.from_iterable(present), where)}
     if kinds[0] != "dict":
@@ -183,10 +191,10 @@ def _dense(value: Any, where: str) -> Description:
 
 
 def located(leaf: Any, start: int | None, make: Callable[[Any], Any]) -> Any:
-    """make(leaf), whose error gets the first sample with which it arises."""
+    """Return make(leaf). If that raises, name the first sample that raises in the error."""
     try:
         return make(leaf)
-    except OverflowError as error:  # of the whole batch
+    except OverflowError as error:  # it is about the whole batch
         raise ValueError(f"index {start}: {error}") from None
     except (TypeError, ValueError) as error:
         kind, text = TypeError if isinstance(error, TypeError) else ValueError, str(error)
@@ -195,16 +203,17 @@ def located(leaf: Any, start: int | None, make: Callable[[Any], Any]) -> Any:
     def fails(count: int) -> bool:
         try:
             make(leaf[:count])
-        except Exception:  # also of a kind of tensor that has no slices
+        except Exception:  # also if this kind of tensor has no slices
             return True
         return False
 
-    # It also arises with each longer part, as a sample never mends what those before it have broken.
+    # If the first samples raise, more of them also raise.
     row = bisect_left(range(1, rows or 0), True, key=fails)
     raise kind(f"{'entry' if start is None else 'index'} {row + (start or 0)}: {text}" if rows else text)
 
 
 def length_of(leaf: Any) -> int | None:
+    """Return the number of rows of a leaf; None if it has none."""
     if isinstance(leaf, torch.Tensor) and leaf.is_nested:
         return leaf.size(0)  # it has no length
     return len(leaf) if isinstance(leaf, list) or getattr(leaf, "ndim", 0) > 0 else None

@@ -17,7 +17,7 @@ from ..compat import uncompiled, unwrapped
 from ..data.rng import kept_streams, seed_streams
 from ..errors import SampleError
 
-Key = Any  # a str, an int, or a nested tuple of them
+Key = str | int | tuple[Any, ...] | None  # a tuple holds keys
 _DIGITS = 32  # hex digits of a digest that are recorded
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # differs between processes
 _COMPILED = "_orig_mod"  # the name that torch.compile gives to a module inside its wrapper

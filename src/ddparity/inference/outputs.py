@@ -1,4 +1,4 @@
-"""What a model gives for a batch: checked against the batch, described, and compared with the first batch's."""
+"""A model's output for a batch: check its rows, take it apart, and compare its structure with the first batch's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rows:
 
     start: int
     size: int
-    node: Description
+    description: Description
     leaves: list[torch.Tensor]
 
 
@@ -62,30 +62,30 @@ def check_rows(output: Any, size: int, path: str = "the output") -> None:
 class Schema:
     """The structure of the first batch's output, which every batch of every rank must have.
 
-    `agreement`: in which the ranks agree on the first one; None in a world of one.
+    `agreement`: the ranks agree in it on the first structure; None in a world of one.
     """
 
     def __init__(self, agreement: Agreement | None) -> None:
         self._agreement = agreement
         self._first: tuple[Description, str] | None = None
-        self._dense: tuple[Any, Description] | None = None  # the last output, if it was one dense tensor
+        self._dense: tuple[Any, Description] | None = None  # of the last output, if it was one dense tensor
 
     def check(self, output: Any, samples: range, where: str) -> tuple[Description, list[torch.Tensor]]:
-        """Take a batch's output apart.
+        """Take a batch's output apart: return its description and its tensors.
 
         Raises:
-            TypeError, ValueError: something in it is not one row a sample, or cannot travel, or is not as in the first
-                batch; says where in the output, and for which samples.
+            TypeError, ValueError: a part of it has not one row a sample, or cannot travel, or is not as in the first
+                batch; names the part and the samples.
         """
         like = _like(output)
         if like is not None and self._dense is not None and self._dense[0] == like and len(output) == len(samples):
-            return self._dense[1], [output.detach()]  # what follows takes 15 µs: benchmarks/predict.py, (20,000, 10)
+            return self._dense[1], [output.detach()]  # the rest takes 15 µs: benchmarks/predict.py, (20,000, 10)
         path = f"the output for the {where}"
         check_rows(output, len(samples), path)
-        node, leaves = take_apart(output, path)
-        mine = structure(node, plain="none")  # check_rows lets no other pass
+        description, leaves = take_apart(output, path)
+        mine = structure(description, plain="none")  # check_rows refuses single numbers and strings
         if self._first is None:
-            for name in named_types(node):
+            for name in named_types(description):
                 check_importable(name, path)
             said = json.dumps([mine, where])
             first, first_where = json.loads(
@@ -98,20 +98,22 @@ class Schema:
                 f"{path} is not as that for the {first_where}: {found}. Give the same keys, kinds and dtypes for each "
                 f"batch"
             )
-        self._dense = None if like is None else (like, node)
-        return node, leaves
+        self._dense = None if like is None else (like, description)
+        return description, leaves
 
 
 def _like(output: Any) -> Any:
-    """What two dense tensors have in common if one's description is the other's; None: it is no such tensor."""
+    """Return what dense tensors of one description have in common; None for anything else."""
     if type(output) is not torch.Tensor or output.layout != torch.strided or output.is_nested:
         return None
     as_it_lies = output.is_contiguous() and not (output.is_quantized or output.is_conj() or output.is_neg())
     return (output.shape, output.dtype, output.device) if as_it_lies else None
 
 
-def on_device(node: Description, device: torch.device) -> Description:
-    """The description of the same value with its tensors there; arrays stay where arrays are."""
-    if node["kind"] == "tensor":
-        return {**node, "device": device.type}
-    return {**node, "items": [on_device(item, device) for item in node["items"]]} if "items" in node else node
+def on_device(description: Description, device: torch.device) -> Description:
+    """Return the description of the same value with its tensors on `device`. Arrays stay on the CPU."""
+    if description["kind"] == "tensor":
+        return {**description, "device": device.type}
+    if "items" not in description:
+        return description
+    return {**description, "items": [on_device(item, device) for item in description["items"]]}
