@@ -323,6 +323,9 @@ def test_the_same_command_completes_a_prediction(folder: Path) -> None:
     expected = dp.predict(model, task.dataset("test"), 2)
     assert torch.equal(dp.read_predictions("out"), expected)
     assert f"{expected.mean().item():.6g}" in done.stdout
+    Path("t.py").write_text(Path("t.py").read_text() + "\n# the model's code may have changed\n")
+    done = _predict("--nproc", "1", "--to", "out")
+    assert done.returncode == 2 and "out holds the results of another run: its key is " in done.stderr
 
 
 SLOW = ONE.replace("nn.Linear(2, 1)", "Net()", 1).replace(

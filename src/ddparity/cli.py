@@ -22,7 +22,7 @@ from .parity import plot, show
 from .parity.report import pyplot_of_matplotlib
 from .parity.verify import compare_runs
 from .runtime.environment import find_placement
-from .task.task import Task, check_task, load_task
+from .task.task import Task, check_task, load_task, source_digest
 from .task.train import CheckpointOptions, InvalidInput, predict_task
 from .task.train import train as train_task
 
@@ -192,7 +192,7 @@ def predict(
         options = [*(["--to", str(to)] if to is not None else []), *["--metric"] * metric, "--workers", str(workers)]
         command = ["-m", "ddparity", "predict", task, "--checkpoint", str(checkpoint), *options]
         raise _LauncherExit(run_command(command, count))
-    _in_this_process(lambda: predict_task(loaded, checkpoint, to, metric, workers))
+    _in_this_process(lambda: predict_task(loaded, checkpoint, to, metric, workers, source_digest(task)))
 
 
 @app.command()

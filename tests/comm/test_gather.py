@@ -135,11 +135,14 @@ def _misfits(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("shape", "shape (2, 3) and dtype float32 in one part, (2, 4) and float32 in another"),
-        ("dtype", "float32 in one part, (2,) and float64 in another"),
-        ("kind", "value is a tensor in one part and a plain in another"),
-        ("keys", "value has the keys ['b'] in one part and ['a'] in another"),
-        ("entries", "value has the entries 1 in one part and 2 in another"),
+        (
+            "shape",
+            "a tensor of float32 with rows of shape (4,), not a tensor of float32 with rows of shape (3,) as in part 0",
+        ),
+        ("dtype", "a tensor of float64 with rows of shape (), not a tensor of float32 with rows of shape () as in"),
+        ("kind", "in part 1 the value is None, a number or a string, not a tensor of float32"),
+        ("keys", "value is a dict with the keys ['a'], not a dict with the keys ['b']"),
+        ("entries", "value is a tuple of 2, not a tuple of 1"),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused_on_every_rank(kind: str, message: str) -> None:
@@ -194,7 +197,7 @@ def test_a_receiver_that_is_not_a_rank_is_refused(to: Any) -> None:
         (np.array(["a", None], dtype=object), "array of object"),
     ],
 )
-def test_each_refusal_names_the_path(value: Any, message: str) -> None:
+def test_each_error_names_the_path(value: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         take_apart(value)
 
@@ -221,9 +224,9 @@ values = st.recursive(
 
 @given(values)
 def test_descriptions_are_json_and_whole(value: Any) -> None:
-    """A value in a list can be rebuilt from its description and its tensors, without a change."""
-    node, leaves = take_apart([value])
-    build, (targets,) = put_together([json.loads(json.dumps(node))], new_tensor)
+    """A value in a list comes back from its description and its tensors as it was."""
+    description, leaves = take_apart([value])
+    build, (targets,) = put_together([json.loads(json.dumps(description))], new_tensor)
     for number, leaf in enumerate(leaves):
         targets[number].copy_(leaf)
     assert _same(build(), [value])

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-import random
-import re
-import sys
-import threading
-import types
-import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,14 +17,13 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import ddparity as dp
 from ddparity.inference import directory
-from ddparity.inference.content import Contents
-from ddparity.inference.identity import identity, identity_of_dataset
-from tests.inference import test_directory as directory_tests
-from tests.ranks import free_port, kill_self, outcomes, run_ranks, torchrun_env
+from ddparity.inference.identity import identity
+from tests.ranks import kill_self, outcomes, run_ranks
 
 LENGTH = 53
 
@@ -54,11 +46,12 @@ def _model(x: torch.Tensor) -> dict[str, Any]:
 
 
 def _writes(path: str, balance: str = "contiguous", model: Any = _model, **options: Any) -> Any:
-    return dp.predict(model, torch.arange(LENGTH), 3, path, balance=balance, rows_per_file=6, **options)
+    options = {"rows_per_file": 6, "key": None if isinstance(model, nn.Module) else "a", **options}
+    return dp.predict(model, torch.arange(LENGTH), 3, path, balance=balance, **options)
 
 
 def _digests(path: Path) -> dict[str, str]:
-    """Of all that a run leaves but the name that it gave the directory."""
+    """Return digests of all files of a run but the one with the directory's token."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(path.iterdir())
@@ -90,7 +83,7 @@ def test_any_reader_finds_one_row_a_sample_in_order(alone: Path) -> None:
         assert table["found.boxes"].to_pylist() == [[[float(n)] * 4] * (n % 3) for n in range(LENGTH)]
 
 
-def test_they_can_be_read_back_as_they_were(alone: Path) -> None:
+def test_outputs_are_read_back_as_they_were(alone: Path) -> None:
     read = dp.read_predictions(alone)
     expected = dp.predict(_model, torch.arange(LENGTH), 3)
     for name in ("logits", "half", "noise"):
@@ -101,7 +94,7 @@ def test_they_can_be_read_back_as_they_were(alone: Path) -> None:
 
 
 class Dies(nn.Module):
-    """On the way, once: the first process to come to sample 31 is killed, or fails."""
+    """Fails once: the first process that gets sample 31 is killed, or raises."""
 
     def __init__(self, how: str, marker: str) -> None:
         super().__init__()
@@ -197,22 +190,23 @@ def test_a_directory_of_another_run_is_refused(what: str, named: str, tmp_path: 
     _other(str(tmp_path / "out"), "same")
 
 
+class Holds(nn.Module):
+    """A module with any value as an attribute."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 class Callable:
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.factor
-
-
-class WithAttribute(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-        self.register_buffer("unsaved", torch.tensor([factor]), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.unsaved
 
 
 def _times(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
@@ -223,154 +217,113 @@ def _closure(factor: Any) -> Any:
     return lambda x: x * factor
 
 
-class Holds(nn.Module):
-    """Anything, as an attribute."""
-
-    def __init__(self, held: Any, hook: Any = None) -> None:
-        super().__init__()
-        self.held = held
-        if hook is not None:
-            self.register_forward_hook(hook)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-class Slotted:
-    __slots__ = ("factor",)
-
-    def __init__(self, factor: Any) -> None:
-        self.factor = factor
-
-
-class Labels(list):  # type: ignore[type-arg]
-    factor = 0
-
-
-def _ring(factor: Any) -> list[Any]:
-    ring: list[Any] = [factor]
-    ring.append({"around": ring})
-    return ring
-
-
-def _edited(source: str) -> Any:
-    """A module of the user's class, as a file says at one time and at another."""
-    names: dict[str, Any] = {"nn": nn, "__name__": "__main__"}
-    exec(f"class Net(nn.Module):\n    {source}", names)
-    return names["Net"]()
-
-
-FACTOR = 2.0
-SETTINGS: dict[str, Any] = {"factor": 2.0}
-NET: Any = None
-
-
-def _of_a_global(x: torch.Tensor) -> torch.Tensor:
-    return x * FACTOR
-
-
-def _in_a_lambda(x: torch.Tensor) -> Any:
-    return (lambda y: y * FACTOR)(x)
-
-
-def _in_a_generator(x: torch.Tensor) -> Any:
-    return list(NET(y) for y in x)  # noqa: C400
-
-
-def _in_a_comprehension(x: torch.Tensor) -> Any:
-    return [NET(y) for y in x]
-
-
-def _of_settings(x: torch.Tensor) -> Any:
-    return x * SETTINGS["factor"]
-
-
-def _of_another_function(x: torch.Tensor) -> Any:
-    return _of_a_global(x)
-
-
-def _of_a_module(x: torch.Tensor) -> Any:
-    return directory_tests.FACTOR * x
+def _saves(model: Any, path: Path, key: Any = None, **options: Any) -> Any:
+    return dp.predict(model, torch.ones(4, 1), 2, path, key=key, **options)
 
 
 LINEAR = nn.Linear(1, 1)
 
 
+def _scaled(factor: float) -> nn.Module:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, factor), nn.init.zeros_(model.bias)
+    return model
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (lambda x: x * 2.0, lambda x: x * 100.0),
-        (lambda x: [v for v in x if v in {1, 2}], lambda x: [v for v in x if v in {1, 3}]),
-        (functools.partial(_times, factor=2), functools.partial(_times, factor=100)),
-        (_closure(2), _closure(100)),
-        (_closure(torch.ones(1)), _closure(torch.zeros(1))),
-        (_closure(nn.Linear(1, 1)), _closure(nn.Linear(1, 1))),
-        (Callable(2), Callable(100)),
-        (Callable(2).__call__, Callable(100).__call__),
-        (WithAttribute(2), WithAttribute(100)),
+        (_scaled(1.0), _scaled(2.0)),
         (nn.Sequential(LINEAR, nn.ReLU()), nn.Sequential(LINEAR, nn.Tanh())),
-        *[
-            (Holds(make(2)), Holds(make(100)))
-            for make in (
-                lambda n: {"a": n},
-                lambda n: {n: "a"},
-                lambda n: [[n]],
-                lambda n: (1, (n,)),
-                lambda n: {1, n},
-                lambda n: frozenset([(1, n)]),
-                lambda n: [{"a": {n, "b"}}],
-                lambda n: Found([n], None),
-                lambda n: Callable(Callable(n)),
-                lambda n: Slotted(n),
-                lambda n: {Slotted(n)},
-                lambda n: collections.deque([n]),
-                lambda n: collections.OrderedDict(a=n),
-                lambda n: types.MappingProxyType({"a": n}),
-                lambda n: Labels([n]),
-                lambda n: re.compile(str(n)),
-                lambda n: random.Random(n),
-                lambda n: np.array([n, None], dtype=object),
-                lambda n: lambda x: x * n,
-                lambda n: functools.cache(_closure(n)),
-                lambda n: functools.partial(_times, factor=n),
-                lambda n: nn.init.zeros_ if n == 2 else nn.init.ones_,
-                lambda n: nn.ReLU if n == 2 else nn.Tanh,
-                lambda n: [nn.Linear(1, n)],
-                lambda n: _ring(n),
-                lambda n: [_ring(1), n],
-            )
-        ],
-        (Holds([1, [2]]), Holds([1, 2, []])),
-        (Holds(["a", "b"]), Holds(["a\nstr\n'b'"])),
-        (Holds(0, lambda module, x, y: y * 2), Holds(0, lambda module, x, y: y * 3)),
-        (_edited("def forward(self, x): return x"), _edited("def forward(self, x): return -x")),
-        (_edited("factor = 2"), _edited("factor = 3")),
+        (nn.Sequential(LINEAR, nn.Softmax(0)), nn.Sequential(LINEAR, nn.Softmax(1))),
+        (nn.Sequential(LINEAR, nn.Identity()), nn.Sequential(nn.Identity(), LINEAR)),
+        (nn.Identity(), Holds(0)),
     ],
 )
-def test_models_that_compute_something_else_have_another_identity(one: Any, other: Any) -> None:
-    assert identity(one) != identity(other)
-    assert identity(one) == identity(one)
+def test_other_modules_results_do_not_pass_for_this_ones(one: Any, other: Any, tmp_path: Path) -> None:
+    _saves(one, tmp_path)
+    for key in (None, "a"):
+        with pytest.raises(ValueError, match=f"another run: its model is {type(one).__name__} .{{32}}, and here it is"):
+            _saves(other, tmp_path, key)
+    _saves(one, tmp_path)
+    with pytest.raises(ValueError, match="another run: its key is None, and here it is 'a'"):
+        _saves(one, tmp_path, "a")
+
+
+FUNCTIONS = {
+    "lambdas": (lambda x: x * 2.0, lambda x: x * 100.0),
+    "partials": (functools.partial(_times, factor=2), functools.partial(_times, factor=100)),
+    "closures": (_closure(2), _closure(100)),
+    "objects": (Callable(2), Callable(100)),
+    "methods": (Callable(2).__call__, Callable(100).__call__),
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_other_functions_results_do_not_pass_for_this_ones(kind: str, tmp_path: Path) -> None:
+    one, other = FUNCTIONS[kind]
+    _saves(one, tmp_path / "no key")
+    for key, message in (
+        (None, "cannot compare .* model=.*, a function"),
+        ("a", "its key is None, and here it is 'a'"),
+    ):
+        for model in (one, other):
+            with pytest.raises(ValueError, match=message):
+                _saves(model, tmp_path / "no key", key)
+    _saves(one, tmp_path / "keyed", ("a", 1))
+    for key, message in ((None, r"written with key=\('a', 1\): pass the same key"), ("b", r"its key is \('a', 1\)")):
+        with pytest.raises(ValueError, match=message):
+            _saves(other, tmp_path / "keyed", key)
+    _saves(one, tmp_path / "keyed", ("a", 1))
+    assert torch.equal(dp.read_predictions(tmp_path / "keyed"), one(torch.ones(4, 1)))
 
 
 @pytest.mark.parametrize(
-    ("function", "name", "value"),
-    [
-        (_of_a_global, "FACTOR", 3.0),
-        (_in_a_lambda, "FACTOR", 3.0),
-        (_of_another_function, "FACTOR", 3.0),
-        (_of_a_module, "FACTOR", 3.0),
-        (_of_settings, "SETTINGS", {"factor": 3.0}),
-        (_in_a_generator, "NET", nn.Linear(1, 1)),
-        (_in_a_comprehension, "NET", nn.Linear(1, 1)),
-    ],
+    "option", [{"inputs": lambda batch: batch}, {"collate_fn": torch.stack}], ids=["inputs", "collate_fn"]
 )
-def test_a_function_is_known_by_what_it_names(
-    function: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = identity(function)
-    assert identity(function) == before
-    monkeypatch.setattr(directory_tests, name, value)
-    assert identity(function) != before
+def test_a_function_beside_the_model_needs_a_key_to_be_resumed(option: Any, tmp_path: Path) -> None:
+    _saves(LINEAR, tmp_path / "no key", **option)
+    with pytest.raises(ValueError, match=f"cannot compare what wrote them with {next(iter(option))}=.*, a function"):
+        _saves(LINEAR, tmp_path / "no key", **option)
+    for _ in range(2):
+        _saves(LINEAR, tmp_path / "keyed", 1, **option)
+
+
+def _without_a_key(path: str) -> None:
+    _saves(_times, Path(path))
+
+
+def test_every_rank_is_told_to_give_a_key(tmp_path: Path) -> None:
+    run_ranks(_without_a_key, 2, str(tmp_path))
+    before = _digests(tmp_path)
+    for outcome in outcomes(_without_a_key, 2, str(tmp_path)):
+        assert outcome.error.startswith(f"ValueError: {tmp_path} holds earlier results")
+        assert "model=_times, a function" in outcome.error
+        assert 'pass key= from the first call on, e.g. key="resnet18 v2, resized to 224"' in outcome.error
+        assert outcome.seconds < 10
+    assert _digests(tmp_path) == before
+
+
+@pytest.mark.parametrize("key", [1.5, True, ["a"], ("a", None), b"a", ("a", (1, 2.0))])
+def test_what_is_no_key_is_refused(key: Any) -> None:
+    with pytest.raises(TypeError, match="give a str, an int, or a tuple of them"):
+        dp.predict(LINEAR, torch.ones(4, 1), 2, key=key)
+
+
+@pytest.mark.parametrize("other", ["1", (1,), ((1,),), "(1,)", 2])
+def test_keys_are_equal_or_not(other: Any, tmp_path: Path) -> None:
+    _saves(LINEAR, tmp_path, 1)
+    with pytest.raises(ValueError, match="its key is 1, and here it is"):
+        _saves(LINEAR, tmp_path, other)
+
+
+def _other_key(path: str) -> None:
+    _saves(LINEAR, Path(path), dist.get_rank())
+
+
+def test_keys_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
+    for outcome in outcomes(_other_key, 2, str(tmp_path)):
+        assert "predict's key" in outcome.error
 
 
 class Counts(Holds):
@@ -379,89 +332,66 @@ class Counts(Holds):
         return x
 
 
-def test_a_module_that_counts_its_calls_is_another_model_after_them(tmp_path: Path) -> None:
-    """What it counts may be what it computes with."""
+def test_what_a_module_counts_is_not_compared(tmp_path: Path) -> None:
     model = Counts(0)
-    _writes(str(tmp_path), model=model)
-    with pytest.raises(ValueError, match="its model is Counts"):
+    for _ in range(2):
         _writes(str(tmp_path), model=model)
     _writes(str(tmp_path), model=Counts(0))  # as another process would
 
 
-def test_what_cannot_be_looked_into_is_never_the_same(tmp_path: Path) -> None:
-    model = Holds(n for n in range(3))
-    _writes(str(tmp_path), model=model)
-    with pytest.raises(ValueError, match="with a generator, which cannot be compared"):
-        _writes(str(tmp_path), model=model)
+class Odd(nn.Linear):
+    """A layer with an extra state that has no bytes to compare."""
+
+    def get_extra_state(self) -> Any:
+        return {1, 2}
 
 
-def test_work_is_bounded_and_what_is_beyond_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    deep: list[Any] = []
-    for _ in range(100_000):  # far beyond what recursion can
-        deep = [deep]
-    assert identity(Holds(deep)) == identity(Holds(deep))
-    assert "cannot be compared" not in str(identity(Holds(deep)))
-    monkeypatch.setattr(sys.modules[Contents.__module__], "_OBJECTS", 1000)
-    assert "with more than 1,000 objects, which cannot be compared" in str(identity(Holds(deep)))
+def test_weights_that_cannot_be_compared_need_a_key(tmp_path: Path) -> None:
+    _saves(Odd(1, 1), tmp_path)
+    with pytest.raises(ValueError, match=r"cannot compare .* with the model's weights .*is a set"):
+        _saves(Odd(1, 1), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "held", [threading.Lock(), threading.RLock(), sys.stderr, torch.device("cpu"), weakref.ref(LINEAR)]
-)
-def test_what_computes_nothing_is_no_reason_to_refuse(held: Any) -> None:
-    assert identity(Holds(held)) == identity(Holds(held))
-    assert "cannot be compared" not in str(identity(Holds(held)))
+def _in_a_world(wrap: bool) -> Any:
+    model = nn.Sequential(_scaled(1.0), _scaled(2.0))
+    with dp.world(device="cpu"):
+        return identity(dp.replicate(model) if wrap else model, None, None, torch.ones(4), 4)
 
 
-def _in_a_world(wrap: bool) -> list[str | None]:
-    model = nn.Linear(1, 1)
-    nn.init.ones_(model.weight), nn.init.ones_(model.bias)
-    replicated = dp.replicate(model) if wrap else model
-    with dp.world(device="cpu") as world:
-        return [identity(replicated), identity(lambda x: replicated(x.to(world.device)))]
-
-
-def test_a_model_is_the_same_at_any_world_size() -> None:
+def test_a_model_is_the_same_at_any_world_size_and_compiled() -> None:
     (alone,) = run_ranks(_in_a_world, 1, False)
+    assert not alone.uncompared
     assert run_ranks(_in_a_world, 2, True) == [alone] * 2
-
-
-def _identities() -> list[str | None]:
-    words = ["a", "b", "c", "d"]
-    models = [_model, lambda x: x in {"a", "b", "c", "d"}, Callable(2), functools.partial(_times, factor=2)]
-    models += [Holds([{*words}, {Labels: {(word, word) for word in words}}]), Holds(_ring({Slotted}))]
-    models += [Holds({_closure(word) for word in words}), _in_a_generator, _of_a_module]
-    return [*map(identity, models), identity_of_dataset([{"image": Pixels(7), "label": i} for i in range(5)], 5)]
-
-
-def test_identities_are_the_same_in_every_process() -> None:
-    first, second = run_ranks(_identities, 2, env=_other_hashes)
-    assert first == second == _identities()
-
-
-def _other_hashes(rank: int) -> dict[str, str]:
-    return {"PYTHONHASHSEED": str(rank), **torchrun_env(2, _PORT)(rank)}
-
-
-_PORT = free_port()
+    model = nn.Sequential(_scaled(1.0), _scaled(2.0))
+    for compiled in (torch.compile(model), nn.Sequential(torch.compile(model[0]), model[1])):
+        assert identity(compiled, None, None, torch.ones(4), 4) == alone
 
 
 class Pixels:
-    """What only a collate function understands, as an image."""
-
-    size = (2, 2)
+    """A sample that only a collate function can read, such as an image."""
 
     def __init__(self, value: int) -> None:
         self.value = value
 
-    def tobytes(self) -> bytes:
-        return bytes([self.value] * 4)
+
+def _collated(batch: list[Any]) -> torch.Tensor:
+    return torch.tensor([[float(sample["image"].value)] for sample in batch])
 
 
 def test_a_data_set_is_known_by_what_its_samples_hold() -> None:
-    one, other = ([{"image": Pixels(value), "label": 1}] for value in (1, 2))
-    assert identity_of_dataset(one, 1) != identity_of_dataset(other, 1)
-    assert identity_of_dataset(one, 1) == identity_of_dataset(one, 1)
+    one, other = ([{"image": np.full(3, value), "label": ("a", 1)}] for value in (1, 2))
+    assert identity(LINEAR, None, None, one, 1) == identity(LINEAR, None, None, one, 1)
+    assert (
+        identity(LINEAR, None, None, one, 1).values["data set"]
+        != identity(LINEAR, None, None, other, 1).values["data set"]
+    )
+
+
+def test_samples_that_cannot_be_compared_need_a_key(tmp_path: Path) -> None:
+    data = [{"image": Pixels(value)} for value in range(4)]
+    dp.predict(LINEAR, data, 2, tmp_path, collate_fn=_collated)
+    with pytest.raises(ValueError, match=r"the data set's samples \(sample 0\['image'\] is a Pixels"):
+        dp.predict(LINEAR, data, 2, tmp_path, collate_fn=_collated)
 
 
 def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
@@ -474,7 +404,7 @@ def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
     assert sorted(name for name in os.listdir(tmp_path) if name.startswith(".")) == [".env", ".ipynb_checkpoints"]
 
 
-def test_types_that_were_lost_are_taken_from_a_file(alone: Path, tmp_path: Path) -> None:
+def test_a_deleted_schema_is_taken_from_a_file(alone: Path, tmp_path: Path) -> None:
     _writes(str(tmp_path))
     for name in ("_common_metadata", "part-000000000030.parquet"):
         (tmp_path / name).unlink()
@@ -488,7 +418,7 @@ def _full(path: str) -> None:
         _writes(path)
 
 
-def test_a_full_disk_is_told_to_all(tmp_path: Path) -> None:
+def test_every_rank_learns_of_a_full_disk(tmp_path: Path) -> None:
     for outcome in outcomes(_full, 2, str(tmp_path)):
         assert "Error writing bytes to file, writing" in outcome.error
         assert "part-0000000000" in outcome.error and "with the data-set indices" in outcome.error
@@ -497,7 +427,7 @@ def test_a_full_disk_is_told_to_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["0", ""])
-def test_a_string_that_is_hardly_a_path_is_refused(to: str) -> None:
+def test_a_string_that_is_probably_no_path_is_refused(to: str) -> None:
     with pytest.raises(ValueError, match="give a rank as an integer"):
         dp.predict(_model, torch.arange(3), 3, to)
 
@@ -511,11 +441,11 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_an_empty_data_set_is_a_data_set(tmp_path: Path) -> None:
-    path = dp.predict(_model, torch.arange(0), 3, tmp_path / "out")
+def test_an_empty_data_set_is_written(tmp_path: Path) -> None:
+    path = dp.predict(_model, torch.arange(0), 3, tmp_path / "out", key="a")
     assert pq.read_table(path).to_pydict() == {"index": []}
     assert dp.read_predictions(path).shape == (0,)
-    assert dp.predict(_model, torch.arange(0), 3, tmp_path / "out") == path
+    assert dp.predict(_model, torch.arange(0), 3, tmp_path / "out", key="a") == path
 
 
 def _late_type(path: str, schema: Any) -> None:
@@ -532,7 +462,41 @@ def test_a_type_that_the_first_batch_does_not_show_can_be_given(tmp_path: Path) 
     assert pq.read_table(tmp_path / "b")["note"].to_pylist() == [None] * 4 + [f"n{n}" for n in range(4, 9)]
 
 
-def test_files_have_a_size_of_their_own(tmp_path: Path) -> None:
+def _other_later(path: str, kind: str) -> None:
+    def model(x: torch.Tensor) -> Any:
+        odd = 4 in x.tolist()
+        return {
+            "dtype": {"a": x.float() if odd else x},
+            "key": {"b" if odd else "a": x},
+            "absent": {"a": None if odd else x},
+        }[kind]
+
+    dp.predict(model, torch.arange(8), 2, path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("dtype", "index 4: column 'a' is a tensor of float32 with 0 dimensions a sample, not a tensor of int64"),
+        (
+            "key",
+            "index 4: the output is a dict with the keys ['b'], not a dict with the keys ['a'] as in the first batch",
+        ),
+    ],
+)
+def test_a_batch_that_is_unlike_the_first_is_refused(kind: str, message: str, world_size: int, tmp_path: Path) -> None:
+    ended = outcomes(_other_later, world_size, str(tmp_path / "out"), kind)
+    assert message in "".join(outcome.error for outcome in ended)
+    assert all(outcome.error and outcome.seconds < 10 for outcome in ended)
+
+
+def test_an_absent_column_is_like_the_first_batch(tmp_path: Path) -> None:
+    _other_later(str(tmp_path), "absent")
+    assert pq.read_table(tmp_path)["a"].to_pylist() == [0, 1, 2, 3, None, None, 6, 7]
+
+
+def test_files_have_a_default_size(tmp_path: Path) -> None:
     path = dp.predict(lambda x: x, torch.arange(1000), 2, tmp_path / "out")
     files = sorted(name for name in os.listdir(path) if name.startswith("part-"))
     assert len(files) == 125 and files[1] == "part-000000000008.parquet"
@@ -546,7 +510,7 @@ def _to(path: str) -> None:
 
 
 @pytest.mark.parametrize("below", ["", "/in/side"])
-def test_a_file_in_the_way_is_known_to_all(below: str, tmp_path: Path) -> None:
+def test_every_rank_learns_of_a_file_in_the_way(below: str, tmp_path: Path) -> None:
     file = tmp_path / "out.parquet"
     file.write_text("of somebody")
     for outcome in outcomes(_to, 2, f"{file}{below}"):
@@ -584,7 +548,7 @@ def test_other_options_are_another_run(before: Any, now: Any, named: str, tmp_pa
 
 
 def _kept_little(path: str) -> int:
-    """Batches of 48 KB, of which a rank may hold 100 KB; gives how much it held."""
+    """Write batches of 48 KB, of which a rank may hold 100 KB. Return how much it held."""
     held = [0]
     copied = directory._copied
 
@@ -602,7 +566,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_rows_go_to_disk_as_they_come(world_size: int, tmp_path: Path) -> None:
+def test_rows_are_written_while_batches_run(world_size: int, tmp_path: Path) -> None:
     path = tmp_path / "out"
     batch = max(run_ranks(_kept_little, world_size, str(path)))
     for file in sorted(path.glob("part-*")):

@@ -1,4 +1,4 @@
-"""What `predict` promises beyond its values: nothing lost, nothing moved that need not be, everybody told."""
+"""What `predict` promises beside its values: no row is lost, nothing needless moves, every rank learns of a failure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ module = importlib.import_module("ddparity.inference.predict")  # the package ha
 
 
 def _shared_out_badly(how: str, options: dict[str, Any]) -> None:
-    """Rank 1 leaves out its first batch, or runs what rank 0 runs."""
+    """Let rank 1 skip its first batch, or run the batches of rank 0."""
     right = module.assigned
 
     def wrong(chunks: Any, rank: int, *rest: Any) -> Iterator[range]:
@@ -43,7 +43,7 @@ def test_batches_that_are_lost_or_run_twice_are_an_error_on_every_rank(how: str,
 
 
 class _Summed(dict[str, Any]):
-    """Options with a metric, which is made on each rank: a function of this kind cannot be pickled."""
+    """Add a metric to options. Each rank makes it, since such a function cannot be pickled."""
 
     def __init__(self) -> None:
         super().__init__(metric=lambda output, batch: output.sum())
@@ -53,7 +53,7 @@ class _Summed(dict[str, Any]):
 
 
 def _messages(samples: int, width: int, options: dict[str, Any]) -> list[int]:
-    """Bytes of each message between ranks."""
+    """Return the bytes of each message between ranks."""
     passed: list[int] = []
     right = wire._pass
 
@@ -136,7 +136,7 @@ def _own_share() -> list[int]:
     return list(dp.ShardSampler(5))
 
 
-def test_a_shard_sampler_takes_its_place_from_the_group() -> None:
+def test_a_shard_sampler_takes_its_rank_from_the_group() -> None:
     assert run_ranks(_own_share, 2) == [[0, 1, 2], [3, 4]]
     assert list(dp.ShardSampler(5)) == [0, 1, 2, 3, 4]
 

@@ -1,4 +1,4 @@
-"""Metrics without moving outputs, equal to those of one process."""
+"""Metrics are equal to those of one process, and no output moves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ddparity.inference.metrics import ExactSum
 from tests.ranks import outcomes, run_ranks
 
 LENGTHS = (0, 1, 2, 5, 23)
-COMPARED = (4, 23)  # with batches of 2: two ranks of four have none of the first
+COMPARED = (4, 23)  # in batches of 2: of the first, two ranks of four have none
 
 
 def _data(length: int) -> TensorDataset:
@@ -79,7 +79,7 @@ def test_sums_are_those_of_one_process_bit_for_bit(world_size: int, balance: str
 
 
 def _cut(values: list[float], cuts: list[int]) -> Any:
-    """The sum of the values, as ranks that have these parts of them come to it."""
+    """Return the sum of the values that ranks compute if each has one part of them."""
     joined = ExactSum()
     bounds = sorted({0, len(values), *(cut % (len(values) + 1) for cut in cuts)})
     for start, stop in itertools.pairwise(bounds):
@@ -158,7 +158,7 @@ def _objects() -> list[Any]:
     found = []
     for length in COMPARED:
         found.append(dp.predict(nn.Softmax(1), _classes(length), 2, metric=own))
-        # Its states are stacked over ranks, and a rank without a sample must not spoil them.
+        # Its states are stacked over ranks: those of a rank without a sample must be left out.
         found.append(
             dp.predict(nn.Identity(), _regressions(length), 2, metric=torchmetrics.PearsonCorrCoef(), to="all")
         )
@@ -249,7 +249,7 @@ def _averages() -> None:
 
 
 def _on_meta() -> Any:
-    """A device that only has shapes shows what lies where."""
+    """The meta device, which only has shapes, shows on which device a state is."""
     seen = []
 
     def metric(output: torch.Tensor, batch: list[torch.Tensor]) -> int:

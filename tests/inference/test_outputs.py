@@ -1,4 +1,4 @@
-"""Outputs of any kind, bit for bit those of one process, on any number of processes."""
+"""Outputs of any kind have the bits of one process on any number of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddparity.runtime.agreement import store_root
 from tests.ranks import nothing_pickled, outcomes, run_ranks
 
 Pair = namedtuple("Pair", "left right")
-SAMPLES = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]  # some are there twice
+SAMPLES = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]  # some values repeat
 
 
 @dataclasses.dataclass
@@ -74,7 +74,7 @@ def _same(ours: Any, oracle: Any, path: str = "") -> None:
 
 
 def _oracle(samples: list[int], batch_size: int) -> Any:
-    """By hand: each leaf of each batch, joined with plain Python, torch and NumPy."""
+    """Return what is expected: the leaves of all batches, joined with plain Python, torch and NumPy."""
     outputs = [_everything(torch.tensor(samples[s : s + batch_size])) for s in range(0, len(samples), batch_size)]
 
     def joined(parts: list[Any]) -> Any:
@@ -121,7 +121,7 @@ def test_any_structure_is_that_of_one_process(world_size: int) -> None:
             _same(ours, oracle, f"{length} samples, batches of {batch_size}, to {to}, {balance}")
 
 
-ROWS: dict[str, Any] = {  # one tensor or array a batch, as most models give it
+ROWS: dict[str, Any] = {  # one tensor or array a batch, as most models return
     "dense": lambda x: x[:, None] * torch.ones(3),
     "a column": lambda x: x,
     "no columns": lambda x: x[:, None][:, :0],
@@ -156,7 +156,7 @@ def _predicts_rows(block: int) -> list[Any]:
     return [dp.predict(ROWS[name], data[:length], 2, to, balance=balance) for name, length, to, balance in _row_cases()]
 
 
-@pytest.mark.parametrize("block", [2**26, 70])  # a batch or a few in it
+@pytest.mark.parametrize("block", [2**26, 70])  # it holds all batches, or one or a few
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_tensor_a_batch_is_that_of_one_process(world_size: int, block: int) -> None:
     for rank, received in enumerate(run_ranks(_predicts_rows, world_size, block)):
@@ -175,7 +175,7 @@ def test_a_tensor_a_batch_is_that_of_one_process(world_size: int, block: int) ->
 
 
 def test_rows_can_be_written_to() -> None:
-    """They are not the inference mode's, whole or one by one."""
+    """Results are no inference tensors, as a whole or row by row."""
     for name in ("dense", "wider now and then"):
         for row in dp.predict(ROWS[name], torch.tensor(SAMPLES), 2):
             row.add_(1)
@@ -184,13 +184,13 @@ def test_rows_can_be_written_to() -> None:
 
 
 def test_a_last_batch_of_too_many_rows_is_refused() -> None:
-    """Though its output is like those before."""
+    """The last batch is refused although its output has the shape of those before."""
     with pytest.raises(ValueError, match=r"indices 4 to 4 has shape \(2, 3\) for a batch of 1"):
         dp.predict(lambda x: torch.ones(2, 3), torch.arange(5), 2)
 
 
 def _large(to: Any) -> list[Any]:
-    """Rows beyond the size of a message, beside small ones; each is a view of more, in memory that is used again."""
+    """Return rows larger than a message and small ones. Each is a view of a larger tensor whose memory is reused."""
     shared = torch.empty(2, 5 * 2**20)
 
     def model(x: torch.Tensor) -> Any:
@@ -209,7 +209,7 @@ def test_large_outputs_in_memory_that_the_model_uses_again(to: Any) -> None:
 
 
 def _slow_rank() -> Any:
-    """Rank 1 takes a batch and keeps it until rank 0 has run all others."""
+    """Let rank 1 take a batch and keep it until rank 0 has run all others."""
     done = 0
 
     def model(x: torch.Tensor) -> torch.Tensor:
@@ -258,10 +258,10 @@ def _differs(how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("key", r"it has the keys ['a', 'b'], not ['a']"),
-        ("kind", r"it['a'] is a list, not a tensor"),
-        ("dtype", r"it['a'][0] has dtype float32, not int64"),
-        ("none", r"it['a'] is a None, not a tensor"),
+        ("key", r"it is a dict with the keys ['a', 'b'], not a dict with the keys ['a']"),
+        ("kind", r"it['a'] is a list, not a tensor of int64"),
+        ("dtype", r"it['a'][0] is a tensor of float32, not a tensor of int64"),
+        ("none", r"it['a'] is None, not a tensor of int64"),
     ],
 )
 def test_a_batch_of_another_structure_is_named(how: str, message: str, world_size: int) -> None:
@@ -273,7 +273,7 @@ def test_a_batch_of_another_structure_is_named(how: str, message: str, world_siz
             f"the output for the data-set indices 4 to 5 is not as that for the data-set indices 0 to 1: {message}"
             in said
         )
-    else:  # whichever batch came first
+    else:  # either batch may be the first
         assert "data-set indices 4 to 5" in said
         assert " is not as that for the data-set indices" in said
 
@@ -337,7 +337,7 @@ def test_each_row_once_is_right_in_any_order() -> None:
 def test_outputs_can_be_kept_elsewhere() -> None:
     outputs = dp.predict(nn.Linear(2, 3).double(), torch.ones(5, 2, dtype=torch.float64), 2, device="cpu")
     assert outputs.shape == (5, 3) and not outputs.requires_grad and not outputs.is_inference()
-    outputs.requires_grad_().sum().backward()  # of use in a training
+    outputs.requires_grad_().sum().backward()  # it can take part in a training
 
 
 def _nothing_pickled() -> Any:
@@ -358,7 +358,7 @@ def _ragged(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _grown(model: Any, length: int, batch_size: int) -> tuple[float, float]:
-    """How far this process's memory grew at most, and what its result takes, in MB."""
+    """Return the growth of this process's memory at its peak, and the size of its result, in MB."""
 
     def resident(field: str) -> float:
         with open("/proc/self/status") as file:
@@ -367,7 +367,7 @@ def _grown(model: Any, length: int, batch_size: int) -> tuple[float, float]:
     dp.predict(model, torch.arange(4 * batch_size), batch_size)
     gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak
+        file.write("5")  # resets the peak
     before = resident("VmRSS")
     result = dp.predict(model, torch.arange(length), batch_size)
     return resident("VmHWM") - before, 0.0 if not isinstance(result, torch.Tensor) else result.nbytes / 1e6
@@ -380,11 +380,11 @@ LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="
 def test_memory_is_that_of_the_result_or_of_the_share() -> None:
     (received, result), (sent, _) = run_ranks(_grown, 2, _dense, 96, 1)
     assert result > 200
-    assert received < result + 24  # of them 16 for a message and 2 of the model's
+    assert received < result + 24  # 16 of these are for a message, 2 for the model's output
     assert sent < 1.1 * result / 2 + 12
 
 
 @LINUX
 def test_many_small_outputs_take_little_more_than_their_bytes() -> None:
     _, (sent, _) = run_ranks(_grown, 2, _ragged, 100_000, 64)
-    assert sent < 1.1 * 50_000 * 64 * 4 / 1e6 + 16  # to take a piece of it apart
+    assert sent < 1.1 * 50_000 * 64 * 4 / 1e6 + 16  # 16 to unpack one piece

@@ -19,7 +19,7 @@ Pair = namedtuple("Pair", "a b")
 
 
 class Numbers(Dataset):
-    """(input, target) pairs; sample 3 stands in it twice."""
+    """Pairs (input, target). Sample 3 is there twice."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -109,7 +109,7 @@ def test_random_streams_do_not_depend_on_processes_or_workers(world_size: int, n
 
 def test_a_models_state_is_left_alone() -> None:
     model = Net()
-    model.layers[1].eval()  # a frozen batch norm inside of a training model
+    model.layers[1].eval()  # a frozen batch norm in a model in training mode
     modes = [module.training for module in model.modules()]
     before, streams = dp.fingerprint(model), (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
 
@@ -131,7 +131,7 @@ def test_a_models_state_is_left_alone() -> None:
 
 
 def _between_steps() -> None:
-    """DDP would broadcast buffers in a forward: with uneven shares that would hang."""
+    """DDP would broadcast buffers in each forward, which would hang with uneven shares."""
     model = dp.replicate(Net())
     for _ in range(2):
         for micro in dp.accumulate(model, [torch.randn(4, 2), torch.randn(4, 2)]):
@@ -231,7 +231,7 @@ class Together(Numbers):
 
 
 class Loses(Numbers):
-    """Gives three samples of four from index 4 on."""
+    """A data set that returns three samples instead of four from index 4 on."""
 
     def __init__(self, length: int, kind: str) -> None:
         super().__init__(length)
@@ -331,7 +331,7 @@ def test_what_a_module_is_called_with() -> None:
     assert os.environ.get("RANK") is None
 
 
-def _on_card(to: Any, device: str | None) -> Any:
+def _on_gpu(to: Any, device: str | None) -> Any:
     net = Net().cuda()
 
     def model(batch: list[torch.Tensor]) -> dict[str, Any]:
@@ -350,11 +350,11 @@ def _on_card(to: Any, device: str | None) -> Any:
 @pytest.mark.gpu
 @pytest.mark.parametrize("to", [0, "all"])
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_outputs_of_a_card_that_ranks_share_over_gloo(to: Any, device: str | None) -> None:
-    ((kinds, y, ragged, names, whole),) = run_ranks(_on_card, 1, to, device)
+def test_outputs_of_a_gpu_that_ranks_share_over_gloo(to: Any, device: str | None) -> None:
+    ((kinds, y, ragged, names, whole),) = run_ranks(_on_gpu, 1, to, device)
     assert kinds == (("cpu",) * 3 if device else ("cuda", "cuda", "cpu"))
     for world_size in (2, 3):
-        for rank, got in enumerate(run_ranks(_on_card, world_size, to, device)):
+        for rank, got in enumerate(run_ranks(_on_gpu, world_size, to, device)):
             if to == 0 and rank:
                 assert got is None
                 continue

@@ -1,4 +1,4 @@
-"""Models that differ between ranks are refused; what may differ is left alone."""
+"""Models that differ between ranks are refused, but not what may differ."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import ddparity as dp
 from ddparity.inference.model import Replica, check_words, parts
 from tests.ranks import outcomes, run_ranks
 
-ONE_PASS = 8 * 1021  # bytes, from twice of which on sums stand for a tensor
+ONE_PASS = 8 * 1021  # bytes; a tensor of twice as many or more is compared by sums
 
 
 class Holds(nn.Module):
-    """A layer beside a tensor of this rank's own."""
+    """A layer and a tensor that is different on each rank."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Holds(nn.Module):
 
 
 def _with_batch_norm(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """After a training forward on other batches on each rank."""
+    """Return a model after a forward in training mode, with another batch on each rank."""
     torch.manual_seed(0)
     model = wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
     data = torch.randn(8, 2, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -81,7 +81,7 @@ def test_models_that_differ_are_refused_on_every_rank(kind: str, message: str) -
 
 
 def _ways_out() -> None:
-    """What the refusal advises, and what may differ."""
+    """Check what the error advises, and what may differ."""
     ddp = _with_batch_norm(DistributedDataParallel)
     for buffer in ddp.buffers():
         dist.broadcast(buffer, 0)
@@ -105,12 +105,12 @@ def _word(tensor: torch.Tensor, header: str = "") -> int:
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, ONE_PASS, 2 * ONE_PASS, 3 * ONE_PASS + 5])
-def test_each_bit_and_each_place_counts(size: int) -> None:
+def test_each_bit_and_each_position_counts(size: int) -> None:
     data = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
     word = _word(data)
-    for place in {0, size // 2, size - 1}:
+    for position in {0, size // 2, size - 1}:
         changed = data.clone()
-        changed[place] ^= 1
+        changed[position] ^= 1
         assert _word(changed) != word
     if size > 1:
         assert _word(data.roll(1)) != word
@@ -118,7 +118,7 @@ def test_each_bit_and_each_place_counts(size: int) -> None:
 
 
 def test_a_shuffle_counts() -> None:
-    """Sums alone would not see it."""
+    """Sums alone would not show it."""
     for shape in ((100_000,), (512, 1024), (64, 64, 3, 3)):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         assert _word(values) != _word(values.flip(0)), shape
@@ -127,7 +127,7 @@ def test_a_shuffle_counts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool])
 def test_how_a_tensor_lies_does_not_count(dtype: torch.dtype) -> None:
     data = torch.randn(50, 301, generator=torch.Generator().manual_seed(0)).to(dtype)
-    behind = torch.empty(data.numel() + 1, dtype=dtype)[1:].view(50, 301).copy_(data)  # not where 64-bit words begin
+    behind = torch.empty(data.numel() + 1, dtype=dtype)[1:].view(50, 301).copy_(data)  # its address is no multiple of 8
     assert _word(data) == _word(behind) == _word(data.t().contiguous().t())
 
 

@@ -1,4 +1,4 @@
-"""What predict leaves as it was, keeps, and tells."""
+"""What `predict` restores, what it keeps, and which errors it raises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.ranks import kill_self, outcomes, run_ranks
 
 
 class Caches(nn.Module):
-    """Changes its buffers in every way, in eval mode."""
+    """A module that changes its buffers in every way in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_buffers_are_as_before_also_on_an_exception(length: int) -> None:
 
 
 class Writes(nn.Module):
-    """Changes its buffers where no version counter shows it."""
+    """A module that changes its buffers in ways that no version counter shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_changes_without_a_trace_are_undone() -> None:
     dp.predict(model, torch.ones(4, 2), 2)
     assert model.a.tolist() == [0, 0] and model.b[0] == 0 and model.b[1].isnan() and model.c.tolist() == [0, 0]
     assert model.mask is None and not hasattr(model, "found")
-    # A mask that was made in inference mode could not take part in this.
+    # A mask that was made in inference mode could not take part in this training step.
     model(torch.ones(4, 2, requires_grad=True)).sum().backward()
 
 
@@ -103,7 +103,7 @@ LAYOUTS: dict[str, Any] = {
 
 
 class OfLayout(nn.Module):
-    """Changes a buffer in place."""
+    """A module that changes a buffer in place."""
 
     def __init__(self, layout: str) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_buffers_of_any_layout_are_as_before(layout: str) -> None:
 
 
 class Keeps(nn.Module):
-    """Caches in a container of its own what a training would want, beside what it counts."""
+    """A module with a container that holds cached tensors, which a training would use, and counts."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -178,12 +178,12 @@ def test_what_a_container_caches_is_forgotten(how: str) -> None:
     assert model.named is named and model.row is row and model.pair is None
     assert set(named) == {"first", "sizes"} and named["first"] is model.first
     assert len(row) == 2 and row[0] is model.first and row[1] is None
-    assert model.sizes == [2, 2] and named["sizes"] == (2 if how == "new" else 4)  # no tensors: they stay
+    assert model.sizes == [2, 2] and named["sizes"] == (2 if how == "new" else 4)  # they are no tensors, so they stay
     model(torch.ones(4, 2)).sum().backward()
 
 
 class Merges(nn.Module):
-    """As layers with low-rank adapters: merged into the weight in eval mode."""
+    """A layer with a low-rank adapter, which is merged into the weight in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class WorkerIds(torch.utils.data.Dataset):
 
 
 def _every_epoch() -> list[Any]:
-    """A training loop that predicts after each epoch."""
+    """Run a training loop that predicts after each epoch."""
     model = dp.replicate(nn.Linear(1, 1))
     predictor = dp.Predictor(WorkerIds(), 2, num_workers=1)
     results = []
@@ -278,7 +278,7 @@ def test_a_rank_that_is_killed_is_noticed_while_the_others_work() -> None:
     ended = outcomes(_killed_early, 3)
     for outcome in ended[:2]:
         assert "RankFailure: rank 2 failed in predict: its process" in outcome.error
-        assert outcome.seconds < 10  # of 20 that it would take
+        assert outcome.seconds < 10  # the whole takes 20
 
 
 @dataclasses.dataclass
@@ -291,7 +291,7 @@ class Refuses:
 
 
 def _refuses(to: Any) -> None:
-    with contextlib.suppress(ValueError):  # its process goes on
+    with contextlib.suppress(ValueError):  # the process continues
         dp.predict(Refuses, torch.arange(8), 2, to)
     store_root().add("ended", 1)
     while store_root().add("ended", 0) < 1:
@@ -308,12 +308,12 @@ def test_a_result_that_cannot_be_built_is_known_to_all(to: Any) -> None:
 
 
 def _no_room() -> None:
-    """Rank 0 has no memory for what it receives, and goes on."""
+    """Let rank 0 fail to allocate what it receives, and continue."""
 
-    def new(node: Any) -> torch.Tensor:
-        if node["shape"][0] == 40:
+    def new(description: Any) -> torch.Tensor:
+        if description["shape"][0] == 40:
             raise MemoryError("no room")
-        return new_tensor(node)
+        return new_tensor(description)
 
     with mock.patch("ddparity.inference.collect.new_tensor", new):
         dp.predict(lambda x: x, TensorsOnRank1(), 1)

@@ -18,7 +18,7 @@ SIZES = (5, 0, 3, 8, 1)
 
 
 class Sharded(IterableDataset):
-    """As datasets.IterableDataset: shards of different sizes, one after the other."""
+    """A stream like datasets.IterableDataset, with shards of different sizes."""
 
     num_shards = len(SIZES)
 
@@ -86,7 +86,7 @@ def test_a_model_that_fails_names_the_shard() -> None:
 
 
 class Differs(Sharded):
-    """Has another number of shards on each rank."""
+    """A stream with another number of shards on each rank."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..comm.trees import Node, byte_view, leaf_paths, named_types, new_tensor, single, take_apart
+from ..comm.nesting import Description
+from ..comm.trees import byte_view, leaf_paths, named_types, new_tensor, single, take_apart
 from ..compat import layer_versions, with_layer_versions
 
 FORMAT = "ddparity 2"
@@ -29,7 +30,7 @@ _NATIVE = {
 class Snapshot:
     """States, by name, taken apart: what to write. `about` goes into the file's JSON as it is."""
 
-    nodes: dict[str, Node]
+    nodes: dict[str, Description]
     tensors: dict[str, torch.Tensor]  # by their names in the file
     versions: dict[str, Any]
     about: dict[str, Any]
@@ -41,7 +42,7 @@ def take_snapshot(states: dict[str, Any], about: dict[str, Any], copy: bool) -> 
     Raises:
         TypeError: names the place in a state of what cannot be saved.
     """
-    nodes: dict[str, Node] = {}
+    nodes: dict[str, Description] = {}
     leaves: list[torch.Tensor] = []
     for name, state in states.items():
         try:
@@ -65,7 +66,7 @@ def take_snapshot(states: dict[str, Any], about: dict[str, Any], copy: bool) -> 
     return Snapshot(nodes, dict(zip(names, leaves, strict=True)), versions, about)
 
 
-def _names(nodes: dict[str, Node]) -> dict[str, list[str]]:
+def _names(nodes: dict[str, Description]) -> dict[str, list[str]]:
     """Each state's tensors' names in the file, in order: their paths, "model.0.weight", told apart where alike."""
     taken = {"__metadata__"}
     names: dict[str, list[str]] = {}
@@ -154,7 +155,7 @@ def read_states(path: Path, names: Iterable[str]) -> Contents:
                     f"{path} is no checkpoint of ddparity: its format is {metadata.get('format')!r}, not {FORMAT!r}"
                 )
             description = json.loads(_checked_description(path, metadata))
-            nodes: dict[str, Node] = description["nodes"]
+            nodes: dict[str, Description] = description["nodes"]
             in_file = set(file.keys())
             states = {}
             for name in names:
@@ -174,7 +175,7 @@ def _checked_description(path: Path, metadata: dict[str, str]) -> str:
 
 
 def _read_state(
-    path: Path, file: Any, nodes: dict[str, Node], name: str, description: dict[str, Any], in_file: set[str]
+    path: Path, file: Any, nodes: dict[str, Description], name: str, description: dict[str, Any], in_file: set[str]
 ) -> Any:
     node = nodes[name]
     if types := named_types(node):  # importing them would run code that the file chooses

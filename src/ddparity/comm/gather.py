@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RankFailure
+from .nesting import Description
 from .transfer import Receiver, checked_receiver, gather_json, move, takes_part
-from .trees import Node, new_tensor, put_together, take_apart
+from .trees import new_tensor, put_together, take_apart
 
 
 def gather(value: Any, to: Receiver = 0) -> Any:
@@ -63,5 +64,5 @@ def gather(value: Any, to: Receiver = 0) -> Any:
     return build() if receives else None
 
 
-def _placeholder(node: Node) -> torch.Tensor:
-    return new_tensor({**node, "device": "meta"})
+def _placeholder(description: Description) -> torch.Tensor:
+    return new_tensor({**description, "device": "meta"})

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import shared_layers, synchronises
 from ..comm.allreduce import copies_of_ranks
-from ..comm.trees import to_device
+from ..comm.nesting import to_device
 from ..compat import uncompiled
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step

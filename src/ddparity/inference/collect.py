@@ -1,4 +1,4 @@
-"""Outputs in memory: written where they belong as they come in, then moved to the ranks that receive."""
+"""Outputs in memory: write them to their final position as they arrive, then move them to the ranks that receive."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..comm.nesting import Description
 from ..comm.transfer import Receiver, gather_json, move, move_json, takes_part
-from ..comm.trees import Node, assembled, leaves_of, new_tensor, plain_values, single
+from ..comm.trees import assembled, leaves_of, new_tensor, plain_values, single
 from ..errors import DDParityError
 from .outputs import Rows, Schema, on_device
-from .sendbuffer import Packed, Packer, Run
+from .sendbuffer import Packed, PackedRun, Packer
 from .source import Source
 
 _PIECE_BYTES = 4 * 2**20  # of small batches that are sent together
@@ -24,10 +25,10 @@ Finish = Callable[[], None]
 
 
 class Collected:
-    """The outputs for `length` samples, each row written to its place once.
+    """The outputs for `length` samples. Each row is written once, to its final position.
 
-    Tensors and arrays whose rows all have one shape are one tensor of their final size from the first batch on; rows
-    of other shapes than the first batch's are kept aside, and then the whole is a list.
+    A tensor or array has its final size from the first batch on. Rows of another shape than the first batch's are kept
+    apart, and then the result is a list.
     """
 
     def __init__(self, length: int) -> None:
@@ -35,46 +36,46 @@ class Collected:
         self._columns: _Column | None = None
 
     def add(self, rows: Rows) -> None:
-        if isinstance(self._columns, _Tensors) and self._columns.has_rows_of(rows.node):
-            self._columns.rows(rows.start, rows.size).copy_(rows.leaves[0])  # as below, in less time
+        if isinstance(self._columns, _Tensors) and self._columns.has_rows_of(rows.description):
+            self._columns.rows(rows.start, rows.size).copy_(rows.leaves[0])  # the same as below, in less time
             return
-        targets, finish = self.places(rows.start, rows.size, rows.node)
+        targets, finish = self.plan(rows.start, rows.size, rows.description)
         for target, leaf in zip(targets, rows.leaves, strict=True):
             target.copy_(leaf)
         finish()
 
-    def places(self, start: int, size: int, node: Node) -> tuple[list[torch.Tensor], Finish]:
-        """Where to write the tensors of a batch's output, and what to call when that is done."""
+    def plan(self, start: int, size: int, description: Description) -> tuple[list[torch.Tensor], Finish]:
+        """Return the tensors to write a batch's output to, and a function to call after that."""
         if self._columns is None:
-            self._columns = _column(node, self._length)
+            self._columns = _column(description, self._length)
         targets: Targets = {}
-        finish = self._columns.place(node, start, size, targets)
+        finish = self._columns.plan(description, start, size, targets)
         return [targets[number] for number in sorted(targets)], finish
 
     def value(self) -> Any:
-        """The whole; an empty tensor where no batch came, since nothing is known of its structure."""
+        """Return the whole; an empty tensor if there was no batch, since the structure is not known then."""
         return torch.empty(0) if self._columns is None else self._columns.value()
 
 
 class _Tensors:
-    def __init__(self, node: Node, length: int) -> None:
-        self._is_array = node["kind"] == "array"
-        self._row = node["shape"][1:]
-        self._whole = _new({**node, "shape": [length, *self._row]})
+    def __init__(self, description: Description, length: int) -> None:
+        self._is_array = description["kind"] == "array"
+        self._row = description["shape"][1:]
+        self._whole = _new({**description, "shape": [length, *self._row]})
         self._others: dict[int, torch.Tensor] = {}
 
-    def has_rows_of(self, node: Node) -> bool:
-        return bool(node["shape"][1:] == self._row)
+    def has_rows_of(self, description: Description) -> bool:
+        return bool(description["shape"][1:] == self._row)
 
     def rows(self, start: int, size: int) -> torch.Tensor:
         return self._whole[start : start + size]
 
-    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
-        if self.has_rows_of(node):
-            targets[node["leaf"]] = self.rows(start, size)
+    def plan(self, description: Description, start: int, size: int, targets: Targets) -> Finish:
+        if self.has_rows_of(description):
+            targets[description["leaf"]] = self.rows(start, size)
             return _nothing
-        batch = targets[node["leaf"]] = _new(node)
-        with torch.inference_mode(False):  # as of a tensor, of its views
+        batch = targets[description["leaf"]] = _new(description)
+        with torch.inference_mode(False):  # so that the views are no inference tensors either
             self._others.update(zip(range(start, start + size), batch, strict=True))
         return _nothing
 
@@ -89,11 +90,11 @@ class _Entries:
     def __init__(self, length: int) -> None:
         self._entries: list[Any] = [None] * length
 
-    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
-        if node["kind"] == "plain list":
-            text = targets[node["leaf"]] = _new(node)
+    def plan(self, description: Description, start: int, size: int, targets: Targets) -> Finish:
+        if description["kind"] == "plain list":
+            text = targets[description["leaf"]] = _new(description)
             return lambda: self._set(start, plain_values(text))
-        builds = [single(item, targets, _new) for item in node["items"]]
+        builds = [single(item, targets, _new) for item in description["items"]]
         return lambda: self._set(start, [build() for build in builds])
 
     def _set(self, start: int, entries: list[Any]) -> None:
@@ -106,8 +107,8 @@ class _Entries:
 class _Nothing:
     """A field that is None."""
 
-    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
-        targets[node["leaf"]] = _new(node)
+    def plan(self, description: Description, start: int, size: int, targets: Targets) -> Finish:
+        targets[description["leaf"]] = _new(description)
         return _nothing
 
     def value(self) -> Any:
@@ -115,13 +116,14 @@ class _Nothing:
 
 
 class _Nesting:
-    def __init__(self, node: Node, length: int) -> None:
-        self._node = node
-        self._items = [_column(item, length) for item in node["items"]]
+    def __init__(self, description: Description, length: int) -> None:
+        self._description = description
+        self._items = [_column(item, length) for item in description["items"]]
 
-    def place(self, node: Node, start: int, size: int, targets: Targets) -> Finish:
+    def plan(self, description: Description, start: int, size: int, targets: Targets) -> Finish:
         inner = [
-            column.place(item, start, size, targets) for column, item in zip(self._items, node["items"], strict=True)
+            column.plan(item, start, size, targets)
+            for column, item in zip(self._items, description["items"], strict=True)
         ]
 
         def finish() -> None:
@@ -131,30 +133,30 @@ class _Nesting:
         return finish
 
     def value(self) -> Any:
-        return assembled(self._node, [column.value() for column in self._items])
+        return assembled(self._description, [column.value() for column in self._items])
 
 
 _Column = _Tensors | _Entries | _Nothing | _Nesting
 
 
-def _column(node: Node, length: int) -> _Column:
-    if node["kind"] in ("tensor", "array"):
-        return _Tensors(node, length)
-    if node["kind"] in ("list", "plain list"):
+def _column(description: Description, length: int) -> _Column:
+    if description["kind"] in ("tensor", "array"):
+        return _Tensors(description, length)
+    if description["kind"] in ("list", "plain list"):
         return _Entries(length)
-    return _Nothing() if node["kind"] == "plain" else _Nesting(node, length)
+    return _Nothing() if description["kind"] == "plain" else _Nesting(description, length)
 
 
-def _new(node: Node) -> torch.Tensor:
-    with torch.inference_mode(False):  # the result must be of use in a training
-        return new_tensor(node)
+def _new(description: Description) -> torch.Tensor:
+    with torch.inference_mode(False):  # the result can take part in a training
+        return new_tensor(description)
 
 
 def _nothing() -> None: ...
 
 
 class Memory:
-    """A sink that keeps all outputs: on the rank that receives where they belong, on the others until they are sent.
+    """A sink that keeps all outputs: in the result on the rank that receives, on the others until they are sent.
 
     `source`: numbers the samples, see `Batches`. `device`: where tensors are kept; None: where the model leaves them.
     """
@@ -164,52 +166,52 @@ class Memory:
     ) -> None:
         self._source, self._schema, self._to, self._device = source, schema, to, device
         self._receives = to in ("all", rank)
-        # A rank that also sends places its own when it sends them, so that it never holds them twice.
-        placed = self._receives and (world_size == 1 or to != "all") and source.length is not None
-        self._result = Collected(source.length) if placed and source.length is not None else None
+        # A rank that also sends writes its own outputs when it sends them, so that it never holds them twice.
+        at_once = self._receives and (world_size == 1 or to != "all") and source.length is not None
+        self._result = Collected(source.length) if at_once and source.length is not None else None
         self._ran: list[range] = []
         self._packer = Packer()
 
     def take(self, samples: range, where: str, output: Any, batch: Any) -> None:
-        node, leaves = self._schema.check(output, samples, where)
+        description, leaves = self._schema.check(output, samples, where)
         if self._device is not None:
-            node = on_device(node, self._device)
+            description = on_device(description, self._device)
             leaves = [leaf.to(self._device) for leaf in leaves]
         self._ran.append(samples)
-        rows = Rows(samples.start, len(samples), node, leaves)
+        rows = Rows(samples.start, len(samples), description, leaves)
         if self._result is not None:
             self._result.add(rows)
         else:
             self._packer.pack(rows)
 
     def finish(self) -> Any:
-        length, place = self._source.settled(self._ran)
-        ran = [range(place(part.start), place(part.start) + len(part)) for part in self._ran]
+        length, position = self._source.settled(self._ran)
+        ran = [range(position(part.start), position(part.start) + len(part)) for part in self._ran]
         held = self._packer.held
         for packed in held:
-            packed.start = place(packed.start)
+            packed.start = position(packed.start)
         result = self._result or Collected(length)
-        del self._packer  # and its block
+        del self._packer  # also frees its block
         bring_together(result, held, ran, length, self._to, self._receives)
         return result.value() if self._receives else None
 
 
 def bring_together(
-    result: Collected, held: deque[Packed | Run], ran: Sequence[range], length: int, to: Receiver, receives: bool
+    result: Collected, held: deque[Packed | PackedRun], ran: Sequence[range], length: int, to: Receiver, receives: bool
 ) -> None:
-    """Move what each rank holds into the receivers' results. All ranks call it.
+    """Move what each rank holds into the receivers' results. Every rank calls it.
 
     Args:
-        held: this rank's rows that are not in its result yet; emptied, so that memory is free as soon as it is sent.
-        ran: the samples that this rank has run, those in its result included.
+        held: this rank's rows that are not in its result yet. It is emptied, so that memory is freed once it is sent.
+        ran: the samples that this rank has run, also those in its result.
 
-    Collectives: two all-gathers; then for each 4 MiB of small batches, or each larger one, or each 64 MiB of what are
-    rows of one tensor, of a rank that does not receive alone, a description (two messages) and its tensors, sent to
-    `to` or broadcast.
+    Collectives: two all-gathers. Then each rank but a single receiver sends to `to`, or broadcasts, a description (two
+    messages) and its tensors for each 4 MiB of small batches, for each larger batch, and for each 64 MiB of batches
+    that are rows of one tensor.
 
     Raises:
-        DDParityError: a sample is missing or there twice; on every rank, before any output moves.
-        Exception: what a row could not be placed for; after all have been received, so that no sender waits.
+        DDParityError: a sample is missing or is there twice; on every rank, before any output moves.
+        Exception: a row cannot be written; raised after all rows are received, so that no sender waits.
     """
     pieces = _pieces(held)
     said = gather_json({"pieces": len(pieces), "ran": [[part.start, part.stop] for part in merged(ran)]})
@@ -232,7 +234,11 @@ def bring_together(
 
 
 def check_each_once(ran: Sequence[range], length: int) -> None:
-    """Refuse samples that no rank ran, or that several did."""
+    """Check that each sample was run once.
+
+    Raises:
+        DDParityError: some samples are missing, or are there twice.
+    """
     in_order = sorted((part for part in ran if part), key=lambda part: part.start)
     for before, after in pairwise([range(0), *in_order, range(length, length)]):
         if after.start != before.stop:
@@ -240,12 +246,12 @@ def check_each_once(ran: Sequence[range], length: int) -> None:
             low, high = sorted((before.stop, after.start))
             raise DDParityError(
                 f"the outputs of the samples {low} to {high - 1} of {length} {problem}. No data set or model should "
-                f"bring that about: please report it"
+                f"cause this: please report it"
             )
 
 
 def merged(ran: Sequence[range]) -> list[range]:
-    """The same samples in as few ranges as follow one another."""
+    """Return the same samples in as few ranges as possible, in order."""
     merged: list[range] = []
     for part in sorted(ran, key=lambda part: part.start):
         if merged and merged[-1].stop == part.start:
@@ -255,8 +261,8 @@ def merged(ran: Sequence[range]) -> list[range]:
     return merged
 
 
-def _pieces(held: deque[Packed | Run]) -> deque[list[Packed | Run]]:
-    pieces: deque[list[Packed | Run]] = deque()
+def _pieces(held: deque[Packed | PackedRun]) -> deque[list[Packed | PackedRun]]:
+    pieces: deque[list[Packed | PackedRun]] = deque()
     room = 0
     while held:
         packed = held.popleft()
@@ -269,13 +275,13 @@ def _pieces(held: deque[Packed | Run]) -> deque[list[Packed | Run]]:
 
 
 def _send(piece: list[Rows], source: int, to: Receiver) -> None:
-    nodes: list[Node] = []
-    places = []
+    different: list[Description] = []
+    numbered = []
     for rows in piece:
-        if rows.node not in nodes[-2:]:  # most batches are alike
-            nodes.append(rows.node)
-        places.append([rows.start, rows.size, len(nodes) - 1 - nodes[::-1].index(rows.node)])
-    move_json({"nodes": nodes, "rows": places}, source, to)
+        if rows.description not in different[-2:]:  # most batches have the same description
+            different.append(rows.description)
+        numbered.append([rows.start, rows.size, len(different) - 1 - different[::-1].index(rows.description)])
+    move_json({"descriptions": different, "rows": numbered}, source, to)
     move([leaf for rows in piece for leaf in rows.leaves], source, to)
 
 
@@ -289,19 +295,19 @@ def _not_added(piece: list[Rows], result: Collected) -> Exception | None:
 
 
 def _receive(source: int, to: Receiver, result: Collected, problem: Exception | None) -> Exception | None:
-    """Receive a piece into its place; where there is a problem, or that makes one, anywhere, since it is being sent."""
+    """Receive a piece into the result. After a problem receive it anywhere, since it is sent all the same."""
     head = move_json(None, source, to)
-    described = [(start, size, head["nodes"][number]) for start, size, number in head["rows"]]
-    placed: list[tuple[list[torch.Tensor], Finish]] = []
+    described = [(start, size, head["descriptions"][number]) for start, size, number in head["rows"]]
+    plans: list[tuple[list[torch.Tensor], Finish]] = []
     try:
-        placed = [] if problem else [result.places(*one) for one in described]
+        plans = [] if problem else [result.plan(*one) for one in described]
     except Exception as error:
         problem = error
     if problem is not None:
-        placed = [([new_tensor(leaf) for leaf in leaves_of(node)], _nothing) for _, _, node in described]
-    move([target for targets, _ in placed for target in targets], source, to)
+        plans = [([new_tensor(leaf) for leaf in leaves_of(description)], _nothing) for _, _, description in described]
+    move([target for targets, _ in plans for target in targets], source, to)
     try:
-        for _, finish in placed:
+        for _, finish in plans:
             finish()
     except Exception as error:
         problem = error

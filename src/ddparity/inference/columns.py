@@ -7,8 +7,8 @@ An output is a nesting of dicts, tuples, named tuples and dataclasses. Its leave
                                         sizes may differ; struct<> of dicts, named tuples and dataclasses; None is null
     None                                null: absent for the whole batch
 
-bfloat16 and float8 are stored in the next larger float, exactly; complex numbers are struct<real, imag>. What Arrow
-does not tell, e.g. tensor or array, stands in the description, which is JSON and names no type to import.
+bfloat16 and float8 are stored exactly in the next larger float; complex numbers are struct<real, imag>. The description
+holds what Arrow's types do not say, e.g. tensor or array. It is JSON and names no type to import.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ..comm.nesting import Description
 from .description import (
     ARRAYS,
     COMPLEX,
     INDEX,
     STORED,
-    Node,
     fields_of,
     flatten,
     leaf_of,
@@ -43,11 +43,11 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 _NUMBERS = {name: pa.from_numpy_dtype(name) for name in ARRAYS if name not in COMPLEX}
 _PLAIN = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
-_MOST = 2**31 - 1  # of the 32-bit offsets of list<>
+_MOST = 2**31 - 1  # the largest 32-bit offset of list<>
 
 
-def schema_of(description: Node, overrides: pa.Schema | None = None) -> pa.Schema:
-    """The types of the columns of outputs of that description, "index" first; no metadata.
+def schema_of(description: Description, overrides: pa.Schema | None = None) -> pa.Schema:
+    """Return the types of the columns of described outputs, "index" first, without metadata.
 
     Args:
         overrides: types of some of the columns, e.g. of one that was None for the whole first batch.
@@ -65,27 +65,21 @@ def schema_of(description: Node, overrides: pa.Schema | None = None) -> pa.Schem
 
 
 def to_table(output: Any, start: int, size: int, schema: pa.Schema | None = None) -> pa.Table:
-    """A batch's output as a table of `size` rows, with the samples' data-set index, `start` and following, first.
+    """Return a batch's output as a table of `size` rows. The first column is the data-set index, from `start` on.
 
     Columns of tensors on the CPU and arrays share their memory where Arrow can: write or copy the table before the
     model may reuse it.
 
     Args:
-        schema: of `schema_of` the first batch; None: the batch's own.
+        schema: of `schema_of` the first batch, which the output is like, see `difference`; None: the batch's own.
 
     Raises:
-        TypeError, ValueError: as `describe`; a leaf without one row a sample; columns or types other than in `schema`
-            (which may be wider: integers fit into larger ones and into floats that hold them exactly, None into
-            anything). Names the column, the data-set index and the way out.
+        TypeError, ValueError: as `describe`; a leaf has not one row a sample; a type does not fit into that of `schema`
+            (integers fit into larger ones and into floats that hold them exactly, None fits into anything). Names the
+            column and the data-set index.
     """
     leaves = flatten(output)
     names = [INDEX, *(name for name, _ in leaves)]
-    if schema is not None and set(names) != set(schema.names):
-        raise ValueError(
-            f"index {start}: the output has the columns {names[1:]} where the first batch, or schema=, has "
-            f"{[name for name in schema.names if name != INDEX]}: give the same keys throughout, and None for what "
-            f"is absent"
-        )
     arrays = [
         _column(name, leaf, start, size, None if schema is None else schema.field(name).type) for name, leaf in leaves
     ]
@@ -103,11 +97,11 @@ def _column(name: str, leaf: Any, start: int, size: int, to: pa.DataType | None)
         )
 
     def make(part: Any) -> pa.Array:
-        node = leaf_of(part, where)
-        if node["kind"] == "none":
+        description = leaf_of(part, where)
+        if description["kind"] == "none":
             array = pa.nulls(size)
-        elif node["kind"] == "list":
-            array = _entries(part, node["entry"], where)
+        elif description["kind"] == "list":
+            array = _entries(part, description["entry"], where)
         else:
             shapes = np.tile(np.array(part.shape[1:], dtype=np.int64), (len(part), 1))
             array = _nested([part], shapes, where)
@@ -116,52 +110,54 @@ def _column(name: str, leaf: Any, start: int, size: int, to: pa.DataType | None)
     return located(leaf, start, make)
 
 
-def _type(node: Node) -> pa.DataType:
-    kind = node["kind"]
+def _type(description: Description) -> pa.DataType:
+    kind = description["kind"]
     if kind == "none":
         return pa.null()
     if kind in ("list", "tuple"):
-        return pa.list_(_type(node["entry"]))
+        return pa.list_(_type(description["entry"]))
     if kind == "dict":
-        return pa.struct([(str(key), _type(item)) for key, item in zip(node["keys"], node["items"], strict=True)])
-    dtype = "complex128" if kind == "complex" else node.get("dtype", "")
+        return pa.struct(
+            [(str(key), _type(item)) for key, item in zip(description["keys"], description["items"], strict=True)]
+        )
+    dtype = "complex128" if kind == "complex" else description.get("dtype", "")
     if dtype in COMPLEX:
         part = _NUMBERS[COMPLEX[dtype]]
         found = pa.struct([("real", part), ("imag", part)])
     else:
         found = _NUMBERS[STORED.get(dtype, dtype)] if dtype else _PLAIN[kind]
-    for _ in range(node.get("dims", 0)):
+    for _ in range(description.get("dims", 0)):
         found = pa.list_(found)
     return found
 
 
-def _entries(values: list[Any], node: Node, where: str) -> pa.Array:
-    kind = node["kind"]
+def _entries(values: list[Any], description: Description, where: str) -> pa.Array:
+    kind = description["kind"]
     if kind in _PLAIN:
         try:
             return pa.array(values, _PLAIN[kind])
-        except (ValueError, OverflowError) as error:  # too large an integer, half a surrogate pair
+        except (ValueError, OverflowError) as error:  # an integer is too large, or a string has half a surrogate pair
             raise ValueError(f"{where} has a value that is no {_PLAIN[kind]}: {error}: give another type") from None
     present = [row for row, value in enumerate(values) if value is not None]
     if not present:
-        return pa.nulls(len(values), _type(node))
+        return pa.nulls(len(values), _type(description))
     if len(present) < len(values):
-        places: list[int | None] = [None] * len(values)
-        for place, row in enumerate(present):
-            places[row] = place
-        return _entries([values[row] for row in present], node, where).take(pa.array(places, pa.int64()))
-    if "dtype" in node:
-        shapes = np.array([value.shape for value in values], dtype=np.int64).reshape(len(values), node["dims"])
+        positions: list[int | None] = [None] * len(values)
+        for position, row in enumerate(present):
+            positions[row] = position
+        return _entries([values[row] for row in present], description, where).take(pa.array(positions, pa.int64()))
+    if "dtype" in description:
+        shapes = np.array([value.shape for value in values], dtype=np.int64).reshape(len(values), description["dims"])
         return _nested(values, shapes, where)
     if kind == "dict":
-        rows = [fields_of(value, where) or {} for value in values]
+        rows = [fields_of(value, where) for value in values]
         columns = [
             _entries([row[key] for row in rows], item, f"{where}[{key!r}]")
-            for key, item in zip(node["keys"], node["items"], strict=True)
+            for key, item in zip(description["keys"], description["items"], strict=True)
         ]
-        return pa.StructArray.from_arrays(columns, names=[str(key) for key in node["keys"]])
+        return pa.StructArray.from_arrays(columns, names=[str(key) for key in description["keys"]])
     if kind in ("list", "tuple"):
-        inner = _entries(list(chain.from_iterable(values)), node["entry"], where)
+        inner = _entries(list(chain.from_iterable(values)), description["entry"], where)
         return pa.ListArray.from_arrays(
             _offsets(np.array([len(value) for value in values], dtype=np.int64), where), inner
         )
@@ -169,7 +165,7 @@ def _entries(values: list[Any], node: Node, where: str) -> pa.Array:
 
 
 def _flat(values: Sequence[Any]) -> np.ndarray[Any, Any]:
-    """The numbers of tensors or arrays, one after the other; on a device they are joined before the one transfer."""
+    """Return the numbers of tensors or arrays, one after the other. On a device they are joined before one transfer."""
     if not isinstance(values[0], torch.Tensor):
         rows = [np.asarray(value).reshape(-1) for value in values]
         flat = rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -189,7 +185,7 @@ def _numbers(flat: np.ndarray[Any, Any]) -> pa.Array:
 
 
 def _nested(values: Sequence[Any], shapes: Ints, where: str) -> pa.Array:
-    """Rows of those shapes, (rows, dims), out of tensors or arrays; the innermost lists first."""
+    """Return rows of these shapes, (rows, dims), as nested lists; the innermost lists are made first."""
     _check_count(int(shapes.prod(axis=1).sum()), where)
     array = _numbers(_flat(values))
     for level in reversed(range(shapes.shape[1])):
@@ -211,7 +207,11 @@ def _check_count(count: int, where: str) -> None:
 
 
 def _cast(array: pa.Array, to: pa.DataType, where: str) -> pa.Array:
-    """The array as another type that holds it exactly."""
+    """Return the array as another type that holds it exactly.
+
+    Raises:
+        TypeError, ValueError: the type does not; names the column.
+    """
     held, types = array.type, pa.types
     if held == to:
         return array
@@ -241,22 +241,22 @@ def _cast(array: pa.Array, to: pa.DataType, where: str) -> pa.Array:
 # From Arrow
 
 
-def from_table(table: pa.Table, description: Node) -> Any:
-    """The outputs of a whole data set, in the table's order.
+def from_table(table: pa.Table, description: Description) -> Any:
+    """Return the outputs of a whole data set, in the table's order.
 
-    A tensor or array comes back whole, (rows, ...), in its dtype, on the CPU, where all rows have one shape; else as a
-    list with one tensor or array a sample, views of one, and None where a batch had None. A list comes back as a list
-    with its entries as they were, 0-d arrays as NumPy scalars, integers that shared a column with floats as floats.
-    Named tuples and dataclasses are dicts. A size behind a dimension of size 0 is not stored: it is the one that the
-    column's other rows have, else 0.
+    A tensor or array is whole, (rows, ...), in its dtype, on the CPU, if all rows have one shape; else a list with one
+    tensor or array a sample, views of one, and None for the samples of a batch that had None. A list has its entries as
+    they were, but 0-d arrays are NumPy scalars, and integers that shared a column with floats are floats. Named tuples
+    and dataclasses are dicts. A size behind a dimension of size 0 is not stored: it is that of the column's other rows,
+    else 0.
 
     Raises:
-        ValueError: the table lacks a column, or one is not as described.
+        ValueError: a column is missing, or is not as described.
     """
     if lacking := [leaf["column"] for leaf in leaves_of(description) if leaf["column"] not in table.column_names]:
         raise ValueError(f"the table has no column {lacking[0]!r}: it has {table.column_names}")
 
-    def value(leaf: Node) -> Any:
+    def value(leaf: Description) -> Any:
         column = table.column(leaf["column"])
         if leaf["kind"] == "list":
             return _restored(column.chunks, leaf["entry"], leaf["column"])
@@ -272,49 +272,49 @@ def from_table(table: pa.Table, description: Node) -> Any:
     return rebuilt(description, value)
 
 
-def _restored(chunks: list[pa.Array], node: Node, name: str) -> list[Any]:
-    kind = node["kind"]
+def _restored(chunks: list[pa.Array], description: Description, name: str) -> list[Any]:
+    kind = description["kind"]
     if kind == "none" or kind in _PLAIN:
         return [value for chunk in chunks for value in chunk.to_pylist()]
     if any(chunk.null_count for chunk in chunks):
         valid = chain.from_iterable(chunk.is_valid().to_pylist() for chunk in chunks)
-        present = iter(_restored([chunk.drop_null() for chunk in chunks], node, name))
+        present = iter(_restored([chunk.drop_null() for chunk in chunks], description, name))
         return [next(present) if here else None for here in valid]
-    if "dtype" in node:
-        return _cut(*_dense_rows(chunks, node, name))
+    if "dtype" in description:
+        return _cut(*_dense_rows(chunks, description, name))
     if kind == "dict":
         columns = [
             _restored([chunk.field(str(key)) for chunk in chunks], item, name)
-            for key, item in zip(node["keys"], node["items"], strict=True)
+            for key, item in zip(description["keys"], description["items"], strict=True)
         ]
-        return [dict(zip(node["keys"], row, strict=True)) for row in zip(*columns, strict=True)]
+        return [dict(zip(description["keys"], row, strict=True)) for row in zip(*columns, strict=True)]
     if kind in ("list", "tuple"):
-        inner = iter(_restored([chunk.flatten() for chunk in chunks], node["entry"], name))
+        inner = iter(_restored([chunk.flatten() for chunk in chunks], description["entry"], name))
         lengths = chain.from_iterable(chunk.value_lengths().to_pylist() for chunk in chunks)
         return [(list if kind == "list" else tuple)(islice(inner, length)) for length in lengths]
     return [value for chunk in chunks for value in _to_numpy(chunk, "complex128").tolist()]
 
 
-def _dense_rows(chunks: list[pa.Array], node: Node, name: str) -> tuple[Any, Ints]:
-    """The numbers of all rows, as a flat tensor or array of the described dtype, and the rows' shapes, (rows, dims)."""
-    pairs = [_unnested(chunk, node["dims"], name) for chunk in chunks]
-    shapes = np.concatenate([np.empty((0, node["dims"]), np.int64), *(shapes for shapes, _ in pairs)])
+def _dense_rows(chunks: list[pa.Array], description: Description, name: str) -> tuple[Any, Ints]:
+    """Return the numbers of all rows, flat, in the described dtype, and the shapes of rows, (rows, dims)."""
+    pairs = [_unnested(chunk, description["dims"], name) for chunk in chunks]
+    shapes = np.concatenate([np.empty((0, description["dims"]), np.int64), *(shapes for shapes, _ in pairs)])
     for sizes in shapes.T:
         known = np.unique(sizes[sizes >= 0])
         sizes[sizes < 0] = known[0] if len(known) == 1 else 0
-    dtype = node["dtype"]
+    dtype = description["dtype"]
     empty = np.empty(0, STORED.get(dtype, dtype))
-    # The one copy: Arrow's memory is read-only.
+    # The only copy. It is needed, since Arrow's memory is read-only.
     flat = np.concatenate([_to_numpy(numbers, dtype) for _, numbers in pairs] or [empty])
-    if node["kind"] == "array":
+    if description["kind"] == "array":
         return flat.astype(dtype, copy=False), shapes
     return torch.from_numpy(flat).to(getattr(torch, dtype)), shapes
 
 
 def _unnested(array: pa.Array, dims: int, name: str) -> tuple[Ints, pa.Array]:
-    """The shapes of rows, (rows, dims), with -1 for what no list tells, and their numbers."""
+    """Return the shapes of rows, (rows, dims), with -1 for a size that no list shows, and their numbers."""
     shapes = np.full((len(array), dims), -1, dtype=np.int64)
-    counts = np.ones(len(array), dtype=np.int64)  # of each row's lists at this level
+    counts = np.ones(len(array), dtype=np.int64)  # lists of each row at this level
     for level in range(dims):
         if array.null_count:
             break
@@ -323,7 +323,7 @@ def _unnested(array: pa.Array, dims: int, name: str) -> tuple[Ints, pa.Array]:
         shapes[counts > 0, level] = lengths[first[counts > 0]]
         if not np.array_equal(np.repeat(shapes[:, level], counts), lengths):
             raise ValueError(f"column {name!r} has a row that is not rectangular, as tensors are")
-        counts = counts * shapes[:, level]  # -1 only where there are 0
+        counts = counts * shapes[:, level]  # a size is -1 only where the count is 0
         array = array.flatten()
     if array.null_count:
         raise ValueError(f"column {name!r} has null inside of a tensor")

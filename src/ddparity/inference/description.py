@@ -1,20 +1,22 @@
-"""What a model's outputs look like as columns: their names, kinds and dtypes, in JSON that names no type to import."""
+"""Describe a model's outputs as columns: their names, kinds and dtypes, in JSON that names no type to import.
+
+One description is of all batches of a data set. `comm.trees` describes one value as it travels.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
-Node = dict[str, Any]
+from ..comm.nesting import Description, Keys, Nesting, check_dense, nesting_kind, nesting_of, text_of_entries, walk
 
 INDEX = "index"
-# Parquet has no such floats; each fits into this one exactly.
+# Parquet does not have these floats. Each fits exactly into the float that it is stored as.
 STORED = {
     "bfloat16": "float32",
     "float8_e8m0fnu": "float32",
@@ -37,122 +39,79 @@ _INSTEAD = {
 
 
 def flatten(output: Any) -> list[tuple[str, Any]]:
-    """The leaves of an output with their columns' names: the keys on the way, joined by dots; a bare leaf is "output".
+    """Return the leaves of an output with the names of their columns: the keys that lead to it, joined by dots.
+
+    An output that is one leaf is the column "output".
 
     Raises:
-        TypeError: a key that is neither a string nor an integer.
-        ValueError: two leaves have one name, or one has that of the samples' index.
+        TypeError: a key is neither a string nor an integer.
+        ValueError: two leaves have one name, or a leaf has the name of the samples' index.
     """
     leaves: list[tuple[str, Any]] = []
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
 
-    def visit(path: tuple[Any, ...], leaf: Any) -> Node:
-        name, place = _name(path), "output" + "".join(f"[{key!r}]" for key in path)
+    def leaf(value: Any, path: str, keys: Keys) -> None:
+        name = ".".join(map(str, keys)) if keys else "output"
         if name == INDEX:
-            raise ValueError(f"{place} would be the column {INDEX!r}, which holds the samples' index: give another key")
-        if name in places:
-            raise ValueError(f"{places[name]} and {place} would both be the column {name!r}: give one another key")
-        places[name] = place
-        leaves.append((name, leaf))
-        return {}
+            raise ValueError(f"{path} would be the column {INDEX!r}, which holds the samples' index: give another key")
+        if name in paths:
+            raise ValueError(f"{paths[name]} and {path} would both be the column {name!r}: give one another key")
+        paths[name] = path
+        leaves.append((name, value))
 
-    _walk(output, (), visit)
+    walk(output, leaf, lambda value, path, nesting, items: None, "output")
     return leaves
 
 
-def describe(output: Any, start: int | None = None) -> Node:
-    """What rebuilds an output from its columns: JSON, the same for each batch whatever its size and trailing shapes.
+def describe(output: Any, start: int | None = None) -> Description:
+    """Return what rebuilds an output from its columns: JSON, equal for batches of any size and trailing shapes.
 
-    Named tuples and dataclasses are described as dicts, so that reading a data set imports nothing that a file names.
+    Named tuples and dataclasses are described as dicts, so reading a data set imports nothing that a file names.
 
     Args:
         start: the data-set index of the batch's first sample, for errors.
 
     Raises:
-        TypeError, ValueError: what has no column; names the column, the sample and the way out. Also as `flatten`.
+        TypeError, ValueError: a leaf cannot be a column; names the column and the sample. Also as `flatten`.
     """
-    flatten(output)
+    names = iter([name for name, _ in flatten(output)])
 
-    def visit(path: tuple[Any, ...], leaf: Any) -> Node:
-        where = f"column {_name(path)!r}"
-        return {**located(leaf, start, lambda part: leaf_of(part, where)), "column": _name(path)}
+    def leaf(value: Any, path: str, keys: Keys) -> Description:
+        name = next(names)
+        return {**located(value, start, lambda part: leaf_of(part, f"column {name!r}")), "column": name}
 
-    return _walk(output, (), visit)
-
-
-def check_like(description: Node, first: Node, start: int) -> None:
-    """Check a batch's description against the first batch's, for what the types of columns do not tell.
-
-    Entries that were all None in either batch may be anything, and integers fit in with floats.
-
-    Raises:
-        ValueError: names the column and the data-set index of the batch's first sample.
-    """
-    if _skeleton(description) != _skeleton(first):
-        raise ValueError(
-            f"index {start}: the output is built as {_skeleton(description)} where the first batch's was "
-            f"{_skeleton(first)}: give the same keys throughout, and None for what is absent"
-        )
-    expected = {leaf["column"]: leaf for leaf in leaves_of(first)}
-    for leaf in leaves_of(description):
-        if not _alike(leaf, expected[leaf["column"]]):
-            raise ValueError(
-                f"index {start}: column {leaf['column']!r} holds {_text(leaf)} where the first batch held "
-                f"{_text(expected[leaf['column']])}: give the same kind, dtype and number of dimensions throughout"
-            )
+    return walk(output, leaf, _described, "output")
 
 
-def _walk(value: Any, path: tuple[Any, ...], visit: Callable[[tuple[Any, ...], Any], Node]) -> Node:
-    fields = fields_of(value, "output" + "".join(f"[{key!r}]" for key in path))
-    kind = "tuple" if fields is None else "dict"
-    if fields is None and isinstance(value, tuple):
-        fields = dict(enumerate(value))
-    if fields is None:
-        return visit(path, value)
-    items = [_walk(item, (*path, key), visit) for key, item in fields.items()]
-    return {"kind": kind, "keys": list(fields), "items": items}
+def _described(value: Any, path: str, nesting: Nesting, items: list[Description]) -> Description:
+    return {"kind": "tuple" if nesting.kind == "tuple" else "dict", "keys": nesting.keys, "items": items}
 
 
-def fields_of(value: Any, where: str) -> dict[Any, Any] | None:
-    if isinstance(value, Mapping):
-        if bad := [key for key in value if type(key) not in (str, int)]:
-            raise TypeError(f"{where} has the key {bad[0]!r}: keys must be strings or integers")
-        return dict(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return dict(zip(value._fields, value, strict=True))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return None
+def leaves_of(description: Description) -> list[Description]:
+    """Return the descriptions of the columns."""
+    if "column" in description:
+        return [description]
+    return [leaf for item in description["items"] for leaf in leaves_of(item)]
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path)) if path else "output"
-
-
-def leaves_of(node: Node) -> list[Node]:
-    return [node] if "column" in node else [leaf for item in node["items"] for leaf in leaves_of(item)]
-
-
-def rebuilt(node: Node, value: Callable[[Node], Any]) -> Any:
-    if "column" in node:
-        return value(node)
-    items = [rebuilt(item, value) for item in node["items"]]
-    return tuple(items) if node["kind"] == "tuple" else dict(zip(node["keys"], items, strict=True))
-
-
-def _skeleton(node: Node) -> Any:
-    return rebuilt(node, lambda leaf: leaf["column"])
+def rebuilt(description: Description, value: Callable[[Description], Any]) -> Any:
+    """Return an output of this description, with `value` of each column's description in its leaves."""
+    if "column" in description:
+        return value(description)
+    items = [rebuilt(item, value) for item in description["items"]]
+    return tuple(items) if description["kind"] == "tuple" else dict(zip(description["keys"], items, strict=True))
 
 
 # Kinds of leaves and of their entries
 
 
-def leaf_of(leaf: Any, where: str) -> Node:
+def leaf_of(leaf: Any, where: str) -> Description:
+    """Describe a leaf: None, a tensor, an array, or a list with one entry a sample."""
     if leaf is None:
         return {"kind": "none"}
     if isinstance(leaf, list):
         return {"kind": "list", "entry": _entry(leaf, where)}
-    dense: Node = _dense(leaf, where) if isinstance(leaf, (torch.Tensor, np.ndarray)) else {"dims": 0}
+    dense: Description = _dense(leaf, where) if isinstance(leaf, (torch.Tensor, np.ndarray)) else {"dims": 0}
     if not dense["dims"]:
         scalar = " of shape ()" if "dtype" in dense else ""
         raise TypeError(
@@ -162,8 +121,8 @@ def leaf_of(leaf: Any, where: str) -> Node:
     return {**dense, "dims": dense["dims"] - 1}
 
 
-def _entry(values: Iterable[Any], where: str) -> Node:
-    """What all entries have in common; None is left out, and integers among floats are floats."""
+def _entry(values: Iterable[Any], where: str) -> Description:
+    """Describe what all entries have in common. None is ignored; integers among floats are floats."""
     values = list(values)
     classes = dict.fromkeys(map(type, values))
     kinds = list(dict.fromkeys(_kind(cls, where) for cls in classes if cls is not type(None)))
@@ -175,17 +134,18 @@ def _entry(values: Iterable[Any], where: str) -> Node:
         raise TypeError(f"{where} holds {kinds[-1]} besides {kinds[0]}: give one type throughout, or None")
     present = [value for value in values if value is not None] if type(None) in classes else values
     if kinds[0] in ("tensor", "array"):
-        nodes = [_dense(value, where) for value in present]
-        if odd := [node for node in nodes if node != nodes[0]]:
+        found = [_dense(value, where) for value in present]
+        if odd := [one for one in found if one != found[0]]:
             raise ValueError(
-                f"{where} holds {_text(odd[0])} besides {_text(nodes[0])}: give one dtype and number of dimensions"
+                f"{where} holds {text_of_entries(odd[0])} besides {text_of_entries(found[0])}: give one dtype and "
+                f"number of dimensions"
             )
-        return nodes[0]
+        return found[0]
     if kinds[0] in ("list", "tuple"):
         return {"kind": kinds[0], "entry": _entry(chain.from_iterable(present), where)}
     if kinds[0] != "dict":
         return {"kind": kinds[0]}
-    rows = [fields_of(value, where) or {} for value in present]
+    rows = [fields_of(value, where) for value in present]
     keys = list(rows[0])
     if others := [row for row in rows if row.keys() != rows[0].keys()]:
         raise ValueError(f"{where} has the keys {list(others[0])} besides {keys}: give None for what is absent")
@@ -195,6 +155,13 @@ def _entry(values: Iterable[Any], where: str) -> Node:
     return {"kind": "dict", "keys": keys, "items": items}
 
 
+def fields_of(value: Any, where: str) -> dict[str | int, Any]:
+    """Return the values of a dict, named tuple or dataclass by their keys or names of fields."""
+    nesting = nesting_of(value, where)
+    assert nesting is not None, "entries of the kind dict are nestings"
+    return dict(zip(nesting.keys, nesting.values, strict=True))
+
+
 def _kind(cls: type, where: str) -> str:
     if cls in _KINDS:
         return _KINDS[cls]
@@ -202,69 +169,32 @@ def _kind(cls: type, where: str) -> str:
         return "tensor"
     if issubclass(cls, (np.ndarray, np.generic)):
         return "array"
-    if issubclass(cls, Mapping) or hasattr(cls, "_fields") or dataclasses.is_dataclass(cls):
-        return "dict"
-    if issubclass(cls, tuple):
-        return "tuple"
+    if (kind := nesting_kind(cls)) is not None:
+        return "tuple" if kind == "tuple" else "dict"
     raise TypeError(
         f"{where} holds {cls.__name__}: give strings, numbers, bools, None, tensors or arrays, in dicts, lists or "
         f"tuples"
     )
 
 
-def _dense(value: Any, where: str) -> Node:
+def _dense(value: Any, where: str) -> Description:
+    check_dense(value, where)
     if isinstance(value, torch.Tensor):
         name = str(value.dtype).removeprefix("torch.")
-        if value.is_quantized:
-            raise TypeError(f"{where} is a quantized tensor: give a dense one, .dequantize()")
-        if value.is_nested:
-            raise TypeError(f"{where} is a nested tensor: give a list with one tensor a sample, list(x.unbind())")
-        if value.layout != torch.strided:
-            raise TypeError(f"{where} is a {value.layout} tensor: give a dense one, .to_dense()")
         if name not in _TENSORS:
             raise TypeError(f"{where} is a tensor of {name}: give a usual dtype, .to(), e.g. torch.float32")
         return {"kind": "tensor", "dtype": name, "dims": value.ndim}
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{where} is a masked array: give a plain one, .filled()")
     if value.dtype.name not in ARRAYS:
         instead = _INSTEAD.get(value.dtype.kind, "a usual dtype, .astype(), e.g. float64")
         raise TypeError(f"{where} is an array of {value.dtype.name}: give {instead}")
     return {"kind": "array", "dtype": value.dtype.name, "dims": value.ndim}
 
 
-def _alike(node: Node, other: Node) -> bool:
-    kinds = {node["kind"], other["kind"]}
-    if "none" in kinds or kinds == {"int", "float"}:
-        return True
-    if len(kinds) > 1 or node.get("dtype") != other.get("dtype") or node.get("dims") != other.get("dims"):
-        return False
-    if "entry" in node:
-        return _alike(node["entry"], other["entry"])
-    if "items" in node:
-        items = dict(zip(other["keys"], other["items"], strict=True))
-        return set(node["keys"]) == set(items) and all(
-            _alike(item, items[key]) for key, item in zip(node["keys"], node["items"], strict=True)
-        )
-    return True
-
-
-def _text(node: Node) -> str:
-    if "dtype" in node:
-        return f"{node['kind']}s of {node['dtype']} with {node['dims']} dimensions a sample"
-    if "entry" in node:
-        return f"{node['kind']}s of {_text(node['entry'])}"
-    if "items" in node:
-        return "dicts of " + ", ".join(
-            f"{key!r}: {_text(item)}" for key, item in zip(node["keys"], node["items"], strict=True)
-        )
-    return str(node["kind"])
-
-
 def located(leaf: Any, start: int | None, make: Callable[[Any], Any]) -> Any:
-    """make(leaf), whose error gets the first sample with which it arises."""
+    """Return make(leaf). If that raises, name the first sample that raises in the error."""
     try:
         return make(leaf)
-    except OverflowError as error:  # of the whole batch
+    except OverflowError as error:  # it is about the whole batch
         raise ValueError(f"index {start}: {error}") from None
     except (TypeError, ValueError) as error:
         kind, text = TypeError if isinstance(error, TypeError) else ValueError, str(error)
@@ -273,16 +203,17 @@ def located(leaf: Any, start: int | None, make: Callable[[Any], Any]) -> Any:
     def fails(count: int) -> bool:
         try:
             make(leaf[:count])
-        except Exception:  # also of a kind of tensor that has no slices
+        except Exception:  # also if this kind of tensor has no slices
             return True
         return False
 
-    # It also arises with each longer part, as a sample never mends what those before it have broken.
+    # If the first samples raise, more of them also raise.
     row = bisect_left(range(1, rows or 0), True, key=fails)
     raise kind(f"{'entry' if start is None else 'index'} {row + (start or 0)}: {text}" if rows else text)
 
 
 def length_of(leaf: Any) -> int | None:
+    """Return the number of rows of a leaf; None if it has none."""
     if isinstance(leaf, torch.Tensor) and leaf.is_nested:
         return leaf.size(0)  # it has no length
     return len(leaf) if isinstance(leaf, list) or getattr(leaf, "ndim", 0) > 0 else None

@@ -1,4 +1,4 @@
-"""Outputs on disk: a Parquet data set that grows file by file and resumes at any world size, with the same bytes."""
+"""Outputs on disk: a Parquet data set, written file by file and resumed at any world size, with the same bytes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..checkpoint.atomic import draft_of, publish, replacing
+from ..comm.nesting import difference
 from ..data.plan import checked_integer
 from .columns import schema_of, to_table
-from .description import INDEX, check_like, describe
+from .description import INDEX, describe
 from .outputs import check_rows
-from .reading import DESCRIPTION, RUN, SCHEMA, Run, file_of, files_of, is_whole, rows_of
+from .reading import DESCRIPTION, RUN, SCHEMA, RunInfo, file_of, files_of, is_whole, rows_of
 from .source import Batches
 
-_EMPTY = "part-empty.parquet"  # what a data set without samples has instead of files
-_DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.\d+")  # see files.draft_of
-_FILES = 128  # unless files would be larger than
+_EMPTY = "part-empty.parquet"  # the only file of a data set without samples
+_DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.\d+")  # see checkpoint.atomic.draft_of
+_FILES = 128  # or more, so that none has more rows than
 _ROWS = 65_536
 _ROW_GROUP_BYTES = 16 * 2**20
 
 
 def rows_of_a_file(batches: Batches, given: int | None) -> int:
-    """A whole number of batches, that depends on the data set alone.
+    """Return the rows of a file: a multiple of the batch size that depends on the data set alone.
 
     Raises:
-        ValueError: the user's number is not one.
+        ValueError: the user's number is no such multiple.
     """
     if given is None:
         whole = max(1, min(-(-len(batches) // _FILES), _ROWS // batches.batch_size))
@@ -43,8 +44,12 @@ def rows_of_a_file(batches: Batches, given: int | None) -> int:
     return rows
 
 
-def prepare(path: Path, run: Run) -> str:
-    """On one rank: make the directory, or find what is there of this run. Gives what all ranks' `Directory` needs.
+def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
+    """Make the directory, or find what it holds of this run. One rank calls it; `Directory` needs the result on all.
+
+    Args:
+        run: what the call computes, see `identity`, with its `key`.
+        uncompared: parts of the call that may differ although `run` is equal, unless the keys are equal.
 
     Raises:
         ValueError: the directory holds something else.
@@ -52,11 +57,13 @@ def prepare(path: Path, run: Run) -> str:
     path.mkdir(parents=True, exist_ok=True)
     entries = list(path.iterdir())
     drafts = [entry for entry in entries if _DRAFT.fullmatch(entry.name) and entry.is_file()]
-    found = [
-        entry.name for entry in entries if not entry.name.startswith(".")
-    ]  # hidden ones are not ours, nor in the way
+    # Hidden files are not ours, and they do not matter.
+    found = [entry.name for entry in entries if not entry.name.startswith(".")]
     if RUN in found:
         before = json.loads((path / RUN).read_text())
+        _check_same(path, before["run"], {name: value for name, value in run.items() if name != "key"})
+        if uncompared and run["key"] is None:
+            return json.dumps({"refused": _needs_key(path, before["run"].get("key"), uncompared)})
         _check_same(path, before["run"], run)
         token = before["token"]
     elif found:
@@ -67,21 +74,21 @@ def prepare(path: Path, run: Run) -> str:
         token = uuid.uuid4().hex
         with replacing(path / RUN) as draft:
             draft.write_text(json.dumps({"token": token, "run": run}, indent=1))
-    for draft in drafts:  # of a rank that was killed
+    for draft in drafts:  # a rank that was killed leaves one
         draft.unlink()
     if not run["length"]:
         with replacing(path / _EMPTY) as draft:
             pq.write_table(pa.table({INDEX: pa.array([], pa.int64())}), draft)
     whole = [number for number in range(files_of(run)) if is_whole(path, run, number)]
-    if whole and not (path / SCHEMA).exists():  # somebody has tidied up
+    if whole and not (path / SCHEMA).exists():  # it was deleted
         with replacing(path / SCHEMA) as draft:
             pq.write_metadata(pq.read_schema(file_of(path, run, whole[0])), draft)
     missing = sorted(set(range(files_of(run))) - set(whole))
-    ranges = [[part.start, part.stop] for part in _runs(missing)]
+    ranges = [[part.start, part.stop] for part in _ranges(missing)]
     return json.dumps({"token": token, "run": run, "missing": ranges, "schema": (path / SCHEMA).exists()})
 
 
-def _check_same(path: Path, before: Run, run: Run) -> None:
+def _check_same(path: Path, before: RunInfo, run: RunInfo) -> None:
     for name, value in run.items():
         if before.get(name) != value:
             raise ValueError(
@@ -90,16 +97,32 @@ def _check_same(path: Path, before: Run, run: Run) -> None:
             )
 
 
+def _needs_key(path: Path, before: str | None, uncompared: Sequence[str]) -> str:
+    """Return the error message for a directory that only an equal key could make the result of this call."""
+    if before is None:
+        way_out = (
+            "They were written without a key, so they cannot be resumed: remove the directory or give another one, and "
+            'pass key= from the first call on, e.g. key="resnet18 v2, resized to 224"'
+        )
+    else:
+        way_out = f"They were written with key={before}: pass the same key if this call computes the same"
+    parts = ", ".join(uncompared)
+    return f"{path} holds earlier results, and predict() cannot compare what wrote them with {parts}. {way_out}"
+
+
 class Directory:
-    """A sink that writes each file of the data set on one rank, whole.
+    """A sink. It writes each file of the data set as a whole on one rank.
 
     Args:
-        prepared: what `prepare` gave on one rank.
+        prepared: the result of `prepare` on one rank.
         overrides: types of some columns.
-        tell, hear: say to all ranks that the types are written, and wait for it.
+        tell, hear: tell all ranks that the types are written, and wait until they are.
+
+    Raises:
+        ValueError: `prepare` asks for a key; or the ranks do not share the directory.
 
     Attributes:
-        chunks: the ranges of batch numbers that are still to be run, a file each.
+        chunks: the ranges of batch numbers that are still to be run, one for each file.
     """
 
     def __init__(
@@ -112,6 +135,8 @@ class Directory:
         hear: Callable[[], object],
     ) -> None:
         said = json.loads(prepared)
+        if "refused" in said:
+            raise ValueError(said["refused"])
         if not (path / RUN).is_file() or json.loads((path / RUN).read_text())["token"] != said["token"]:
             raise ValueError(f"{path} is not the directory that rank 0 made: give one that all ranks share")
         self._path, self._run, self._overrides, self._tell, self._hear = path, said["run"], overrides, tell, hear
@@ -119,7 +144,7 @@ class Directory:
         missing = itertools.chain.from_iterable(range(*part) for part in said["missing"])
         self.chunks = [range(n * per_file, min((n + 1) * per_file, len(batches))) for n in missing]
         self._schema: Any = pq.read_schema(path / SCHEMA) if said["schema"] else None
-        self._file: Path | None = None  # the one that is being written
+        self._file: Path | None = None  # that is being written
         self._writer: Any = None
         self._held: list[pa.Table] = []
 
@@ -128,7 +153,12 @@ class Directory:
         description = describe(output, samples.start)
         if self._schema is None:
             self._schema = self._types(description, samples)
-        check_like(description, json.loads(self._schema.metadata[DESCRIPTION]), samples.start)
+        first = json.loads(self._schema.metadata[DESCRIPTION])
+        if found := difference(description, first, "the output", lenient=True):
+            raise ValueError(
+                f"index {samples.start}: {found} as in the first batch: give the same keys, kinds, dtypes and numbers "
+                f"of dimensions for each batch, and None for what is absent"
+            )
         self._held.append(_copied(to_table(output, samples.start, len(samples), self._schema)))
         try:
             self._write(samples)
@@ -154,13 +184,13 @@ class Directory:
         return self._path
 
     def close(self) -> None:
-        """Leave no half a file."""
+        """Delete the file that is not complete."""
         if self._file is not None:
             self._writer.close()
             draft_of(self._file).unlink(missing_ok=True)
 
     def _types(self, description: Any, samples: range) -> pa.Schema:
-        """Those of all files: the first batch of the data set decides, and whoever runs it writes them down."""
+        """Return the types of all files. The data set's first batch decides; the rank that runs it writes them."""
         if samples.start == 0:
             schema = schema_of(description, self._overrides).with_metadata({DESCRIPTION: json.dumps(description)})
             with replacing(self._path / SCHEMA) as draft:
@@ -171,15 +201,15 @@ class Directory:
         return pq.read_schema(self._path / SCHEMA)
 
 
-def _runs(numbers: Sequence[int]) -> Iterator[range]:
-    """Increasing numbers as ranges of consecutive ones."""
+def _ranges(numbers: Sequence[int]) -> Iterator[range]:
+    """Yield increasing numbers as ranges of consecutive numbers."""
     for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         members = [number for _, number in group]
         yield range(members[0], members[-1] + 1)
 
 
 def _copied(table: pa.Table) -> pa.Table:
-    """A table of its own memory: the model may write its next output where this one lies."""
+    """Return a table in memory of its own: the model may write its next output into this one's memory."""
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table)

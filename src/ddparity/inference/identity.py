@@ -1,46 +1,134 @@
-"""What a run's outputs depend on, in a few words and digests, to tell whose results a directory holds."""
+"""Decide whether a directory of predictions belongs to the call that wants to resume it."""
 
 from __future__ import annotations
 
-import uuid
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..compat import unwrapped
+from ..checkpoint.fingerprint import fingerprint
+from ..comm.trees import byte_view, take_apart
+from ..compat import uncompiled, unwrapped
 from ..data.rng import kept_streams, seed_streams
 from ..errors import SampleError
-from .content import Contents
+
+Key = str | int | tuple[Any, ...] | None  # a tuple holds keys
+_DIGITS = 32  # hex digits of a digest that are recorded
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # differs between processes
+_COMPILED = "_orig_mod"  # the name that torch.compile gives to a module inside its wrapper
 
 
-def identity(value: Any) -> str | None:
-    """A model, or a function that takes part: its name, and a digest of what it computes with.
+@dataclass(frozen=True)
+class Identity:
+    """What a prediction computes, as far as it can be compared.
 
-    Of a module its parameters and buffers, its submodules, hooks and attributes; of a function its code, defaults, what
-    it closes over or is bound to, and the globals that it names; of any other object what a copy would be made from; of
-    the user's own classes what they define. What cannot be looked into gives an identity that no other call gives:
-    another model's results must not pass for this one's.
+    `values`: recorded in the directory; a call resumes a directory only if all values are equal.
+    `uncompared`: parts that may compute something else although their values are equal, in words.
     """
-    if value is None:
-        return None
-    value = unwrapped(value) if isinstance(value, nn.Module) else value
-    contents = Contents()
-    return f"{getattr(value, '__qualname__', type(value).__qualname__)} {_sealed(contents, contents.digest(value))}"
+
+    values: dict[str, str | None]
+    uncompared: list[str]
 
 
-def identity_of_dataset(dataset: Any, length: int) -> str:
-    """The type, the length, and the content of the first, the middle and the last sample.
+def checked_key(key: Key) -> str | None:
+    """Return the text that is recorded for a key; two keys have the same text only if they are equal.
 
     Raises:
-        SampleError: the data set did not give one of them.
+        TypeError: the key is not a str, an int or a nested tuple of them.
     """
-    contents, digests = Contents(), []
+    if key is None:
+        return None
+    if not _is_key(key):
+        raise TypeError(
+            f"predict(key={key!r}) got a {type(key).__name__}: give a str, an int, or a tuple of them, "
+            f'e.g. key=("resnet18 v2", 224)'
+        )
+    return repr(key)
+
+
+def _is_key(key: Any) -> bool:
+    return type(key) in (str, int) or (type(key) is tuple and all(map(_is_key, key)))
+
+
+def identity(
+    model: Any,
+    inputs: Callable[[Any], Any] | None,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    dataset: Any,
+    length: int,
+) -> Identity:
+    """Return the identity of a prediction.
+
+    A module is compared by the fingerprint of its state dict, and by the types and options of its layers as they print
+    them. Python attributes that are not printed, hooks and edited code are not compared. A data set is compared by its
+    type, its length, and its first, middle and last sample. Functions are compared by their names, and count as
+    uncompared.
+
+    Raises:
+        SampleError: the data set fails for one of the three samples.
+    """
+    uncompared: list[str] = []
+    values = {
+        "model": _of_module(model, uncompared) if isinstance(model, nn.Module) else _name(model),
+        "inputs": None if inputs is None else _name(inputs),
+        "collate_fn": None if collate_fn is None else _name(collate_fn),
+        "data set": f"{type(dataset).__qualname__} of {length} samples {_of_samples(dataset, length, uncompared)}",
+    }
+    functions = {"model": None if isinstance(model, nn.Module) else model, "inputs": inputs, "collate_fn": collate_fn}
+    uncompared += [f"{name}={_name(one)}, a function" for name, one in functions.items() if one is not None]
+    return Identity(values, uncompared)
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _of_module(model: nn.Module, uncompared: list[str]) -> str:
+    """Return a module's type and a digest that is the same inside DDP, inside torch.compile, and on any device."""
+    while (inner := uncompiled(unwrapped(model))) is not model:
+        model = inner
+    try:
+        digest = hashlib.sha256(json.dumps([fingerprint(model), _layers(model)]).encode()).hexdigest()[:_DIGITS]
+    except Exception as error:  # a type of state or of tensor that has no bytes
+        uncompared.append(f"the model's weights ({type(error).__name__}: {error})")
+        digest = "unknown"
+    return f"{type(model).__qualname__} {digest}"
+
+
+def _layers(model: nn.Module) -> list[list[str]]:
+    """Return the name, type and printed options of each layer: a stride or an eps is in no weight."""
+    return [
+        [
+            ".".join(part for part in name.split(".") if part != _COMPILED),
+            type(layer).__qualname__,
+            _ADDRESS.sub("", layer.extra_repr()),
+        ]
+        for name, layer in model.named_modules()
+        if uncompiled(layer) is layer
+    ]
+
+
+def _of_samples(dataset: Any, length: int, uncompared: list[str]) -> str:
+    """Return a digest of the first, the middle and the last sample."""
+    digest = hashlib.sha256()
     with kept_streams():
         for number in sorted({0, length // 2, length - 1} if length else ()):
-            seed_streams(number)  # augmentation draws the same again
-            digests.append(contents.digest(_sample(dataset, number)))
-    whole = _sealed(contents, contents.digest(digests))
-    return f"{type(dataset).__qualname__} of {length} samples {whole}"
+            seed_streams(number)  # so that random augmentation draws the same again
+            sample = _sample(dataset, number)
+            try:
+                description, leaves = take_apart(sample, f"sample {number}")
+            except TypeError as error:
+                uncompared.append(f"the data set's samples ({error})")
+                return "unknown"
+            digest.update(json.dumps(description).encode())
+            for leaf in leaves:
+                digest.update(byte_view(leaf.cpu()).numpy().data)
+    return digest.hexdigest()[:_DIGITS]
 
 
 def _sample(dataset: Any, number: int) -> Any:
@@ -48,9 +136,3 @@ def _sample(dataset: Any, number: int) -> Any:
         return dataset[number]
     except Exception as error:
         raise SampleError(f"the data set failed for index {number}: {type(error).__name__}: {error}") from error
-
-
-def _sealed(contents: Contents, digest: str) -> str:
-    if contents.unknown is None:
-        return digest[:32]
-    return f"{digest[:32]} (with {contents.unknown}, which cannot be compared: {uuid.uuid4().hex[:8]})"

@@ -1,4 +1,4 @@
-"""Metrics of a prediction without moving outputs: each rank keeps sums or a torchmetrics object, joined at the end."""
+"""Metrics of a prediction. No output moves: each rank keeps sums or a torchmetrics object, joined at the end."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Metric:
             and the batch, see `predict`.
         targets: what follows the output in a torchmetrics object's `update`, from a batch; None: the second entry of a
             list or tuple.
-        length: samples of the data set; None: not known.
-        device: where a torchmetrics object must be.
+        length: number of samples; None: not known.
+        device: of the states of a torchmetrics object.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Metric:
 
 
 class ExactSum:
-    """A sum of numbers, or of arrays of one shape, without rounding until its end.
+    """A sum of numbers, or of arrays of one shape, that is rounded once, at its end.
 
-    So the order of adding, and with it the number of processes, does not show. Integers stay Python's, floats become
-    fractions, whose denominators are powers of two; infinities and NaN are added apart.
+    So it does not depend on the order of adding, and not on the number of processes. Integers are Python's. Floats
+    become fractions, whose denominators are powers of two. Infinities and NaN are added separately.
     """
 
     def __init__(self) -> None:
@@ -103,20 +103,20 @@ class ExactSum:
             raise TypeError(f"a metric function returned an array of {array.dtype}: return integers or floats")
 
     def merge(self, state: Parts) -> None:
-        """Add another sum, as its `state` gives it."""
+        """Add another sum, given its `state`."""
         if state["exact"] is not None:
             exact = np.array([Fraction(text) for text in state["exact"]], object).reshape(state["shape"])
             self._is_float |= state["is_float"]
             self._add(exact, state["special"].reshape(state["shape"]))
 
     def state(self) -> Parts:
-        """Of what `gather` takes."""
+        """Return the sum as values that `gather` takes."""
         exact = None if self._exact is None else [str(value) for value in self._exact.ravel()]
         special = self._special.reshape(-1)
         return {"exact": exact, "shape": list(self._special.shape), "special": special, "is_float": self._is_float}
 
     def value(self) -> Any:
-        """A number, or a tensor."""
+        """Return the sum: a number, or a tensor."""
         assert self._exact is not None, "a sum without values"
         if not self._is_float:
             return int(self._exact.item()) if self._exact.ndim == 0 else torch.from_numpy(self._exact.astype(np.int64))
@@ -166,8 +166,8 @@ class _Sums:
             totals = self._totals.setdefault(name, [ExactSum() for _ in parts])
             if len(parts) > 2 or len(parts) != len(totals):
                 raise ValueError(
-                    f"a metric function returned {one!r}: return a sum, or a pair of a sum and its weight, each time "
-                    f"the same kind"
+                    f"a metric function returned {one!r}: return a sum, or a pair of a sum and its weight, and the "
+                    f"same kind each time"
                 )
             for total, part in zip(totals, parts, strict=True):
                 total.add(part)
@@ -176,7 +176,7 @@ class _Sums:
         return [[name, [total.state() for total in totals]] for name, totals in self._totals.items()]
 
     def joined(self, states: list[list[Any]]) -> Any:
-        """A dict of values, or the value that has no name; an empty dict where no rank had a batch."""
+        """Return a dict of values, or the value that has no name; an empty dict if no rank had a batch."""
         joined: dict[Any, list[ExactSum]] = {}
         for state in states:
             for name, parts in state:
@@ -194,9 +194,9 @@ def _mean(total: Any, weight: Any = None) -> Any:
 
 
 class _Torchmetrics:
-    """A copy of a torchmetrics object, whose states are joined as its own `sync` would, but by ranks that have some.
+    """A copy of a torchmetrics object. States are joined as by its own `sync`, but only of ranks that had a batch.
 
-    The names of the states, and how each is joined, are in attributes that torchmetrics keeps private.
+    The names of the states, and how each is joined, are in private attributes of torchmetrics.
     """
 
     def __init__(self, metric: Any, targets: Callable[[Any], Any] | None, device: torch.device | None) -> None:
@@ -204,14 +204,14 @@ class _Torchmetrics:
         self._metric.reset()
         if device is not None:
             self._metric.to(device)
-        if hasattr(self._metric, "_enable_compute_groups"):  # a collection, whose members would share states
+        if hasattr(self._metric, "_enable_compute_groups"):  # a collection, in which metrics would share states
             self._metric._enable_compute_groups = self._metric._groups_checked = False
         self._targets = targets
         for member in self._members():
             if getattr(member, "dist_sync_on_step", False):
                 raise ValueError(
-                    f"{type(member).__name__} has dist_sync_on_step=True, a collective for each batch, of which ranks "
-                    f"have different numbers: leave it out"
+                    f"{type(member).__name__} has dist_sync_on_step=True, which runs a collective for each batch, but "
+                    f"ranks have different numbers of batches: leave it out"
                 )
             member.sync_on_compute = member._to_sync = False
 
@@ -222,8 +222,8 @@ class _Torchmetrics:
             self._metric.update(output, batch[1])
         else:
             raise TypeError(
-                f"the batch is a {type(batch).__name__} without a second entry to compare outputs with: say which part "
-                f"of a batch the targets are, as in targets=lambda batch: batch['labels']"
+                f"the batch is a {type(batch).__name__} without a second entry to compare outputs with: give a "
+                f"function that returns the targets of a batch, as in targets=lambda batch: batch['labels']"
             )
 
     def state(self) -> list[Parts]:
@@ -251,7 +251,7 @@ def _joined_state(member: Any, name: str, values: list[Any], reduction: Any) -> 
     if getattr(reduction, "__name__", "") == "dim_zero_mean":
         raise ValueError(
             f"{type(member).__name__} averages its state {name!r} over processes, which is not the value of one "
-            f"process where shares differ: collect the outputs and compute it on them"
+            f"process if shares differ: collect the outputs and compute it on them"
         )
     if isinstance(values[0], list):
         items = [item for value in values for item in value]

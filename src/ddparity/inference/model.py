@@ -1,4 +1,4 @@
-"""Running a model as it is for evaluation, and leaving it as it was."""
+"""Run a model for evaluation: check that the ranks' models are equal, call the model, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from ..data.rng import kept_streams
 
 Model = nn.Module | Callable[[Any], Any]
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
 
 def callable_of(model: Model, inputs: Callable[[Any], Any] | None) -> tuple[Callable[[Any], Any], torch.device | None]:
-    """What to call with a batch, and the device that the batch must be on; None: where it is.
+    """Return the function to call with a batch, and the device that the batch must be on; None: where it is.
 
-    A module is run inside of DDP, whose forward would broadcast buffers, and hang where shares are uneven.
+    The module inside DDP is called. DDP's own forward would broadcast buffers, and would hang if shares are uneven.
     """
     if not isinstance(model, nn.Module):
         return (model if inputs is None else lambda batch: model(inputs(batch))), None
@@ -34,12 +32,17 @@ def callable_of(model: Model, inputs: Callable[[Any], Any] | None) -> tuple[Call
     return lambda batch: module(take(batch)), None if parameter is None else parameter.device
 
 
+# Evaluate and restore
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # names of attributes
+
+
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """Eval and inference mode; at the end modes, buffers and random streams are as before, also on an exception.
+    """Run the body in eval and inference mode, then restore modes, buffers and random streams, also on an exception.
 
     Raises:
-        ValueError: a module is lazy, and its parameters would be made in inference mode.
+        ValueError: a module is lazy: its parameters would be made in inference mode.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     if lazy := [type(module).__name__ for module in modules if _is_lazy(module)]:
@@ -57,7 +60,7 @@ def evaluating(model: Model) -> Iterator[None]:
     finally:
         for module, training in modes:
             if type(module).train is not nn.Module.train and module.training != training:
-                module.train(training)  # it does more than to set the mode, as layers that merge their weights do
+                module.train(training)  # it does more than set the mode: a layer may merge its weights, for example
         for module, training in modes:
             module.training = training
         for module, attributes, named, not_saved in before:
@@ -67,8 +70,8 @@ def evaluating(model: Model) -> Iterator[None]:
             _not_saved(module).update(not_saved)
             attributes.forget_inference_tensors()
         for buffer, kept in copies.values():
-            # By content: `.data` and NumPy write without a trace. Only where it differs: a backward may still want it
-            # as it is.
+            # Compared by content, since `.data` and NumPy write without a trace. Written only where it differs, since
+            # a later backward may need the buffer unchanged.
             if not is_same(buffer, kept):
                 put_back(buffer, kept)
 
@@ -79,14 +82,16 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def _not_saved(module: nn.Module) -> set[str]:
+    """Return the names of the buffers that are not in the module's state dict."""
     return module._non_persistent_buffers_set
 
 
 class _Attributes:
-    """What a module holds, to undo what it caches in inference mode, which cannot take part in a training.
+    """A module's attributes before a prediction, to remove the tensors that it caches in inference mode.
 
-    That is a tensor, or a dict, list or tuple of some, as an attribute or in a dict or list that is one. Whatever else
-    it keeps there, as a count or the names of what it has seen, stays.
+    Such a tensor cannot take part in a training. It is an attribute, or in a dict, list or tuple that is an attribute,
+    or in one inside a dict or list that is an attribute. Anything else that the module keeps there stays, such as a
+    count of its calls.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -99,17 +104,17 @@ class _Attributes:
             _forget(named, entries, named)
         for row, items in self._lists:
             if any(_is_new(item, items) for item in row):
-                row[:] = items  # places may have moved, as in a window
+                row[:] = items  # items may have moved, as in a sliding window
         _forget(vars(self._module), self._before, _own(self._module))
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes but for those that every module has."""
+    """Return a module's attributes without those that every module has."""
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
-def _forget(values: dict[Any, Any], before: dict[Any, Any], looked_at: dict[Any, Any]) -> None:
-    for name, value in list(looked_at.items()):
+def _forget(values: dict[Any, Any], before: dict[Any, Any], candidates: dict[Any, Any]) -> None:
+    for name, value in list(candidates.items()):
         if value is not before.get(name) and _holds_inference_tensors(value):
             if name in before:
                 values[name] = before[name]
@@ -126,15 +131,82 @@ def _holds_inference_tensors(value: Any) -> bool:
     return any(isinstance(item, torch.Tensor) and item.is_inference() for item in items)
 
 
-# Larger tensors are summed to that many 64-bit words first. A prime, so that no usual shape puts its rows, which may
-# have been shuffled, one under the other.
+# Compare between ranks
+
+_DIGITS = 8  # hex digits of a word of 32 bits
+
+_PARAMETERS = (
+    "load the same checkpoint on every rank, or call seed_everything before the model is made, or wrap the model, "
+    "which sends rank 0's parameters to all ranks (replicate, or torch's DistributedDataParallel)"
+)
+_BUFFERS = (
+    "in a training with torch's DistributedDataParallel each rank's buffers, such as the running statistics of a batch "
+    "norm, follow its own batches, and the other ranks get rank 0's only with the next forward in training. Use "
+    "convert_sync_batchnorm(model), or run the steps in accumulate(), which exchanges running statistics; or send rank "
+    "0's before predict(): for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)"
+)
+
+
+class Replica:
+    """A checksum for each tensor of this rank's model: its parameters, and those buffers that a checkpoint has.
+
+    Left out is what may differ: buffers that are not saved, such as a cache; shards of a distributed tensor; whatever a
+    model that is a function uses.
+
+    `text`: 8 characters for each tensor; None for a function.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._names: list[str] = []
+        self.text: str | None = None
+        if isinstance(model, nn.Module):
+            with torch.no_grad():
+                self.text = self._checksums(unwrapped(model))
+
+    def _checksums(self, module: nn.Module) -> str:
+        held, headers = [], []
+        for name, tensor in _saved_tensors(module):
+            memory = parts(tensor)
+            if memory is not None:
+                held.append(memory)
+                headers.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.layout}")
+                self._names.append(name)
+        return "".join(f"{word:0{_DIGITS}x}" for word in check_words(held, headers))
+
+    def difference(self, theirs: str | None) -> str:
+        """Return the error message for another rank's text that is not this one's."""
+        if self.text is None or theirs is None:
+            return "predict() got a module on one rank and a function on another: give the same model on every rank"
+        words = zip_longest(_words(self.text), _words(theirs))
+        first = next(number for number, (ours, other) in enumerate(words) if ours != other)
+        name = self._names[first] if first < len(self._names) else "one that this rank does not have"
+        return (
+            f"predict() got models that differ between ranks, so that outputs would depend on the number of processes. "
+            f"The first difference is in the {name}: {_BUFFERS if name.startswith('buffer') else _PARAMETERS}"
+        )
+
+
+def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((f"parameter {name!r}", parameter) for name, parameter in module.named_parameters())
+    not_saved = {f"{path}.{name}" if path else name for path, one in module.named_modules() for name in _not_saved(one)}
+    yield from ((f"buffer {name!r}", buffer) for name, buffer in module.named_buffers() if name not in not_saved)
+
+
+def _words(text: str) -> list[str]:
+    return [text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS)]
+
+
+# The bits of tensors
+
+# Larger tensors are first summed to this many 64-bit words. It is a prime: with other numbers, rows of a usual shape
+# would lie exactly below each other, and shuffled rows would have the same sum.
 _COLUMNS = 1021
-_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _ROW_BYTES = 8 * _COLUMNS
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def parts(tensor: torch.Tensor) -> list[torch.Tensor] | None:
-    """The dense tensors that hold its values; None where they cannot be had, as of a subclass."""
+    """Return the dense tensors that hold a tensor's values; None if they cannot be reached, as in a subclass."""
     if not is_plain_tensor(tensor) or tensor.is_nested or tensor.is_meta:
         return None
     if tensor.layout is torch.strided:
@@ -149,7 +221,7 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor] | None:
 
 
 def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one kind have the same bits; False where that cannot be told."""
+    """Return whether two tensors of one kind have the same bits; False if that cannot be compared."""
     if one.shape != other.shape:
         return False
     if one.is_meta:
@@ -164,20 +236,20 @@ def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def put_back(tensor: torch.Tensor, copy: torch.Tensor) -> None:
-    """Give a tensor the content that its copy has, in the memory it has where its layout allows that."""
+    """Give a tensor the content of its copy, in the tensor's own memory if its layout allows that."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         if tensor.layout is torch.strided and not tensor.is_nested:
             tensor.resize_(copy.shape).copy_(copy)
-        elif tensor.layout in _COMPRESSED:  # which ignore an assignment to `.data`
+        elif tensor.layout in _COMPRESSED:  # they ignore an assignment to `.data`
             tensor.resize_as_sparse_(copy).copy_(copy)
         else:
             tensor.data = copy
 
 
 def check_words(tensors: Sequence[list[torch.Tensor]], headers: Sequence[str]) -> list[int]:
-    """32 bits for each tensor, given its `parts`, that differ where a bit of it or of its header does (but for 2^-32).
+    """Return 32 bits for each tensor, given its `parts`. They differ if a bit of it or its header does (but for 2^-32).
 
-    One pass over the memory, where it lies. What leaves a device is 16 KiB a part at most, in one copy for all.
+    It reads the memory once, on its device. At most 16 KiB a part leave a device, in one copy for all.
     """
     condensed = [[piece for part in held for piece in _condensed(part)] for held in tensors]
     here = iter(_on_cpu([piece for pieces in condensed for piece in pieces]))
@@ -191,7 +263,7 @@ def check_words(tensors: Sequence[list[torch.Tensor]], headers: Sequence[str]) -
 
 
 def _condensed(part: torch.Tensor) -> list[torch.Tensor]:
-    """Its bytes where they are few, else sums of them as 64-bit integers, which wrap, and what is left behind these."""
+    """Return few bytes as they are; of many, sums of 64-bit integers, which wrap, and the bytes behind the last row."""
     data = _bytes(part)
     rows = data.numel() // _ROW_BYTES
     if rows < 2:
@@ -207,7 +279,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _on_cpu(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same bytes on the CPU, in one copy from each device."""
+    """Return the same bytes on the CPU, in one copy from each device."""
     moved = list(pieces)
     for device in {piece.device for piece in pieces if piece.device.type != "cpu"}:
         numbers = [number for number, piece in enumerate(pieces) if piece.device == device]
@@ -216,70 +288,3 @@ def _on_cpu(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
         for number, piece in zip(numbers, split, strict=True):
             moved[number] = piece
     return moved
-
-
-_DIGITS = 8  # of a word of 32 bits, in hex
-
-_PARAMETERS = (
-    "load the same checkpoint on every rank, seed them alike before the model is made (seed_everything), or send rank "
-    "0's parameters to all by wrapping it (replicate, or torch's DistributedDataParallel)"
-)
-_BUFFERS = (
-    "in a training with torch's DistributedDataParallel each rank's buffers, as the running statistics of a batch "
-    "norm, follow its own batches, and rank 0's reach the others only with the next forward in training. Use "
-    "convert_sync_batchnorm(model), or run the steps in accumulate(), which exchanges running statistics; or send rank "
-    "0's before predict(): for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)"
-)
-
-
-class Replica:
-    """What this rank's model holds: its parameters, and those buffers that a checkpoint has.
-
-    What may differ is left out: buffers that are not saved, as a cache; shards of a distributed tensor; whatever a
-    model that is a function uses.
-
-    `text`: 8 characters for each tensor; None for a function.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._names: list[str] = []
-        self.text: str | None = None
-        if isinstance(model, nn.Module):
-            with torch.no_grad():
-                self.text = self._checked(unwrapped(model))
-
-    def _checked(self, module: nn.Module) -> str:
-        held, headers = [], []
-        for name, tensor in _kept(module):
-            memory = parts(tensor)
-            if memory is not None:
-                held.append(memory)
-                headers.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.layout}")
-                self._names.append(name)
-        return "".join(f"{word:0{_DIGITS}x}" for word in check_words(held, headers))
-
-    def difference(self, theirs: str | None) -> str:
-        """What to say where another rank's text is not this one's."""
-        if self.text is None or theirs is None:
-            return "predict() got a module on one rank and a function on another: give the same model on every rank"
-        words = zip_longest(_words(self.text), _words(theirs))
-        first = next(number for number, (ours, other) in enumerate(words) if ours != other)
-        name = self._names[first] if first < len(self._names) else "one that this rank does not have"
-        return (
-            f"predict() got models that differ between ranks, so that outputs would depend on the number of processes. "
-            f"The first difference is in the {name}: {_BUFFERS if name.startswith('buffer') else _PARAMETERS}"
-        )
-
-
-def _kept(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from ((f"parameter {name!r}", parameter) for name, parameter in module.named_parameters())
-    not_saved = {
-        f"{path}.{name}" if path else name
-        for path, one in module.named_modules()
-        for name in one._non_persistent_buffers_set
-    }
-    yield from ((f"buffer {name!r}", buffer) for name, buffer in module.named_buffers() if name not in not_saved)
-
-
-def _words(text: str) -> list[str]:
-    return [text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS)]

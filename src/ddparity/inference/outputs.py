@@ -1,4 +1,4 @@
-"""What a model gives for a batch: checked against the batch, described, and compared with the first batch's."""
+"""A model's output for a batch: check its rows, take it apart, and compare its structure with the first batch's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..comm.trees import Node, check_importable, named_types, parts_of, take_apart
+from ..comm.nesting import Description, Keys, cannot_travel, check_dense, difference, structure, walk
+from ..comm.trees import check_importable, named_types, take_apart
 from ..runtime.agreement import Agreement
 
 
@@ -19,80 +20,72 @@ class Rows:
 
     start: int
     size: int
-    node: Node
+    description: Description
     leaves: list[torch.Tensor]
 
 
 def check_rows(output: Any, size: int, path: str = "the output") -> None:
-    """Check that each leaf of a nesting has one row, or one entry, a sample."""
-    if isinstance(output, torch.Tensor) and output.is_nested:
-        raise TypeError(f"{path} is a nested tensor: give a list with one tensor a sample, list(x.unbind())")
-    if isinstance(output, np.ma.MaskedArray):
-        raise TypeError(f"{path} is a masked array, whose mask would be lost: give .filled() and the mask")
-    if isinstance(output, (torch.Tensor, np.ndarray)):
-        if output.ndim == 0 or output.shape[0] != size:
-            raise ValueError(
-                f"{path} has shape {tuple(output.shape)} for a batch of {size} samples: its first dimension must be "
-                f"the batch's, one row a sample. Reshape it inside the model, or give a list with one entry a sample, "
-                f"of any shapes"
-            )
-    elif isinstance(output, list):
-        if len(output) != size:
-            raise ValueError(
-                f"{path} is a list of {len(output)} entries for a batch of {size} samples: a list has one entry a "
-                f"sample. Put several outputs of one sample into its entry, and several fields into a tuple or a dict"
-            )
-    elif output is not None:
-        if isinstance(output, (str, bytes, int, float, complex, np.generic)):
+    """Check that each leaf of a nesting has one row, or one entry, a sample.
+
+    Raises:
+        TypeError, ValueError: one has not; names its path.
+    """
+
+    def leaf(value: Any, path: str, keys: Keys) -> None:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            if isinstance(value, np.ma.MaskedArray) or (isinstance(value, torch.Tensor) and value.is_nested):
+                check_dense(value, path)  # before the shape, which a nested tensor does not have
+            if value.ndim == 0 or value.shape[0] != size:
+                raise ValueError(
+                    f"{path} has shape {tuple(value.shape)} for a batch of {size} samples: its first dimension must be "
+                    f"the batch's, one row a sample. Reshape it inside the model, or give a list with one entry a "
+                    f"sample, of any shapes"
+                )
+        elif isinstance(value, list):
+            if len(value) != size:
+                raise ValueError(
+                    f"{path} is a list of {len(value)} entries for a batch of {size} samples: a list has one entry a "
+                    f"sample. Put several outputs of one sample into its entry, and several fields into a tuple or a "
+                    f"dict"
+                )
+        elif isinstance(value, (str, bytes, int, float, complex, np.generic)):
             raise TypeError(
-                f"{path} is {output!r}, one {type(output).__name__} for a batch of {size} samples: give a list with "
+                f"{path} is {value!r}, one {type(value).__name__} for a batch of {size} samples: give a list with "
                 f"one entry a sample"
             )
-        for place, part in parts_of(output, path)["parts"]:
-            check_rows(part, size, f"{path}{place}")
+        elif value is not None:
+            raise cannot_travel(value, path)
 
-
-def structure(node: Node) -> Node:
-    """What is the same for all batches of a run: the nesting, the kinds and the dtypes, but no shapes."""
-    if node["kind"] in ("list", "plain list"):
-        return {"kind": "list"}
-    if node["kind"] == "plain":
-        return {"kind": "none"}
-    if node["kind"] in ("tensor", "array"):
-        return {"kind": node["kind"], "dtype": node["dtype"]}
-    return {
-        **{key: node[key] for key in ("kind", "type", "keys")},
-        "items": [structure(item) for item in node["items"]],
-    }
+    walk(output, leaf, lambda value, path, nesting, items: None, path)
 
 
 class Schema:
     """The structure of the first batch's output, which every batch of every rank must have.
 
-    `agreement`: in which the ranks agree on the first one; None in a world of one.
+    `agreement`: the ranks agree in it on the first structure; None in a world of one.
     """
 
     def __init__(self, agreement: Agreement | None) -> None:
         self._agreement = agreement
-        self._first: tuple[Node, str] | None = None
-        self._dense: tuple[Any, Node] | None = None  # the last output, if it was one dense tensor
+        self._first: tuple[Description, str] | None = None
+        self._dense: tuple[Any, Description] | None = None  # of the last output, if it was one dense tensor
 
-    def check(self, output: Any, samples: range, where: str) -> tuple[Node, list[torch.Tensor]]:
-        """Take a batch's output apart.
+    def check(self, output: Any, samples: range, where: str) -> tuple[Description, list[torch.Tensor]]:
+        """Take a batch's output apart: return its description and its tensors.
 
         Raises:
-            TypeError, ValueError: something in it is not one row a sample, or cannot travel, or is not as in the first
-                batch; says where in the output, and for which samples.
+            TypeError, ValueError: a part of it has not one row a sample, or cannot travel, or is not as in the first
+                batch; names the part and the samples.
         """
         like = _like(output)
         if like is not None and self._dense is not None and self._dense[0] == like and len(output) == len(samples):
-            return self._dense[1], [output.detach()]  # what follows takes 15 µs: benchmarks/predict.py, (20,000, 10)
+            return self._dense[1], [output.detach()]  # the rest takes 15 µs: benchmarks/predict.py, (20,000, 10)
         path = f"the output for the {where}"
         check_rows(output, len(samples), path)
-        node, leaves = take_apart(output, path)
-        mine = structure(node)
+        description, leaves = take_apart(output, path)
+        mine = structure(description, plain="none")  # check_rows refuses single numbers and strings
         if self._first is None:
-            for name in named_types(node):
+            for name in named_types(description):
                 check_importable(name, path)
             said = json.dumps([mine, where])
             first, first_where = json.loads(
@@ -100,47 +93,27 @@ class Schema:
             )
             self._first = first, first_where
         first, first_where = self._first
-        if mine != first:
-            raise ValueError(f"{path} is not as that for the {first_where}: {_difference(mine, first)}")
-        self._dense = None if like is None else (like, node)
-        return node, leaves
+        if found := difference(mine, first, "it"):
+            raise ValueError(
+                f"{path} is not as that for the {first_where}: {found}. Give the same keys, kinds and dtypes for each "
+                f"batch"
+            )
+        self._dense = None if like is None else (like, description)
+        return description, leaves
 
 
 def _like(output: Any) -> Any:
-    """What two dense tensors have in common if one's description is the other's; None: it is no such tensor."""
+    """Return what dense tensors of one description have in common; None for anything else."""
     if type(output) is not torch.Tensor or output.layout != torch.strided or output.is_nested:
         return None
     as_it_lies = output.is_contiguous() and not (output.is_quantized or output.is_conj() or output.is_neg())
     return (output.shape, output.dtype, output.device) if as_it_lies else None
 
 
-def _difference(mine: Node, first: Node, path: str = "it") -> str:
-    if mine["kind"] != first["kind"]:
-        return f"{path} is a {_named(mine)}, not a {_named(first)}"
-    if "items" not in mine:
-        return f"{path} has dtype {mine['dtype']}, not {first['dtype']}"
-    if (mine["type"], mine["keys"]) != (first["type"], first["keys"]):
-        what = "the keys" if mine["kind"] == "dict" else "the type and entries"
-        return f"{path} has {what} {_keys(mine)}, not {_keys(first)}"
-    names = mine["keys"] if isinstance(mine["keys"], list) else range(mine["keys"])
-    return next(
-        _difference(ours, theirs, f"{path}[{name!r}]")
-        for name, ours, theirs in zip(names, mine["items"], first["items"], strict=True)
-        if ours != theirs
-    )
-
-
-def _named(node: Node) -> str:
-    kind: str = node["kind"]
-    return {"none": "None", "record": "named tuple", "fields": "dataclass"}.get(kind, kind)
-
-
-def _keys(node: Node) -> str:
-    return f"{node['type']} with {node['keys']}" if node["type"] else str(node["keys"])
-
-
-def on_device(node: Node, device: torch.device) -> Node:
-    """The description of the same value with its tensors there; arrays stay where arrays are."""
-    if node["kind"] == "tensor":
-        return {**node, "device": device.type}
-    return {**node, "items": [on_device(item, device) for item in node["items"]]} if "items" in node else node
+def on_device(description: Description, device: torch.device) -> Description:
+    """Return the description of the same value with its tensors on `device`. Arrays stay on the CPU."""
+    if description["kind"] == "tensor":
+        return {**description, "device": device.type}
+    if "items" not in description:
+        return description
+    return {**description, "items": [on_device(item, device) for item in description["items"]]}

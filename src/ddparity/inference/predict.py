@@ -1,4 +1,4 @@
-"""`predict`: shares out the batches, runs the model, collects the outputs."""
+"""`predict`: share out the batches, run the model, collect the outputs."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ..comm.nesting import to_device
 from ..comm.transfer import Receiver, checked_receiver
-from ..comm.trees import to_device
 from ..data.rng import seed_streams
 from ..errors import DDParityError
 from ..runtime.agreement import Agreement, agreed
 from ..runtime.progress import progress
 from .collect import Memory
-from .identity import identity, identity_of_dataset
+from .identity import Key, checked_key, identity
 from .metrics import Metric
 from .model import Model, Replica, callable_of, evaluating
 from .outputs import Schema
 from .source import Balance, Batches, Shards, Source, assigned, check_balance, cut, is_stream
 
-if TYPE_CHECKING:  # Arrow takes a while to import
+if TYPE_CHECKING:  # the import of Arrow is slow
     import pyarrow as pa
 
     from .directory import Directory
 
-_POLL_S = 0.5  # how often a rank looks whether another one failed, and counts its samples for the progress display
+_POLL_S = 0.5  # between a rank's looks whether another one failed, and its counts of samples for the progress bar
 
-Place = str | os.PathLike[str]
+Folder = str | os.PathLike[str]
 
 
 def predict(
     model: Model,
     dataset: Any,
     batch_size: int,
-    to: Receiver | Place = 0,
+    to: Receiver | Folder = 0,
     *,
     inputs: Callable[[Any], Any] | None = None,
     metric: Any = None,
@@ -51,57 +51,65 @@ def predict(
     device: torch.device | str | None = None,
     rows_per_file: int | None = None,
     schema: pa.Schema | None = None,
+    key: Key = None,
     show_progress: bool = False,
     seed: int = 0,
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     **dataloader_options: Any,
 ) -> Any:
-    """Run a model over a data set on all ranks; each sample once, outputs in data-set order on rank `to`.
+    """Run a model over a data set on all ranks; return outputs in data-set order on rank `to`, each sample once.
 
-    Batch b is samples b * batch_size and following, whatever the world size, and has random streams of its own. Ranks
-    run whole batches, so the outputs do not depend on the number of processes.
+    Batch b is samples b * batch_size and following, for any world size, and has random streams of its own. Ranks run
+    whole batches, so the outputs do not depend on the number of processes.
 
     Args:
-        model: a module, run in eval and inference mode inside of DDP if it is wrapped, or any function of a batch. Its
-            modes and buffers, and the random streams, are as before at the end, also on an exception.
+        model: a module, or any function of a batch. A module runs in eval and inference mode; of a DDP module, the
+            module inside runs. Modes, buffers and random streams are restored at the end, also on an exception.
         dataset: map-style, of the same length on every rank; or a stream that can be cut into shards (`num_shards`,
-            and `shard(num_shards=, index=)`, as datasets.IterableDataset), whose batches are cut within its shards.
-        batch_size: samples a batch, 1 or more.
-        to: the rank that receives; "all"; or a directory for a Parquet data set, with one row a sample, that each rank
-            writes to as it goes, and that the same call completes after an interruption, at any world size.
-        inputs: what a module is called with, from a batch; None: the first entry of a list or tuple, as from a data
-            set of (input, target), else the batch itself. A function is called with the batch.
-        metric: return this instead of outputs, which then do not move. A function of a batch's output and the batch
-            returns a dict whose values are sums, or pairs of a sum and its weight, for the weighted mean; a number
-            or a pair alone will do. Or a torchmetrics object, which is not changed: each rank updates a copy.
-        targets: what a torchmetrics object is updated with behind the output, from a batch; None: the second entry.
-        balance: "contiguous": a contiguous share of the batches each; "dynamic": the next ones for whoever is free,
-            where samples differ in cost.
+            and `shard(num_shards=, index=)`, as datasets.IterableDataset). Batches of a stream are cut within a shard.
+        batch_size: samples of a batch, at least 1.
+        to: the rank that receives; "all"; or a directory for a Parquet data set with one row a sample. Each rank writes
+            to the directory while it runs. After an interruption the same call completes it, at any world size.
+        inputs: a function from a batch to what the model is called with. None: a module is called with the first entry
+            of a list or tuple, as of a data set of (input, target), else with the batch; a function with the batch.
+        metric: return this instead of the outputs, which then do not move. It is a function of a batch's output and the
+            batch that returns a dict of sums, or of pairs of a sum and its weight, for the weighted mean; or one sum or
+            pair alone. Or it is a torchmetrics object: each rank updates a copy, the object does not change.
+        targets: with a torchmetrics object, a function from a batch to the second argument of `update`. None: the
+            batch's second entry.
+        balance: "contiguous": each rank runs a contiguous share of the batches; "dynamic": a rank that is free runs the
+            next ones, for samples that differ in cost.
         device: where outputs are kept; None: where the model leaves them.
-        rows_per_file: of the Parquet data set, a multiple of `batch_size`; a file is what an interruption can lose.
-        schema: Arrow types of some of its columns, where the first batch does not show them (it holds None, say).
-        show_progress: one bar for all ranks.
-        seed: keys the random streams, with the batch.
+        rows_per_file: of the Parquet data set, a multiple of `batch_size`. An interruption loses the files that are
+            being written.
+        schema: Arrow types of some columns of the Parquet data set, if the first batch does not show them, e.g. since
+            it holds None.
+        key: a str, an int or a nested tuple of them that names what this call computes. A call resumes a directory
+            only if its key is equal. It is required to resume if the model is a function, or with `inputs` or
+            `collate_fn`, since functions are not compared. Change it with anything else that is not compared: code,
+            and attributes and hooks of a module.
+        show_progress: show one progress bar for all ranks.
+        seed: of the random streams, together with the batch.
         num_workers, collate_fn, dataloader_options: of torch.utils.data.DataLoader.
 
     Returns:
-        The outputs, None on a rank that does not receive. The model's output for a batch is a nesting of dicts, tuples,
-        named tuples and dataclasses, whose leaves are tensors and arrays with one row a sample, lists with one entry a
-        sample, or None. In the result a tensor or array has all rows; where the shapes of rows differ it is a list with
+        The outputs; None on a rank that does not receive. The model's output for a batch is a nesting of dicts, tuples,
+        named tuples and dataclasses. Its leaves are tensors and arrays with one row a sample, lists with one entry a
+        sample, or None. In the result a tensor or array has all rows; if the shapes of rows differ it is a list with
         one tensor a sample. A list has all entries: numbers, strings, None, tensors and arrays of any shape, and
-        nestings of them. Of an empty data set, whose outputs have no structure: an empty tensor.
-        With `metric`, its value; with a directory, its Path on every rank, see `read_predictions`.
+        nestings of them. The result of an empty data set, whose outputs have no structure, is an empty tensor.
+        With `metric`: its value. With a directory: its Path on every rank, see `read_predictions`.
 
-    Collectives: while running none, but a look at the store twice a second; at the end those of `bring_together`, or
-    of `gather` for a metric, or none for a directory.
+    Collectives: none while batches run, but a look at the store twice a second. At the end those of `bring_together`;
+    with a metric those of `gather`; with a directory none.
 
     Raises:
         TypeError, ValueError: a bad argument, or one that differs between ranks; parameters, or buffers that are saved,
             that differ between ranks; an output without one row a sample; a batch whose output has another structure
-            than the first one's; a directory that holds something else.
-        DDParityError: the model failed; names the data-set indices of the batch. SampleError: the data set did.
-        RankFailure: on every other rank, where one failed.
+            than the first one's; a directory that holds something else, or that needs `key` to be resumed.
+        DDParityError: the model fails; names the data-set indices of the batch. SampleError: the data set fails.
+        RankFailure: on every other rank, if one fails.
 
     Example:
         >>> predict(torch.nn.Identity(), torch.arange(5), batch_size=2)
@@ -121,14 +129,14 @@ def predict(
             **{"persistent_workers": False, **dataloader_options},
         )
 
-    call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+    call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, key, show_progress)
     return _predict(predictor, call)
 
 
 class Predictor:
-    """`predict` with the data loader kept: a loop that predicts after each epoch does so on the same workers.
+    """`predict` that keeps its data loader, so that a loop that predicts after each epoch keeps its workers.
 
-    Takes the arguments of `predict` that concern the data; a call takes the others.
+    It takes the arguments of `predict` that are about the data; a call takes the others.
 
     Example:
         >>> predictor = Predictor(torch.arange(5), batch_size=2)
@@ -152,7 +160,9 @@ class Predictor:
         self._balance = balance
         make: Callable[..., Source] = Shards if is_stream(dataset) else Batches
         if make is Shards and balance == "dynamic":
-            raise ValueError('predict(balance="dynamic") needs a map-style data set: workers take shards beforehand')
+            raise ValueError(
+                'predict(balance="dynamic") needs a map-style data set: workers get their shards before the first batch'
+            )
         self._source = make(dataset, batch_size, seed, num_workers, collate_fn, dataloader_options)
         self._seed, self._batch_size = seed, batch_size
         self._collate_fn = collate_fn
@@ -160,7 +170,7 @@ class Predictor:
     def __call__(
         self,
         model: Model,
-        to: Receiver | Place = 0,
+        to: Receiver | Folder = 0,
         *,
         inputs: Callable[[Any], Any] | None = None,
         metric: Any = None,
@@ -168,15 +178,16 @@ class Predictor:
         device: torch.device | str | None = None,
         rows_per_file: int | None = None,
         schema: pa.Schema | None = None,
+        key: Key = None,
         show_progress: bool = False,
     ) -> Any:
-        """As `predict`. Every rank calls it."""
-        call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, show_progress)
+        """Predict, see `predict`. Every rank calls it."""
+        call = _Call(model, to, inputs, metric, targets, device, rows_per_file, schema, key, show_progress)
         return _predict(lambda: self, call)
 
 
 class Sink(Protocol):
-    """What becomes of the outputs. `finish`: once all ranks have run all batches; every rank calls it."""
+    """Takes the outputs. Every rank calls `finish` after all ranks have run all batches; it returns the result."""
 
     def take(self, samples: range, where: str, output: Any, batch: Any) -> None: ...
     def finish(self) -> Any: ...
@@ -184,30 +195,31 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class _Call:
-    """What `predict` and `Predictor.__call__` are given beside the data."""
+    """The arguments of `predict` and `Predictor.__call__` that are not about the data."""
 
     model: Model
-    to: Receiver | Place
+    to: Receiver | Folder
     inputs: Callable[[Any], Any] | None
     metric: Any
     targets: Callable[[Any], Any] | None
     device: torch.device | str | None
     rows_per_file: int | None
     schema: pa.Schema | None
+    key: Key
     show_progress: bool
 
     def directory(self) -> Path | None:
-        """Where outputs go, if not to ranks.
+        """Return the directory that outputs go to; None if they go to ranks.
 
         Raises:
-            ValueError: a string that was hardly meant as one; a file is in the way.
+            ValueError: the path is empty or a number, or a file is in its way.
         """
         if not isinstance(self.to, (str, os.PathLike)) or self.to == "all":
             return None
         if isinstance(self.to, str) and (not self.to or self.to.isdigit()):
             raise ValueError(f'predict(to={self.to!r}): give a rank as an integer, "all", or the path of a directory')
         path = Path(self.to)
-        # On every rank, and not where one makes the directory: each tells its user the same.
+        # On every rank, and not only on the one that makes the directory, so that all raise the same error.
         if (found := next(filter(os.path.lexists, (path, *path.parents)), None)) is not None and not found.is_dir():
             raise ValueError(
                 f"predict(to={os.fspath(self.to)!r}): {found} is a file, and outputs go to a directory: give one that "
@@ -216,7 +228,11 @@ class _Call:
         return path
 
     def check_metric(self) -> None:
-        """Raises TypeError where the metric is a class, which is callable, too."""
+        """Check that the metric is not a class, which is callable, too.
+
+        Raises:
+            TypeError: it is.
+        """
         if isinstance(self.metric, type):
             name = self.metric.__name__
             raise TypeError(f"predict(metric={name}) got a class: give an instance, as in metric={name}(…)")
@@ -228,6 +244,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
     with ExitStack() as shown:
         with agreed("predict") as agreement:
             given.check_metric()
+            checked_key(given.key)
             made = predictor()
             source, balance = made._source, made._balance
             if agreement is not None:
@@ -238,7 +255,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
                     "balance": balance,
                     "to": str(given.to),
                 }
-                own |= {"metric": kind, "rows_per_file": given.rows_per_file}
+                own |= {"metric": kind, "rows_per_file": given.rows_per_file, "key": checked_key(given.key)}
                 named: dict[str, object] = {f"predict's {name}": value for name, value in own.items()}
                 named |= {"the data set's length": source.length, "the data set's num_shards": source.shards}
                 replica = Replica(given.model)
@@ -264,13 +281,13 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
             mine = assigned(chunks, rank, world_size, balance, lambda: take() - 1)
             with evaluating(given.model):
                 _run(call, device, source, mine, sink, agreement, count)
-        count.show()  # all have said how many they ran
+        count.show()  # after the agreement, all ranks have counted their samples
     with agreed("collecting the outputs of predict") as agreement:
         try:
             return sink.finish()
         except RuntimeError as error:
             if agreement is not None and not isinstance(error, DDParityError):
-                agreement.raise_cause(error)  # the backend's words where a peer has gone
+                agreement.raise_cause(error)  # the backend's error if another rank has ended
             raise
 
 
@@ -285,28 +302,27 @@ def _directory(path: Path, given: _Call, made: Predictor, agreement: Agreement |
         )
     if not isinstance(source, Batches):
         raise TypeError(
-            f"predict(to={str(path)!r}) got a data set that can only be iterated: a file's rows have an index, which "
-            f"needs one of known length. Collect the outputs on a rank, or give a map-style data set"
+            f"predict(to={str(path)!r}) got a data set that can only be iterated, but a row's index needs a known "
+            f"length: collect the outputs on a rank, or give a map-style data set"
         )
     if rank == 0:
+        known = identity(given.model, given.inputs, made._collate_fn, source.dataset, source.length)
         run = {
-            "model": identity(given.model),
-            "inputs": identity(given.inputs),
-            "collate_fn": identity(made._collate_fn),
-            "data set": identity_of_dataset(source.dataset, source.length),
+            **known.values,
             "length": source.length,
             "batch size": source.batch_size,
             "rows_per_file": rows_of_a_file(source, given.rows_per_file),
             "seed": made._seed,
             "schema": None if given.schema is None else str(given.schema),
+            "key": checked_key(given.key),
         }
-        prepared = prepare(path, run)
+        prepared = prepare(path, run, known.uncompared)
         if agreement is not None:
             agreement.publish("prepared", prepared)
     else:
         assert agreement is not None, "there are other ranks"
         prepared = agreement.receive("prepared")
-    if agreement is None:  # batches run in order
+    if agreement is None:  # one process: its first batch is the data set's first, so it never waits for the types
         return Directory(path, source, prepared, given.schema, lambda: None, lambda: None)
     tell: Callable[[], None] = partial(agreement.publish, "types", "")
     hear: Callable[[], object] = partial(agreement.receive, "types")
@@ -327,13 +343,13 @@ def _run(
         seed_streams(source.seed(samples))
         where = source.where(samples)
         batch = data if device is None else to_device(data, device)
-        output = None  # the last one's memory is the model's to use again
+        output = None  # frees the last output, so that the model can use its memory again
         try:
             output = call(batch)
         except Exception as error:
             raise DDParityError(f"the model failed for the {where}: {type(error).__name__}: {error}") from error
         sink.take(samples, where, output, batch)
-        del batch, data  # before the next is loaded
+        del batch, data  # before the next batch is loaded
         count.add(len(samples))
         if time.monotonic() - looked > _POLL_S:
             looked = time.monotonic()
@@ -344,7 +360,7 @@ def _run(
 
 
 class _Count:
-    """The samples that all ranks have run, counted in the store, and rank 0's display of them."""
+    """Counts the samples that all ranks have run, in the store, and shows the number on rank 0."""
 
     def __init__(
         self, agreement: Agreement | None, shown: ExitStack, length: int | None, rank: int, show: bool
@@ -352,7 +368,7 @@ class _Count:
         self._agreement = agreement
         self._display = shown.enter_context(progress(length, rank, "predict", "samples")) if show else None
         if show and agreement is not None and rank == 0:
-            agreement.while_waiting = self.show  # also while the others still run
+            agreement.while_waiting = self.show  # also while rank 0 waits for the others
         self._new = self._total = 0
 
     def add(self, samples: int) -> None:

@@ -9,23 +9,23 @@ from typing import Any
 
 import torch
 
-RUN = "_run.json"  # names with an underscore are no data to Arrow's readers
+RUN = "_run.json"  # Arrow's readers skip names with an underscore
 SCHEMA = "_common_metadata"  # Parquet's name for a file without rows
-DESCRIPTION = b"ddparity"  # in the schema's metadata: what Arrow's types do not tell
+DESCRIPTION = b"ddparity"  # key in the schema's metadata of what Arrow's types do not say
 
-Run = dict[str, Any]
+RunInfo = dict[str, Any]  # what a call computes, and how its rows are cut into files, see predict.py
 
 
 def read_predictions(path: str | os.PathLike[str]) -> Any:
-    """The outputs that `predict(to=path)` wrote, as `predict` would have returned them, on the CPU.
+    """Return the outputs that `predict(to=path)` wrote, as `predict` would have returned them, on the CPU.
 
     Named tuples and dataclasses come back as dicts by their fields' names: reading imports nothing that a file names.
-    Any reader of Parquet reads the directory too, e.g. `pandas.read_parquet(path)`: one row a sample.
+    Any reader of Parquet reads the directory, too, e.g. `pandas.read_parquet(path)`: one row a sample.
 
     Raises:
-        ValueError: there is no whole result there.
+        ValueError: the directory does not hold a whole result.
     """
-    import pyarrow as pa  # takes a while
+    import pyarrow as pa  # here, since the import is slow
     import pyarrow.parquet as pq
 
     from .columns import from_table
@@ -37,8 +37,8 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
     if missing := [number for number in range(files_of(run)) if not is_whole(path, run, number)]:
         first = rows_of(run, missing[0])
         raise ValueError(
-            f"{path} is not complete: {len(missing)} of {files_of(run)} files are missing, first that of samples "
-            f"{first.start} to {first.stop - 1}. The same predict() again writes them"
+            f"{path} is not complete: {len(missing)} of {files_of(run)} files are missing, the first is that of "
+            f"samples {first.start} to {first.stop - 1}. The same predict() again writes them"
         )
     if not run["length"]:
         return torch.empty(0)
@@ -46,20 +46,23 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
     return from_table(table, json.loads(pq.read_schema(path / SCHEMA).metadata[DESCRIPTION]))
 
 
-def files_of(run: Run) -> int:
+def files_of(run: RunInfo) -> int:
+    """Return the number of files."""
     return -int(-run["length"] // run["rows_per_file"])
 
 
-def rows_of(run: Run, number: int) -> range:
+def rows_of(run: RunInfo, number: int) -> range:
+    """Return the samples in a file."""
     return range(number * run["rows_per_file"], min((number + 1) * run["rows_per_file"], run["length"]))
 
 
-def file_of(path: Path, run: Run, number: int) -> Path:
-    """Named by its first sample, so that the order of names is that of the data set."""
+def file_of(path: Path, run: RunInfo, number: int) -> Path:
+    """Return the path of a file. Its name has its first sample, so the order of names is that of the data set."""
     return path / f"part-{number * run['rows_per_file']:012d}.parquet"
 
 
-def is_whole(path: Path, run: Run, number: int) -> bool:
+def is_whole(path: Path, run: RunInfo, number: int) -> bool:
+    """Return whether a file is there and has all its rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Outputs that wait to be sent: copied, small, and side by side."""
+"""Outputs that wait to be sent: copied into large blocks of memory, with small descriptions."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import torch
 from ..comm.trees import byte_view, leaves_of, new_tensor
 from .outputs import Rows
 
-_BLOCK_BYTES = 2**26  # the C library gives memory of this size back, and takes it from the system as it is written
+_BLOCK_BYTES = 2**26  # the C library maps memory of this size on its own: it is taken as it is written, and given back
 _ALIGNED_BYTES = 64
-_SHORT = 1000  # bytes of a description, of dense outputs say, that are not worth compressing
-_OBJECTS = 8  # Python's objects of a description take that many times its text
+_SHORT = 1000  # bytes; a shorter description, as of dense outputs, is not compressed
+_OBJECTS = 8  # times the text of a description is the memory of its Python objects
 
 
 @dataclass(slots=True)
 class Packed:
-    """The outputs of one batch. Tensors on the CPU are in `block` from `offset` on, the others `elsewhere`."""
+    """The outputs of one batch. Tensors on the CPU are in `block` from `offset` on, the others in `elsewhere`."""
 
     start: int
     size: int
     text: bytes  # the description in JSON, compressed where it is long
-    cost: int  # bytes to unpack it, roughly
+    cost: int  # about the bytes that it takes when it is unpacked
     block: torch.Tensor
     offset: int
     elsewhere: list[torch.Tensor]
 
     def rows(self) -> Rows:
-        node = json.loads(self.text if self.text.startswith(b"{") else zlib.decompress(self.text))
+        description = json.loads(self.text if self.text.startswith(b"{") else zlib.decompress(self.text))
         leaves, offset, elsewhere = [], self.offset, iter(self.elsewhere)
-        for leaf in leaves_of(node):
+        for leaf in leaves_of(description):
             if leaf.get("device", "cpu") != "cpu":
                 leaves.append(next(elsewhere))
                 continue
@@ -42,22 +42,22 @@ class Packed:
             offset = _aligned(offset, kind.itemsize)
             leaves.append(self.block[offset : offset + shape.numel() * kind.itemsize].view(kind).view(shape))
             offset += leaves[-1].nbytes
-        return Rows(self.start, self.size, node, leaves)
+        return Rows(self.start, self.size, description, leaves)
 
 
-class Run:
-    """The outputs of batches that follow one another, where each is one tensor on the CPU: rows of a larger one.
+class PackedRun:
+    """The outputs of consecutive batches that are one tensor on the CPU each, as rows of one larger tensor.
 
-    `start`, `size`: the samples. `cost`: as of `Packed`.
+    `start`, `size`: the samples. `cost`: as in `Packed`.
     """
 
     def __init__(self, rows: Rows, room: torch.Tensor) -> None:
-        """`rows`: the first batch. `room`: free bytes for it and what will follow."""
+        """`rows`: the first batch. `room`: free bytes for it and for the batches that follow."""
         self.start, self.size = rows.start, 0
-        self._node, self._row = rows.node, rows.node["shape"][1:]
+        self._description, self._row = rows.description, rows.description["shape"][1:]
         self._row_bytes = rows.leaves[0].nbytes // rows.size
         self._most = room.numel() // self._row_bytes
-        kind = getattr(torch, self._node["dtype"])
+        kind = getattr(torch, self._description["dtype"])
         self._whole = room[: self._most * self._row_bytes].view(kind).view(self._most, *self._row)
 
     @property
@@ -65,40 +65,43 @@ class Run:
         return self.size * self._row_bytes
 
     def add(self, rows: Rows) -> bool:
-        """Copy a batch behind the others; False: it does not belong there."""
-        node, end = rows.node, self.size + rows.size
+        """Copy a batch behind the others. Return False if it does not belong there."""
+        description, end = rows.description, self.size + rows.size
         if end > self._most or rows.start != self.start + self.size:
             return False
-        if node["shape"][1:] != self._row or node["dtype"] != self._node["dtype"] or node["kind"] != self._node["kind"]:
+        if description["shape"][1:] != self._row or any(
+            description[name] != self._description[name] for name in ("kind", "dtype")
+        ):
             return False
         self._whole[self.size : end].copy_(rows.leaves[0])
         self.size = end
         return True
 
     def rows(self) -> Rows:
-        node = {**self._node, "shape": [self.size, *self._row]}
-        return Rows(self.start, self.size, node, [self._whole[: self.size]])
+        description = {**self._description, "shape": [self.size, *self._row]}
+        return Rows(self.start, self.size, description, [self._whole[: self.size]])
 
 
 class Packer:
-    """Copies outputs: a model may write its next one into the same memory, and a view would keep more than itself.
+    """Copies outputs, since a model may write its next output into the same memory, and a view keeps its whole tensor.
 
-    On the CPU they lie side by side in large blocks. Each on its own, between what the model takes and frees, would
-    leave holes that together are as large as the outputs (benchmarks/RESULTS.md, "Prediction").
+    On the CPU, outputs lie side by side in large blocks. With memory of its own for each output, between what the model
+    takes and frees, the holes would be as large as the outputs together (benchmarks/RESULTS.md, "Prediction").
 
     `held`: what is packed, in order.
     """
 
     def __init__(self) -> None:
-        self.held: deque[Packed | Run] = deque()
-        self._run: Run | None = None  # the last of them, if it is one
+        self.held: deque[Packed | PackedRun] = deque()
+        self._run: PackedRun | None = None  # the last of `held`, if it is one
         self._block = torch.empty(0, dtype=torch.uint8)
         self._used = 0
         self._text = b""
 
     def pack(self, rows: Rows) -> None:
-        node = rows.node
-        if node["kind"] in ("tensor", "array") and node["device"] == "cpu" and rows.leaves[0].nbytes:
+        description = rows.description
+        is_dense = description["kind"] in ("tensor", "array") and description["device"] == "cpu"
+        if is_dense and rows.leaves[0].nbytes:
             if self._run is None or not self._run.add(rows):
                 self._begin_run(rows)
         else:
@@ -108,7 +111,7 @@ class Packer:
     def _begin_run(self, rows: Rows) -> None:
         self._end_run()
         start = self._room(rows.leaves[0].nbytes)
-        self._run = Run(rows, self._block[start:])
+        self._run = PackedRun(rows, self._block[start:])
         self._used = start
         added = self._run.add(rows)
         assert added, "a run has room for the batch that begins it"
@@ -120,11 +123,11 @@ class Packer:
             self._run = None
 
     def _packed(self, rows: Rows) -> Packed:
-        plain = json.dumps(rows.node).encode()
+        plain = json.dumps(rows.description).encode()
         text = plain if len(plain) < _SHORT else zlib.compress(plain, 1)
-        self._text = text = self._text if text == self._text else text  # most batches are alike, and share it
-        nodes = leaves_of(rows.node)
-        here = [leaf for node, leaf in zip(nodes, rows.leaves, strict=True) if node.get("device", "cpu") == "cpu"]
+        self._text = text = self._text if text == self._text else text  # most batches have the same one, and share it
+        described = leaves_of(rows.description)
+        here = [leaf for own, leaf in zip(described, rows.leaves, strict=True) if own.get("device", "cpu") == "cpu"]
         size = 0
         for leaf in here:
             size = _aligned(size, leaf.element_size()) + leaf.nbytes
@@ -134,15 +137,15 @@ class Packer:
             self._block[offset : offset + leaf.nbytes].copy_(byte_view(leaf))
             offset += leaf.nbytes
         elsewhere = [
-            new_tensor(node).copy_(leaf)
-            for node, leaf in zip(nodes, rows.leaves, strict=True)
-            if node.get("device", "cpu") != "cpu"
+            new_tensor(own).copy_(leaf)
+            for own, leaf in zip(described, rows.leaves, strict=True)
+            if own.get("device", "cpu") != "cpu"
         ]
         cost = size + sum(leaf.nbytes for leaf in elsewhere) + _OBJECTS * len(plain)
         return Packed(rows.start, rows.size, text, cost, self._block, start, elsewhere)
 
     def _room(self, size: int) -> int:
-        """Where `size` bytes of the block are free."""
+        """Return the offset of `size` free bytes in the block."""
         if self._used + size > self._block.numel():
             self._block, self._used = torch.empty(max(size, _BLOCK_BYTES), dtype=torch.uint8), 0
         start = self._used

@@ -1,4 +1,7 @@
-"""Batches of a data set, cut where one process cuts them, and who runs which: a contiguous share, or the next chunk."""
+"""The batches of a data set, cut as one process cuts them, and which rank runs which.
+
+`Batches` is for a map-style data set, `Shards` for one that can only be iterated.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,15 @@ from ..data.rng import derive, numbered, seed_streams
 from ..errors import SampleError
 
 Balance = Literal["contiguous", "dynamic"]
-# A free rank takes 1/8 of an even share of what is left: at the end, when ranks wait, little is left.
+# A rank that is free takes 1/8 of an even share of the rest. At the end, when ranks wait, little is left.
 _PARTS_OF_A_SHARE = 8
-# predict() decides these.
-_DECIDED = ("shuffle", "sampler", "batch_sampler", "drop_last", "in_order")
+_DECIDED = ("shuffle", "sampler", "batch_sampler", "drop_last", "in_order")  # options that predict() decides
 
 
 class Source(Protocol):
-    """What `Batches` and `Shards` are to the rest: `len` things that ranks share out, run as batches of samples.
+    """What `Batches` and `Shards` have in common: `len` items that ranks share out, run as batches of samples.
 
-    `length`: samples; None: known when all have been run. `shards`: of the data set; None: it has none.
+    `length`: number of samples; None: known after all are run. `shards`: of the data set; None: it has none.
     """
 
     @property
@@ -41,10 +43,67 @@ class Source(Protocol):
     def settled(self, ran: Sequence[range]) -> tuple[int, Callable[[int], int]]: ...
 
 
+# Which rank runs which
+
+
+def check_balance(balance: str) -> None:
+    if balance not in get_args(Balance):
+        raise ValueError(f'predict(balance={balance!r}) is unknown: use "contiguous" or "dynamic"')
+
+
+def cut(count: int, world_size: int, balance: Balance) -> list[range]:
+    """Return `count` items as contiguous ranges: one for each rank, or many that ranks take one after the other."""
+    if balance == "contiguous":
+        return [share(count, rank, world_size) for rank in range(world_size)]
+    chunks, start = [], 0
+    while start < count:  # large ones first
+        size = max(1, (count - start) // (_PARTS_OF_A_SHARE * world_size))
+        chunks.append(range(start, start + size))
+        start += size
+    return chunks
+
+
+def assigned(
+    chunks: Sequence[range], rank: int, world_size: int, balance: Balance, next_number: Callable[[], int]
+) -> Iterator[range]:
+    """Yield this rank's chunks: a contiguous share of them, or each whose number it gets from `next_number`."""
+    if balance == "contiguous":
+        yield from (chunks[number] for number in share(len(chunks), rank, world_size))
+        return
+    while (number := next_number()) < len(chunks):
+        yield chunks[number]
+
+
+# Options of both kinds of data set
+
+
+def _checked_batch_size(batch_size: int) -> int:
+    size = checked_integer(batch_size, "batch_size")
+    if size < 1:
+        raise ValueError(f"predict(batch_size={batch_size}): must be at least 1")
+    return size
+
+
+def _loader_options(num_workers: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a DataLoader: the user's, and our defaults for the others."""
+    if decided := [name for name in _DECIDED if name in given]:
+        raise TypeError(f"predict() got {', '.join(decided)}: it runs each sample once, in data-set order")
+    return {
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        # A generator of its own: the DataLoader draws a seed from it each time.
+        "generator": torch.Generator(),
+        **given,
+    }
+
+
+# Map-style data sets
+
+
 class Batches:
     """The batches of a map-style data set: batch b is samples b * batch_size and following.
 
-    `length`: samples. `__len__`: batches, of all ranks.
+    `length`: number of samples. `__len__`: number of batches, of all ranks.
     """
 
     shards = None
@@ -61,7 +120,7 @@ class Batches:
         self.dataset = dataset
         streams = "; or a stream that has num_shards and shard(num_shards=, index=)"
         self.length = sized_length(dataset, "predict", streams)
-        self.batch_size = checked_batch_size(batch_size)
+        self.batch_size = _checked_batch_size(batch_size)
         self._key = derive(seed, "predict")
         self._order = _Order(self)
         self._dataloader: DataLoader[Any] = DataLoader(
@@ -69,25 +128,25 @@ class Batches:
             batch_sampler=self._order,
             num_workers=num_workers,
             collate_fn=collate_fn,
-            **loader_options(num_workers, dataloader_options),
+            **_loader_options(num_workers, dataloader_options),
         )
 
     def __len__(self) -> int:
         return -(-self.length // self.batch_size)
 
     def __getitem__(self, number: int) -> range:
-        """The samples of a batch."""
+        """Return the samples of a batch."""
         return range(number * self.batch_size, min((number + 1) * self.batch_size, self.length))
 
     def seed(self, samples: range) -> int:
-        """Keys the model's random streams in the batch of these samples; the one above, the loading's."""
+        """Return the key of the model's random streams for this batch. The batch's loading uses the next key."""
         return numbered(self._key, samples.start)
 
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
-        """The batches of these ranges of batch numbers: their samples, and what the collate function made of them.
+        """Yield the samples and the collated data of each batch in these ranges of batch numbers.
 
         Raises:
-            SampleError: the data set, the collate function or a worker failed; names the samples.
+            SampleError: the data set, the collate function or a worker fails; names the samples.
         """
         issued = self._order.restart(chunks)
         for data in loaded(self._dataloader, lambda: self.where(issued[0]) if issued else "its first batch"):
@@ -95,15 +154,16 @@ class Batches:
             del data
 
     def where(self, samples: range) -> str:
+        """Return how errors name these samples."""
         return f"data-set indices {samples.start} to {samples.stop - 1}"
 
     def settled(self, ran: Sequence[range]) -> tuple[int, Callable[[int], int]]:
-        """The number of samples, and where one of the numbers that `loaded` gave stands among them."""
+        """Return the number of samples, and a function from a sample's number in `loaded` to its final position."""
         return self.length, lambda start: start
 
 
 class _Order:
-    """A DataLoader's batch sampler, noting each batch as it is issued."""
+    """The batch sampler of a DataLoader. It keeps the samples of each batch from its issue until it is loaded."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -123,62 +183,16 @@ class _Order:
                 yield Fetch(list(samples), self._batches.seed(samples) + 1)
 
 
-def checked_batch_size(batch_size: int) -> int:
-    size = checked_integer(batch_size, "batch_size")
-    if size < 1:
-        raise ValueError(f"predict(batch_size={batch_size}): must be at least 1")
-    return size
+# Data sets that can only be iterated
 
-
-def loader_options(num_workers: int, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a DataLoader: what the user gave over our defaults."""
-    if decided := [name for name in _DECIDED if name in given]:
-        raise TypeError(f"predict() got {', '.join(decided)}: it runs each sample once, in data-set order")
-    return {
-        "persistent_workers": num_workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-        # A generator of its own: the DataLoader draws a seed from it each time.
-        "generator": torch.Generator(),
-        **given,
-    }
-
-
-def check_balance(balance: str) -> None:
-    if balance not in get_args(Balance):
-        raise ValueError(f'predict(balance={balance!r}) is unknown: use "contiguous" or "dynamic"')
-
-
-def cut(count: int, world_size: int, balance: Balance) -> list[range]:
-    """`count` things in contiguous ranges: one a rank, or many, large ones first, to be taken one after the other."""
-    if balance == "contiguous":
-        return [share(count, rank, world_size) for rank in range(world_size)]
-    chunks, start = [], 0
-    while start < count:
-        size = max(1, (count - start) // (_PARTS_OF_A_SHARE * world_size))
-        chunks.append(range(start, start + size))
-        start += size
-    return chunks
-
-
-def assigned(
-    chunks: Sequence[range], rank: int, world_size: int, balance: Balance, next_number: Callable[[], int]
-) -> Iterator[range]:
-    """This rank's chunks: a contiguous share of them, or those whose numbers `next_number` gives to whoever asks."""
-    if balance == "contiguous":
-        yield from (chunks[number] for number in share(len(chunks), rank, world_size))
-        return
-    while (number := next_number()) < len(chunks):
-        yield chunks[number]
-
-
-_SHARD_SAMPLES = 2**40  # sample i of shard s is number s * _SHARD_SAMPLES + i until all shards' lengths are known
+_SHARD_SAMPLES = 2**40  # sample i of shard s has the number s * _SHARD_SAMPLES + i until all shards' lengths are known
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a data set can only be iterated, and be cut into a number of shards that is its own.
+    """Return whether a data set can only be iterated, and can be cut into a fixed number of shards.
 
-    It has `num_shards` (or `n_shards`), and `shard(num_shards=n, index=i)` gives the i-th part, in the order of the
-    whole; as datasets.IterableDataset does.
+    It has `num_shards` (or `n_shards`), and `shard(num_shards=n, index=i)` returns shard i, as
+    datasets.IterableDataset does. The shards in order are the whole.
     """
     return (
         (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"))
@@ -192,9 +206,10 @@ def _shards_of(dataset: Any) -> Any:
 
 
 class Shards:
-    """The batches of a stream: each shard's samples, cut from its beginning; whole shards are shared out.
+    """The batches of a stream. Each shard is cut from its beginning; ranks and workers run whole shards.
 
-    So batches depend on the number of shards, which belongs to the data set, and not on that of processes or workers.
+    So batches depend on the number of shards, which belongs to the data set, and not on the number of processes or
+    workers.
     """
 
     length = None
@@ -213,32 +228,32 @@ class Shards:
         self._key = derive(seed, "predict")
         joined = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-        options = (checked_batch_size(batch_size), self._key, collate_fn or default_collate)
+        options = (_checked_batch_size(batch_size), self._key, collate_fn or default_collate)
         self._dataloader: DataLoader[Any] = DataLoader(
             _Stream(dataset, self.shards, share(self.shards, rank, world_size), *options),
             batch_size=None,
             num_workers=num_workers,
-            **loader_options(num_workers, dataloader_options),
+            **_loader_options(num_workers, dataloader_options),
         )
 
     def __len__(self) -> int:
         return self.shards
 
     def seed(self, samples: range) -> int:
-        return _seed(self._key, samples.start)
+        return _seed_of_batch(self._key, samples.start)
 
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
-        """This rank's batches; `chunks` is its contiguous share of the shards, as the data loader's workers know."""
-        before = [""]  # of the last batch
+        """Yield this rank's batches. `chunks` is its contiguous share of the shards, which the workers know already."""
+        before = [""]  # the samples of the last batch, in words
         for start, size, data in loaded(self._dataloader, lambda: f"what follows {before[0] or 'the beginning'}"):
             yield range(start, start + size), data
             before[0] = self.where(range(start, start + size))
 
     def where(self, samples: range) -> str:
-        return _where(samples)
+        return _samples_of_shard(samples)
 
     def settled(self, ran: Sequence[range]) -> tuple[int, Callable[[int], int]]:
-        """As of `Batches`; two all-gathers. All ranks call it."""
+        """As of `Batches`. Every rank calls it. Collectives: two all-gathers."""
         mine = Counter[int]()
         for samples in ran:
             mine[samples.start // _SHARD_SAMPLES] += len(samples)
@@ -276,7 +291,7 @@ class _Stream(IterableDataset[Any]):
                 start += len(batch)
 
     def _next_batch(self, samples: Iterator[Any], start: int, shard: int) -> list[Any]:
-        seed_streams(_seed(self._key, start) + 1)
+        seed_streams(_seed_of_batch(self._key, start) + 1)
         try:
             return list(itertools.islice(samples, self._batch_size))
         except Exception as error:
@@ -289,16 +304,16 @@ class _Stream(IterableDataset[Any]):
         try:
             return self._collate(batch)
         except Exception as error:
-            where = _where(range(start, start + len(batch)))
+            samples = _samples_of_shard(range(start, start + len(batch)))
             raise SampleError(
-                f"the collate function failed for the {where}: {type(error).__name__}: {error}"
+                f"the collate function failed for the {samples}: {type(error).__name__}: {error}"
             ) from error
 
 
-def _where(samples: range) -> str:
+def _samples_of_shard(samples: range) -> str:
     shard, first = divmod(samples.start, _SHARD_SAMPLES)
     return f"samples {first} to {first + len(samples) - 1} of shard {shard}"
 
 
-def _seed(key: int, start: int) -> int:
-    return derive(key, start) & ~1
+def _seed_of_batch(key: int, start: int) -> int:
+    return derive(key, start) & ~1  # even: the loading of the batch uses the next one

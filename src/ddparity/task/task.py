@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -104,6 +105,14 @@ def load_task(spec: str) -> Task:
         return task
     except (TypeError, ValueError) as error:
         raise ValueError(f"{spec}: {error}") from error
+
+
+def source_digest(spec: str) -> str | None:
+    """Return the SHA-256, in hex, of the file that the Task `spec` was loaded from; None where it has no file."""
+    path = Path(spec.partition(":")[0])
+    name = path.stem if path.suffix == ".py" or "/" in str(path) else str(path)
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _is_task(value: object) -> bool:

@@ -297,12 +297,15 @@ def _invalid_input() -> Iterator[None]:
         raise InvalidInput(": ".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 
-def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, num_workers: int = 0) -> None:
+def predict_task(
+    task: Task, checkpoint: Path, to: Path | None, metric: bool, num_workers: int = 0, key: str | None = None
+) -> None:
     """Predict a Task's held-out set with the weights of a checkpoint. Every rank calls it.
 
     Args:
         to: the directory for the outputs, a Parquet data set; None: outputs are not written.
         metric: show the metric also if `to` is given. Without `to` it is always shown.
+        key: see `predict`.
 
     Raises:
         InvalidInput: the checkpoint is damaged or of another model, or the directory has other files in it.
@@ -320,7 +323,7 @@ def predict_task(task: Task, checkpoint: Path, to: Path | None, metric: bool, nu
             metrics = evaluate(task, model, predict, show_progress=True)
         else:
             with _invalid_input():
-                predict(model, to, inputs=task.inputs, show_progress=True)
+                predict(model, to, inputs=task.inputs, key=key, show_progress=True)
         seconds = time.monotonic() - start
         if to is not None and metric:
             with agreed("reading the outputs"):
