@@ -3,7 +3,7 @@ NPROC ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test format clean
+.PHONY: train verify test test-matrix format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -19,6 +19,19 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/pytest -n 2 --dist loadfile
 
+# The tests that depend most on torch itself, with the oldest torch that pyproject.toml allows and with the newest that pip
+# finds, each in its own environment. CONTRIBUTING.md has the last result.
+OLDEST_TORCH := 2.6
+FAST_TESTS ?= tests/data tests/comm tests/gradients tests/batchnorm tests/checkpoint
+
+test-matrix: test-torch-$(OLDEST_TORCH) test-torch-newest
+
+test-torch-%:
+	test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/pip install --quiet --upgrade $(if $(filter newest,$*),torch,'torch==$*.*') --editable '.[test]'
+	.venv-torch-$*/bin/pip list | grep -E '^(torch|numpy) '
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 .venv-torch-$*/bin/pytest -n 2 --dist loadfile $(FAST_TESTS)
+
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -28,5 +41,9 @@ $(VENV)/.installed-%: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	touch $@
 
+# The picture on docs/architecture.md, from the imports themselves.
+docs-picture:
+	$(PYTHON) docs/architecture.py
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-torch-* runs

@@ -57,6 +57,9 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _is_server(process: psutil.Process) -> bool:
-    """Return True for multiprocessing's own processes: the fork server and the resource tracker."""
+    """Return whether Python or torch keeps this process: the fork server, the resource tracker, torch's compile worker.
+
+    Some versions of torch keep the compile worker until this process ends.
+    """
     command = " ".join(process.cmdline())
-    return "forkserver" in command or "resource_tracker" in command
+    return any(name in command for name in ("forkserver", "resource_tracker", "_inductor/compile_worker"))

@@ -160,7 +160,7 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
 
 
 @pytest.mark.parametrize(("command", "words"), [
-    ("", ["run", "train", "predict", "Train on one process or on a thousand"]),
+    ("", ["run", "train", "predict", "Train on one process or on a thousand", "--version"]),
     ("run", ["SCRIPT", "--nproc", "elastic agent", "--rendezvous HOST:PORT", "--slurm", "--rdzv-conf"]),
     ("doctor", ["--rendezvous"]),
     ("train", ["TASK", "--nproc", "--checkpoint", "--workers", "--reduction", "--threads"]),
@@ -173,6 +173,13 @@ def test_help(command: str, words: list[str]) -> None:
     assert result.exit_code == 0
     for word in words:
         assert word in result.stdout
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"ddparity {dp.__version__}\n", "")
+    # Nothing after it is read.
+    assert CliRunner().invoke(app, ["--version", "train", "missing.py"]).stdout == result.stdout
 
 
 def test_a_task_may_be_a_subclass(folder: Path) -> None:

@@ -21,6 +21,8 @@ from .runtime.preemption import preemption
 from .runtime.world import World, world
 from .task.task import Task
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BatchPlan",
     "DDParityError",

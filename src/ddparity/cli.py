@@ -15,6 +15,7 @@ import torch
 import typer
 import typer.core
 
+from . import __version__
 from .errors import RankFailure
 from .launcher import find_submission, parse, run_command, run_launch, submit_job
 from .launcher.doctor import doctor as examine_machine
@@ -27,7 +28,6 @@ from .task.train import CheckpointOptions, InvalidInput, predict_task
 from .task.train import train as train_task
 
 app = typer.Typer(
-    help="Train on one process or on a thousand, and get the same model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,6 +63,22 @@ class _UnparsedCommand(typer.core.TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.args = list(args)
         return []
+
+
+def _show_version(wanted: bool) -> None:
+    """Print the version and end the command."""
+    if wanted:
+        print(f"ddparity {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train on one process or on a thousand, and get the same model."""
 
 
 @app.command(cls=_UnparsedCommand)

@@ -336,6 +336,8 @@ def test_a_reverted_resnet_exports(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))
+    if torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 with onnxscript 0.5 or later does not export torchvision's own resnet18 to ONNX either")
     torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False, optimize=False)
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert "BatchNormalization" in operators

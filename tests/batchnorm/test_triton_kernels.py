@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,10 @@ def _compare(device: str, variables: dict[str, str]) -> str:
     return ended.stdout + ended.stderr
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton 3.2, torch 2.6's, has an interpreter that converts arrays of one element; NumPy 2.4 refuses that",
+)
 def test_kernels_in_the_interpreter_equal_the_reference_kernels() -> None:
     assert _compare("cpu", {"TRITON_INTERPRET": "1"}) == "all agree\n"
 
