@@ -21,9 +21,7 @@ from .layer import SyncBatchNorm
 
 Moments = tuple[Tensor, Tensor]  # the mean and the unbiased variance of one batch
 LayerState = tuple[Tensor, Tensor, Tensor | None, float | None]  # running mean and variance, batch count, momentum
-
-# No variance has this value. It stays in the buffer if a forward fails before the layer normalises its input.
-_NOT_RUN = -1.0
+Saved = tuple[LayerState, Moments]  # and the copies that a forward writes to
 
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
@@ -31,8 +29,10 @@ _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 class RunningStatistics:
     """Update the running statistics of a model's plain batch norms once a step, by the micro-batches of all ranks.
 
-    Inside `recording`, each forward of a layer writes the batch's own statistics to temporary buffers, with momentum 1.
-    The real buffers do not change. Then `replay` updates them batch by batch in rank order, equally on all ranks:
+    Inside `recording`, each forward of a layer writes the batch's own statistics to copies of its buffers, with
+    momentum 1. The real buffers do not change: every micro-batch of a step sees the running statistics of the step's
+    start, also in a subclass that computes with them in training. Then `replay` updates them batch by batch in rank
+    order, equally on all ranks:
 
         running = (1 - momentum) * running + momentum * statistics of the batch
 
@@ -55,7 +55,7 @@ class RunningStatistics:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the forwards inside the context. On exit, also by an exception, the layers are as before."""
-        saved: dict[_BatchNorm, LayerState] = {}
+        saved: dict[_BatchNorm, Saved] = {}
         handles = []
         try:
             for layer, records in zip(self.layers, self._records, strict=True):
@@ -219,31 +219,34 @@ def _copy_from_rank_0(
 # --- the hooks of a layer ---
 
 
-def _before_forward(saved: dict[_BatchNorm, LayerState], layer: _BatchNorm, _: Any) -> None:
-    """Replace the layer's buffers by temporary ones."""
+def _before_forward(saved: dict[_BatchNorm, Saved], layer: _BatchNorm, _: Any) -> None:
+    """Replace the layer's buffers by copies, which a forward of the user's own may read, and set momentum to 1."""
     if not layer.training:
         return
     mean, var = _running(layer)
     count = layer.num_batches_tracked
-    saved[layer] = mean, var, count, layer.momentum
-    zero = None if count is None else torch.zeros_like(count)
-    _set_state(layer, torch.zeros_like(mean), torch.full_like(var, _NOT_RUN), zero, 1.0)
+    copies = mean.clone(), var.clone()
+    saved[layer] = (mean, var, count, layer.momentum), copies
+    _set_state(layer, *copies, None if count is None else count.clone(), 1.0)
 
 
 def _after_forward(
-    saved: dict[_BatchNorm, LayerState], records: list[Moments], layer: _BatchNorm, _: Any, output: Any
+    saved: dict[_BatchNorm, Saved], records: list[Moments], layer: _BatchNorm, _inputs: Any, _output: Any
 ) -> None:
-    """Record the batch's statistics and put the layer's own buffers back."""
+    """Record the batch's statistics, if the forward wrote them, and put the layer's own buffers back."""
     if layer not in saved:
         return
+    _, (mean_before, var_before) = saved[layer]
     mean, var = _running(layer)
     _restore(saved, layer)
-    if output is not None or bool((var != _NOT_RUN).any()):
+    # Momentum 1 leaves exactly the batch's statistics. A frozen layer, and one that failed before, writes nothing.
+    if mean is not mean_before or mean._version or var is not var_before or var._version:
         records.append((mean, var))
 
 
-def _restore(saved: dict[_BatchNorm, LayerState], layer: _BatchNorm) -> None:
-    _set_state(layer, *saved.pop(layer))
+def _restore(saved: dict[_BatchNorm, Saved], layer: _BatchNorm) -> None:
+    state, _ = saved.pop(layer)
+    _set_state(layer, *state)
 
 
 def _set_state(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | None, momentum: float | None) -> None:
