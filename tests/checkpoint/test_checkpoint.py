@@ -23,7 +23,7 @@ from torch import nn
 import ddparity as dp
 from ddparity.checkpoint import checkpoint
 from ddparity.checkpoint.format import write_states
-from ddparity.data.rng import kept_streams
+from ddparity.data.rng import preserve_streams
 from tests.ranks import outcomes, run_ranks
 
 Version = namedtuple("Version", "major minor")
@@ -221,7 +221,7 @@ def _draws() -> list[float]:
 
 
 def test_random_streams_go_on(tmp_path: Path) -> None:
-    with kept_streams():
+    with preserve_streams():
         dp.seed_everything(3)
         _draws()  # Python and NumPy have a second normal number in store now
         dp.save_checkpoint(tmp_path / "c", random=dp.RandomState())

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..compat import unwrapped
-from ..data.rng import kept_streams, seed_streams
+from ..data.rng import preserve_streams, seed_streams
 from ..errors import SampleError
 from .content import Contents
 
@@ -35,7 +35,7 @@ def identity_of_dataset(dataset: Any, length: int) -> str:
         SampleError: the data set did not give one of them.
     """
     contents, digests = Contents(), []
-    with kept_streams():
+    with preserve_streams():
         for number in sorted({0, length // 2, length - 1} if length else ()):
             seed_streams(number)  # augmentation draws the same again
             digests.append(contents.digest(_sample(dataset, number)))

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..comm.transfer import exchange
-from ..data.dataset import Fetch, KeyedDataset, loaded, sized_length
+from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_length
 from ..data.plan import checked_integer, share
-from ..data.rng import derive, numbered, seed_streams
+from ..data.rng import derive_seed, numbered_seed, seed_streams
 from ..errors import SampleError
 
 Balance = Literal["contiguous", "dynamic"]
@@ -62,7 +62,7 @@ class Batches:
         streams = "; or a stream that has num_shards and shard(num_shards=, index=)"
         self.length = sized_length(dataset, "predict", streams)
         self.batch_size = checked_batch_size(batch_size)
-        self._key = derive(seed, "predict")
+        self._key = derive_seed(seed, "predict")
         self._order = _Order(self)
         self._dataloader: DataLoader[Any] = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ class Batches:
 
     def seed(self, samples: range) -> int:
         """Keys the model's random streams in the batch of these samples; the one above, the loading's."""
-        return numbered(self._key, samples.start)
+        return numbered_seed(self._key, samples.start)
 
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
         """The batches of these ranges of batch numbers: their samples, and what the collate function made of them.
@@ -90,7 +90,7 @@ class Batches:
             SampleError: the data set, the collate function or a worker failed; names the samples.
         """
         issued = self._order.restart(chunks)
-        for data in loaded(self._dataloader, lambda: self.where(issued[0]) if issued else "its first batch"):
+        for data in load_batches(self._dataloader, lambda: self.where(issued[0]) if issued else "its first batch"):
             yield issued.popleft(), data
             del data
 
@@ -114,13 +114,13 @@ class _Order:
         self._chunks, self._issued = chunks, deque()
         return self._issued
 
-    def __iter__(self) -> Iterator[Fetch]:
+    def __iter__(self) -> Iterator[SeededIndices]:
         issued = self._issued
         for chunk in self._chunks:
             for number in chunk:
                 samples = self._batches[number]
                 issued.append(samples)
-                yield Fetch(list(samples), self._batches.seed(samples) + 1)
+                yield SeededIndices(list(samples), self._batches.seed(samples) + 1)
 
 
 def checked_batch_size(batch_size: int) -> int:
@@ -210,7 +210,7 @@ class Shards:
     ) -> None:
         self.dataset = dataset
         self.shards = int(_shards_of(dataset))
-        self._key = derive(seed, "predict")
+        self._key = derive_seed(seed, "predict")
         joined = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         options = (checked_batch_size(batch_size), self._key, collate_fn or default_collate)
@@ -230,7 +230,7 @@ class Shards:
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
         """This rank's batches; `chunks` is its contiguous share of the shards, as the data loader's workers know."""
         before = [""]  # of the last batch
-        for start, size, data in loaded(self._dataloader, lambda: f"what follows {before[0] or 'the beginning'}"):
+        for start, size, data in load_batches(self._dataloader, lambda: f"what follows {before[0] or 'the beginning'}"):
             yield range(start, start + size), data
             before[0] = self.where(range(start, start + size))
 
@@ -301,4 +301,4 @@ def _where(samples: range) -> str:
 
 
 def _seed(key: int, start: int) -> int:
-    return derive(key, start) & ~1
+    return derive_seed(key, start) & ~1
