@@ -1,10 +1,11 @@
-"""What a checkpoint costs, and what a kill during a save leaves.
+"""Measure saves and loads of a checkpoint, and check the file after kills during a save.
 
 PYTHONPATH=. python benchmarks/checkpoint.py [--instants 200] [--folder FOLDER]
 
-A model of 8 million parameters and AdamW's two moments, 96 MB, written to FOLDER by `save_checkpoint` and by torch's
-and safetensors' own functions, flushed to the disk in each case. `returns`: the call; `written`: until it is on the
-disk. Then a process that saves all the time is killed at random instants, and at each system call.
+`save_checkpoint` and the functions of torch and safetensors write a model of 8 million parameters and AdamW's two
+moments, 96 MB, to FOLDER. Each write is flushed to disk. `returns`: the time until the call returns. `written`: the
+time until the file is on disk. After that, a process that saves in a loop is killed at random instants and at each
+system call.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def flushed(path: Path) -> None:
+def flush(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
@@ -54,7 +55,7 @@ def in_background(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 def by_torch(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    flushed(path)
+    flush(path)
     return lambda: None
 
 
@@ -65,7 +66,7 @@ def by_safetensors(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
         for name, value in state.items()
     }
     safetensors.torch.save_file({**model.state_dict(), **moments}, path)
-    flushed(path)
+    flush(path)
     return lambda: None
 
 
@@ -78,7 +79,7 @@ WAYS = {
 
 
 def measured(way: str, folder: str) -> tuple[list[float], list[float], list[float]]:
-    """Milliseconds until the call returns, until all is written, and to load it."""
+    """Return the milliseconds until the call returns, until the file is on disk, and of a load; for each round."""
     path = Path(folder) / "c"
     model, optimizer = trained()
     returns, written, loads = [], [], []
@@ -100,26 +101,29 @@ def measured(way: str, folder: str) -> tuple[list[float], list[float], list[floa
     return returns, written, loads
 
 
-def hashed() -> float:
+def hash_ms() -> float:
+    """Return the milliseconds of a SHA-256 of 96 MB."""
     data = torch.randn(24_000_000).numpy()
     start = time.perf_counter()
     hashlib.sha256(data)
     return (time.perf_counter() - start) * 1e3
 
 
-def killed(instants: int, folder: str) -> list[list[str]]:
+def kill_rows(instants: int, folder: str) -> list[list[str]]:
     rows = []
     for name, keep, background in (("", None, False), ("keep=3", 3, False), ("background=True", None, True)):
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            (outcome,) = outcomes(killed_at_random, 1, place, instants, keep, background, in_world=False, timeout_s=600)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            (outcome,) = outcomes(
+                killed_at_random, 1, temporary, instants, keep, background, in_world=False, timeout_s=600
+            )
         assert outcome.error is None, outcome.trace
         seconds = time.perf_counter() - start
         rows.append([f"random instants, {name or 'plain'}", str(instants), str(outcome.value), "0", f"{seconds:.1f}"])
     for keep in (None, 3):
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            (outcome,) = outcomes(killed_at_each_call, 1, place, keep, in_world=False, timeout_s=600)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            (outcome,) = outcomes(killed_at_each_call, 1, temporary, keep, in_world=False, timeout_s=600)
         assert outcome.error is None, outcome.trace
         count, seconds = len(outcome.value) - 1, time.perf_counter() - start
         name = f"before and after each system call, {f'keep={keep}' if keep else 'plain'}"
@@ -145,12 +149,12 @@ def main() -> None:
     costs = table(["96 MB", "returns, ms", "written, ms", "loaded, ms"], rows)
     faults = table(
         ["killed", "instants", "in the middle of a save", "lost or damaged", "s"],
-        killed(options.instants, options.folder or tempfile.gettempdir()),
+        kill_rows(options.instants, options.folder or tempfile.gettempdir()),
     )
     write_section(
         "checkpoint",
         f"## Checkpoints\n\n{facts}\n\n`checkpoint.py`, one process; median and quartiles of {ROUNDS}. SHA-256 of "
-        f"the 96 MB alone takes {hashed():.0f} ms.\n\n{costs}\n\n{faults}",
+        f"the 96 MB alone takes {hash_ms():.0f} ms.\n\n{costs}\n\n{faults}",
     )
     print(costs, faults, sep="\n\n")
 

@@ -1,10 +1,10 @@
-"""What the plan costs: a step's indices at any size, in time and in memory.
+"""Measure the plan: the time and the memory of a step's indices, for data sets of several sizes.
 
 python benchmarks/plan.py
 
-`step`: the call for one step of 256 samples in 8 micro-batches, somewhere in the epoch. `steps`: the same from the
-iterator that a loader uses, a step. `memory`: the peak of what Python and NumPy allocate during the call.
-`torch.randperm`, which DistributedSampler calls once an epoch, beside it.
+`step`: a call for one step of 256 samples in 8 micro-batches, in the middle of the epoch. `steps`: the time of a step
+in the iterator that a loader uses. `memory`: the peak memory that Python and NumPy allocate during the call. For
+comparison: `torch.randperm`, which DistributedSampler calls once an epoch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from results import machine, table, write_section
 
 
 def microseconds(call: Callable[[], Any], repeats: int = 500, rounds: int = 20) -> float:
-    """The median over rounds of the mean of `repeats` calls."""
+    """Return the median over rounds of the mean time of `repeats` calls, in µs."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -33,6 +33,7 @@ def microseconds(call: Callable[[], Any], repeats: int = 500, rounds: int = 20) 
 
 
 def peak_kilobytes(call: Callable[[], Any]) -> float:
+    """Return the peak memory that a second call allocates, in kB."""
     call()
     tracemalloc.start()
     call()
@@ -49,7 +50,7 @@ def row(size: int) -> list[str]:
     many = microseconds(lambda: list(islice(plan.steps(3), count)), repeats=2) / count
     memory = peak_kilobytes(lambda: plan.step(3, middle))
     cells = [f"{size:,}", f"{one:.0f}", f"{many:.0f}", f"{memory:.0f}"]
-    if size > 10**7:  # 8 bytes a sample, for every process
+    if size > 10**7:  # randperm would need 8 bytes a sample in every process
         return [*cells, "–", f"{8 * size / 1e3:,.0f}"]
     whole = microseconds(lambda: torch.randperm(size).tolist(), repeats=1)
     return [*cells, f"{whole:,.0f}", f"{8 * size / 1e3:,.0f}"]

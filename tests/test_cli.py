@@ -224,7 +224,7 @@ def _occupied() -> None:
 
 
 REFUSED = [
-    (_bad, "good is no whole checkpoint: Error while deserializing header"),
+    (_bad, "good is not a complete checkpoint: Error while deserializing header"),
     (_of_another_model, "good does not fit model, a Linear: RuntimeError: Error(s) in loading state_dict"),
     (_of_another_run, "out holds the results of another run: its model is Linear"),
     (_occupied, "out holds thesis.tex, which is no result of predict(): give a directory that is empty or new"),
@@ -252,7 +252,7 @@ def test_an_impossible_prediction_shows_no_traceback_on_several_processes(
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert all(line.startswith("ddparity: ") for line in done.stderr.splitlines())
-    assert "good is no whole checkpoint" in done.stderr or "out holds the results of another run" in done.stderr
+    assert "good is not a complete checkpoint" in done.stderr or "out holds the results of another run" in done.stderr
 
 
 def _predict(*arguments: str) -> subprocess.CompletedProcess[str]:

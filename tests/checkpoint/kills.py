@@ -1,4 +1,4 @@
-"""Processes that die while they save. Used by tests and, with more instants, by the benchmark."""
+"""Kill processes while they save. Tests use it, and the benchmark uses it with more instants."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_S = 20
 
 
 class Numbered:
-    """A state that says which save it is of, in each of its tensors and in a plain number."""
+    """An object whose state has the number of its save, as a number and in each of its tensors."""
 
     def __init__(self, number: int = -1) -> None:
         self.number = number
@@ -44,9 +44,9 @@ def loaded(path: Path) -> int:
 
 
 def killed_at_random(folder: str, instants: int, keep: int | None, background: bool) -> int:
-    """Kill a process at random instants of its saves; what was saved must be there. Returns how many left a draft.
+    """Kill a process at random instants of its saves, and check each time that the last saved state can be loaded.
 
-    It and each process that is killed are forked: the fork costs milliseconds.
+    Each killed process is forked from this one, which takes milliseconds. Returns how many of them left a draft.
     """
     path = Path(folder) / "last.safetensors"
     delays = random.Random(instants)
@@ -60,20 +60,22 @@ def killed_at_random(folder: str, instants: int, keep: int | None, background: b
         while (returned := struct.unpack("q", shared[:])[0]) < 0:
             assert time.monotonic() < deadline, "the first save did not end"
             time.sleep(0.0005)
-        # The fault: at any point of the one or two saves that follow.
+        # The kill comes at any point of the next one or two saves.
         time.sleep(delays.uniform(0, 2 * (time.monotonic() - started)))
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
         (returned,) = struct.unpack("q", shared[:])
         number = loaded(path)
-        assert returned <= number <= returned + 1, f"{number} is there, after {returned} was saved"
+        assert returned <= number <= returned + 1, (
+            f"state {number} was loaded, but the last save that returned was {returned}"
+        )
         if keep is not None:
             older = [loaded(path.with_name(f"{path.name}.{n}")) for n in _kept(path)]
             assert all(older[i] >= older[i + 1] for i in range(len(older) - 1)) and all(n <= number for n in older)
         drafts += any(path.parent.glob(".*"))
         number += 1
     dp.save_checkpoint(path, state=Numbered(number), keep=keep)
-    assert not list(path.parent.glob(".*"))  # drafts of the dead are cleared
+    assert not list(path.parent.glob(".*"))  # the drafts of dead processes are deleted
     return drafts
 
 
@@ -92,7 +94,7 @@ def _save_on(path: Path, first: int, shared: mmap.mmap, keep: int | None, backgr
 
 
 def killed_at_each_call(folder: str, keep: int | None) -> list[bool]:
-    """Kill a process before and after each system call of a save. Returns for each whether the new state was there."""
+    """Kill a process before and after each system call of a save. Return for each whether the new state is there."""
     path = Path(folder) / "last.safetensors"
     new: list[bool] = []
     dp.save_checkpoint(path, state=Numbered(0), keep=keep)
@@ -104,19 +106,19 @@ def killed_at_each_call(folder: str, keep: int | None) -> list[bool]:
         new.append(number == 2 * instant + 1)
         older = [loaded(path.with_name(f"{path.name}.{n}")) for n in _kept(path)]
         assert older == sorted(older, reverse=True) and all(n <= number for n in older), older
-        # A save after the crash, too.
+        # A save after the crash works, too.
         dp.save_checkpoint(path, state=Numbered(2 * instant + 2), keep=keep)
         assert not list(path.parent.glob(".*"))
         if keep is not None:
             assert len(_kept(path)) == min(keep - 1, instant + 1)
-        if status == 0:  # it came to the end
+        if status == 0:  # the process ended by itself
             return new
         assert status == signal.SIGKILL, status
-    raise AssertionError("the save never came to its end")
+    raise AssertionError("the save did not end")
 
 
 def _die_in_call(path: Path, number: int, instant: int, keep: int | None) -> None:
-    """Die at the `instant`-th time that Python goes into a system call or comes back, while saving."""
+    """Save, and kill this process at the `instant`-th time that Python enters or leaves a system call."""
     count = 0
 
     def watch(frame: Any, event: str, function: Any) -> None:

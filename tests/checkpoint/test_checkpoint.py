@@ -23,7 +23,7 @@ from torch import nn
 import ddparity as dp
 from ddparity.checkpoint import checkpoint
 from ddparity.checkpoint.format import write_states
-from ddparity.data.rng import kept_streams
+from ddparity.data.rng import preserve_streams
 from tests.ranks import outcomes, run_ranks
 
 Version = namedtuple("Version", "major minor")
@@ -79,7 +79,7 @@ def test_a_ddp_module_is_saved_without_its_wrapper(tmp_path: Path) -> None:
     single = _trained(1)[0]
     dp.load_checkpoint(tmp_path / "c", model=single)
     assert prints == [dp.fingerprint(single)] * 2
-    assert dp.fingerprint(single) != dp.fingerprint(_trained(1)[0])  # rank 0's weights came, untrained
+    assert dp.fingerprint(single) != dp.fingerprint(_trained(1)[0])  # the weights are those of rank 0
 
 
 def _cannot_write(path: str) -> None:
@@ -112,7 +112,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_other_programs_find_the_tensors_by_name(tmp_path: Path) -> None:
-    """The format's own library is the oracle of what is written."""
+    """The library of the safetensors format reads the file independently."""
     model, optimizer = _trained()
     dp.save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     found = load_file(tmp_path / "c")
@@ -123,7 +123,7 @@ def test_other_programs_find_the_tensors_by_name(tmp_path: Path) -> None:
 
 
 class Held:
-    """Any state."""
+    """An object with any state."""
 
     def __init__(self, state: dict | None = None) -> None:
         self.state = state or {}
@@ -181,7 +181,7 @@ def test_a_scaler_and_schedulers(tmp_path: Path) -> None:
         "plateau": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=3),
         "cycle": torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10),
     }
-    objects["scaler"].scale(torch.ones(1))  # it is made with the first use
+    objects["scaler"].scale(torch.ones(1))  # the scale is created at the first use
     dp.save_checkpoint(tmp_path / "c", **objects)
     expected = {name: dict(value.state_dict()) for name, value in objects.items()}
     objects["scaler"].update(2.0)
@@ -191,7 +191,7 @@ def test_a_scaler_and_schedulers(tmp_path: Path) -> None:
 
 
 class Scaled(nn.Linear):
-    """A layer whose states were half as large in its first version, which wrote none."""
+    """A layer with a second version of its state. States of the first version have half the weight and no version."""
 
     _version = 2
 
@@ -221,9 +221,9 @@ def _draws() -> list[float]:
 
 
 def test_random_streams_go_on(tmp_path: Path) -> None:
-    with kept_streams():
+    with preserve_streams():
         dp.seed_everything(3)
-        _draws()  # Python and NumPy have a second normal number in store now
+        _draws()  # Python and NumPy now hold a second normal number for the next call
         dp.save_checkpoint(tmp_path / "c", random=dp.RandomState())
         expected = _draws() + _draws()
         dp.seed_everything(4)
@@ -254,16 +254,16 @@ def test_the_last_n_are_kept(tmp_path: Path) -> None:
     for number in range(5):
         dp.save_checkpoint(path, keep=3, held=Held({"number": number}))
         assert _numbered(tmp_path) == {"c" + f".{n}" * (n > 0): number - n for n in range(3) if n <= number}
-    dp.save_checkpoint(path, held=Held({"number": 5}))  # without keep the others stay as they are
+    dp.save_checkpoint(path, held=Held({"number": 5}))  # without keep the other files stay as they are
     assert _numbered(tmp_path) == {"c": 5, "c.1": 3, "c.2": 2}
-    (tmp_path / "c.1").unlink()  # a gap is filled before one is lost
+    (tmp_path / "c.1").unlink()  # a gap is filled before a file is deleted
     dp.save_checkpoint(path, keep=3, held=Held({"number": 6}))
     assert _numbered(tmp_path) == {"c": 6, "c.1": 5, "c.2": 2}
     dp.save_checkpoint(path, keep=2, held=Held({"number": 7}))
     assert _numbered(tmp_path) == {"c": 7, "c.1": 6}
     dp.save_checkpoint(path, keep=1, held=Held({"number": 8}))
     assert _numbered(tmp_path) == {"c": 8}
-    with pytest.raises(ValueError, match=r"keep=0\): at least the file itself"):
+    with pytest.raises(ValueError, match=r"keep=0\): keep also counts the new file"):
         dp.save_checkpoint(path, keep=0, held=Held())
 
 
@@ -357,7 +357,7 @@ def test_the_next_save_tells_every_rank_of_a_failure_in_the_background(tmp_path:
 
 def _end_during_a_save(path: str) -> bool:
     def slow(*arguments: object) -> None:
-        time.sleep(0.3)  # longer than what is left of the process
+        time.sleep(0.3)  # longer than the process would live otherwise
         write_states(*arguments)
 
     checkpoint.write_states = slow
@@ -377,15 +377,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"no checkpoint at {path}"):
         dp.load_checkpoint(path, model=model)
     dp.save_checkpoint(path, model=model)
-    with pytest.raises(ValueError, match=r"no state of the name 'optimizer': it has model"):
+    with pytest.raises(ValueError, match=r"no state with the name 'optimizer': it has model"):
         dp.load_checkpoint(path, optimizer=optimizer)
     whole = path.read_bytes()
     for length in (0, 7, 50, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"c is (no whole checkpoint|damaged)"):
+        with pytest.raises(ValueError, match=r"c is (not a complete checkpoint|damaged)"):
             dp.load_checkpoint(path, model=model)
     save_file({"0": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"no checkpoint of ddparity: its format is None"):
+    with pytest.raises(ValueError, match=r"not a ddparity checkpoint: its format is None"):
         dp.load_checkpoint(path, model=model)
     with pytest.raises(TypeError, match="epoch, a int, has no state_dict"):
         dp.save_checkpoint(path, epoch=3)
@@ -411,7 +411,7 @@ def test_a_model_of_another_kind_is_refused_by_file_and_key(other: nn.Module, me
 
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    """torch would take the state, and fail in a later step."""
+    """torch takes such a state without an error, and fails in a later step."""
     dp.save_checkpoint(tmp_path / "c", optimizer=_trained()[1])
     other = torch.optim.AdamW(_wider().parameters())
     with pytest.raises(
@@ -431,7 +431,7 @@ def test_another_torch_version_loads_and_is_told(
         dp.save_checkpoint(tmp_path / "c", model=model)
     with caplog.at_level("INFO", "ddparity.checkpoint.checkpoint"):
         dp.load_checkpoint(tmp_path / "c", model=model)
-    assert f"{tmp_path}/c was written by torch 2.5.9, and this is " in caplog.text
+    assert f"{tmp_path}/c was written by torch 2.5.9, and this is torch " in caplog.text
     with pytest.raises(ValueError, match=r"written by torch 2.5.9\+cpu, read by "):
         dp.load_checkpoint(tmp_path / "c", model=nn.Linear(1, 1))
 
@@ -442,7 +442,7 @@ def test_another_torch_version_loads_and_is_told(
         ({"a": {"b": {1, 2}}}, r"the state of held cannot be saved: held\['a'\]\['b'\] is a set"),
         ({"a": {1.5: 2}}, r"held\['a'\] has the key 1.5, a float"),
         ({"a": torch.eye(2).to_sparse()}, r"held\['a'\] is a torch.sparse_coo tensor"),
-        ({"\ud800": 1}, r"a key or a layer's version in the states of held is no JSON: .*surrogates"),
+        ({"\ud800": 1}, r"a key or a layer's version in the states of held cannot be written as JSON: .*surrogates"),
     ],
 )
 @pytest.mark.parametrize("background", [False, True])
@@ -457,7 +457,9 @@ def test_what_cannot_be_saved_is_named_and_the_old_file_stays(
 
 def test_more_than_a_file_can_describe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddparity.checkpoint.format._LARGEST_HEADER", 10_000)
-    with pytest.raises(ValueError, match=r"100 tensors and lists are more than one checkpoint can describe"):
+    with pytest.raises(
+        ValueError, match=r"100 tensors and lists need a header of [\d,]+ bytes, but the format allows 10,000"
+    ):
         dp.save_checkpoint(tmp_path / "c", held=Held({"a": [torch.ones(1)] * 100}))
     assert os.listdir(tmp_path) == []
 
@@ -475,7 +477,7 @@ def test_a_state_of_named_types_is_refused(tmp_path: Path) -> None:
 
 
 class _Hostile:
-    """Its pickle would run code when loaded."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple:
         return os.mkdir, ("hostile",)
@@ -484,9 +486,9 @@ class _Hostile:
 def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c").write_bytes(pickle.dumps(_Hostile()))
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         dp.load_checkpoint("c", model=nn.Linear(1, 1))
-    # A record in the metadata names a type: only structure that a state dict has is rebuilt.
+    # A record in the metadata names a type. A load builds only the types that a state dict has.
     node = {"kind": "record", "type": "os:mkdir", "keys": 1, "items": []}
     text = json.dumps({"nodes": {"model": node}, "versions": {}, "about": {}, "torch": "2.6.0", "sha256": {}})
     sha256 = hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What can befall a checkpoint: its writer dies at any instant, the disk is full, the file is cut or a bit flips."""
+"""Test faults of a checkpoint: the writer is killed at any instant, the disk is full, the file is cut, a bit flips."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tests.ranks import outcomes
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: a flush of a disk that others use takes as long as theirs."""
+    """Return a folder in memory if there is one. A flush to a disk also waits for the writes of other processes."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(dir=memory) as place:
-        yield Path(place)
+    with tempfile.TemporaryDirectory(dir=memory) as temporary:
+        yield Path(temporary)
 
 
 @pytest.mark.parametrize(("keep", "background"), [(None, False), (3, False), (None, True)])
 def test_a_kill_at_a_random_instant_loses_nothing(keep: int | None, background: bool, tmp_path: Path) -> None:
-    """The benchmark does 200 of each."""
+    """The benchmark kills at 200 instants of each kind."""
     (outcome,) = outcomes(killed_at_random, 1, str(tmp_path), 20, keep, background, in_world=False)
     assert outcome.error is None, outcome.trace
 
@@ -46,7 +46,7 @@ def test_a_kill_at_each_system_call_loses_nothing(keep: int | None, folder: Path
     assert outcome.error is None, outcome.trace
     new = outcome.value
     assert len(new) > 40
-    assert new == sorted(new) and set(new) == {False, True}  # the old one, from some instant on the new one
+    assert new == sorted(new) and set(new) == {False, True}  # the old file, and from some instant on the new one
 
 
 def _small() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -59,7 +59,7 @@ def _small() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _refused_or_exact(path: Path, expected: tuple[str, str]) -> str | None:
-    """The message of the refusal; None where everything was loaded as it was saved."""
+    """Return the message of the error; None if everything was loaded as it was saved."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters())
     try:
@@ -76,15 +76,15 @@ def test_a_file_that_is_cut_anywhere_is_refused(folder: Path) -> None:
     content = path.read_bytes()
     for length in reversed(range(len(content))):
         os.truncate(path, length)
-        with pytest.raises(ValueError, match=rf"{path} is (no whole checkpoint|damaged)"):
+        with pytest.raises(ValueError, match=rf"{path} is (not a complete checkpoint|damaged)"):
             dp.load_checkpoint(path, model=model)
     path.write_bytes(content + b"\0")
-    with pytest.raises(ValueError, match=rf"{path} is no whole checkpoint"):
+    with pytest.raises(ValueError, match=rf"{path} is not a complete checkpoint"):
         dp.load_checkpoint(path, model=model)
 
 
 def _flip(path: Path, bit: int) -> None:
-    with open(path, "r+b") as file:  # in place: a file that is written anew is flushed by some file systems
+    with open(path, "r+b") as file:  # in place, because some file systems flush a file that is written again
         file.seek(bit // 8)
         byte = file.read(1)[0] ^ 1 << bit % 8
         file.seek(bit // 8)
@@ -98,14 +98,14 @@ def test_flipped_bits_are_refused(folder: Path) -> None:
     content, expected = path.read_bytes(), (dp.fingerprint(model), dp.fingerprint(optimizer.state_dict()))
     header = 8 + int.from_bytes(content[:8], "little")
     randomly = random.Random(0).sample(range(8 * len(content)), 500)
-    # And all of the header's length, and more of the data, which are the smaller parts.
+    # Also all bits of the header's length, and more of the data, because these parts are small.
     for bit in [*range(64), *randomly, *range(8 * header, 8 * len(content), 3)]:
         _flip(path, bit)
         message = _refused_or_exact(path, expected)
         _flip(path, bit)
         assert message is None or str(path) in message, (bit, message)
         if bit >= 8 * header:
-            assert message is not None and re.search(r"damaged: (model|optimizer)\.\S+ is not what", message), bit
+            assert message is not None and re.search(r"damaged: (model|optimizer)\.\S+ differs from what", message), bit
 
 
 def test_a_damaged_file_points_to_the_one_before(tmp_path: Path) -> None:
@@ -113,14 +113,14 @@ def test_a_damaged_file_points_to_the_one_before(tmp_path: Path) -> None:
     for number in range(2):
         dp.save_checkpoint(path, keep=2, state=Numbered(number))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="c is no whole checkpoint") as caught:
+    with pytest.raises(ValueError, match="c is not a complete checkpoint") as caught:
         loaded(path)
-    assert caught.value.__notes__ == [f"{path}.1 is the one before it"]
+    assert caught.value.__notes__ == [f"the checkpoint before it is {path}.1"]
     assert loaded(tmp_path / "c.1") == 0
 
 
 def _damaged_on_one_rank(folder: str, damage: str) -> None:
-    """Ranks that see files of their own, as on disks of their machines."""
+    """Load on ranks that each see their own file, as on the disks of several machines."""
     rank = dist.get_rank()
     path = Path(folder) / f"disk{rank}"
     path.mkdir()
@@ -143,7 +143,7 @@ def _save_alone(path: Path, model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("damage", "error"),
     [
-        ("cut", "ValueError: c is no whole checkpoint"),
+        ("cut", "ValueError: c is not a complete checkpoint"),
         ("missing", "FileNotFoundError: there is no checkpoint at c"),
         ("other shape", r"ValueError: c does not fit model, a Linear: .*size mismatch for weight"),
         ("other content", "ValueError: the content of c differs between ranks"),
@@ -159,14 +159,14 @@ def test_a_failure_to_load_on_one_rank_is_raised_on_all(damage: str, error: str,
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    """Return a folder on a file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"may not mount a small file system: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+        pytest.skip(f"no permission to mount a small file system: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def _too_large(path: str, background: bool, limit: int | None) -> list[str]:

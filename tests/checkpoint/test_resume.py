@@ -1,4 +1,4 @@
-"""Resuming: exactly the samples that follow, and the model of a training that was not disturbed."""
+"""Test resuming: exactly the next samples follow, and the model is that of an uninterrupted training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Seen = list[tuple[int, int, int, list]]
 
 
 def _take(loader: dp.Loader, epochs: int, seen: Seen, stop: tuple[int, int] | None = None) -> None:
-    """Go through the epochs that are left, or up to the end of step `stop`."""
+    """Loop over the remaining epochs, or up to the end of step `stop`."""
     for epoch in loader.epochs(epochs):
         for step in loader.epoch(epoch):
             seen += [(epoch, step.number, micro.index, micro.data.tolist()) for micro in step]
@@ -74,7 +74,7 @@ def undisturbed() -> Seen:
 def test_the_samples_that_follow_on_any_world_size(
     first: tuple[int, int], second: tuple[int, int], stop: tuple[int, int], undisturbed: Seen, tmp_path: Path
 ) -> None:
-    """What is loaded, augmentation included, whatever workers had loaded ahead."""
+    """The loaded data continues exactly, with its augmentation, whatever workers loaded ahead."""
     path = str(tmp_path / "c")
     before = sorted(part for rank in run_ranks(_before, first[0], path, first[1], stop) for part in rank)
     after = sorted(part for rank in run_ranks(_after, second[0], path, second[1]) for part in rank)
@@ -88,12 +88,12 @@ def test_where_a_save_in_the_loop_goes_on() -> None:
     for epoch in loader.epochs(2):
         for step in loader.epoch(epoch):
             here = (epoch, step.number)
-            step[0], step[-1], step[:]  # a look at the data is not yet the step
+            step[0], step[-1], step[:]  # to look at the data does not end the step
             assert loader.position == here
             for _ in dp.accumulate(model, step) if step.number % 2 else step:
                 assert loader.position == here
             assert loader.position == (epoch, step.number + 1)  # after optimizer.step()
-        # Nothing is left of the epoch, and a scheduler's step after it is not repeated.
+        # The epoch has no step left, and a scheduler's step after it is not repeated.
         assert loader.position == (epoch + 1, 0)
     assert loader.epochs(2) == range(2, 2)
 
@@ -102,11 +102,11 @@ def test_a_step_that_was_left_counts_with_the_next() -> None:
     loader = dp.Loader(range(40), PLAN)
     first, *_ = itertools.islice(loader.epoch(0), 2)
     assert loader.position == (0, 1)
-    list(first)  # late: the position does not go back
+    list(first)  # later than its turn: the position does not move back
     assert loader.position == (0, 1)
     loader.epoch(0)
     assert loader.position == (0, 0)
-    list(first)  # of an iterator that has ended
+    list(first)  # a step of an iterator that has ended
     assert loader.position == (0, 0)
 
 
@@ -117,7 +117,7 @@ def _at(epoch: int, step: int, plan: dp.BatchPlan = PLAN) -> dp.Loader:
 
 
 def test_an_epoch_that_was_trained_but_not_ended_is_empty() -> None:
-    """Saved after the last step and before what follows the epoch: only that is left to do."""
+    """The checkpoint is saved after the last step and before the work that follows an epoch. Only that work remains."""
     loader = _at(1, 4)
     assert loader.epochs(3) == range(1, 3)
     assert list(loader.epoch(1)) == []
@@ -127,7 +127,7 @@ def test_an_epoch_that_was_trained_but_not_ended_is_empty() -> None:
 
 def test_beginning_elsewhere_is_refused_unless_it_is_asked_for() -> None:
     loader = _at(1, 2)
-    with pytest.raises(ValueError, match=r"epoch\(0\): this Loader goes on with epoch 1, step 2, of its checkpoint"):
+    with pytest.raises(ValueError, match=r"epoch\(0\): the checkpoint of this Loader continues with epoch 1, step 2"):
         loader.epoch(0)
     assert [step.number for step in loader.epoch(1)] == [2, 3]
     assert len(list(_at(1, 2).epoch(0, start_step=0))) == 4
@@ -140,10 +140,16 @@ def test_beginning_elsewhere_is_refused_unless_it_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (dp.BatchPlan(41, 12, 3, seed=5), "num_samples=40 there and 41 here"),
-        (dp.BatchPlan(40, 16, 4, seed=5), "global_batch=12 there and 16 here, micro_batch=3 there and 4 here"),
-        (dp.BatchPlan(40, 12, 3, seed=6), "seed=5 there and 6 here"),
-        (dp.BatchPlan(40, 12, 3, 5, False, True), "shuffle=True .* False here, drop_last=False there and True here"),
+        (dp.BatchPlan(41, 12, 3, seed=5), "num_samples=40 in the checkpoint and 41 here"),
+        (
+            dp.BatchPlan(40, 16, 4, seed=5),
+            "global_batch=12 in the checkpoint and 16 here, micro_batch=3 in the checkpoint and 4 here",
+        ),
+        (dp.BatchPlan(40, 12, 3, seed=6), "seed=5 in the checkpoint and 6 here"),
+        (
+            dp.BatchPlan(40, 12, 3, 5, False, True),
+            "shuffle=True .* False here, drop_last=False in the checkpoint and True here",
+        ),
     ],
 )
 def test_another_plan_is_refused_by_name(plan: dp.BatchPlan, message: str, tmp_path: Path) -> None:
@@ -168,12 +174,15 @@ class _Data(torch.utils.data.Dataset):
 
 
 def _wide() -> nn.Module:
-    """Its gradients are large enough for an all-reduce, whose rounding depends on DDP's buckets from 3 ranks on."""
+    """Return a model with gradients that are large enough for an all-reduce.
+
+    With 3 or more ranks the rounding of an all-reduce depends on DDP's buckets.
+    """
     return nn.Sequential(nn.Linear(6, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 3))
 
 
 class _Dies:
-    """The loss of a Task, which ends the process in the `count`-th call, by SIGKILL or an exception."""
+    """The loss of a Task. Its `count`-th call ends the process with SIGKILL or an exception."""
 
     def __init__(self, count: int | None, kill: bool) -> None:
         self.left = count
@@ -194,7 +203,7 @@ def _normed() -> nn.Module:
 
 
 class _Smooth(nn.Sequential):
-    """In float64, and without the batch norm whose gradients are all rounding for two samples."""
+    """A model in float64 without a batch norm, whose gradients for two samples would be rounding errors only."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
@@ -220,7 +229,11 @@ def _task(
 
 
 def _train(path: str, num_workers: int, dies: int | None = None, model: Callable[[], nn.Module] = _normed) -> str:
-    """`dies`: rank 0 is killed in this forward; with workers, who outlive it for 5 s then, it fails there."""
+    """Train and return the fingerprint.
+
+    `dies`: rank 0 is killed in this forward. With workers it raises an exception, because the workers of a killed
+    process live on for 5 s.
+    """
     task = _task(dies if dist.get_rank() == 0 else None, num_workers == 0, model=model)
     return train(task, Path(path), num_workers, saving=CheckpointOptions(every=2, resume=True)).fingerprint
 
@@ -231,7 +244,7 @@ def _train(path: str, num_workers: int, dies: int | None = None, model: Callable
 def test_a_training_that_was_killed_ends_as_one_that_was_not(
     world_size: int, num_workers: int, model: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
-    """Bit for bit."""
+    """The weights have equal bits."""
     expected = run_ranks(_train, world_size, str(tmp_path / "undisturbed"), 0, None, model)
     # 90 micro-batches in all, 30 an epoch, 6 a step; the file is written every 2 steps and after each epoch.
     for forward in (40 // world_size, 20 // world_size):
@@ -249,7 +262,7 @@ def _train_strictly(path: str, dies: int | None = None) -> str:
 
 @pytest.mark.parametrize("forward", [3, 8, 11])
 def test_strict_on_another_world_size_it_ends_with_the_same_bits(forward: int, tmp_path: Path) -> None:
-    """The running statistics of the batch norm among them."""
+    """The running statistics of the batch norm have equal bits, too."""
     (expected,) = run_ranks(_train_strictly, 1, str(tmp_path / "undisturbed"))
     for world_size, dies in ((3, forward), (2, 20)):
         assert outcomes(_train_strictly, world_size, str(tmp_path / "killed"), dies)[0].exitcode == -9
@@ -257,7 +270,7 @@ def test_strict_on_another_world_size_it_ends_with_the_same_bits(forward: int, t
 
 
 class _Preempted:
-    """The loss of a Task, with the scheduler's signal to the own process in the `count`-th call."""
+    """The loss of a Task. Its `count`-th call sends this process the signal of a scheduler."""
 
     def __init__(self, count: int) -> None:
         self.left = count
@@ -281,7 +294,7 @@ def _train_preempted(path: str, forwards: list[int]) -> object:
 
 @pytest.mark.parametrize("forwards", [[4], [7, 2], [3, 9, 4]])
 def test_a_training_that_a_scheduler_stops_goes_on_where_it_was(forwards: list[int], tmp_path: Path) -> None:
-    """The signal comes to ranks in different steps; it is passed on again to a training that resumes."""
+    """The ranks get the signal in different steps. The resumed training gets it again."""
     (expected,) = run_ranks(_train_strictly, 1, str(tmp_path / "undisturbed"))
     for _ in range(2):
         assert run_ranks(_train_preempted, len(forwards), str(tmp_path / "stopped"), forwards) == [138] * len(forwards)

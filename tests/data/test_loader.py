@@ -15,7 +15,7 @@ from tests.ranks import outcomes, run_ranks
 
 
 class Mosaic(Dataset):
-    """Each sample is drawn together with three random others, as mosaic augmentation does."""
+    """A data set whose sample comes with three random others, as in mosaic augmentation."""
 
     def __len__(self) -> int:
         return 40
@@ -25,7 +25,7 @@ class Mosaic(Dataset):
 
 
 class Noise(Dataset):
-    """One number from each global stream; NumPy's is the one that workers famously repeat."""
+    """A data set whose sample has a number from each global stream. NumPy's is the stream that workers often repeat."""
 
     def __len__(self) -> int:
         return 40
@@ -41,7 +41,7 @@ class NoiseTogether(Noise):
 
 
 def _epochs(dataset: Dataset, num_workers: int, epochs: int = 2) -> list[tuple[int, int, int, list]]:
-    """(epoch, step, micro-batch, data) of this rank."""
+    """Return (epoch, step, micro-batch, data) for each micro-batch of this rank."""
     loader = dp.Loader(dataset, dp.BatchPlan(40, 12, 3, seed=5), num_workers)
     return [
         (epoch, step.number, micro.index, micro.data.tolist())
@@ -84,14 +84,14 @@ def test_a_step_is_a_sequence() -> None:
     first, second, last = loader.epoch(0)
     assert [len(step) for step in (first, second, last)] == [2, 2, 2]
     assert len(loader) == 3
-    # Out of order, and after the steps that follow were asked for.
+    # In another order, and after the later steps were taken.
     assert second[1].data.tolist() == [6, 7]
     assert second[0].data.tolist() == [4, 5]
     assert [micro.data.tolist() for micro in second[:]] == [[4, 5], [6, 7]]
     assert second[-1].index == 1
     assert [micro.weight for micro in last] == [0.5, 0.5]
     assert [micro.data.tolist() for micro in first] == [[0, 1], [2, 3]]
-    with pytest.raises(IndexError, match="micro-batch 2 of a step that has 2"):
+    with pytest.raises(IndexError, match="micro-batch 2 is out of range: the step has 2"):
         second[2]
 
 
@@ -179,7 +179,7 @@ def _kill_a_worker() -> None:
 
 
 def test_a_killed_worker_is_named() -> None:
-    """torch's signal handler raises wherever the process is at that moment."""
+    """torch's signal handler raises at any point of the process, so only its message is checked."""
     (outcome,) = outcomes(_kill_a_worker, 1)
     assert re.search(r"DataLoader worker \(pid.* \d+\).*(killed by signal: Killed|exited)", outcome.trace)
     assert outcome.seconds < 10
@@ -211,7 +211,7 @@ def _too_many_ranks() -> None:
 
 def test_more_ranks_than_micro_batches_are_refused_on_every_rank() -> None:
     for outcome in outcomes(_too_many_ranks, 3):
-        assert "ValueError: 3 ranks but only 2 micro-batches" in outcome.error
+        assert "ValueError: there are 3 ranks but only 2 micro-batches" in outcome.error
         assert outcome.seconds < 10
 
 
@@ -221,7 +221,7 @@ def test_an_empty_data_set_has_no_steps() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.bfloat16])
 def test_rows_of_tensors_are_what_the_data_loader_collates(dtype: torch.dtype) -> None:
-    """They are taken at once, without one sample after the other, and are copies."""
+    """The loader takes all rows of a batch at once, and copies them."""
     images = torch.arange(40 * 3).reshape(40, 3, 1).to(dtype)
     dataset = torch.utils.data.TensorDataset(images, torch.arange(40))
     plan = dp.BatchPlan(40, 12, 3, seed=5)

@@ -1,4 +1,4 @@
-"""Statistics of the keyed permutation. Each is taken of torch.randperm too, and both must lie in the same bounds."""
+"""Test statistics of the keyed permutation. torch.randperm must pass the same bounds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_any_positions_at_any_size(n: int, key: int, data) -> None:
 
 
 def test_the_definition_stays() -> None:
-    """A change of these numbers changes every training: they are part of what a seed means."""
+    """If these numbers change, every training changes: they are part of what a seed means."""
     assert permute(np.arange(8), 8, 0, "order", 0).tolist() == [2, 5, 7, 0, 4, 1, 3, 6]
     assert permute(np.arange(5), 10**9, 0, "order", 0).tolist() == [
         713425332,
@@ -106,7 +106,7 @@ def test_epochs_are_unrelated(shuffle: Callable[[int, int], np.ndarray], n: int)
     assert abs(np.mean(z)) < 4 / np.sqrt(trials)
     assert 0.8 < np.std(z) < 1.2
     fixed = sum(int((a == b).sum()) for a, b in itertools.pairwise(orders))
-    assert abs(fixed - trials) < 5 * np.sqrt(trials)  # two unrelated orders agree in one place on average
+    assert abs(fixed - trials) < 5 * np.sqrt(trials)  # two unrelated orders agree at one position on average
 
 
 def test_seeds_are_unrelated() -> None:
@@ -120,7 +120,7 @@ def test_seeds_are_unrelated() -> None:
 def test_a_billion_samples_take_no_more_memory_than_a_thousand() -> None:
     peaks = {}
     for n in (10**3, 10**9):
-        permute(np.arange(256), n, 0)  # caches
+        permute(np.arange(256), n, 0)  # fills the caches
         tracemalloc.start()
         permute(np.arange(n - 256, n), n, 0)
         peaks[n] = tracemalloc.get_traced_memory()[1]

@@ -31,10 +31,10 @@ def test_every_sample_exactly_once_an_epoch(plan: dp.BatchPlan, world_size: int,
         micros = [micro for rank in ranks for micro in rank]
         samples = [sample for micro in micros for sample in micro.samples.tolist()]
         seen += samples
-        # Contiguous shares of micro-batches, whose numbers differ by at most one.
+        # The shares of micro-batches are contiguous, and their sizes differ by at most one.
         assert [micro.index for micro in micros] == list(range(len(micros)))
         assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
-        # Evenly sized, none empty, none too large, weights by size.
+        # Sizes differ by at most one, none is 0 or too large, and weights follow the sizes.
         sizes = [len(micro.samples) for micro in micros]
         assert 1 <= min(sizes) <= max(sizes) <= min(sizes) + 1
         assert max(sizes) <= plan.micro_batch
@@ -82,7 +82,7 @@ def test_seeds_never_repeat() -> None:
 
 
 def test_seeds_of_a_training_never_repeat_in_32_bits() -> None:
-    """torch's CPU generator takes no more, and hashes of that size would repeat here, two times on average."""
+    """torch's CPU generator uses only 32 bits. Hashes of that size would repeat here, two times on average."""
     plan = dp.BatchPlan(13, 4, 1, seed=9)
     micros = [micro.seed for epoch in range(6000) for step in plan.steps(epoch) for micro in step]
     after = [plan.seed_after(epoch, step) for epoch in range(6000) for step in range(4)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ddparity as dp
-from ddparity.data.rng import derive, kept_streams, seed_streams
+from ddparity.data.rng import derive_seed, preserve_streams, seed_streams
 from tests.ranks import run_ranks
 
 WORDS = st.text("ab/'\",()1 ", max_size=4)
@@ -21,7 +22,7 @@ KEYS = st.lists(st.one_of(st.integers(-(10**20), 10**20), WORDS), max_size=4).ma
 
 @pytest.fixture(autouse=True)
 def _streams() -> Iterator[None]:
-    with kept_streams():
+    with preserve_streams():
         yield
 
 
@@ -69,7 +70,7 @@ def _deterministic() -> tuple[bool, bool, str | None, str]:
     torch.backends.cudnn.benchmark = True
     dp.seed_everything(0, deterministic=True)
     try:
-        torch.empty(4).put_(torch.tensor([0]), torch.ones(1), accumulate=False)  # has no deterministic form
+        torch.empty(4).put_(torch.tensor([0]), torch.ones(1), accumulate=False)  # has no deterministic algorithm
         refused = ""
     except RuntimeError as error:
         refused = str(error)
@@ -82,18 +83,18 @@ def _deterministic() -> tuple[bool, bool, str | None, str]:
 
 
 def test_deterministic() -> None:
-    """In a process of its own: the mode is the process's."""
+    """It runs in a process of its own, because the mode holds for the whole process."""
     [(enabled, benchmark, workspace, refused)] = run_ranks(_deterministic, 1)
     assert enabled and not benchmark and workspace == ":4096:8"
     assert "put_" in refused and "deterministic" in refused
 
 
 def test_derived_seeds_do_not_collide() -> None:
-    seeds = {derive(7, "micro-batch", epoch, step, number) for epoch in range(50) for step in range(500) for number in
-             range(4)}  # fmt: skip
+    keys = itertools.product(range(50), range(500), range(4))
+    seeds = {derive_seed(7, "micro-batch", epoch, step, number) for epoch, step, number in keys}
     assert len(seeds) == 100_000
     assert min(seeds) >= 0 and max(seeds) < 2**63
-    # Each of the 63 bits is as often set as not: 6 standard deviations of a fair coin.
+    # Half of all bits are set, within 6 standard deviations of a fair coin.
     ones = np.unpackbits(np.array(list(seeds), dtype="<u8").view(np.uint8)).sum()
     assert abs(int(ones) - 63 * 50_000) < 6 * (63 * 100_000 / 4) ** 0.5
 
@@ -113,31 +114,34 @@ def test_derived_seeds_do_not_collide() -> None:
     ],
 )
 def test_keys_that_read_alike_give_different_seeds(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> None:
-    assert derive(*one) != derive(*other)
+    assert derive_seed(*one) != derive_seed(*other)
 
 
 @given(KEYS, KEYS)
 def test_seeds_are_equal_where_keys_are(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> None:
-    assert (derive(*one) == derive(*other)) == (one == other)
+    assert (derive_seed(*one) == derive_seed(*other)) == (one == other)
 
 
 def test_numpy_integers_are_integers_in_a_key() -> None:
-    assert derive(np.int64(3), "a") == derive(3, "a")
+    assert derive_seed(np.int64(3), "a") == derive_seed(3, "a")
 
 
 def test_derived_seeds_are_the_same_in_every_process_and_version() -> None:
-    """A checkpoint's run goes on with the seeds that it began with. blake2b of "(0, 'data', 3)", by b2sum -l 64."""
-    assert derive(0, "data", 3) == int.from_bytes(bytes.fromhex(DIGEST), "little") >> 1
+    """A resumed training continues with the seeds that it started with.
+
+    The expected digest is blake2b of "(0, 'data', 3)", computed by b2sum -l 64.
+    """
+    assert derive_seed(0, "data", 3) == int.from_bytes(bytes.fromhex(DIGEST), "little") >> 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_kept_streams_are_put_back(fails: bool) -> None:
+def test_preserved_streams_are_restored(fails: bool) -> None:
     seed_streams(5)
     expected = [_draw() for _ in range(2)]
     seed_streams(5)
     first = _draw()
     try:
-        with kept_streams():
+        with preserve_streams():
             seed_streams(6)
             _draw()
             if fails:

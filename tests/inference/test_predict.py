@@ -217,7 +217,7 @@ def _broken_collate(collate: Any, num_workers: int) -> None:
 )
 def test_a_collate_function_and_a_worker_that_fail_name_the_samples(collate: Any, num_workers: int, said: str) -> None:
     for outcome in outcomes(_broken_collate, 2, collate, num_workers):
-        assert f"the data loader failed before it gave data-set indices 4 to 5: {said}" in outcome.error
+        assert f"the data loader failed before it returned data-set indices 4 to 5: {said}" in outcome.error
         assert outcome.seconds < 10
 
 
@@ -251,7 +251,7 @@ def _loses(kind: str, num_workers: int, metric: Any) -> None:
 def test_samples_that_a_data_set_loses_are_refused(kind: str, num_workers: int) -> None:
     for metric in (None, _mean):
         for outcome in outcomes(_loses, 2, kind, num_workers, metric):
-            said = "SampleError: the data set's __getitems__ gave 3 samples for the 4 indices [4, 5, 6, 7]"
+            said = "SampleError: the data set's __getitems__ returned 3 samples for the 4 indices [4, 5, 6, 7]"
             assert said in outcome.error and outcome.seconds < 10
 
 
@@ -281,7 +281,7 @@ def test_batches_are_a_data_loaders_with_and_without_workers() -> None:
         assert doubled.tolist() == list(range(0, 14, 2))
         named = dp.predict(lambda batch: batch["x"], [{"x": float(i)} for i in range(5)], 2, **options)
         assert named.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0] and named.dtype == torch.float64
-    with pytest.raises(dp.DDParityError, match=r"before it gave data-set indices 0 to 2: .*StopIteration"):
+    with pytest.raises(dp.DDParityError, match=r"before it returned data-set indices 0 to 2: .*StopIteration"):
         dp.predict(lambda x: x, Numbers(7), 3, collate_fn=_ends)
 
 

@@ -1,4 +1,7 @@
-"""Files that are whole or not there."""
+"""Replace files atomically: after a crash at any instant a file has its old content or its new content.
+
+The new content is written to a draft: a hidden file beside the target. The draft is flushed to disk and renamed.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ import psutil
 
 @contextmanager
 def replacing(path: Path, keep: int | None = None) -> Iterator[Path]:
-    """Yield a draft to write to, which at the end takes the place of `path`; on an exception the old file stays.
+    """Yield a draft to write to, which replaces `path` at the end. After an exception the old file stays.
 
-    `keep`: of `publish`.
+    `keep`: as for `publish`.
     """
     draft = draft_of(path)
     try:
@@ -27,67 +30,75 @@ def replacing(path: Path, keep: int | None = None) -> Iterator[Path]:
 
 
 def draft_of(path: Path) -> Path:
-    """A hidden name beside `path`, of this process."""
+    """Return the path of this process's draft of `path`: a hidden name beside it that ends with the process id."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def publish(draft: Path, path: Path, keep: int | None = None) -> None:
-    """Let a draft take the place of `path`: a crash at any instant leaves the old file or the new one, whole.
+    """Replace `path` by its draft. A crash at any instant leaves the complete old file or the complete new one.
 
-    With `keep` the file that it replaces becomes `path.1`, that one `path.2`, and so on; `keep` of them are left in
-    all, this one included.
+    With `keep` the replaced file becomes `path.1`, the file before it `path.2`, and so on. `keep` files stay in all,
+    the new one included. None: only `path` changes.
+
+    Raises:
+        OSError: a file cannot be flushed, renamed or deleted.
     """
     _flush(draft)
     if keep is not None:
-        _step_back(path, keep)
+        _rotate(path, keep)
     os.replace(draft, path)
     if keep is not None:
-        for number in _earlier(path):
+        for number in _earlier_numbers(path):
             if number >= keep:
-                earlier(path, number).unlink(missing_ok=True)
-    _flush(path.parent)
+                earlier_file(path, number).unlink(missing_ok=True)
+    _flush(path.parent)  # the rename itself is on disk only then
 
 
-def earlier(path: Path, number: int) -> Path:
-    """The file that was at `path` before the `number` last ones."""
+def earlier_file(path: Path, number: int) -> Path:
+    """Return the path of an earlier file: number 1 is the file that the newest one replaced, 2 the one before it."""
     return path.with_name(f"{path.name}.{number}")
 
 
-def _earlier(path: Path) -> list[int]:
-    suffixes = (found.name.removeprefix(f"{path.name}.") for found in path.parent.glob(f"{glob.escape(path.name)}.*"))
-    return sorted(int(suffix) for suffix in suffixes if suffix.isascii() and suffix.isdigit())
-
-
-def _step_back(path: Path, keep: int) -> None:
-    """Give the file at `path` the name `path.1`, too, after that one stepped back. `path` is there all the time."""
-    before = earlier(path, 1)
-    if keep < 2 or not path.exists() or (before.exists() and before.samefile(path)):  # a crash came after this
-        return
-    room = 1
-    while room < keep - 1 and earlier(path, room).exists():
-        room += 1
-    for number in range(room, 1, -1):
-        os.replace(earlier(path, number - 1), earlier(path, number))
-    draft = draft_of(before)
-    draft.unlink(missing_ok=True)
-    try:
-        os.link(path, draft)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, draft)
-        _flush(draft)
-    os.replace(draft, before)
-
-
-def clear_drafts(path: Path) -> None:
-    """Delete the drafts of `path` that processes of this machine left when they died."""
-    for target in (path, earlier(path, 1)):
+def remove_stale_drafts(path: Path) -> None:
+    """Delete the drafts of `path` whose processes, of this machine, have died."""
+    for target in (path, earlier_file(path, 1)):
         for draft in path.parent.glob(f".{glob.escape(target.name)}.*"):
             pid = draft.name.removeprefix(f".{target.name}.")
             if pid.isascii() and pid.isdigit() and not psutil.pid_exists(int(pid)):
                 draft.unlink(missing_ok=True)
 
 
+def _rotate(path: Path, keep: int) -> None:
+    """Move `path.1` to `path.2` and so on, and give the file at `path` the second name `path.1`.
+
+    `path` itself exists all the time.
+    """
+    before = earlier_file(path, 1)
+    # If both names are the same file, a crash came after the last rotation: rotating again would lose a file.
+    if keep < 2 or not path.exists() or (before.exists() and before.samefile(path)):
+        return
+    free = 1  # the first number without a file, or the last one
+    while free < keep - 1 and earlier_file(path, free).exists():
+        free += 1
+    for number in range(free, 1, -1):
+        os.replace(earlier_file(path, number - 1), earlier_file(path, number))
+    draft = draft_of(before)
+    draft.unlink(missing_ok=True)
+    try:
+        os.link(path, draft)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(path, draft)
+        _flush(draft)
+    os.replace(draft, before)
+
+
+def _earlier_numbers(path: Path) -> list[int]:
+    suffixes = (found.name.removeprefix(f"{path.name}.") for found in path.parent.glob(f"{glob.escape(path.name)}.*"))
+    return sorted(int(suffix) for suffix in suffixes if suffix.isascii() and suffix.isdigit())
+
+
 def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

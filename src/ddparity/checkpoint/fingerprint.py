@@ -1,4 +1,4 @@
-"""One number for a model: equal exactly where the weights are equal bit for bit."""
+"""Compute the SHA-256 of a model's weights: two models have the same one only if their weights have equal bits."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import nn
 
 from ..comm.trees import byte_view
 
-# What DDP, torch.compile and activation checkpointing put into the names of a state dict.
+# What torch.compile and activation checkpointing insert into the names of a state dict, and what DDP puts before them.
 _WRAPPERS_ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _WRAPPERS_IN_FRONT = ("module.",)
 
 
 def fingerprint(model_or_state_dict: nn.Module | Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of a state's names, shapes, dtypes and bytes.
+    """Return the SHA-256, as hex digits, of the names, shapes, dtypes and bytes of a state.
 
-    The same for a model and for its state dict, inside of DDP, torch.compile or neither, on any device, in any order
-    of names. Nested state, as an optimizer's, counts as a whole.
+    It is the same for a model and for its state dict, with and without the wrappers of DDP and torch.compile, on any
+    device and in any order of names. A nested state, such as an optimizer's, counts as a whole.
 
     Raises:
-        TypeError: an entry is no tensor, number, string or None, nor a nesting of them.
+        TypeError: an entry is not a tensor, a number, a string, None, or a dict, list or tuple of them.
 
     Collectives: none.
 
@@ -42,6 +42,7 @@ def fingerprint(model_or_state_dict: nn.Module | Mapping[str, Any]) -> str:
 
 
 def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the state with the names that it has without wrappers."""
     names = {str(name): value for name, value in state.items()}
     for wrapper in _WRAPPERS_ANYWHERE:
         names = {name.replace(wrapper, ""): value for name, value in names.items()}
@@ -52,6 +53,7 @@ def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _feed(digest: Any, name: str, value: Any) -> None:
+    """Add a value to a digest: a header of name, kind and size, then its content."""
     if isinstance(value, torch.Tensor):
         dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         header = [name, str(dense.dtype), list(dense.shape)]
@@ -68,4 +70,7 @@ def _feed(digest: Any, name: str, value: Any) -> None:
     elif value is None or isinstance(value, (bool, int, float, str)):
         digest.update(json.dumps([name, type(value).__name__, value]).encode() + b"\0")
     else:
-        raise TypeError(f"fingerprint(): {name} is a {type(value).__name__}, which has no bytes to compare")
+        raise TypeError(
+            f"fingerprint(): {name} is a {type(value).__name__}: give tensors, numbers, strings or None, in dicts, "
+            f"lists or tuples"
+        )

@@ -1,4 +1,4 @@
-"""A step's micro-batches with their data."""
+"""The micro-batches of a step with their data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from .rng import seed_streams
 
 @dataclass(slots=True)
 class LoadedMicroBatch:
-    """A micro-batch as a training step sees it.
+    """A micro-batch with its data.
 
-    `data`: what the collate function made. `weight`: what its mean loss is multiplied by before `backward`. `index`:
-    its number in the step, over all ranks, or in the list of batches that it came from. `seed`: keys its random
-    streams; None: it has none of its own. `share`: its part of the step's units; these sum to one over all ranks.
+    Attributes:
+        data: what the collate function returned.
+        weight: what its mean loss is multiplied by before `backward`.
+        index: its number in the step, over all ranks; or in the list of batches that it comes from.
+        seed: the seed of its random streams; None if it has none of its own.
+        share: its part of the step's units. The shares of a step sum to one over all ranks.
     """
 
     data: Any
@@ -31,13 +34,16 @@ class LoadedMicroBatch:
 
 
 class Step(Sequence[LoadedMicroBatch]):
-    """The micro-batches of one optimizer step on this rank, each loaded when it is first asked for.
+    """The micro-batches of one optimizer step on this rank. Each is loaded when it is used for the first time.
 
-    Taking a micro-batch out also sets the random streams to its key, so that a forward after it draws the same numbers
-    on any rank and with any number of workers.
+    To take a micro-batch also seeds the random streams with its seed. So a forward after it draws the same numbers on
+    any rank and with any number of workers.
 
-    `number`, `epoch`: the step's. `shares`: how many micro-batches each rank has. `seed`: keys the random streams
-    after the step. `plan`: what cuts the data set into steps.
+    Attributes:
+        epoch, number: the epoch, and the step's number in it.
+        shares: how many micro-batches each rank has.
+        seed: the seed of the random streams after the step.
+        plan: what cuts the data set into steps.
     """
 
     def __init__(
@@ -71,7 +77,7 @@ class Step(Sequence[LoadedMicroBatch]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(self._size))]
         if not -self._size <= index < self._size:
-            raise IndexError(f"micro-batch {index} of a step that has {self._size} on this rank")
+            raise IndexError(f"micro-batch {index} is out of range: the step has {self._size} on this rank")
         micro = self.load(index % self._size)
         assert micro.seed is not None, "a loader's micro-batches have seeds"
         seed_streams(micro.seed)
@@ -83,12 +89,12 @@ class Step(Sequence[LoadedMicroBatch]):
         self.end()
 
     def end(self) -> None:
-        """The loop over the micro-batches has ended: the loader's position is behind this step now."""
+        """Mark the step as done, so that the loader's position is after it."""
         if self.on_end is not None:
             self.on_end()
 
     def load(self, index: int) -> LoadedMicroBatch:
-        """Micro-batch `index`, without setting the random streams."""
+        """Return micro-batch `index` without seeding the random streams."""
         while len(self._loaded) <= index:
             self._loaded.append(self._load_next())
         return self._loaded[index]

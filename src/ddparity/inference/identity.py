@@ -14,7 +14,7 @@ from torch import nn
 from ..checkpoint.fingerprint import fingerprint
 from ..comm.trees import byte_view, take_apart
 from ..compat import uncompiled, unwrapped
-from ..data.rng import kept_streams, seed_streams
+from ..data.rng import preserve_streams, seed_streams
 from ..errors import SampleError
 
 Key = str | int | tuple[Any, ...] | None  # a tuple holds keys
@@ -116,7 +116,7 @@ def _layers(model: nn.Module) -> list[list[str]]:
 def _of_samples(dataset: Any, length: int, uncompared: list[str]) -> str:
     """Return a digest of the first, the middle and the last sample."""
     digest = hashlib.sha256()
-    with kept_streams():
+    with preserve_streams():
         for number in sorted({0, length // 2, length - 1} if length else ()):
             seed_streams(number)  # so that random augmentation draws the same again
             sample = _sample(dataset, number)

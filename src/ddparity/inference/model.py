@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..comm.trees import byte_view
 from ..compat import is_plain_tensor, unwrapped
-from ..data.rng import kept_streams
+from ..data.rng import preserve_streams
 
 Model = nn.Module | Callable[[Any], Any]
 
@@ -53,7 +53,7 @@ def evaluating(model: Model) -> Iterator[None]:
     before = [(module, _Attributes(module), dict(module._buffers), set(_not_saved(module))) for module in modules]
     copies = {id(one): (one, one.clone()) for _, _, named, _ in before for one in named.values() if one is not None}
     try:
-        with kept_streams(), torch.inference_mode():
+        with preserve_streams(), torch.inference_mode():
             if isinstance(model, nn.Module):
                 model.eval()
             yield

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..comm.transfer import gather_json
-from ..data.dataset import Fetch, KeyedDataset, loaded, sized_length
+from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_length
 from ..data.plan import checked_integer, share
-from ..data.rng import derive, numbered, seed_streams
+from ..data.rng import derive_seed, numbered_seed, seed_streams
 from ..errors import SampleError
 
 Balance = Literal["contiguous", "dynamic"]
@@ -121,7 +121,7 @@ class Batches:
         streams = "; or a stream that has num_shards and shard(num_shards=, index=)"
         self.length = sized_length(dataset, "predict", streams)
         self.batch_size = _checked_batch_size(batch_size)
-        self._key = derive(seed, "predict")
+        self._key = derive_seed(seed, "predict")
         self._order = _Order(self)
         self._dataloader: DataLoader[Any] = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ class Batches:
 
     def seed(self, samples: range) -> int:
         """Return the key of the model's random streams for this batch. The batch's loading uses the next key."""
-        return numbered(self._key, samples.start)
+        return numbered_seed(self._key, samples.start)
 
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
         """Yield the samples and the collated data of each batch in these ranges of batch numbers.
@@ -149,7 +149,7 @@ class Batches:
             SampleError: the data set, the collate function or a worker fails; names the samples.
         """
         issued = self._order.restart(chunks)
-        for data in loaded(self._dataloader, lambda: self.where(issued[0]) if issued else "its first batch"):
+        for data in load_batches(self._dataloader, lambda: self.where(issued[0]) if issued else "its first batch"):
             yield issued.popleft(), data
             del data
 
@@ -174,13 +174,13 @@ class _Order:
         self._chunks, self._issued = chunks, deque()
         return self._issued
 
-    def __iter__(self) -> Iterator[Fetch]:
+    def __iter__(self) -> Iterator[SeededIndices]:
         issued = self._issued
         for chunk in self._chunks:
             for number in chunk:
                 samples = self._batches[number]
                 issued.append(samples)
-                yield Fetch(list(samples), self._batches.seed(samples) + 1)
+                yield SeededIndices(list(samples), self._batches.seed(samples) + 1)
 
 
 # Data sets that can only be iterated
@@ -225,7 +225,7 @@ class Shards:
     ) -> None:
         self.dataset = dataset
         self.shards = int(_shards_of(dataset))
-        self._key = derive(seed, "predict")
+        self._key = derive_seed(seed, "predict")
         joined = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         options = (_checked_batch_size(batch_size), self._key, collate_fn or default_collate)
@@ -245,7 +245,7 @@ class Shards:
     def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
         """Yield this rank's batches. `chunks` is its contiguous share of the shards, which the workers know already."""
         before = [""]  # the samples of the last batch, in words
-        for start, size, data in loaded(self._dataloader, lambda: f"what follows {before[0] or 'the beginning'}"):
+        for start, size, data in load_batches(self._dataloader, lambda: f"what follows {before[0] or 'the beginning'}"):
             yield range(start, start + size), data
             before[0] = self.where(range(start, start + size))
 
@@ -316,4 +316,4 @@ def _samples_of_shard(samples: range) -> str:
 
 
 def _seed_of_batch(key: int, start: int) -> int:
-    return derive(key, start) & ~1  # even: the loading of the batch uses the next one
+    return derive_seed(key, start) & ~1  # even: the loading of the batch uses the next one
