@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from torch.distributed import TCPStore
 
-from ddparity.launcher import instruments
+from ddparity.launcher.diagnosis import instruments
 from ddparity.launcher.diagnosis.watch import Watch, Watched
 from results import machine, spread, table, write_section
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import threading
@@ -154,15 +153,3 @@ class Forwarder:
 def _end_of_lines(text: bytes) -> int:
     """Where the last whole line ends. A bar of progress ends its lines with a carriage return."""
     return max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
-
-
-def last_lines(path: Path, count: int = 5) -> list[str]:
-    """The last lines of a file that say something; none where it is not there."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [line for line in lines if line.strip()][-count:]

@@ -32,13 +32,13 @@ from ..errors import RankFailure, RendezvousError
 from ..runtime.network import split_endpoint
 from . import worker
 from .agent import Agent, Habits, MachineLost
-from .diagnosis.exits import culprit, read_fate
-from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
+from .diagnosis.exits import culprit, read_fate, signal_name
+from .diagnosis.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
 from .output import Inherited, RankFiles, say, tell
 from .rendezvous import NodeCard, Place, check_nodes, check_rendezvous, explain, node_card
 from .resources import decide_threads
-from .signals import Signals, name_of
+from .signals import Signals
 
 HANG_EXIT_CODE = 124  # as `timeout` gives it
 RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
@@ -72,7 +72,7 @@ def run_launch(launch: Launch) -> int:
         tell(str(error))
         return RENDEZVOUS_EXIT_CODE
     except SignalException as error:
-        tell(f"ended all processes on {name_of(error.sigval)}")
+        tell(f"ended all processes on {signal_name(error.sigval)}")
         return 128 + int(error.sigval)
 
 
@@ -93,7 +93,7 @@ def _run(launch: Launch, place: Place) -> int:
                 tell(slow)
             return 0
         if (number := agent.stopped_by()) is not None:
-            tell(f"all ranks stopped on {name_of(number)}")
+            tell(f"all ranks stopped on {signal_name(number)}")
             return 128 + number
         say(agent.told())
         return HANG_EXIT_CODE if agent.verdict is not None else culprit(agent.fates).exit_code
@@ -159,7 +159,7 @@ def _passed_on(signals: Signals) -> Iterator[None]:
         if signals.ending:
             signal.raise_signal(signals.ending[0])
     if interrupted is not None:
-        raise InterruptedError(f"all ranks were ended on {name_of(interrupted.sigval)}") from interrupted
+        raise InterruptedError(f"all ranks were ended on {signal_name(interrupted.sigval)}") from interrupted
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle gives no types

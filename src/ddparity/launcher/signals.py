@@ -11,17 +11,11 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
+from .diagnosis.exits import signal_name
+
 _WARNINGS = ("SIGUSR1", "SIGUSR2")
 _STATUS = "SIGQUIT"
 _APART_S = 0.5  # `timeout` sends a signal to its child and to its group: that is one
-
-
-def name_of(number: int) -> str:
-    """Such as "SIGTERM"; real-time signals have no names of their own."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 class Signals:
@@ -81,7 +75,7 @@ class Signals:
         """Raises SignalException where a signal has come that ends the job."""
         if self.ending:
             number = self.ending[0]
-            raise SignalException(f"the launcher got {name_of(number)}", signal.Signals(number))
+            raise SignalException(f"the launcher got {signal_name(number)}", signal.Signals(number))
 
     @contextmanager
     def let_through(self) -> Iterator[None]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ddparity.launcher.diagnosis import stacks
+from ddparity.launcher.diagnosis.instruments import FLIGHT, SERVER
 from ddparity.launcher.diagnosis.stacks import look_at, signal_for_stacks
 from ddparity.launcher.diagnosis.watch import Verdict, Watch, Watched, describe
-from ddparity.launcher.instruments import FLIGHT, SERVER
 from tests.launcher.diagnosis.watched import Job, job
 
 pytestmark = pytest.mark.skipif(

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore
 
-from ddparity.launcher import instruments
+from ddparity.launcher.diagnosis import instruments
+from ddparity.launcher.diagnosis.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from ddparity.launcher.diagnosis.watch import Verdict, Watch, Watched
-from ddparity.launcher.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from tests.ranks import torchrun_env
 
 _BOOTSTRAP = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import textwrap
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.environment import PROGRESS
-from ..output import last_lines
-from ..signals import name_of
 from .desync import describe_ranks
 from .stacks import shortened
 
@@ -38,6 +37,14 @@ _MEANING: dict[int, str] = {
 _OF_THE_GROUP = re.compile(r"(RankFailure|RendezvousError|RuntimeError|Dist\w*Error):")
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
 _CLOSED = re.compile(r"(Connection(Reset|Refused)|BrokenPipe|EOF|FileNotFound)Error:")
+
+
+def signal_name(number: int) -> str:
+    """Such as "SIGTERM"; real-time signals have no names of their own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 class Cause(IntEnum):
@@ -105,7 +112,7 @@ class Fate:
             return "ended with exit code 0 while the others waited for it"
         if self.code < 0:
             meaning = _MEANING.get(-self.code)
-            said = f"ended by {name_of(-self.code)}" + (f" ({meaning})" if meaning else "")
+            said = f"ended by {signal_name(-self.code)}" + (f" ({meaning})" if meaning else "")
             return f"{said}: {self.evidence}" if self.evidence else said
         return self.message.partition("\n")[0] or f"exit code {self.code}"
 
@@ -133,11 +140,23 @@ def read_fate(
     if code < 0 and not ended_by_us and fate.message:
         return replace(fate, code=1)  # it crashed on its way out: torch's threads may go on while Python ends
     if code < 0 and not ended_by_us and code != -signal.SIGKILL:
-        crash, words = _crash(folder / "fatal.txt"), last_lines((logs or folder) / "stderr.log", 3)
+        crash, words = _crash(folder / "fatal.txt"), _last_lines((logs or folder) / "stderr.log", 3)
         fate = replace(fate, trace=crash, evidence=" ".join(line.strip() for line in words)[-300:])
     if fate.lost_worker:
         fate = replace(fate, evidence="a data-loader worker ended: often memory, or shared memory in /dev/shm, ran out")
     return fate
+
+
+def _last_lines(path: Path, count: int = 5) -> list[str]:
+    """The last lines of a file that say something; none where it is not there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()][-count:]
 
 
 def _crash(path: Path) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..instruments import FLIGHT, SERVER
+from .instruments import FLIGHT, SERVER
 
 DEFAULT_GROUP = "0"
 _RECORDS_HANDLER = "fr_trace_json"

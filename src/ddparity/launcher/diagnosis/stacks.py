@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..instruments import STACK_SIGNAL, STACKS
 from .flight import ask_traces
+from .instruments import STACK_SIGNAL, STACKS
 
 _DDPARITY = str(Path(__file__).parents[2])
 _STDLIB = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.dirname(os.__file__)})

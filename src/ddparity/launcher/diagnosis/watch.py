@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch.distributed import DistError
 
-from ..instruments import FATAL, let_abort
 from . import desync as compare
 from . import messages
 from .desync import Finding, RankState, Waits
 from .flight import DEFAULT_GROUP, Operation, ask_records, left_record
+from .instruments import FATAL, let_abort
 from .messages import Exchange, Report
 from .report import Row, Verdict, describe, make_row, write_stacks
 from .stacks import PATIENT, Stack, look_at, signal_for_stacks

@@ -124,7 +124,7 @@ def _compat() -> ModuleType:
     """ddparity's seam to torch as a file, without the package around it."""
     name = "_ddparity_compat"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "compat.py")
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "compat.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
