@@ -14,7 +14,7 @@ import torch
 
 import ddparity as dp
 from ddparity.launcher.diagnosis.exits import Cause, Fate, read_fate, report
-from ddparity.launcher.diagnosis.report import Row, Verdict, placed
+from ddparity.launcher.diagnosis.hang_report import Row, Verdict, placed
 from ddparity.launcher.diagnosis.stacks import shortened
 from tests.launcher.failure_cases import CASES, OURS, Case, NotPermittedError, Outcome, run_case
 

@@ -21,7 +21,7 @@ from ..errors import RendezvousError
 from ..runtime.network import bound_waits, holds_store, split_endpoint
 from .diagnosis import messages
 from .diagnosis.exits import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
-from .diagnosis.report import placed
+from .diagnosis.hang_report import placed
 from .diagnosis.watch import Verdict, Watch, Watched, describe
 from .ending import Guardian, end, how_ended, kill_sessions, send
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason

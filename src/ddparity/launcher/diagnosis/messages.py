@@ -9,7 +9,7 @@ from typing import Protocol
 
 from .desync import RankState
 from .flight import Operation, from_json, to_json
-from .report import Row, Verdict
+from .hang_report import Row, Verdict
 
 _LAST = 4  # collectives of each group that are published; more are pending only where a reducer issues many
 

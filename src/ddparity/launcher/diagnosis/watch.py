@@ -15,9 +15,9 @@ from . import desync as compare
 from . import messages
 from .desync import Finding, RankState, Waits
 from .flight import DEFAULT_GROUP, Operation, ask_records, left_record
+from .hang_report import Row, Verdict, describe, make_row, write_stacks
 from .instruments import FATAL, let_abort
 from .messages import Exchange, Report
-from .report import Row, Verdict, describe, make_row, write_stacks
 from .stacks import PATIENT, Stack, look_at, signal_for_stacks
 
 __all__ = ["Exchange", "Row", "Verdict", "Watch", "Watched", "describe", "write_stacks"]
