@@ -97,7 +97,7 @@ def _fail(error: BaseException, folder: Path | None) -> None:
     trace = _users_part(error.__traceback__)
     left = folder is not None and _leave(folder, error, _message(error), _text(error, trace))
     if folder is not None:
-        _instruments().leave_record(folder)
+        _instruments().write_record(folder)
     # The agent shows the culprit's traceback at the end. Rank 0 speaks to the same terminal: it would say it twice.
     if not left or os.environ.get("RANK") != "0":
         sys.excepthook(type(error), error, trace)

@@ -1,4 +1,4 @@
-"""How a verdict reads."""
+"""Describe a hang for people: a headline, a table with one row per rank, and files with the stacks."""
 
 from __future__ import annotations
 
@@ -12,56 +12,95 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .desync import RankState
-from .flight import Operation
-from .stacks import Stack, last_place
+from .desync import Finding, RankState, describe_ranks
+from .flight import DEFAULT_GROUP, Operation
+from .stacks import Stack, last_user_frame
 
 
 @dataclass(frozen=True)
 class Row:
-    """One rank in a verdict. `where`: file:line; `since_s`: how long it has been waiting, or away."""
+    """One rank in a hang report. `where`: file:line. `since_s`: seconds since the rank called `collective`."""
 
     rank: int
     host: str
     where: str
     function: str
-    doing: str
-    waits_for: str
+    activity: str
+    collective: str
     since_s: float | None
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What hangs. `odd`: the ranks to name, none where the network stalls; `sentence`: the whole of it in one."""
+class HangReport:
+    """One hang. `blamed`: the ranks that cause it, none if the network does. `stacks`: of this machine's ranks."""
 
     kind: str
     group: str
-    odd: tuple[int, ...]
-    sentence: str
+    blamed: tuple[int, ...]
+    headline: str
     rows: tuple[Row, ...]
     stacks: Mapping[int, str]
 
     @property
     def left(self) -> tuple[int, ...]:
-        """The ranks that ended well while others needed them."""
-        return self.odd if self.kind == "finished" else ()
+        """The ranks that ended with exit code 0 while other ranks waited for them."""
+        return self.blamed if self.kind == "finished" else ()
+
+
+def headline(finding: Finding, states: Mapping[int, RankState]) -> str:
+    """Return one sentence: which rank causes the hang, what it did or did not do, and the evidence."""
+    number = f"#{finding.sequence}{_of_group(finding.group)}"
+    if finding.kind == "mismatch":
+        calls: dict[str, list[int]] = {}
+        for rank, one in sorted(finding.operations.items()):
+            calls.setdefault(str(one), []).append(rank)
+        each = [f"{describe_ranks(ranks)} {_verb(ranks, 'call', 'calls')} {call}" for call, ranks in calls.items()]
+        return f"the ranks do not agree on collective {number}: {', '.join(each)}"
+    operation = next((one for rank in finding.waiting if (one := finding.operations.get(rank)) is not None), None)
+    waiting = (
+        f"{describe_ranks(finding.waiting)} {_verb(finding.waiting, 'wait', 'waits')} in {operation} "
+        f"(collective {number})"
+    )
+    call = f"{operation.name if operation is not None else 'collective'} {number}"
+    who = describe_ranks(finding.blamed)
+    if finding.kind == "stalled":
+        what = f"{who} {_verb(finding.blamed, 'do', 'does')} not answer" if finding.blamed else "no data moves"
+        return f"{what}: {waiting}, which all ranks have called"
+    if not finding.blamed:
+        return f"no other rank has called {call}: {waiting}"
+    if finding.kind == "finished":
+        what = f"finished without calling {call}"
+    else:
+        what = f"{_verb(finding.blamed, 'have', 'has')} not called {call}"
+    lasts = {states[rank].last(finding.group) for rank in finding.blamed}
+    last = lasts.pop() if len(lasts) == 1 else None
+    evidence = f", the last call of {who} was {last.name} #{last.sequence}" if last is not None else ""
+    return f"{who} {what}: {waiting}{evidence}"
+
+
+def _of_group(group: str) -> str:
+    return "" if group == DEFAULT_GROUP else f" of group {group}"
+
+
+def _verb(ranks: tuple[int, ...] | list[int], plural: str, singular: str) -> str:
+    return plural if len(ranks) > 1 else singular
 
 
 def make_row(
     host: str, state: RankState, group: str, stack: Stack | None, operation: Operation | None, aborts: bool
 ) -> Row:
-    """A rank as seen from a group; `operation`: the collective to show where it waits in none."""
+    """Return the row of one rank. `operation`: the collective to show if the rank waits in none of the group."""
     waits = state.pending(group) if state.exitcode is None else None
     shown = waits or operation or state.last(group)
-    place = stack.place() if stack is not None else None
+    frame = stack.user_frame() if stack is not None else None
     if state.exitcode is not None:
-        doing = f"ended with exit code {state.exitcode}"
+        activity = f"ended with exit code {state.exitcode}"
     elif aborts:
-        doing = "aborts"
+        activity = "aborting"
     elif waits is not None and stack is not None and stack.in_collective():
-        doing = f"in {waits.name}"
+        activity = f"in {waits.name}"
     else:
-        doing = stack.doing() if stack is not None else ""
+        activity = stack.activity() if stack is not None else ""
     if shown is None:
         collective = ""
     elif waits is not None or aborts:
@@ -71,40 +110,40 @@ def make_row(
     return Row(
         rank=state.rank,
         host=host,
-        where=f"{place.file}:{place.line}" if place is not None else "",
-        function=place.function if place is not None else "",
-        doing=doing,
-        waits_for=collective,
+        where=f"{frame.file}:{frame.line}" if frame is not None else "",
+        function=frame.function if frame is not None else "",
+        activity=activity,
+        collective=collective,
         since_s=time.time() - shown.created_s if shown is not None else None,
     )
 
 
-def placed(verdict: Verdict, traces: Mapping[int, str]) -> Verdict:
-    """With where a rank stood from its traceback, for those that had ended before anybody looked."""
+def add_positions(report: HangReport, tracebacks: Mapping[int, str]) -> HangReport:
+    """Return the report with the position of ranks that had ended before their stacks were read, from tracebacks."""
     rows = []
-    for row in verdict.rows:
-        place = last_place(traces.get(row.rank, "")) if not row.where else None
-        rows.append(row if place is None else replace(row, where=f"{place.file}:{place.line}", function=place.function))
-    return replace(verdict, rows=tuple(rows))
+    for row in report.rows:
+        frame = last_user_frame(tracebacks.get(row.rank, "")) if not row.where else None
+        rows.append(row if frame is None else replace(row, where=f"{frame.file}:{frame.line}", function=frame.function))
+    return replace(report, rows=tuple(rows))
 
 
-def describe(verdict: Verdict, width: int = 120) -> str:
-    """The sentence and a table with a row a rank, as plain text of at most `width` columns."""
+def describe_hang(report: HangReport, width: int = 120) -> str:
+    """Return the headline and a table with one row per rank, as plain text; the table has at most `width` columns."""
     table = Table(show_edge=False, pad_edge=False, box=None)
-    for name in ("rank", "host", "stands at", "does", "collective", "since"):
-        table.add_column(name, overflow="fold", no_wrap=name in ("rank", "host", "since"))
-    for row in verdict.rows:
+    for name in ("rank", "host", "position", "activity", "collective", "called"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("rank", "host", "called"))
+    for row in report.rows:
         where = f"{_short(row.where)}, in {row.function}" if row.where else ""
-        since = "" if row.since_s is None else f"{row.since_s:.0f} s"
-        table.add_row(str(row.rank), row.host, where, row.doing, row.waits_for, since)
+        since = "" if row.since_s is None else f"{row.since_s:.0f} s ago"
+        table.add_row(str(row.rank), row.host, where, row.activity, row.collective, since)
     text = io.StringIO()
     Console(file=text, width=width, color_system=None, highlight=False).print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    return "\n".join([f"hang: {verdict.sentence}", *lines])
+    return "\n".join([f"hang: {report.headline}", *lines])
 
 
 def _short(where: str) -> str:
-    """A path below the working directory, relative to it."""
+    """Return a path relative to the working directory if it is below that."""
     try:
         relative = os.path.relpath(where)
     except ValueError:  # another drive
@@ -113,7 +152,7 @@ def _short(where: str) -> str:
 
 
 def write_stacks(stacks: Mapping[int, str], directory: Path) -> list[Path]:
-    """Write each rank's stacks, all threads, to `stacks-rank-N.txt` in a directory; returns the files."""
+    """Write the stacks of each rank, of all its threads, to `stacks-rank-N.txt` in a directory; return the files."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for rank, text in sorted(stacks.items()):
