@@ -1,7 +1,7 @@
-"""What the diagnosis of hangs costs a step: the tiny MLP with DDP, with and without the instruments and the polling.
+"""Measure what the diagnosis of hangs costs a step: the tiny MLP with DDP, with and without instruments and polling.
 
-Ranks of both kinds run in turns, a process each for the whole time: in a round, first one job trains for some steps
-and then the others; the second plain job shows the noise.
+Each job keeps its processes for the whole time. In a round, the jobs train for some steps one after the other. The
+second plain job shows the noise.
 
     python benchmarks/diagnosis.py --nproc 2 --rounds 40 --steps 500
 """
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from torch.distributed import TCPStore
 
-from ddparity.launcher import instruments
-from ddparity.launcher.diagnosis.watch import Watch, Watched
+from ddparity.launcher.diagnosis import instruments
+from ddparity.launcher.diagnosis.watch import Watch, WatchedRank
 from results import machine, spread, table, write_section
 
 NAMES = ("plain", "plain again", "watched")
@@ -53,7 +53,7 @@ for line in sys.stdin:
 
 
 class Job:
-    """Ranks that train some steps on demand."""
+    """Ranks that train a number of steps when they are told to."""
 
     def __init__(self, stack: ExitStack, nproc: int, folder: Path | None) -> None:
         self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
@@ -81,11 +81,11 @@ class Job:
             )
             stack.callback(process.kill)
             self.ranks.append(process)
-        watched = [Watched(rank, self.ranks[rank].pid, own) for rank, own in enumerate(folders) if own is not None]
+        watched = [WatchedRank(rank, self.ranks[rank].pid, own) for rank, own in enumerate(folders) if own is not None]
         self.watch = Watch(watched, 60) if watched else None
 
     def train(self, steps: int) -> float:
-        """Milliseconds a step, of the slowest rank; looks as the agent does meanwhile."""
+        """Return the milliseconds a step of the slowest rank. Meanwhile, look at the ranks as the agent does."""
         for process in self.ranks:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
@@ -95,7 +95,7 @@ class Job:
             assert process.stdout is not None
             while not _readable(process.stdout.fileno(), 0.1):
                 if self.watch is not None:
-                    assert self.watch.look() is None, "a verdict on a healthy job"
+                    assert self.watch.look() is None, "a healthy job was reported to hang"
             seconds.append(float(process.stdout.readline()))
         return max(seconds) / steps * 1e3
 
@@ -118,7 +118,7 @@ def main() -> None:
             job.train(200)  # warm
         times: dict[str, list[float]] = {name: [] for name in NAMES}
         for number in range(options.rounds):
-            for shift in range(len(NAMES)):  # each comes first, second and last alike
+            for shift in range(len(NAMES)):  # each job is first, second and last equally often
                 name = NAMES[(number + shift) % len(NAMES)]
                 times[name].append(jobs[name].train(options.steps))
     base = np.array(times["plain"])

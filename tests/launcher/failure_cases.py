@@ -163,14 +163,14 @@ def _hang(name: str, failure: str, change: str, said: str) -> Case:
 CASES = (
     Case(
         "raise",
-        "A rank raises",
+        "A rank raises an exception",
         _in_step('raise ValueError("bad batch")  # here'),
         r"rank 1 failed: ValueError: bad batch\n",
         r"ValueError: bad batch",
     ),
     Case(
         "raise-everywhere",
-        "All ranks raise the same",
+        "All ranks raise the same exception",
         '\nfault()\nraise ValueError("lr must be positive")  # here',
         r"ranks 0, 1 failed: ValueError: lr must be positive\n(?!.*rank 1)",
         r"ValueError: lr must be positive",
@@ -178,7 +178,7 @@ CASES = (
     ),
     Case(
         "thread-goes-on",
-        "A rank raises while a thread of it goes on",
+        "A rank raises an exception while another thread of it runs",
         _in_step(
             "import threading\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n"
             'raise ValueError("bad batch")  # here'
@@ -290,7 +290,7 @@ with dp.world(device="cpu"):
     ),
     Case(
         "out-of-memory",
-        "The kernel ends a rank for memory",
+        "The kernel kills a rank because the memory is full",
         _in_step("memory = []\nwhile True:\n    memory.append(b'x' * 2**28)"),
         r"rank 1 failed: ended by SIGKILL.*out of memory: the kernel ended .* whose limit is 1.0 GiB",
         r"out of memory",
@@ -299,7 +299,7 @@ with dp.world(device="cpu"):
     ),
     Case(
         "allocation",
-        "More memory asked for than there is",
+        "A rank asks for more memory than the machine has",
         _in_step("torch.ones(10**15)  # here"),
         r"rank 1 failed: RuntimeError: .*can't allocate memory: you tried to allocate 4000000000000000 bytes",
         r"can't allocate memory",
@@ -308,23 +308,23 @@ with dp.world(device="cpu"):
         "other-collective",
         "Ranks call different collectives",
         "dist.broadcast(torch.ones(4), 0)  # here",
-        r"rank 0 calls all_reduce of \S* ?4 float32, rank 1 broadcast of \S* ?4 float32, as collective #6",
+        r"agree on collective #6: rank 0 calls all_reduce of \S* ?4 float32, rank 1 calls broadcast of \S* ?4 float32",
     ),
     _hang(
         "other-shape",
         "Tensors of different shapes",
         "dist.all_reduce(torch.ones(8))  # here",
-        r"rank 0 calls all_reduce of \S* ?4 float32, rank 1 all_reduce of \S* ?8 float32, as collective #6",
+        r"agree on collective #6: rank 0 calls all_reduce of \S* ?4 float32, rank 1 calls all_reduce of \S* ?8 float32",
     ),
     _hang(
         "other-dtype",
         "Tensors of different dtypes",
         "dist.all_reduce(torch.ones(4, dtype=torch.float64))  # here",
-        r"rank 0 calls all_reduce of \S* ?4 float32, rank 1 all_reduce of \S* ?4 float64, as collective #6",
+        r"agree on collective #6: rank 0 calls all_reduce of \S* ?4 float32, rank 1 calls all_reduce of \S* ?4 float64",
     ),
     Case(
         "missing-collective",
-        "A collective on one branch only",
+        "Only one rank calls an additional collective",
         _GLOO
         + """
 def train():
@@ -337,52 +337,52 @@ def train():
         dist.all_reduce(torch.ones(4))  # here
 train()
 """,
-        r"rank 0 calls all_reduce of .*float32, rank 1 all_reduce of .*4 float32, as collective #6",
+        r"agree on collective #6: rank 0 calls all_reduce of .*float32, rank 1 calls all_reduce of .*4 float32",
         r"hang: ",
         code=124,
     ),
     _hang(
         "returns-early",
-        "A rank returns early: fewer batches",
+        "A rank has fewer batches and returns early",
         "return",
-        r"rank 1 finished after all_reduce #5, rank 0 waits in all_reduce of .* \(collective #6\)",
+        r"rank 1 finished without calling all_reduce #6: rank 0 waits .* \(collective #6\), .* was all_reduce #5",
     ),
     _hang(
         "dead-lock",
-        "A dead-lock on a lock",
+        "A deadlock on a lock",
         "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()  # here",
-        r"rank 1 has not come to it: rank 0 waits in all_reduce .*waiting for a lock",
+        r"rank 1 has not called all_reduce #6: rank 0 waits in all_reduce .*waiting for a lock",
     ),
     _hang(
         "infinite-loop",
         "An infinite loop",
         "while True: pass  # here",
-        r"rank 1 has not come to it: rank 0 waits in all_reduce .*running Python",
+        r"rank 1 has not called all_reduce #6: rank 0 waits in all_reduce .*running Python",
     ),
     _hang(
         "holds-the-gil",
-        "C code that keeps the GIL",
+        "C code that holds the GIL",
         "import ctypes\nctypes.PyDLL(None).sleep(1000)  # here",
-        r"rank 1 has not come to it: rank 0 waits in all_reduce .*in C code, holding\s+the GIL",
+        r"rank 1 has not called all_reduce #6: rank 0 waits in all_reduce .*in C code, holding\s+the GIL",
     ),
     _hang(
         "stopped",
         "A rank is stopped (SIGSTOP)",
         "import signal\nos.kill(os.getpid(), signal.SIGSTOP)  # here",
-        r"rank 1 has not come to it: rank 0 waits in all_reduce .*stopped \(SIGSTOP\)",
+        r"rank 1 has not called all_reduce #6: rank 0 waits in all_reduce .*stopped \(SIGSTOP\)",
     ),
     Case(
         "loader-stuck",
-        "A data-loader worker reads for ever",
+        "A data-loader worker never returns",
         _GLOO.replace('dist.init_process_group("gloo")', "")
         + _LOADER.format(change="time.sleep(1000)").replace("# loop", "# here"),
-        r"rank 1 has not come to it: rank 0 waits in all_reduce .*waiting for\s+data-loader",
+        r"rank 1 has not called all_reduce #6: rank 0 waits in all_reduce .*waiting for\s+data-loader",
         r"hang: ",
         code=124,
     ),
     Case(
         "port-taken",
-        "The port is taken",
+        "The port is in use",
         _in_step(""),
         r"port \d+ is taken on this machine.*\(python.*\): another program listens there. Give another port",
         r"EADDRINUSE|address already in use|is taken",
@@ -403,7 +403,7 @@ train()
     ),
     Case(
         "wrong-interface",
-        "The interface leads nowhere (`GLOO_SOCKET_IFNAME=lo`)",
+        "The network interface reaches no other machine (`GLOO_SOCKET_IFNAME=lo`)",
         _in_step(""),
         r"GLOO_SOCKET_IFNAME=lo: that interface .* give one of left \(10.77.3.1",
         r"GLOO_SOCKET_IFNAME|connectFullMesh failed",

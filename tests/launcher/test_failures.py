@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import ddparity as dp
-from ddparity.launcher.diagnosis.exits import Cause, Fate, read_fate, report
-from ddparity.launcher.diagnosis.report import Row, Verdict, placed
-from ddparity.launcher.diagnosis.stacks import shortened
+from ddparity.launcher.diagnosis.exits import Cause, ExitReport, describe_exits, read_exit_report
+from ddparity.launcher.diagnosis.hang_report import HangReport, Row, add_positions
+from ddparity.launcher.diagnosis.stacks import shorten_traceback
 from tests.launcher.failure_cases import CASES, OURS, Case, NotPermittedError, Outcome, run_case
 
 PAGE = Path(__file__).parents[2] / "docs" / "failures.md"
@@ -88,7 +88,7 @@ KeyError: 20"""
 
 
 def test_a_long_traceback_is_shown_with_the_users_frames() -> None:
-    assert shortened(TRACE).splitlines() == [
+    assert shorten_traceback(TRACE).splitlines() == [
         "Traceback (most recent call last):",
         '  File "/home/me/train.py", line 21, in <module>',
         "    for batch in loader:",
@@ -102,53 +102,53 @@ def test_a_long_traceback_is_shown_with_the_users_frames() -> None:
         "KeyError: 20",
     ]
     short = "\n".join(TRACE.splitlines()[:8])
-    assert shortened(short) == short
+    assert shorten_traceback(short) == short
 
 
 def test_a_rank_that_had_ended_stands_where_its_traceback_says() -> None:
     row = Row(0, "node0", "", "", "in all_reduce", "all_reduce #6", 1.0)
-    verdict = Verdict("finished", "default", (1,), "", (row, replace(row, rank=1), replace(row, where="a.py:1")), {})
-    places = [(row.where, row.function) for row in placed(verdict, {0: TRACE}).rows]
+    hang = HangReport("finished", "default", (1,), "", (row, replace(row, rank=1), replace(row, where="a.py:1")), {})
+    places = [(row.where, row.function) for row in add_positions(hang, {0: TRACE}).rows]
     assert places == [("/home/me/train.py:17", "__getitem__"), ("", ""), ("a.py:1", "")]
 
 
 def test_an_exception_goes_before_a_crash_on_the_way_out(tmp_path: Path) -> None:
     record = {"message": {"message": "ValueError: bad batch", "extraInfo": {"py_callstack": TRACE}}}
     (tmp_path / "error.json").write_text(json.dumps(record))
-    fate = read_fate(0, "node0", tmp_path, -signal.SIGABRT, 0.0)
-    assert (fate.cause, fate.exit_code, fate.ending()) == (Cause.FAILED, 1, "ValueError: bad batch")
+    report = read_exit_report(0, "node0", tmp_path, -signal.SIGABRT, 0.0)
+    assert (report.cause, report.exit_code, report.ending()) == (Cause.FAILED, 1, "ValueError: bad batch")
 
 
 def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> None:
     trace = 'File ".../torch/utils/data/dataloader.py", line 1\nFile ".../multiprocessing/connection.py", line 2'
-    closed = Fate(1, "node0", 1, 0.0, message="ConnectionResetError: [Errno 104] Connection reset by peer")
-    assert closed.cause is Cause.VICTIM
-    assert replace(closed, trace=trace).cause is Cause.FAILED
+    closed = ExitReport(1, "node0", 1, 0.0, message="ConnectionResetError: [Errno 104] Connection reset by peer")
+    assert closed.cause is Cause.CONSEQUENCE
+    assert replace(closed, traceback=trace).cause is Cause.FAILED
 
 
 def test_a_victim_that_raises_an_exception_of_its_own_is_no_cause(tmp_path: Path) -> None:
-    def fate(before: str) -> Fate:
+    def report(before: str) -> ExitReport:
         extra = {"py_callstack": TRACE, "before": [before]}
         (tmp_path / "error.json").write_text(json.dumps({"message": {"message": "Stop: no loss", "extraInfo": extra}}))
-        return read_fate(0, "node0", tmp_path, 1, 0.0)
+        return read_exit_report(0, "node0", tmp_path, 1, 0.0)
 
-    assert fate("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4").cause is Cause.VICTIM
+    assert report("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4").cause is Cause.CONSEQUENCE
     # The connection to a store of data is no connection between ranks.
-    assert fate("ConnectionResetError: [Errno 104] Connection reset by peer").cause is Cause.FAILED
+    assert report("ConnectionResetError: [Errno 104] Connection reset by peer").cause is Cause.FAILED
 
 
 def test_rank_0_s_traceback_is_told_where_another_rank_is_the_cause() -> None:
-    cause = Fate(1, "node0", -signal.SIGSEGV, 1.0)
-    own = Fate(0, "node0", 1, 2.0, message="KeyError: 20", trace=TRACE)
-    told = report([own, cause], 2)
+    cause = ExitReport(1, "node0", -signal.SIGSEGV, 1.0)
+    own = ExitReport(0, "node0", 1, 2.0, message="KeyError: 20", traceback=TRACE)
+    told = describe_exits([own, cause], 2)
     assert told.startswith(f"ddparity: the traceback of rank 0:\n{TRACE}\n")
     assert told.splitlines()[-1] == "ddparity: rank 0: KeyError: 20"
     victim = replace(own, message="RankFailure: rank 1 failed")
-    assert TRACE not in report([victim, cause], 2)
+    assert TRACE not in describe_exits([victim, cause], 2)
 
 
 def test_a_signal_without_a_name_is_told_by_its_number() -> None:
-    assert Fate(0, "node0", -signal.SIGRTMIN - 3, 0.0).ending() == f"ended by signal {signal.SIGRTMIN + 3}"
+    assert ExitReport(0, "node0", -signal.SIGRTMIN - 3, 0.0).ending() == f"ended by signal {signal.SIGRTMIN + 3}"
 
 
 def test_the_page_has_each_case() -> None:

@@ -20,9 +20,20 @@ from ..compat import PrefixStore, forget_bootstrap_store
 from ..errors import RendezvousError
 from ..runtime.network import is_listening_at, limit_tcp_waits, split_endpoint
 from .diagnosis import messages
-from .diagnosis.exits import Cause, Fate, culprit, from_json, lost, read_fate, report, settled, to_json, with_leavers
-from .diagnosis.report import placed
-from .diagnosis.watch import Verdict, Watch, Watched, describe
+from .diagnosis.exits import (
+    Cause,
+    ExitReport,
+    describe_exits,
+    is_settled,
+    lost_reports,
+    mark_left_early,
+    pack_reports,
+    read_exit_report,
+    root_cause,
+    unpack_reports,
+)
+from .diagnosis.hang_report import HangReport, add_positions, describe_hang
+from .diagnosis.watch import Watch, WatchedRank
 from .ending import Guardian, end, how_ended, kill_sessions, send
 from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
 from .output import RankFiles, say, tell
@@ -51,7 +62,7 @@ class Habits:
 
 
 class Agent(LocalElasticAgent):
-    """One machine's agent. Ranks that failed are `fates` after `run`, with those of the other machines.
+    """One machine's agent. Ranks that failed are `exit_reports` after `run`, with those of the other machines.
 
     What differs from torch's: a failure is looked at before the others are ended, so that its cause is known; signals
     go to main processes first; a job that hangs is named; a failure before any progress is not tried again.
@@ -61,8 +72,8 @@ class Agent(LocalElasticAgent):
         self, spec: WorkerSpec, files: RankFiles, habits: Habits, signals: Signals, start_method: str = "spawn"
     ) -> None:
         super().__init__(spec, files, start_method=start_method)
-        self.fates: list[Fate] = []
-        self.verdict: Verdict | None = None
+        self.exit_reports: list[ExitReport] = []
+        self.hang: HangReport | None = None
         self._files, self._habits, self._signals = files, habits, signals
         # Where several machines meet at a store; another kind of rendezvous may have no such address.
         said = habits.meeting or ""
@@ -137,7 +148,7 @@ class Agent(LocalElasticAgent):
             super()._exit_barrier()  # type: ignore[no-untyped-call]  # torch gives no type
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.fates, self.verdict, self._seen, self._finished = [], None, {}, None
+        self.exit_reports, self.hang, self._seen, self._finished = [], None, {}, None
         self._forwarded.clear()
         self._waited_for = False
         several = self._address is not None and self._meet(worker_group, self._address)
@@ -150,7 +161,7 @@ class Agent(LocalElasticAgent):
         else:
             self._guardian.watch(self._pids())
             ranks = [
-                Watched(
+                WatchedRank(
                     worker.global_rank, self._processes()[worker.local_rank], self._files.folders[worker.local_rank]
                 )
                 for worker in worker_group.workers
@@ -163,19 +174,19 @@ class Agent(LocalElasticAgent):
         if self._processes():
             self._look()
             assert self._watch is not None
-            verdict = self._watch.look()
+            hang = self._watch.look()
             if self._signals.asked:
                 self._signals.asked = False
                 self._tell(self._watch.stragglers(always=True))
-            if verdict is not None and self._habits.on_hang == "report":
-                self._tell(describe(verdict))
-                self._keep_stacks(verdict, ends=False)
-                verdict = None
+            if hang is not None and self._habits.on_hang == "report":
+                self._tell(describe_hang(hang))
+                self._keep_stacks(hang, ends=False)
+                hang = None
             self._warn()
             changes = self._exchange is not None and self._exchange.changes()
             elsewhere = self._exchange is not None and self._exchange.failed()
-            if verdict is not None or changes or elsewhere or self._have_failed():
-                self._conclude(worker_group, verdict)
+            if hang is not None or changes or elsewhere or self._have_failed():
+                self._conclude(worker_group, hang)
                 super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
             if len(self._seen) < len(self._pids()) or self._waited_for:
@@ -294,45 +305,47 @@ class Agent(LocalElasticAgent):
     def _rank(self, local: int) -> int:
         return int(self._worker_group.workers[local].global_rank)
 
-    def _conclude(self, worker_group: WorkerGroup, verdict: Verdict | None) -> None:
+    def _conclude(self, worker_group: WorkerGroup, hang: HangReport | None) -> None:
         """Wait until the cause is known, end the other ranks, and keep how each ended."""
         assert self._watch is not None
         exchange = self._exchange
-        if verdict is None:
+        if hang is None:
             self._settle()
-            own = [self._fate(local, code, at) for local, (code, at) in self._seen.items() if code]
-            if own and culprit(own).cause in (Cause.CRASHED, Cause.VICTIM):
-                verdict = self._watch.explain()  # Gloo aborts one rank where sizes differ, and cuts off the others
-            if verdict is None and exchange is not None:
-                verdict = messages.unpack_verdict(exchange.verdict() or "")
-        if verdict is not None:
-            self._keep_stacks(verdict, ends=True)
+            own = [self._exit_report(local, code, at) for local, (code, at) in self._seen.items() if code]
+            if own and root_cause(own).cause in (Cause.CRASHED, Cause.CONSEQUENCE):
+                hang = self._watch.explain()  # Gloo aborts one rank where sizes differ, and cuts off the others
+            if hang is None and exchange is not None:
+                hang = messages.unpack_hang(exchange.announced() or "")
+        if hang is not None:
+            self._keep_stacks(hang, ends=True)
         by_themselves = set(self._seen)
         end(self._pids(), signal.SIGTERM, self._habits.grace_s, hurry=lambda: bool(self._signals.ending))
         self._look()
-        fates = [
-            self._fate(local, code, at, ended_by_us=local not in by_themselves)
+        reports = [
+            self._exit_report(local, code, at, ended_by_us=local not in by_themselves)
             for local, (code, at) in self._seen.items()
         ]
-        if exchange is not None and exchange.changes() and all(fate.cause > Cause.LOST for fate in fates):
+        if exchange is not None and exchange.changes() and all(report.cause > Cause.LOST for report in reports):
             self._remaining_restarts += 1  # which torch takes: this is no failure
             self._tell(_TAKEN_IN)
             return
         if self._watch.progressed:
-            fates = [replace(fate, progressed=True) for fate in fates]
+            reports = [replace(report, progressed=True) for report in reports]
         if exchange is not None:
-            fates = self._of_all_machines(exchange, fates)
-        self.fates = with_leavers(fates)
-        self.verdict = placed(verdict, {fate.rank: fate.trace for fate in fates}) if verdict is not None else None
+            reports = self._of_all_machines(exchange, reports)
+        self.exit_reports = mark_left_early(reports)
+        self.hang = (
+            add_positions(hang, {report.rank: report.traceback for report in reports}) if hang is not None else None
+        )
         if exchange is not None and exchange.lost is not None:
             self._remaining_restarts = 0  # there is nowhere to meet
         if self._remaining_restarts > 0:
             self._again(worker_group)
 
-    def _of_all_machines(self, exchange: Exchange, own: list[Fate]) -> list[Fate]:
+    def _of_all_machines(self, exchange: Exchange, own: list[ExitReport]) -> list[ExitReport]:
         silent = exchange.silent()
-        told = exchange.all_fates(to_json(own))
-        fates = [fate for text in told if text is not None for fate in from_json(text)]
+        told = exchange.all_exit_reports(pack_reports(own))
+        reports = [report for text in told if text is not None for report in unpack_reports(text)]
         gone = exchange.lost is not None
         for node, text in enumerate(told):
             machine = exchange.machines[node]
@@ -345,20 +358,20 @@ class Agent(LocalElasticAgent):
                 reason = f"lost {name}: not heard of for {silent[node]:.0f} s"
             else:
                 reason = f"lost {name}: no word from it"
-            fates += lost(machine.ranks, machine.host, reason, time.time())
-        return fates
+            reports += lost_reports(machine.ranks, machine.host, reason, time.time())
+        return reports
 
     def _again(self, worker_group: WorkerGroup) -> None:
         """Say what failed and that it is tried again, or have it not tried again."""
         if self.stopped_by() is not None:  # the scheduler takes the machine away
             self._remaining_restarts = 0
             return
-        found = culprit(self.fates)
-        progress = any(fate.progressed for fate in self.fates) or time.monotonic() - self._started > _LONG_S
-        if self.verdict is None and found.cause in (Cause.FAILED, Cause.LEFT) and not progress:
+        found = root_cause(self.exit_reports)
+        progress = any(report.progressed for report in self.exit_reports) or time.monotonic() - self._started > _LONG_S
+        if self.hang is None and found.cause in (Cause.FAILED, Cause.LEFT_EARLY) and not progress:
             self._remaining_restarts = 0
-            self.fates = [replace(fate, evidence=f"{fate.evidence}it failed before any progress: not tried again")
-                          if fate is found else fate for fate in self.fates]  # fmt: skip
+            told = replace(found, evidence=f"{found.evidence}it failed before any progress: not tried again")
+            self.exit_reports = [told if report is found else report for report in self.exit_reports]
             return
         number = worker_group.spec.max_restarts - self._remaining_restarts + 1
         with self._signals.let_through():
@@ -369,43 +382,45 @@ class Agent(LocalElasticAgent):
         """Give the rank that failed first the time to end: a victim may be quicker."""
         start = time.monotonic()
         while True:
-            fates = with_leavers(self._fate(local, code, at) for local, (code, at) in self._seen.items())
+            reports = mark_left_early(self._exit_report(local, code, at) for local, (code, at) in self._seen.items())
             if len(self._seen) == len(self._pids()):
                 return
             waited = time.monotonic() - start
             elsewhere = self._exchange is not None and (self._exchange.failed() or self._exchange.changes())
             pause_s = _PATIENCE_S if self._forwarded else _PAUSE_S  # ranks that stop in order may be saving
-            if (elsewhere or not any(fate.code for fate in fates)) and waited > pause_s:
+            if (elsewhere or not any(report.code for report in reports)) and waited > pause_s:
                 return
-            if any(fate.code for fate in fates) and settled(fates, waited, _PATIENCE_S, pause_s):
+            if any(report.code for report in reports) and is_settled(reports, waited, _PATIENCE_S, pause_s):
                 return
             time.sleep(0.02)  # the end of a process, seen without reaping it, wakes nobody
             self._look()
 
-    def _fate(self, local: int, code: int, at: float, ended_by_us: bool = False) -> Fate:
+    def _exit_report(self, local: int, code: int, at: float, ended_by_us: bool = False) -> ExitReport:
         folder, logs = self._files.folders[local], self._files.logs[local]
-        fate = read_fate(self._rank(local), self._host, folder, code, at, ended_by_us, logs)
+        report = read_exit_report(self._rank(local), self._host, folder, code, at, ended_by_us, logs)
         if code == -signal.SIGKILL and not ended_by_us:
-            fate = replace(fate, evidence=self._memory.evidence(self._processes()[local]))
-        return fate
+            report = replace(report, evidence=self._memory.evidence(self._processes()[local]))
+        return report
 
-    def _keep_stacks(self, verdict: Verdict, ends: bool) -> None:
+    def _keep_stacks(self, hang: HangReport, ends: bool) -> None:
         if self._files.kept is not None and self._watch is not None:
-            self._watch.keep_stacks(verdict, self._files.kept, ends)
+            self._watch.keep_stacks(hang, self._files.kept, ends)
             self._tell(f"the stacks of all ranks are in {self._files.kept}")
 
     def told(self) -> str:
         """What the end of the output says."""
         world_size = self._worker_group.workers[0].world_size if self._worker_group.workers else 0
-        if self.verdict is not None:
-            return f"ddparity: {describe(self.verdict)}"
-        return report(self.fates, world_size)
+        if self.hang is not None:
+            return f"ddparity: {describe_hang(self.hang)}"
+        return describe_exits(self.exit_reports, world_size)
 
     def stopped_by(self) -> int | None:
         """The preemption signal on which all ranks ended in order, having saved."""
-        if self.verdict is not None or any(fate.ended_by_us or fate.left or fate.lost for fate in self.fates):
+        if self.hang is not None or any(
+            report.ended_by_us or report.left_early or report.lost for report in self.exit_reports
+        ):
             return None
-        return self._warning({fate.code for fate in self.fates} - {0})
+        return self._warning({report.code for report in self.exit_reports} - {0})
 
     def slow(self) -> str:
         """Which ranks the others waited for; empty where none stood out."""

@@ -79,7 +79,7 @@ class Exchange:
         self.waiting = 0
         self.lost: str | None = None  # why the store has gone
         self._board = dict.fromkeys(_BOARD, "")
-        self._told = ""
+        self._announced = ""
         self._state, self._states = "", dict.fromkeys(range(nodes), "")
         self._beats: dict[int, tuple[str, float]] = {}  # of other machines: the last one, when it was first seen
         self._count = 0
@@ -107,12 +107,12 @@ class Exchange:
         states = {**self._states, self._node: self._state}
         return [state for _, state in sorted(states.items()) if state]
 
-    def tell(self, verdict: str) -> None:
-        self._told = verdict
-        self._post(lambda: self._store.set("verdict", verdict or _NOTHING))
+    def announce(self, text: str) -> None:
+        self._announced = text
+        self._post(lambda: self._store.set("verdict", text or _NOTHING))
 
-    def verdict(self) -> str | None:
-        return (self._told if self.leads else self._board["verdict"]) or None
+    def announced(self) -> str | None:
+        return (self._announced if self.leads else self._board["verdict"]) or None
 
     def failed(self) -> bool:
         """Whether a machine has told of a failure, or has gone."""
@@ -155,7 +155,7 @@ class Exchange:
         """Stay until the other machines have read that all have finished, or for a few seconds."""
         self._ask(lambda: self._stay(self._nodes, time.monotonic() + _LEAVE_S), _LEAVE_S + 1)
 
-    def all_fates(self, own: str) -> list[str | None]:
+    def all_exit_reports(self, own: str) -> list[str | None]:
         """Tell how this machine's ranks ended, and hear it of the others; None for a machine that does not answer."""
         found = {self._node: own}
         self._ask(lambda: self._gather(found), self._patience_s + _LEAVE_S + 1)

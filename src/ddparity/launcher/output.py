@@ -1,8 +1,7 @@
-"""Where each rank's output goes: rank 0's to the terminal as it is, the others' to files, shown on demand."""
+"""Send the output of rank 0 to the terminal, and that of other ranks to files, which can be shown, too."""
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import threading
@@ -14,40 +13,41 @@ from typing import Literal, TextIO
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 Show = Literal["all"] | frozenset[int]
-_PAUSE_S = 0.1  # between two looks at the files
-_ROTATION = 1 << 16  # bytes read at once
+_PAUSE_S = 0.1  # between two reads of the files
+_CHUNK = 1 << 16  # bytes that are read at once
 
 
 def tell(line: str) -> None:
-    """Say a line of the launcher's own, on standard error."""
+    """Print a line of the launcher to standard error."""
     say(f"ddparity: {line}")
 
 
 def say(text: str) -> None:
-    """On standard error. Where that has gone, the job goes on."""
+    """Print a text to standard error. If that is closed, the job goes on."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 class RankFiles(LogsSpecs):
-    """A folder a local rank, for each start of the workers: `rank1/stdout.log`, `stderr.log` and what it leaves for us.
+    """The files of each local rank: its output, and what it writes for the agent. Each start of the ranks has new ones.
 
-    `folder`: on a short path, since sockets stand in it. `logs`: where the output goes instead, to stay there.
-    `show`: the ranks whose output goes to the terminal. Where that is rank 0 alone, it writes there itself, to the
-    very terminal; the lines of several ranks are forwarded whole, prefixed by host and rank.
+    `folder`: for folders like `rank1`, with `stdout.log` and `stderr.log`; its path must be short, since sockets are
+    in it. `logs`: another folder for the output, which stays after the job. `show`: the ranks whose output goes to the
+    terminal. If that is rank 0 alone, it writes to the terminal itself. The lines of several ranks are forwarded, with
+    their host and rank in front.
     """
 
     def __init__(self, folder: Path, show: Show, logs: Path | None = None) -> None:
         super().__init__()
         self._folder = folder
         self._logs = logs or folder
-        self.kept = logs  # what stays when the job has ended
+        self.kept = logs  # it stays after the job has ended
         self._show = show
         self._attempts = 0
         self._forwarders: list[Forwarder] = []
-        self.folders: dict[int, Path] = {}  # of each local rank, in the attempt that runs
+        self.folders: dict[int, Path] = {}  # of each local rank, in the current attempt
         self.logs: dict[int, Path] = {}
-        self.variables: dict[str, str] = {}  # of the ranks, and not of this process
+        self.variables: dict[str, str] = {}  # for the ranks only, not for this process
 
     @property
     def root_log_dir(self) -> str:
@@ -77,7 +77,7 @@ class RankFiles(LogsSpecs):
         return LogsDest(stdouts=files["stdout"], stderrs=files["stderr"], error_files=errors)
 
     def close(self, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Forward what is left, unless `hurry()`: a pager may not read on. Called when the ranks have ended."""
+        """Forward the rest of the output after the ranks have ended. Stop if `hurry()`: a pager may not read."""
         for forwarder in self._forwarders:
             forwarder.close(hurry)
         self._forwarders.clear()
@@ -90,7 +90,7 @@ class RankFiles(LogsSpecs):
 
 
 class Inherited(RankFiles):
-    """As `RankFiles`, but every rank writes to the launcher's own output."""
+    """Files as in `RankFiles`, but every rank writes its output to that of the launcher."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, frozenset())
@@ -100,7 +100,7 @@ class Inherited(RankFiles):
 
 
 class Forwarder:
-    """Copies what ranks append to their files, in whole lines, each with its host and rank in front."""
+    """Copy the lines that ranks append to their files to the terminal, with host and rank in front of each."""
 
     def __init__(self, files: Mapping[int, Path], terminal: TextIO) -> None:
         host = socket.gethostname()
@@ -117,7 +117,7 @@ class Forwarder:
             self._thread.join(_PAUSE_S)
 
     def _forward(self) -> None:
-        with suppress(OSError, ValueError):  # the terminal has gone: the job goes on, and its files stay
+        with suppress(OSError, ValueError):  # the terminal is closed: the job goes on and writes its files
             while not self._ended.wait(_PAUSE_S):
                 self._copy(whole=True)
             self._copy(whole=False)
@@ -133,12 +133,12 @@ class Forwarder:
                 self._terminal.flush()
 
     def _next(self, rank: int, path: Path, whole: bool) -> bytes | None:
-        """The next lines of a file; a last one without its end only where not `whole`."""
+        """Return the next lines of a file, None if there are none. `whole`: leave a last line that has no end yet."""
         try:
             with open(path, "rb") as file:
                 file.seek(self._offsets[rank])
-                text = file.read(_ROTATION)
-                while text and _end_of_lines(text) == 0 and (more := file.read(_ROTATION)):
+                text = file.read(_CHUNK)
+                while text and _end_of_lines(text) == 0 and (more := file.read(_CHUNK)):
                     text += more
         except FileNotFoundError:
             return None
@@ -152,17 +152,5 @@ class Forwarder:
 
 
 def _end_of_lines(text: bytes) -> int:
-    """Where the last whole line ends. A bar of progress ends its lines with a carriage return."""
+    """Return where the last whole line ends. Progress bars end their lines with a carriage return."""
     return max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
-
-
-def last_lines(path: Path, count: int = 5) -> list[str]:
-    """The last lines of a file that say something; none where it is not there."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [line for line in lines if line.strip()][-count:]

@@ -32,13 +32,13 @@ from ..errors import RankFailure, RendezvousError
 from ..runtime.network import split_endpoint
 from . import worker
 from .agent import Agent, Habits, MachineLost
-from .diagnosis.exits import culprit, read_fate
-from .instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
+from .diagnosis.exits import read_exit_report, root_cause, signal_name
+from .diagnosis.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
 from .output import Inherited, RankFiles, say, tell
 from .rendezvous import NodeCard, Place, check_nodes, check_rendezvous, explain, node_card
 from .resources import decide_threads
-from .signals import Signals, name_of
+from .signals import Signals
 
 HANG_EXIT_CODE = 124  # as `timeout` gives it
 RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
@@ -72,7 +72,7 @@ def run_launch(launch: Launch) -> int:
         tell(str(error))
         return RENDEZVOUS_EXIT_CODE
     except SignalException as error:
-        tell(f"ended all processes on {name_of(error.sigval)}")
+        tell(f"ended all processes on {signal_name(error.sigval)}")
         return 128 + int(error.sigval)
 
 
@@ -85,7 +85,7 @@ def _run(launch: Launch, place: Place) -> int:
     card = None if launch.alone else node_card(launch)
     with _agent(place.config, command[0], command[1:], habits, files, variables=place.variables, card=card) as agent:
         result = agent.run()
-        if not agent.fates:
+        if not agent.exit_reports:
             if result is not None and result.is_failed():
                 tell(f"torch's agent ended the job: {result.state.name}")
                 return 1
@@ -93,10 +93,10 @@ def _run(launch: Launch, place: Place) -> int:
                 tell(slow)
             return 0
         if (number := agent.stopped_by()) is not None:
-            tell(f"all ranks stopped on {name_of(number)}")
+            tell(f"all ranks stopped on {signal_name(number)}")
             return 128 + number
         say(agent.told())
-        return HANG_EXIT_CODE if agent.verdict is not None else culprit(agent.fates).exit_code
+        return HANG_EXIT_CODE if agent.hang is not None else root_cause(agent.exit_reports).exit_code
 
 
 def _is_of_rendezvous(error: Exception) -> bool:
@@ -130,7 +130,7 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any
         command = (worker.__file__, str(os.getpid()), "--call", str(call))
         with _agent(config, sys.executable, command, Habits(), Inherited, signals=signals) as agent:
             agent.run()
-            if agent.fates:
+            if agent.exit_reports:
                 raise _failure(agent, function)
             return [_result(rank, folder, function) for rank, folder in sorted(agent.folders().items())]
 
@@ -159,7 +159,7 @@ def _passed_on(signals: Signals) -> Iterator[None]:
         if signals.ending:
             signal.raise_signal(signals.ending[0])
     if interrupted is not None:
-        raise InterruptedError(f"all ranks were ended on {name_of(interrupted.sigval)}") from interrupted
+        raise InterruptedError(f"all ranks were ended on {signal_name(interrupted.sigval)}") from interrupted
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle gives no types
@@ -189,8 +189,8 @@ def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> l
     with _passed_on(signals), ranks as agent:
         result = agent.run()
         if result.is_failed():
-            agent.fates = [
-                read_fate(rank, "", folder, failed.exitcode if (failed := result.failures.get(rank)) else 1, 0.0)
+            agent.exit_reports = [
+                read_exit_report(rank, "", folder, failed.exitcode if (failed := result.failures.get(rank)) else 1, 0.0)
                 for rank, folder in agent.folders().items()
                 if rank in result.failures or (folder / "error.json").exists()
             ]
@@ -217,12 +217,12 @@ def _alone(nproc: int, command: tuple[str, ...] = ()) -> Launch:
 
 
 def _failure(agent: Agent, function: Callable[..., Any]) -> RankFailure:
-    if agent.verdict is not None:
-        return RankFailure(f"{_name(function)} hangs:\n{agent.told()}", min(agent.verdict.odd, default=-1))
-    found = culprit(agent.fates)
+    if agent.hang is not None:
+        return RankFailure(f"{_name(function)} hangs:\n{agent.told()}", min(agent.hang.blamed, default=-1))
+    found = root_cause(agent.exit_reports)
     problem = RankFailure(f"rank {found.rank} failed in {_name(function)}: {found.ending()}", found.rank)
-    if found.trace:
-        problem.add_note(f"On rank {found.rank}:\n{found.trace}")
+    if found.traceback:
+        problem.add_note(f"On rank {found.rank}:\n{found.traceback}")
     with suppress(Exception):  # a class that cannot be imported here, or whose pickle is broken
         problem.__cause__ = pickle.loads((agent.folders()[found.rank] / "error.pickle").read_bytes())
     return problem

@@ -1,4 +1,4 @@
-"""What the launcher does on a signal: it keeps it until a look at the ranks, and where no rank runs it ends."""
+"""Handle the signals that the launcher gets: keep each one until the agent asks, or end if no rank runs."""
 
 from __future__ import annotations
 
@@ -11,39 +11,36 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
+from .diagnosis.exits import signal_name
+
 _WARNINGS = ("SIGUSR1", "SIGUSR2")
 _STATUS = "SIGQUIT"
-_APART_S = 0.5  # `timeout` sends a signal to its child and to its group: that is one
-
-
-def name_of(number: int) -> str:
-    """Such as "SIGTERM"; real-time signals have no names of their own."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+_APART_S = 0.5  # the program `timeout` sends one signal twice: to its child and to the process group
 
 
 class Signals:
-    """Signals that came while `handled` lasts, in the main thread; in another one Python allows no handlers.
+    """The signals that the launcher has got inside `handled`. Python allows handlers only in the main thread.
 
-    An exception from a handler may come between the start of a rank and the moment when its process id is kept, so
-    that nobody would end that rank. While `raising` is False, a signal is therefore only kept, for `check`.
+    While `raising` is False, a handler only keeps the signal, and `check` raises later: an exception between the start
+    of a rank and the moment when its process id is stored would leave that rank running.
 
-    `ending`: those that end the job, in the order they came. `asked`: SIGQUIT has asked for the state.
+    `ending`: the signals that end the job, in their order. `asked`: SIGQUIT has asked for the stragglers.
     """
 
     def __init__(self) -> None:
         self.ending: list[int] = []
         self.asked = False
         self.raising = True
-        self._times: list[float] = []  # of those in `ending`
+        self._times: list[float] = []  # of the signals in `ending`
         self._warnings: list[int] = []
         self._own: dict[int, Any] = {}
 
     @contextmanager
     def handled(self, names: str) -> Iterator[None]:
-        """Handle `names`, as in "SIGTERM,SIGINT", as those that end the job; the handlers from before come back."""
+        """Handle signals in this block, and restore the old handlers at its end.
+
+        `names`: the signals that end the job, like "SIGTERM,SIGINT".
+        """
         chosen = [name.strip() for name in names.split(",")]
         for name in dict.fromkeys([*chosen, *_WARNINGS, _STATUS]):
             number = getattr(signal, name, None)
@@ -51,7 +48,7 @@ class Signals:
                 continue
             self._own[number] = self._ask if name == _STATUS else self._end if name in chosen else self._warn
             if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
-                self._own[number] = signal.SIG_IGN  # nohup
+                self._own[number] = signal.SIG_IGN  # the launcher was started with nohup
         before = {number: signal.getsignal(number) for number in self._own}
         try:
             self._install()
@@ -63,13 +60,16 @@ class Signals:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Around the start of ranks. They begin with Ctrl-C blocked, and let it through once they can end quietly."""
+        """Start ranks in this block. From here on no signal raises, until `raising` is set.
+
+        The ranks start with Ctrl-C blocked. They unblock it when they can end without a traceback of our own code.
+        """
         self.raising = False
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             yield
         finally:
-            self._install()  # torch's agent has set handlers of its own, in earlier versions
+            self._install()  # in earlier versions, torch's agent sets its own handlers
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _install(self) -> None:
@@ -78,14 +78,18 @@ class Signals:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises SignalException where a signal has come that ends the job."""
+        """Raise an exception if the launcher has got a signal that ends the job.
+
+        Raises:
+            SignalException: it holds the first such signal.
+        """
         if self.ending:
             number = self.ending[0]
-            raise SignalException(f"the launcher got {name_of(number)}", signal.Signals(number))
+            raise SignalException(f"the launcher got {signal_name(number)}", signal.Signals(number))
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
-        """While something may block, such as a full pipe: a signal ends that."""
+        """Let a signal raise at once in this block, which may wait without end, as for a full pipe."""
         before, self.raising = self.raising, True
         try:
             yield
@@ -93,16 +97,19 @@ class Signals:
             self.raising = before
 
     def repeated(self) -> bool:
-        """Whether a second signal says that it shall end at once."""
+        """Return whether a second signal asks to end at once."""
         return bool(self._times) and self._times[-1] - self._times[0] > _APART_S
 
     def patience(self, seconds: float) -> Callable[[], bool]:
-        """Whether to stop waiting, to be asked again and again: a signal has come, and `seconds` from now are over."""
+        """Return a function that returns whether a wait that starts now must end.
+
+        It must end after a second signal, or if `seconds` have passed and there is a signal.
+        """
         start = time.monotonic()
         return lambda: bool(self.ending) and (self.repeated() or time.monotonic() - start > seconds)
 
     def take_warnings(self) -> list[int]:
-        """A scheduler's warnings, for the ranks, that have come since it was asked last."""
+        """Return the scheduler's warnings (SIGUSR1, SIGUSR2) since the last call. They are for the ranks."""
         taken, self._warnings = self._warnings, []
         return taken
 
@@ -116,7 +123,7 @@ class Signals:
         self._warnings.append(number)
 
     def _ask(self, number: int, frame: object) -> None:
-        self.asked = True  # answered at the next look
+        self.asked = True  # the agent answers when it looks next
 
 
 def _in_main_thread() -> bool:

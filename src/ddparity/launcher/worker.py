@@ -13,7 +13,7 @@ rank's folder, that of TORCHELASTIC_ERROR_FILE: `error.json` in the form of torc
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -47,7 +47,7 @@ def main() -> None:
         # At once, and in whole lines, also with PYTHONUNBUFFERED: N ranks may share one pipe.
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
     if folder is not None:
-        _sibling("instruments").install(folder)
+        _instruments().install(folder)
     try:
         signal.signal(signal.SIGINT, interrupt)
         _run(arguments, folder)
@@ -97,7 +97,7 @@ def _fail(error: BaseException, folder: Path | None) -> None:
     trace = _users_part(error.__traceback__)
     left = folder is not None and _leave(folder, error, _message(error), _text(error, trace))
     if folder is not None:
-        _sibling("instruments").leave_record(folder)
+        _instruments().write_record(folder)
     # The agent shows the culprit's traceback at the end. Rank 0 speaks to the same terminal: it would say it twice.
     if not left or os.environ.get("RANK") != "0":
         sys.excepthook(type(error), error, trace)
@@ -189,13 +189,16 @@ def _standard_input() -> None:
         os.close(nothing)
 
 
-def _sibling(name: str) -> ModuleType:
-    """A module beside this file, as one of a package that has the same files but runs no `__init__`."""
-    for package, folder in (("_ddparity", Path(__file__).parents[1]), ("_ddparity.launcher", Path(__file__).parent)):
-        if package not in sys.modules:
-            sys.modules[package] = ModuleType(package)
-            sys.modules[package].__path__ = [str(folder)]
-    return importlib.import_module(f"_ddparity.launcher.{name}")
+def _instruments() -> ModuleType:
+    """Load `diagnosis/instruments.py` by its path, so that no `__init__` of ddparity runs. Load it once."""
+    name = "_ddparity_instruments"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "diagnosis" / "instruments.py")
+        assert spec is not None and spec.loader is not None, "the file is installed with this one"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ranks' records tell, on tables."""
+"""What the records of ranks show, on tables."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 
 from ddparity.launcher.diagnosis.desync import (
     RankState,
-    Waits,
+    StragglerCount,
     describe_ranks,
-    find_absent,
     find_left,
     find_mismatch,
-    members,
-    sentence,
+    find_missing,
+    group_ranks,
     stuck_groups,
 )
-from ddparity.launcher.diagnosis.flight import Operation, from_json, parse, to_json
-from ddparity.launcher.diagnosis.messages import Report, pack, unpack
+from ddparity.launcher.diagnosis.flight import Operation, from_json, parse_record, to_json
+from ddparity.launcher.diagnosis.hang_report import headline
+from ddparity.launcher.diagnosis.messages import MachineState, pack, unpack
 
 
 def _op(
@@ -46,41 +46,41 @@ def _states(*ranks: list[Operation], exits: dict[int, int] | None = None) -> dic
         (
             _op(3, pending=True),
             _op(3, "broadcast", pending=True),
-            "rank 0 calls all_reduce of 4 float32, rank 1 broadcast of 4 float32, as collective #3",
+            "rank 0 calls all_reduce of 4 float32, rank 1 calls broadcast of 4 float32",
         ),
         (
             _op(3, pending=True),
             _op(3, size=8, pending=True),
-            "rank 0 calls all_reduce of 4 float32, rank 1 all_reduce of 8 float32, as collective #3",
+            "rank 0 calls all_reduce of 4 float32, rank 1 calls all_reduce of 8 float32",
         ),
         (
             _op(3, pending=True),
             _op(3, dtype="float64", pending=True),
-            "rank 0 calls all_reduce of 4 float32, rank 1 all_reduce of 4 float64, as collective #3",
+            "rank 0 calls all_reduce of 4 float32, rank 1 calls all_reduce of 4 float64",
         ),
-        (  # the root of a broadcast goes on alone
+        (  # the root of a broadcast does not wait for the others
             _op(3, "broadcast"),
             _op(3, pending=True),
-            "rank 0 calls broadcast of 4 float32, rank 1 all_reduce of 4 float32, as collective #3",
+            "rank 0 calls broadcast of 4 float32, rank 1 calls all_reduce of 4 float32",
         ),
         (
             _op(3, "barrier", pending=True),
             _op(3, pending=True),
-            "rank 0 calls barrier, rank 1 all_reduce of 4 float32, as collective #3",
+            "rank 0 calls barrier, rank 1 calls all_reduce of 4 float32",
         ),
     ],
 )
-def test_a_mismatch_is_named_by_what_each_calls(first: Operation, second: Operation, said: str) -> None:
+def test_a_mismatch_is_described_by_the_calls_of_each_rank(first: Operation, second: Operation, said: str) -> None:
     states = _states([_op(1), _op(2), first], [_op(1), _op(2), second])
     found = find_mismatch(states, "0")
     assert found is not None and (found.kind, found.sequence) == ("mismatch", 3)
-    assert sentence(found, states) == said
+    assert headline(found, states) == f"the ranks do not agree on collective #3: {said}"
 
 
-def test_the_few_are_odd() -> None:
+def test_the_minority_is_blamed() -> None:
     ranks = [[_op(1, pending=True)], [_op(1, "barrier", pending=True)], [_op(1, pending=True)]]
     found = find_mismatch(_states(*ranks), "0")
-    assert found is not None and found.odd == (1,) and found.waiting == (0, 2)
+    assert found is not None and found.blamed == (1,) and found.waiting == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -98,25 +98,25 @@ def test_nccl_gathers_uneven_tensors_and_gloo_does_not() -> None:
 
 
 @pytest.mark.parametrize("differing", [{"row": 2}, {"dtype": "float64"}], ids=str)
-def test_parts_that_go_to_all_over_gloo_have_rows_of_one_kind(differing: dict[str, object]) -> None:
+def test_gloos_all_to_all_needs_rows_of_one_size_and_dtype(differing: dict[str, object]) -> None:
     for backend in ("nccl", "gloo"):
         ranks = [_op(1, "all_to_all", pending=True, backend=backend, **rest) for rest in ({}, differing)]
         assert (find_mismatch(_states(*([one] for one in ranks)), "0") is not None) == (backend == "gloo")
 
 
-def test_what_went_well_is_no_mismatch() -> None:
+def test_a_collective_that_all_ranks_left_is_no_mismatch() -> None:
     states = _states([_op(1, "all_gather", 4), _op(2, pending=True)], [_op(1, "all_gather", 8)])
     assert find_mismatch(states, "0") is None
 
 
-def test_another_operation_earlier_is_the_cause_though_it_returned() -> None:
+def test_an_earlier_mismatch_is_the_cause_even_if_it_returned() -> None:
     states = _states([_op(1), _op(2, pending=True)], [_op(1, "broadcast"), _op(2, pending=True)])
     found = find_mismatch(states, "0")
     assert found is not None and found.sequence == 1
 
 
 @pytest.mark.parametrize(
-    ("ranks", "exits", "kind", "odd", "waiting", "said"),
+    ("ranks", "exits", "kind", "blamed", "waiting", "said"),
     [
         (
             [[_op(8), _op(9, pending=True)], [_op(8)], [_op(8), _op(9, pending=True)]],
@@ -124,8 +124,8 @@ def test_another_operation_earlier_is_the_cause_though_it_returned() -> None:
             "absent",
             (1,),
             (0, 2),
-            "rank 1 has not come to it: ranks 0, 2 wait in all_reduce of 4 float32 (collective #9), "
-            "its last was all_reduce #8",
+            "rank 1 has not called all_reduce #9: ranks 0, 2 wait in all_reduce of 4 float32 (collective #9), "
+            "the last call of rank 1 was all_reduce #8",
         ),
         (
             [[_op(9, pending=True)], [_op(8)], [_op(7)]],
@@ -133,7 +133,7 @@ def test_another_operation_earlier_is_the_cause_though_it_returned() -> None:
             "absent",
             (1, 2),
             (0,),
-            "ranks 1, 2 have not come to it: rank 0 waits in all_reduce of 4 float32 (collective #9)",
+            "ranks 1, 2 have not called all_reduce #9: rank 0 waits in all_reduce of 4 float32 (collective #9)",
         ),
         (
             [[_op(8), _op(9, pending=True)], [_op(8)], [_op(8)]],
@@ -141,7 +141,8 @@ def test_another_operation_earlier_is_the_cause_though_it_returned() -> None:
             "finished",
             (1,),
             (0,),
-            "rank 1 finished after all_reduce #8, rank 0 waits in all_reduce of 4 float32 (collective #9)",
+            "rank 1 finished without calling all_reduce #9: rank 0 waits in all_reduce of 4 float32 (collective #9), "
+            "the last call of rank 1 was all_reduce #8",
         ),
         (
             [[_op(9, pending=True)], [_op(9, pending=True)]],
@@ -149,87 +150,86 @@ def test_another_operation_earlier_is_the_cause_though_it_returned() -> None:
             "stalled",
             (),
             (0, 1),
-            "ranks 0, 1 wait in all_reduce of 4 float32 (collective #9) that all have issued: "
-            "no data moves, the network stalls",
+            "no data moves: ranks 0, 1 wait in all_reduce of 4 float32 (collective #9), which all ranks have called",
         ),
-        (  # DDP's reducer issues several; the first that somebody lacks is the one
+        (  # DDP's reducer calls several at once: the ranks wait in the first one that a rank has not called
             [[_op(8, pending=True), _op(9, pending=True)], [_op(7)]],
             {},
             "absent",
             (1,),
             (0,),
-            "rank 1 has not come to it: rank 0 waits in all_reduce of 4 float32 (collective #8), "
-            "its last was all_reduce #7",
+            "rank 1 has not called all_reduce #8: rank 0 waits in all_reduce of 4 float32 (collective #8), "
+            "the last call of rank 1 was all_reduce #7",
         ),
     ],
 )
-def test_who_is_waited_for(
+def test_the_missing_ranks_are_named(
     ranks: list[list[Operation]],
     exits: dict[int, int],
     kind: str,
-    odd: tuple[int, ...],
+    blamed: tuple[int, ...],
     waiting: tuple[int, ...],
     said: str,
 ) -> None:
     states = _states(*ranks, exits=exits)
-    found = find_absent(states, "0", tuple(states))
+    found = find_missing(states, "0", tuple(states))
     assert found is not None
-    assert (found.kind, found.odd, found.waiting) == (kind, odd, waiting)
-    assert sentence(found, states) == said
+    assert (found.kind, found.blamed, found.waiting) == (kind, blamed, waiting)
+    assert headline(found, states) == said
 
 
 @pytest.mark.parametrize(
-    ("last_told", "kind", "said"),
+    ("last_called", "kind", "said"),
     [
         (
             8,
             "absent",
-            "rank 1 has not come to it: rank 0 waits in all_reduce of 4 float32 (collective #9), its last was",
+            "rank 1 has not called all_reduce #9: rank 0 waits in all_reduce of 4 float32 (collective #9), the last",
         ),
-        (9, "stalled", "rank 1 does not answer: rank 0 waits in all_reduce of 4 float32 (collective #9) that all"),
+        (9, "stalled", "rank 1 does not answer: rank 0 waits in all_reduce of 4 float32 (collective #9), which all"),
     ],
 )
-def test_what_a_silent_rank_waited_in_is_not_known_any_more(last_told: int, kind: str, said: str) -> None:
-    states = _states([_op(9, pending=True)], [_op(last_told, pending=True)])
+def test_a_silent_rank_may_have_left_the_collective_that_it_waited_in(last_called: int, kind: str, said: str) -> None:
+    states = _states([_op(9, pending=True)], [_op(last_called, pending=True)])
     states[1] = replace(states[1], silent=True)
-    finding = find_absent(states, "0", (0, 1))
+    finding = find_missing(states, "0", (0, 1))
     assert finding is not None
-    assert (finding.kind, finding.odd, finding.waiting) == (kind, (1,), (0,))
-    assert sentence(finding, states).startswith(said)
-    report = Report("host", states, frozenset({(0, "0")}), "", ())
-    assert unpack(pack(report)) == report
+    assert (finding.kind, finding.blamed, finding.waiting) == (kind, (1,), (0,))
+    assert headline(finding, states).startswith(said)
+    machine = MachineState("host", states, frozenset({(0, "0")}), "", ())
+    assert unpack(pack(machine)) == machine
 
 
-def test_nothing_pending_is_nothing_to_find() -> None:
+def test_no_hang_without_a_pending_collective() -> None:
     states = _states([_op(1)], [])
-    assert find_absent(states, "0", (0, 1)) is None
+    assert find_missing(states, "0", (0, 1)) is None
     assert stuck_groups(states) == []
 
 
-def test_point_to_point_stands_outside_of_the_sequence() -> None:
+def test_send_and_recv_are_not_in_the_sequence_of_collectives() -> None:
     states = _states([_op(1), _op(5, "send", pending=True, point_to_point=True)], [_op(1)])
     assert stuck_groups(states) == [] and find_mismatch(states, "0") is None
 
 
-def test_who_left_is_found_when_all_is_over() -> None:
+def test_a_rank_that_left_is_found_after_all_ranks_have_ended() -> None:
     states = _states([_op(1), _op(2)], [_op(1)], exits={0: 1, 1: 0})
     found = find_left(states, "0", (0, 1))
-    assert found is not None and (found.odd, found.sequence) == ((1,), 2)
+    assert found is not None and (found.blamed, found.sequence) == ((1,), 2)
     assert find_left(_states([_op(1)], [_op(1)], exits={0: 1, 1: 0}), "0", (0, 1)) is None
 
 
-def test_a_sub_group_has_the_ranks_that_were_seen_in_it() -> None:
+def test_a_sub_group_has_the_ranks_that_called_a_collective_in_it() -> None:
     states = _states([_op(1), _op(1, group="3")], [_op(1)], [_op(1, group="3")])
-    assert members(states, "0", {}) == (0, 1, 2)
-    assert members(states, "3", {}) == (0, 2)
-    assert members(states, "3", {"3": (0, 1)}) == (0, 1)
+    assert group_ranks(states, "0", {}) == (0, 1, 2)
+    assert group_ranks(states, "3", {}) == (0, 2)
+    assert group_ranks(states, "3", {"3": (0, 1)}) == (0, 1)
 
 
-def test_a_group_that_one_rank_alone_was_seen_in() -> None:
+def test_a_group_in_which_only_one_rank_called_a_collective() -> None:
     states = _states([_op(1, group="3", pending=True)], [])
-    found = find_absent(states, "3", (0,))
-    assert found is not None and (found.kind, found.odd) == ("absent", ())
-    assert sentence(found, states).endswith("that no other rank has come to")
+    found = find_missing(states, "3", (0,))
+    assert found is not None and (found.kind, found.blamed) == ("absent", ())
+    assert headline(found, states).startswith("no other rank has called all_reduce #1 of group 3: rank 0 waits in")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ ENTRY = {
 def test_a_record_is_read() -> None:
     done = {**ENTRY, "state": "completed", "profiling_name": "nccl:broadcast", "collective_seq_id": 4, "record_id": 3}
     config = {"0": {"name": "0", "ranks": "[0, 1]"}, "": {"name": "", "ranks": "[1]"}}
-    record = parse(json.dumps({"entries": [ENTRY, done], "pg_config": config}).encode())
+    record = parse_record(json.dumps({"entries": [ENTRY, done], "pg_config": config}).encode())
     first, second = record.operations
     assert str(first) == "all_reduce of 8 float32" and first.pending and first.created_s == 5.0
     assert first.row == 2
@@ -268,27 +268,27 @@ def test_a_record_is_read() -> None:
     assert from_json(json.loads(json.dumps(to_json(record.operations)))) == record.operations
 
 
-def test_a_number_is_a_row() -> None:
-    (one,) = parse(json.dumps({"entries": [{**ENTRY, "input_sizes": [[]]}]}).encode()).operations
+def test_a_scalar_is_one_row() -> None:
+    (one,) = parse_record(json.dumps({"entries": [{**ENTRY, "input_sizes": [[]]}]}).encode()).operations
     assert one.row == 1
 
 
-def test_a_group_that_was_made_anew_begins_anew() -> None:
+def test_a_group_that_was_created_again_starts_again() -> None:
     again = {**ENTRY, "collective_seq_id": 1, "record_id": 3}
-    record = parse(json.dumps({"entries": [ENTRY, again]}).encode())
+    record = parse_record(json.dumps({"entries": [ENTRY, again]}).encode())
     assert [one.sequence for one in record.operations] == [1]
 
 
 def test_a_record_without_entries_is_empty() -> None:
-    assert parse(b'{"version": "2.10", "pg_config": {}}').operations == ()
+    assert parse_record(b'{"version": "2.10", "pg_config": {}}').operations == ()
 
 
-def test_shares_of_waiting() -> None:
-    waits = Waits()
+def test_straggler_shares() -> None:
+    waits = StragglerCount()
     late = _states([_op(2, pending=True)], [_op(1)], [_op(2, pending=True)])
     even = _states([_op(2)], [_op(2)], [_op(2)])
     for number in range(100):
-        waits.count(late if number < 38 else even, {"0": (0, 1, 2)})
-    assert waits.describe() == "rank 1 was waited for 38% of the time, by ranks 0, 2 (sampled, 100 looks)"
-    quiet = Waits()
-    assert quiet.describe() == "" and quiet.describe(always=True) == "no rank was waited for (sampled, 0 looks)"
+        waits.add(late if number < 38 else even, {"0": (0, 1, 2)})
+    assert waits.describe() == "ranks 0, 2 waited for rank 1 in 38% of 100 samples"
+    quiet = StragglerCount()
+    assert quiet.describe() == "" and quiet.describe(always=True) == "no rank waited for another rank in 0 samples"

@@ -1,4 +1,4 @@
-"""Real ranks over Gloo that hang in every way, and what the watch says of them."""
+"""Real ranks over Gloo that hang in many ways, and what the watch reports of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ddparity.launcher.diagnosis import stacks
-from ddparity.launcher.diagnosis.stacks import look_at, signal_for_stacks
-from ddparity.launcher.diagnosis.watch import Verdict, Watch, Watched, describe
-from ddparity.launcher.instruments import FLIGHT, SERVER
+from ddparity.launcher.diagnosis.hang_report import HangReport, describe_hang
+from ddparity.launcher.diagnosis.instruments import FLIGHT, SERVER
+from ddparity.launcher.diagnosis.stacks import read_stacks, signal_for_stacks
+from ddparity.launcher.diagnosis.watch import Watch, WatchedRank
 from tests.launcher.diagnosis.watched import Job, job
 
 pytestmark = pytest.mark.skipif(
@@ -28,19 +29,23 @@ def _ended(job: Job) -> bool:
     [
         (
             "dist.all_reduce(torch.ones(4)) if rank == 0 else dist.broadcast(torch.ones(4), 0)",
-            "rank 0 calls all_reduce of 4 float32, rank 1 broadcast of 4 float32, as collective #4",
+            "the ranks do not agree on collective #4: "
+            "rank 0 calls all_reduce of 4 float32, rank 1 calls broadcast of 4 float32",
         ),
         (
             "dist.all_reduce(torch.ones(4 if rank == 0 else 8))",
-            "rank 0 calls all_reduce of 4 float32, rank 1 all_reduce of 8 float32, as collective #4",
+            "the ranks do not agree on collective #4: "
+            "rank 0 calls all_reduce of 4 float32, rank 1 calls all_reduce of 8 float32",
         ),
         (
             "dist.all_reduce(torch.ones(4, dtype=torch.float32 if rank == 0 else torch.float64))",
-            "rank 0 calls all_reduce of 4 float32, rank 1 all_reduce of 4 float64, as collective #4",
+            "the ranks do not agree on collective #4: "
+            "rank 0 calls all_reduce of 4 float32, rank 1 calls all_reduce of 4 float64",
         ),
         (
             "from ddparity.comm.allreduce import copies_of_ranks\ncopies_of_ranks(torch.ones(4 if rank == 0 else 8))",
-            "rank 0 calls all_to_all of 8 float32, rank 1 all_to_all of 16 float32, as collective #4",
+            "the ranks do not agree on collective #4: "
+            "rank 0 calls all_to_all of 8 float32, rank 1 calls all_to_all of 16 float32",
         ),
     ],
     ids=["kind", "shape", "dtype", "shape of a short one"],
@@ -49,9 +54,9 @@ def test_a_mismatch_is_named_whatever_the_time_out(tmp_path: Path, body: str, sa
     with job(tmp_path, f"ready()\n{body}\ntime.sleep(600)", hang_timeout_s=600) as running:
         running.until_ready()
         running.until(_ended)
-        assert running.verdict is not None, running.endings
-        assert (running.verdict.kind, running.verdict.sentence) == ("mismatch", said)
-        assert all("script.py:" in row.where for row in running.verdict.rows)
+        assert running.report is not None, running.endings
+        assert (running.report.kind, running.report.headline) == ("mismatch", said)
+        assert all("script.py:" in row.where for row in running.report.rows)
 
 
 ABSENT = {
@@ -64,39 +69,39 @@ ABSENT = {
 }
 
 
-@pytest.mark.parametrize(("body", "doing"), ABSENT.values(), ids=ABSENT.keys())
-def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path: Path, body: str, doing: str) -> None:
+@pytest.mark.parametrize(("body", "activity"), ABSENT.values(), ids=ABSENT.keys())
+def test_a_rank_that_does_not_call_is_reported_with_its_activity(tmp_path: Path, body: str, activity: str) -> None:
     lines = f"ready()\nif rank == 0: dist.all_reduce(torch.ones(4)); time.sleep(600)\n{body}"
     with job(tmp_path, lines) as running:
         running.until_ready()
         running.until(_ended)
-        verdict = running.verdict
-        assert verdict is not None, running.endings
-        assert (verdict.kind, verdict.odd) == ("absent", (1,))
-        assert verdict.rows[1].doing == doing
-        assert "script.py" in verdict.rows[1].where
-        assert verdict.rows[0].doing == "in all_reduce"
-        text = describe(verdict)
-        assert text.startswith("hang: rank 1 has not come to it: rank 0 waits in all_reduce of 4 float32")
+        report = running.report
+        assert report is not None, running.endings
+        assert (report.kind, report.blamed) == ("absent", (1,))
+        assert report.rows[1].activity == activity
+        assert "script.py" in report.rows[1].where
+        assert report.rows[0].activity == "in all_reduce"
+        text = describe_hang(report)
+        assert text.startswith("hang: rank 1 has not called all_reduce #4: rank 0 waits in all_reduce of 4 float32")
         assert max(len(line) for line in text.splitlines()[1:]) <= 120
-        written = running.watch.keep_stacks(verdict, tmp_path / "stacks")
+        written = running.watch.keep_stacks(report, tmp_path / "stacks")
         assert {path.name for path in written} == {"stacks-rank-0.txt", "stacks-rank-1.txt"}
         assert "script.py" in written[1].read_text()
 
 
 def test_a_rank_that_is_stopped_while_it_waits(tmp_path: Path) -> None:
-    """What it has told last is that it waits, as the others do."""
+    """Its last answer says that it waits, as the others do."""
     body = "ready()\nwhile rank == 0 and not os.path.exists('go'): time.sleep(0.01)\ndist.all_reduce(torch.ones(4))"
     with job(tmp_path, f"os.chdir({str(tmp_path)!r})\n{body}") as running:
         running.until_ready()
-        running.until(lambda job: "rank 0 was waited for" in job.watch.stragglers(always=True))
+        running.until(lambda job: "waited for rank 0" in job.watch.stragglers(always=True))
         running.processes[1].send_signal(signal.SIGSTOP)
         (tmp_path / "go").touch()
         running.until(_ended)
-        verdict = running.verdict
-        assert verdict is not None, running.endings
-        assert (verdict.odd, verdict.rows[1].doing) == ((1,), "stopped (SIGSTOP)")
-        assert verdict.sentence.startswith("rank 1 does not answer: rank 0 waits in all_reduce of 4 float32")
+        report = running.report
+        assert report is not None, running.endings
+        assert (report.blamed, report.rows[1].activity) == ((1,), "stopped (SIGSTOP)")
+        assert report.headline.startswith("rank 1 does not answer: rank 0 waits in all_reduce of 4 float32")
 
 
 def test_a_stuck_data_loader(tmp_path: Path) -> None:
@@ -115,20 +120,21 @@ def test_a_stuck_data_loader(tmp_path: Path) -> None:
     with job(tmp_path, body) as running:
         running.until_ready()
         running.until(_ended)
-        assert running.verdict is not None, running.endings
-        assert running.verdict.rows[1].doing == "waiting for data-loader workers"
+        assert running.report is not None, running.endings
+        assert running.report.rows[1].activity == "waiting for data-loader workers"
 
 
 @pytest.mark.parametrize("nproc", [2, 3])
 def test_a_rank_that_returns_early(tmp_path: Path, nproc: int) -> None:
-    """Gloo closes the others' connections, so that they may fail before anybody looks: then it is told from records."""
+    """Gloo closes the connections of the others, which may fail before the watch looks: then records show the cause."""
     with job(tmp_path, "ready()\nif rank != 1: dist.all_reduce(torch.ones(4))", nproc, 600) as running:
         running.until_ready()
         running.until(_ended)
-        verdict = running.verdict or running.watch.explain()
-        assert verdict is not None, running.endings
-        assert (verdict.kind, verdict.odd, verdict.left) == ("finished", (1,), (1,))
-        assert verdict.sentence.startswith("rank 1 finished after all_reduce #3, rank")
+        report = running.report or running.watch.explain()
+        assert report is not None, running.endings
+        assert (report.kind, report.blamed, report.left) == ("finished", (1,), (1,))
+        assert report.headline.startswith("rank 1 finished without calling all_reduce #4: rank")
+        assert report.headline.endswith(", the last call of rank 1 was all_reduce #3")
 
 
 def test_ddps_own_reductions_are_seen(tmp_path: Path) -> None:
@@ -144,9 +150,9 @@ def test_ddps_own_reductions_are_seen(tmp_path: Path) -> None:
     with job(tmp_path, body, 3) as running:
         running.until_ready()
         running.until(_ended)
-        assert running.verdict is not None, running.endings
-        assert (running.verdict.kind, running.verdict.odd) == ("absent", (2,))
-        assert "all_reduce of 20 float32" in running.verdict.sentence
+        assert running.report is not None, running.endings
+        assert (running.report.kind, running.report.blamed) == ("absent", (2,))
+        assert "all_reduce of 20 float32" in running.report.headline
 
 
 def test_a_sub_group(tmp_path: Path) -> None:
@@ -164,12 +170,12 @@ def test_a_sub_group(tmp_path: Path) -> None:
     with job(tmp_path, body, 4) as running:
         running.until_ready()
         running.until(_ended)
-        assert running.verdict is not None, running.endings
-        assert running.verdict.odd == (3,)
-        assert "of group 2" in running.verdict.sentence
+        assert running.report is not None, running.endings
+        assert running.report.blamed == (3,)
+        assert "of group 2" in running.report.headline
 
 
-# Rank 1 is late by more than three time-outs; all end by themselves then.
+# Rank 1 is late by more than three time-outs. Then all ranks end by themselves.
 HARMLESS = {
     "a first step": "print('ready', flush=True)\nif rank: time.sleep(4)\ndist.all_reduce(torch.ones(4))",
     "no collectives": "print('ready', flush=True)\ntime.sleep(4)",
@@ -195,7 +201,7 @@ def test_what_only_takes_long_is_no_hang(tmp_path: Path, body: str) -> None:
     with job(tmp_path, body, hang_timeout_s=1) as running:
         running.until_ready()
         running.until(_ended)
-        assert running.verdict is None, describe(running.verdict)
+        assert running.report is None, describe_hang(running.report)
         assert running.endings == {0: 0, 1: 0}
         assert running.watch.explain() is None
         assert all((tmp_path / f"err-{rank}").read_text() == "" for rank in (0, 1))  # the server is silent
@@ -209,7 +215,7 @@ def test_a_rank_that_fails_is_no_hang(tmp_path: Path, body: str, code: int) -> N
     with job(tmp_path, f"ready()\nif rank: {body}\ndist.all_reduce(torch.ones(4))", hang_timeout_s=600) as running:
         running.until_ready()
         running.until(_ended)
-        assert running.verdict is None
+        assert running.report is None
         assert running.endings[1] == code  # an abort is held only for a second
         assert running.watch.explain() is None
         assert (running.folders[0] / FLIGHT).exists()
@@ -225,27 +231,27 @@ def test_a_script_without_torch_waits_for_nothing(tmp_path: Path) -> None:
 
 
 def test_without_a_debugger_torchs_server_and_a_signal_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacks, "_program", lambda: None)
+    monkeypatch.setattr(stacks, "_py_spy_program", lambda: None)
     body = "ready()\nif rank == 0: dist.all_reduce(torch.ones(4))\nctypes.PyDLL(None).sleep(600)"
     with job(tmp_path, body) as running:
         running.until_ready()
         running.until(_ended)
-        assert running.verdict is not None
+        assert running.report is not None
         pids = {rank: process.pid for rank, process in enumerate(running.processes)}
-        found = look_at(pids, dict(enumerate(running.folders)))
-        assert found[0].place() is not None
-        assert found[1].place() is None  # the server's thread has to have the GIL for this
+        found = read_stacks(pids, dict(enumerate(running.folders)))
+        assert found[0].user_frame() is not None
+        assert found[1].user_frame() is None  # the server's thread needs the GIL for this
         assert "script.py" in signal_for_stacks(pids[1], running.folders[1])
 
 
-def test_ranks_that_are_not_there_yet(tmp_path: Path) -> None:
-    watch = Watch([Watched(0, 2**22 + 1, tmp_path)], 1)
+def test_ranks_that_have_not_started(tmp_path: Path) -> None:
+    watch = Watch([WatchedRank(0, 2**22 + 1, tmp_path)], 1)
     assert watch.look() is None and watch.explain() is None and not watch.progressed
     assert watch.stragglers() == ""
 
 
 class Board:
-    """What a store does for agents, within one process."""
+    """Connect agents as a store does, within one process."""
 
     def __init__(self, texts: dict[str, str], node: int) -> None:
         self._texts, self._node, self.leads = texts, node, node == 0
@@ -256,21 +262,25 @@ class Board:
     def read(self) -> list[str]:
         return [text for key, text in self._texts.items() if key.startswith("state/")]
 
-    def tell(self, verdict: str) -> None:
-        self._texts["verdict"] = verdict
+    def announce(self, text: str) -> None:
+        self._texts["announced"] = text
 
-    def verdict(self) -> str | None:
-        return self._texts.get("verdict")
+    def announced(self) -> str | None:
+        return self._texts.get("announced")
 
 
 @pytest.mark.parametrize(
     ("body", "kind", "said"),
     [
-        ("if rank != 3: dist.all_reduce(torch.ones(4))", "absent", "rank 3 has not come to it: ranks 0-2 wait in"),
+        (
+            "if rank != 3: dist.all_reduce(torch.ones(4))",
+            "absent",
+            "rank 3 has not called all_reduce #4: ranks 0-2 wait in",
+        ),
         (
             "dist.all_reduce(torch.ones(4)) if rank < 3 else dist.barrier()",
             "mismatch",
-            "ranks 0-2 call all_reduce of 4 float32, rank 3 barrier, as collective #4",
+            "the ranks do not agree on collective #4: ranks 0-2 call all_reduce of 4 float32, rank 3 calls barrier",
         ),
     ],
 )
@@ -278,21 +288,21 @@ def test_agents_of_two_machines_agree(tmp_path: Path, body: str, kind: str, said
     with job(tmp_path, f"ready()\n{body}\ntime.sleep(600)", 4) as running:
         running.until_ready()
         texts: dict[str, str] = {}
-        ranks = [Watched(rank, running.processes[rank].pid, running.folders[rank]) for rank in range(4)]
+        ranks = [WatchedRank(rank, running.processes[rank].pid, running.folders[rank]) for rank in range(4)]
         watches = [Watch(ranks[2 * node : 2 * node + 2], 2, Board(texts, node)) for node in (0, 1)]
-        verdicts: list[Verdict | None] = [None, None]
+        reports: list[HangReport | None] = [None, None]
 
         def both(job: Job) -> bool:
             for node, watch in enumerate(watches):
-                verdicts[node] = verdicts[node] or watch.look()
-            return all(verdicts)
+                reports[node] = reports[node] or watch.look()
+            return all(reports)
 
         running.watch = Watch([], 0)
         running.until(both)
-        leading, following = verdicts
+        leading, following = reports
         assert leading is not None and following is not None
-        assert (leading.kind, leading.odd) == (kind, (3,))
-        assert leading.sentence.startswith(said)
-        assert (following.sentence, following.rows) == (leading.sentence, leading.rows)
+        assert (leading.kind, leading.blamed) == (kind, (3,))
+        assert leading.headline.startswith(said)
+        assert (following.headline, following.rows) == (leading.headline, leading.rows)
         assert [bool(row.host and "script.py" in row.where) for row in leading.rows] == [True] * 4
         assert set(leading.stacks) == {0, 1} and set(following.stacks) == {2, 3}

@@ -1,4 +1,4 @@
-"""Starts ranks over Gloo with the instruments in them, and watches them, until there is a verdict or all have ended."""
+"""Start ranks over Gloo with the instruments installed, and watch them until a hang is reported or all have ended."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore
 
-from ddparity.launcher import instruments
-from ddparity.launcher.diagnosis.watch import Verdict, Watch, Watched
-from ddparity.launcher.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
+from ddparity.launcher.diagnosis import instruments
+from ddparity.launcher.diagnosis.hang_report import HangReport
+from ddparity.launcher.diagnosis.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
+from ddparity.launcher.diagnosis.watch import Watch, WatchedRank
 from tests.ranks import torchrun_env
 
 _BOOTSTRAP = """
@@ -33,10 +34,10 @@ assert not {"torch", "ddparity"} & set(sys.modules)
 try:
     runpy.run_path(sys.argv[2], run_name="__main__")
 except BaseException:
-    instruments.leave_record(folder)
+    instruments.write_record(folder)
     raise
 """
-# `ready` tells the test that the hang begins: all ranks have done the same collectives twice.
+# `ready` tells the test that the hang begins: all ranks have called the same collective more than once.
 _HEAD = """
 import ctypes, os, signal, sys, threading, time
 import torch, torch.distributed as dist
@@ -49,18 +50,18 @@ def ready():
 """
 
 
-INSTRUMENTS = str(instruments.__file__)  # as the worker loads it: without the package
+INSTRUMENTS = str(instruments.__file__)  # the worker loads it by its path, too
 
 
 @dataclass
 class Job:
-    """Ranks that run, and what was found out about them."""
+    """Ranks that run, and what the watch reported about them."""
 
     watch: Watch
     processes: list[subprocess.Popen[str]]
     folders: list[Path]
-    verdict: Verdict | None = None
-    seconds: float = 0.0  # from `ready` to the verdict
+    report: HangReport | None = None
+    seconds: float = 0.0  # from `ready` to the report
     longest_look_s: float = 0.0
     endings: dict[int, int] = field(default_factory=dict)
 
@@ -71,7 +72,7 @@ class Job:
             assert line == "ready\n", f"a rank ended before it was ready: {line!r}"
 
     def until(self, done: Callable[[Job], bool], timeout_s: float = 40) -> None:
-        """Look as the agent does, until there is a verdict or `done`; fails after `timeout_s`."""
+        """Look as the agent does until a hang is reported or `done` returns True; fail after `timeout_s`."""
         begin = time.monotonic()
         while not done(self):
             for rank, process in enumerate(self.processes):
@@ -79,20 +80,20 @@ class Job:
                     self.endings[rank] = process.returncode
                     self.watch.ended(rank, process.returncode)
             looked = time.monotonic()
-            self.verdict = self.watch.look()
+            self.report = self.watch.look()
             now = time.monotonic()
             self.seconds = now - begin
-            if self.verdict is not None:
+            if self.report is not None:
                 return
             self.longest_look_s = max(self.longest_look_s, now - looked)
-            assert self.seconds < timeout_s, f"no verdict after {timeout_s} s; ended: {self.endings}"
+            assert self.seconds < timeout_s, f"no report after {timeout_s} s; ended: {self.endings}"
             with contextlib.suppress(subprocess.TimeoutExpired):  # a pause that ends with the process
                 self.processes[0].wait(0.1) if 0 not in self.endings else time.sleep(0.05)
 
 
 @contextlib.contextmanager
 def job(folder: Path, body: str, nproc: int = 2, hang_timeout_s: float = 2.0, head: str = _HEAD) -> Iterator[Job]:
-    """Ranks that run `body`; killed with all that they started at the end of the block."""
+    """Start ranks that run `body`. At the end of the block they are killed, with all processes that they started."""
     script = folder / "script.py"
     script.write_text(head + textwrap.dedent(body))
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
@@ -111,7 +112,7 @@ def job(folder: Path, body: str, nproc: int = 2, hang_timeout_s: float = 2.0, he
                     text=True,
                 )
             )
-    watched = [Watched(rank, process.pid, folders[rank]) for rank, process in enumerate(processes)]
+    watched = [WatchedRank(rank, process.pid, folders[rank]) for rank, process in enumerate(processes)]
     try:
         yield Job(Watch(watched, hang_timeout_s), processes, folders)
     finally:

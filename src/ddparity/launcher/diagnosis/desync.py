@@ -1,4 +1,8 @@
-"""Compares what ranks say of their collectives: pure functions on their records."""
+"""Compare the collectives that the ranks of a process group called: pure functions of their flight records.
+
+`find_mismatch`, `find_missing` and `find_left` each look for one kind of hang. `StragglerCount` counts for which ranks
+the others wait while a job runs.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,21 @@ from .flight import DEFAULT_GROUP, Operation
 
 Kind = Literal["mismatch", "absent", "finished", "stalled"]
 
-# Ranks must agree on the number of elements here; elsewhere it may differ from rank to rank.
+# The number of elements must be the same on all ranks in these; in other collectives it may differ.
 _SAME_SIZES = ("all_reduce", "allreduce", "broadcast", "reduce", "all_reduce_coalesced", "allreduce_coalesced")
-# Gloo also demands it of these; NCCL gathers uneven tensors by broadcasts.
+# Gloo requires it in these, too. NCCL gathers tensors of different sizes by broadcasts.
 _SAME_SIZES_GLOO = ("all_gather", "allgather", "_allgather_base", "allgather_base", "all_gather_into_tensor")
-# The rank that scatters or gathers, and the others, give different tensors, or none.
+# The dtype is not compared in these: the root gives other tensors than the other ranks, or there are no tensors.
 _ANY_DTYPE = ("scatter", "gather", "all_to_all", "alltoall", "barrier", "coalesced")
-# Gloo's is of one tensor, whose rows (the first dimension) are shared out, evenly or not.
+# Over Gloo these send rows (indices of the first dimension) of one tensor: ranks may have different numbers of them.
 _ROWS_GLOO = ("all_to_all", "alltoall", "alltoall_base")
 
 
 @dataclass(frozen=True)
 class RankState:
-    """What is known of one rank: its collectives, oldest first; its exit code where it has ended.
+    """What is known of one rank: its collectives, oldest first, and its exit code if it has ended.
 
-    `silent`: it runs but has not answered lately, so that what it waited in then it may have left since.
+    `silent`: the rank runs but has not answered lately. It may have left the collective that it last waited in.
     """
 
     rank: int
@@ -34,11 +38,17 @@ class RankState:
     silent: bool = False
 
     def last(self, group: str) -> Operation | None:
+        """Return the last collective that the rank called in a group."""
         own = [one for one in self.operations if one.group == group and not one.point_to_point]
         return own[-1] if own else None
 
+    def reached(self, group: str) -> int:
+        """Return the sequence number of the last collective that the rank called in a group; 0 if none is known."""
+        last = self.last(group)
+        return last.sequence if last is not None else 0
+
     def pending(self, group: str) -> Operation | None:
-        """The first of the group's collectives that is not done: the one that is waited in, as far as is known."""
+        """Return the first collective of a group that is not done, which is the one that the rank waits in."""
         if self.silent or self.exitcode is not None:
             return None
         own = (one for one in self.operations if one.group == group and not one.point_to_point and one.pending)
@@ -47,30 +57,42 @@ class RankState:
 
 @dataclass(frozen=True)
 class Finding:
-    """What differs between the ranks of one group. `odd`: the ranks to name; `waiting`: those that wait for them."""
+    """A hang in one process group.
+
+    `blamed`: the ranks that cause it, as far as is known. `waiting`: the ranks that wait for them. `sequence`: the
+    number of the collective. `operations`: the call of each rank that a report shows.
+
+    `kind`: "mismatch": ranks called different collectives; "absent": the blamed ranks have not called the collective;
+    "finished": they ended with exit code 0 and did not call it; "stalled": all ranks have called it, the blamed ranks
+    do not answer.
+    """
 
     kind: Kind
     group: str
-    odd: tuple[int, ...]
+    blamed: tuple[int, ...]
     waiting: tuple[int, ...]
     sequence: int
     operations: Mapping[int, Operation | None] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
-        """The same for the same hang; in a stall other ranks may be silent at another look."""
-        return self.kind, self.group, () if self.kind == "stalled" else self.odd, self.sequence
+        """Return what stays the same while the same hang lasts. In a stall, the silent ranks may change."""
+        return self.kind, self.group, () if self.kind == "stalled" else self.blamed, self.sequence
 
 
 def stuck_groups(states: Mapping[int, RankState]) -> list[str]:
-    """The groups in which a rank waits, the default one last: a sub-group's trouble is nearer to the cause."""
-    found = {
+    """Return the groups in which a rank waits, the default group last: a hang of a sub-group is nearer to the cause."""
+    return default_last(
         one.group for state in states.values() for one in state.operations if one.pending and not one.point_to_point
-    }
-    return sorted(found, key=lambda group: (group == DEFAULT_GROUP, group))
+    )
 
 
-def members(states: Mapping[int, RankState], group: str, known: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The ranks of a group: those that one of them named, or else those that were seen in it."""
+def default_last(groups: Iterable[str]) -> list[str]:
+    """Return each group once, in alphabetical order, the default group last."""
+    return sorted(set(groups), key=lambda group: (group == DEFAULT_GROUP, group))
+
+
+def group_ranks(states: Mapping[int, RankState], group: str, known: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the ranks of a group: those that a rank named (`known`), or those that called a collective in it."""
     if group in known:
         return tuple(rank for rank in known[group] if rank in states)
     if group == DEFAULT_GROUP:
@@ -79,30 +101,31 @@ def members(states: Mapping[int, RankState], group: str, known: Mapping[str, tup
 
 
 def find_mismatch(states: Mapping[int, RankState], group: str) -> Finding | None:
-    """The first collective that ranks of the group issued differently, where one of them waits in it or after it.
+    """Return the first collective of a group that ranks called differently.
 
-    Tensors of different size or dtype are told only in a collective that somebody waits in: one that went well did.
+    Sizes and dtypes are compared only if a rank waits in that collective: if all ranks have returned, they fitted.
     """
-    issued: dict[int, dict[int, Operation]] = {}
+    called: dict[int, dict[int, Operation]] = {}
     for rank, state in states.items():
         for one in state.operations:
             if one.group == group and not one.point_to_point:
-                issued.setdefault(one.sequence, {})[rank] = one
-    for sequence, operations in sorted(issued.items()):
+                called.setdefault(one.sequence, {})[rank] = one
+    for sequence, operations in sorted(called.items()):
         if len(operations) < 2:
             continue
         waited = any(one.pending for one in operations.values())
         signatures = {rank: _signature(one, waited) for rank, one in operations.items()}
         if len(set(signatures.values())) > 1:
-            odd = _minority(signatures)
-            others = tuple(sorted(set(operations) - set(odd)))
-            return Finding("mismatch", group, odd, others, sequence, operations)
+            blamed = _minority(signatures)
+            others = tuple(sorted(set(operations) - set(blamed)))
+            return Finding("mismatch", group, blamed, others, sequence, operations)
     return None
 
 
-def _signature(one: Operation, whole: bool) -> tuple[object, ...]:
+def _signature(one: Operation, with_tensors: bool) -> tuple[object, ...]:
+    """Return what must be the same on all ranks: the name of the collective, and what it requires of its tensors."""
     name = one.name
-    if not whole:
+    if not with_tensors:
         return (name,)
     over_gloo = one.backend == "gloo"
     if over_gloo and name in _ROWS_GLOO:
@@ -116,7 +139,7 @@ def _signature(one: Operation, whole: bool) -> tuple[object, ...]:
 
 
 def _minority(signatures: Mapping[int, object]) -> tuple[int, ...]:
-    """The ranks that are not with the most; of equal parties, those without the lowest rank."""
+    """Return the ranks outside the largest party; of two equal parties, the one with the lowest rank is the largest."""
     parties: dict[object, list[int]] = {}
     for rank in sorted(signatures):
         parties.setdefault(signatures[rank], []).append(rank)
@@ -124,56 +147,100 @@ def _minority(signatures: Mapping[int, object]) -> tuple[int, ...]:
     return tuple(sorted(set(signatures) - set(most)))
 
 
-def find_absent(states: Mapping[int, RankState], group: str, ranks: Iterable[int]) -> Finding | None:
-    """Ranks that have not issued the collective that others wait in; `stalled` where all have: odd are silent ones.
+def find_missing(states: Mapping[int, RankState], group: str, ranks: Iterable[int]) -> Finding | None:
+    """Return which of a group's ranks have not called the collective that other ranks wait in; None if no rank waits.
 
-    `finished`: an absent rank has ended well, and so will never come.
+    The kind is "finished" if a missing rank ended with exit code 0: it will never call the collective. It is "stalled"
+    if no rank is missing.
     """
     ranks = tuple(ranks)
     pending = {rank: one for rank in ranks if (one := states[rank].pending(group)) is not None}
     if not pending:
         return None
-    reached = {rank: one.sequence if (one := states[rank].last(group)) is not None else 0 for rank in ranks}
-    # A rank may have issued several, as DDP's reducer does; the first that somebody lacks is the one that is waited in.
+    # A rank may have called several collectives at once, as DDP's reducer does. The first one that a rank has not
+    # called is the one that the others wait in.
     lacking = [
-        (one.sequence, absent)
+        (one.sequence, missing)
         for one in pending.values()
-        if (absent := tuple(rank for rank in ranks if reached[rank] < one.sequence))
+        if (missing := tuple(rank for rank in ranks if states[rank].reached(group) < one.sequence))
     ]
     operations = {rank: states[rank].pending(group) or states[rank].last(group) for rank in ranks}
     if not lacking:
         first = min(one.sequence for one in pending.values())
-        if len(ranks) == 1:  # nobody else was ever seen in this group
+        if len(ranks) == 1:  # no other rank was ever seen in this group
             return Finding("absent", group, (), ranks, first, operations)
         silent = tuple(rank for rank in ranks if states[rank].silent)
         return Finding("stalled", group, silent, tuple(pending), first, operations)
-    sequence, absent = min(lacking)
-    waiting = tuple(rank for rank, one in pending.items() if one.sequence <= sequence or rank not in absent)
-    gone = tuple(rank for rank in absent if states[rank].exitcode == 0)
-    return Finding("finished" if gone else "absent", group, gone or absent, waiting, sequence, operations)
+    sequence, missing = min(lacking)
+    waiting = tuple(rank for rank, one in pending.items() if one.sequence <= sequence or rank not in missing)
+    finished = tuple(rank for rank in missing if states[rank].exitcode == 0)
+    return Finding("finished" if finished else "absent", group, finished or missing, waiting, sequence, operations)
 
 
 def find_left(states: Mapping[int, RankState], group: str, ranks: Iterable[int]) -> Finding | None:
-    """A rank that ended well though others went on to a collective that needs it; asked once all of it is over."""
+    """Return the ranks that ended with exit code 0 before a collective that other ranks called.
+
+    For ranks that have ended: no rank waits any more, so `find_missing` finds nothing.
+    """
     ranks = tuple(ranks)
-    reached = {rank: one.sequence if (one := states[rank].last(group)) is not None else 0 for rank in ranks}
+    reached = {rank: states[rank].reached(group) for rank in ranks}
     highest = max(reached.values(), default=0)
-    gone = tuple(rank for rank in ranks if states[rank].exitcode == 0 and reached[rank] < highest)
-    if not gone:
+    finished = tuple(rank for rank in ranks if states[rank].exitcode == 0 and reached[rank] < highest)
+    if not finished:
         return None
-    sequence = min(reached[rank] for rank in gone) + 1
+    sequence = min(reached[rank] for rank in finished) + 1
     waiting = tuple(rank for rank in ranks if reached[rank] >= sequence)
     at = {
         rank: next((one for one in states[rank].operations if one.group == group and one.sequence == sequence), None)
         for rank in ranks
     }
-    return Finding(
-        "finished", group, gone, waiting, sequence, {rank: at[rank] or states[rank].last(group) for rank in ranks}
-    )
+    operations = {rank: at[rank] or states[rank].last(group) for rank in ranks}
+    return Finding("finished", group, finished, waiting, sequence, operations)
+
+
+class StragglerCount:
+    """Count, one sample a poll, for which ranks the others wait in a collective."""
+
+    _ENOUGH = 20  # samples: a share of fewer says little
+    _SIGNIFICANT = 0.1  # share of the samples
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.awaited: Counter[int] = Counter()
+        self.pairs: Counter[tuple[int, int]] = Counter()  # (straggler, rank that waits for it)
+
+    def add(self, states: Mapping[int, RankState], groups: Mapping[str, Sequence[int]]) -> None:
+        """Add one sample. A rank is a straggler if another rank waits in a collective that it has not called yet."""
+        if not groups:
+            return
+        self.samples += 1
+        pairs = set()
+        for group, ranks in groups.items():
+            pending = {rank: one.sequence for rank in ranks if (one := states[rank].pending(group)) is not None}
+            for rank in ranks:
+                reached = states[rank].reached(group)
+                pairs |= {(rank, other) for other, sequence in pending.items() if reached < sequence}
+        self.awaited.update({rank for rank, _ in pairs})
+        self.pairs.update(pairs)
+
+    def describe(self, always: bool = False) -> str:
+        """Return a sentence for each rank that others waited for in at least a tenth of the samples.
+
+        If there is no such rank, return "". `always`: return smaller shares, too, and a sentence if there is no rank.
+        """
+        sentences = []
+        for rank, count in self.awaited.most_common():
+            share = count / max(1, self.samples)
+            if always or (self.samples >= self._ENOUGH and share >= self._SIGNIFICANT):
+                others = describe_ranks(other for (straggler, other) in self.pairs if straggler == rank)
+                sentences.append(f"{others} waited for rank {rank} in {share:.0%} of {self.samples} samples")
+        if not sentences and always:
+            return f"no rank waited for another rank in {self.samples} samples"
+        return "; ".join(sentences)
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:
-    """ "rank 1", "ranks 0-3, 7"."""
+    """Return a text like "rank 1" or "ranks 0-3, 7"."""
     ordered = sorted(ranks)
     spans: list[list[int]] = []
     for rank in ordered:
@@ -183,83 +250,3 @@ def describe_ranks(ranks: Iterable[int]) -> str:
             spans.append([rank, rank])
     names = ", ".join(str(a) if a == b else f"{a}-{b}" if b > a + 1 else f"{a}, {b}" for a, b in spans)
     return f"rank{'s' if len(ordered) > 1 else ''} {names}"
-
-
-def sentence(finding: Finding, states: Mapping[int, RankState]) -> str:
-    """What a person needs to know of it, in one sentence."""
-    number, place = finding.sequence, _of_group(finding.group)
-    if finding.kind == "mismatch":
-        calls: dict[str, list[int]] = {}
-        for rank, one in sorted(finding.operations.items()):
-            calls.setdefault(str(one), []).append(rank)
-        said = ", ".join(
-            f"{describe_ranks(ranks)} {'call' if len(ranks) > 1 else 'calls'} {call}"
-            if not number_
-            else f"{describe_ranks(ranks)} {call}"
-            for number_, (call, ranks) in enumerate(calls.items())
-        )
-        return f"{said}, as collective #{number}{place}"
-    waits = describe_ranks(finding.waiting)
-    wait = "wait" if len(finding.waiting) > 1 else "waits"
-    call = next((one for rank in finding.waiting if (one := finding.operations.get(rank)) is not None), None)
-    what = f"{call} (collective #{number}{place})"
-    if finding.kind == "stalled":
-        if finding.odd:
-            do = "do" if len(finding.odd) > 1 else "does"
-            return f"{describe_ranks(finding.odd)} {do} not answer: {waits} {wait} in {what} that all have issued"
-        return f"{waits} {wait} in {what} that all have issued: no data moves, the network stalls"
-    if not finding.odd:
-        return f"{waits} {wait} in {what} that no other rank has come to"
-    odd, plural = describe_ranks(finding.odd), len(finding.odd) > 1
-    lasts = {states[rank].last(finding.group) for rank in finding.odd}
-    last = lasts.pop() if len(lasts) == 1 else None
-    if finding.kind == "finished":
-        after = f" after {last.name} #{last.sequence}" if last is not None else ""
-        return f"{odd} finished{after}{place}, {waits} {wait} in {what.replace(place, '') if place else what}"
-    not_there = f"{'have' if plural else 'has'} not come to it"
-    after = f", {'their' if plural else 'its'} last was {last.name} #{last.sequence}" if last is not None else ""
-    return f"{odd} {not_there}: {waits} {wait} in {what}{after}"
-
-
-def _of_group(group: str) -> str:
-    return "" if group == DEFAULT_GROUP else f" of group {group}"
-
-
-_ENOUGH = 20  # polls, for shares to mean something
-_SIGNIFICANT = 0.1
-
-
-class Waits:
-    """Counts, a poll at a time, the ranks that others waited for in a collective."""
-
-    def __init__(self) -> None:
-        self.polls = 0
-        self.awaited: Counter[int] = Counter()
-        self.waited: Counter[tuple[int, int]] = Counter()  # (for this rank, that rank)
-
-    def count(self, states: Mapping[int, RankState], groups: Mapping[str, Sequence[int]]) -> None:
-        """Add one poll: a rank is waited for where another waits in a collective that it has not issued yet."""
-        if not groups:
-            return
-        self.polls += 1
-        pairs = set()
-        for group, ranks in groups.items():
-            pending = {rank: one.sequence for rank in ranks if (one := states[rank].pending(group)) is not None}
-            for rank in ranks:
-                last = states[rank].last(group)
-                reached = last.sequence if last is not None else 0
-                pairs |= {(rank, other) for other, sequence in pending.items() if reached < sequence}
-        self.awaited.update({rank for rank, _ in pairs})
-        self.waited.update(pairs)
-
-    def describe(self, always: bool = False) -> str:
-        """A sentence for each rank that was waited for in a tenth of the polls or more."""
-        lines = []
-        for rank, count in self.awaited.most_common():
-            share = count / max(1, self.polls)
-            if always or (self.polls >= _ENOUGH and share >= _SIGNIFICANT):
-                others = [other for (late, other) in self.waited if late == rank]
-                lines.append(f"rank {rank} was waited for {share:.0%} of the time, by {describe_ranks(others)}")
-        if not lines:
-            return f"no rank was waited for (sampled, {self.polls} looks)" if always else ""
-        return f"{'; '.join(lines)} (sampled, {self.polls} looks)"

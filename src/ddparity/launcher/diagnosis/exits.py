@@ -1,8 +1,9 @@
-"""How each rank ended, which of them is the cause, and how that is told."""
+"""Read how each rank ended, find the root cause, and describe both."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import textwrap
@@ -13,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.progress import PROGRESS_MARKER
-from ..output import last_lines
-from ..signals import name_of
 from .desync import describe_ranks
-from .stacks import shortened
+from .stacks import shorten_traceback
 
-# What a rank says that was well until another one failed.
+# What a rank reports that had no error of its own: another rank failed.
 _CONSEQUENCE = re.compile(
     r"RankFailure:|RendezvousError:|DistNetworkError:|Connection (closed|reset) by peer|Broken pipe|Socket closed"
     r"|Timed out waiting|timed out after|NCCL communicator was aborted|remote process exited|recvValue failed"
@@ -26,122 +25,156 @@ _CONSEQUENCE = re.compile(
 _MEANING: dict[int, str] = {
     signal.SIGKILL: "killed",
     signal.SIGSEGV: "a segmentation fault, in C code",
-    signal.SIGBUS: "a bus error: often a full /dev/shm or a truncated file that is mapped",
-    signal.SIGABRT: "aborted, by C++ code that met an error",
+    signal.SIGBUS: "a bus error: often /dev/shm is full, or a memory-mapped file was truncated",
+    signal.SIGABRT: "an abort, after an error in C++ code",
     signal.SIGFPE: "an arithmetic error in C code",
-    signal.SIGILL: "an instruction that this processor lacks",
-    signal.SIGTERM: "told to end, from outside",
-    signal.SIGINT: "interrupted, from outside",
-    signal.SIGXCPU: "out of processor time",
+    signal.SIGILL: "an instruction that this processor does not have",
+    signal.SIGTERM: "another process sent it",
+    signal.SIGINT: "another process sent it",
+    signal.SIGXCPU: "the limit of processor time is reached",
 }
-# Where an exception is raised from one of these, the network between ranks was its cause, and no file or web server.
+# An exception that was raised from one of these has its cause in the network between ranks. An exception of another
+# type may come from a file or a web server.
 _OF_THE_GROUP = re.compile(r"(RankFailure|RendezvousError|RuntimeError|Dist\w*Error):")
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
 _CLOSED = re.compile(r"(Connection(Reset|Refused)|BrokenPipe|EOF|FileNotFound)Error:")
 
 
-class Cause(IntEnum):
-    """What a rank's end may be, the likeliest cause of all others first."""
+def signal_name(number: int) -> str:
+    """Return the name of a signal, like "SIGTERM". Real-time signals have no names: return "signal 37"."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
-    KILLED = 0  # SIGKILL, which the kernel sends when memory is out
+
+class Cause(IntEnum):
+    """Why a rank ended. A lower value is more likely the root cause of the whole failure."""
+
+    KILLED = 0  # SIGKILL, which the kernel sends if memory is full
     CRASHED = 1
-    FAILED = 2  # an exception or an exit code of its own
-    LEFT = 3  # exit code 0, while others wait for it
-    LOST = 4  # with its machine, or with the network to it
-    VICTIM = 5  # a closed connection, a time-out, another rank's failure
-    ENDED = 6  # by us
+    FAILED = 2  # an exception or an exit code of the rank itself
+    LEFT_EARLY = 3  # exit code 0 while other ranks waited for it
+    LOST = 4  # together with its machine, or with the network to that machine
+    CONSEQUENCE = 5  # a closed connection, a time-out, the failure of another rank
+    ENDED_BY_US = 6
     FINISHED = 7
 
 
 @dataclass(frozen=True)
-class Fate:
-    """How one rank ended. `code`: negative for a signal. `at`: when that was seen (time.time)."""
+class ExitReport:
+    """How one rank ended.
+
+    `code`: the exit code, negative for a signal. `at`: when the agent saw the end, in seconds since 1970.
+    `message`: the exception, as "Type: text". `traceback`: of the exception or of the crash. `blames`: the rank that
+    failed first, as this rank was told. `evidence`: what else is known, such as full memory or the last lines of a
+    crash. `left_early`: it ended with exit code 0 while other ranks waited for it. `lost`: why nothing is known of the
+    rank. `progressed`: it had finished a step or saved a checkpoint. `consequence`: its exception was raised from one
+    that another rank's end had caused.
+    """
 
     rank: int
     host: str
     code: int
     at: float
     ended_by_us: bool = False
-    message: str = ""  # of its exception, as "Type: text"
-    trace: str = ""  # its traceback, or where it crashed
-    named: int | None = None  # the rank that it was told had failed
-    evidence: str = ""  # what else is known: that memory was out, the last words of a crash
-    left: bool = False  # with exit code 0, while others waited for it
-    lost: str = ""  # why nothing is known of it
-    progressed: bool = False  # it had done a step, or saved
-    consequence: bool = False  # its exception was raised from that of another rank's end
+    message: str = ""
+    traceback: str = ""
+    blames: int | None = None
+    evidence: str = ""
+    left_early: bool = False
+    lost: str = ""
+    progressed: bool = False
+    consequence: bool = False
 
     @property
     def cause(self) -> Cause:
         if self.lost:
             return Cause.LOST
-        if self.left:
-            return Cause.LEFT
+        if self.left_early:
+            return Cause.LEFT_EARLY
         if self.code == 0:
             return Cause.FINISHED
         if self.ended_by_us:
-            return Cause.ENDED
+            return Cause.ENDED_BY_US
         if self.code < 0:
             return Cause.KILLED if self.code == -signal.SIGKILL else Cause.CRASHED
         follows = self.consequence or bool(_CONSEQUENCE.search(self.message))
-        return Cause.VICTIM if follows and not self.lost_worker else Cause.FAILED
+        return Cause.CONSEQUENCE if follows and not self.lost_worker else Cause.FAILED
 
     @property
     def lost_worker(self) -> bool:
-        """Whether a data-loader worker ended: the rank is told so, or finds the connection to it closed."""
-        reads = "torch/utils/data/dataloader.py" in self.trace and "/multiprocessing/" in self.trace
+        """Whether a data-loader worker ended. torch says so, or the rank finds its connection to the worker closed."""
+        reads = "torch/utils/data/dataloader.py" in self.traceback and "/multiprocessing/" in self.traceback
         return bool(_LOADER_WORKER.search(self.message) or (reads and _CLOSED.match(self.message)))
 
     @property
     def exit_code(self) -> int:
-        """A shell's: 128 + n for a signal n; 1 for a rank that left too early."""
+        """The exit code as a shell shows it: 128 + n for a signal n; 1 for a rank that left early."""
         return 128 - self.code if self.code < 0 else self.code or 1
 
     def ending(self) -> str:
-        """In a few words."""
+        """Return in a few words how the rank ended."""
         if self.lost:
             return self.lost
-        if self.left:
+        if self.left_early:
             return "ended with exit code 0 while the others waited for it"
         if self.code < 0:
             meaning = _MEANING.get(-self.code)
-            said = f"ended by {name_of(-self.code)}" + (f" ({meaning})" if meaning else "")
+            said = f"ended by {signal_name(-self.code)}" + (f" ({meaning})" if meaning else "")
             return f"{said}: {self.evidence}" if self.evidence else said
         return self.message.partition("\n")[0] or f"exit code {self.code}"
 
 
-def read_fate(
+def read_exit_report(
     rank: int, host: str, folder: Path, code: int, at: float, ended_by_us: bool = False, logs: Path | None = None
-) -> Fate:
-    """A rank's end, with what it left in its folder and, at `logs`, among its output."""
-    fate = Fate(rank, host, code, at, ended_by_us, progressed=(folder / PROGRESS_MARKER).exists())
+) -> ExitReport:
+    """Return how a rank ended, from the files in its folder and, for a crash, from its output.
+
+    `logs`: the folder of its output, if that is another one.
+    """
+    report = ExitReport(rank, host, code, at, ended_by_us, progressed=(folder / PROGRESS_MARKER).exists())
     try:
         record = json.loads((folder / "error.json").read_text())["message"]
         extra: dict[str, Any] = record["extraInfo"]
-        named = extra.get("rank")
-        fate = replace(
-            fate,
+        blames = extra.get("rank")
+        report = replace(
+            report,
             message=record["message"],
-            trace=extra["py_callstack"],
-            named=named if named != rank else None,
+            traceback=extra["py_callstack"],
+            blames=blames if blames != rank else None,
             consequence=any(
                 _OF_THE_GROUP.match(text) and _CONSEQUENCE.search(text) for text in extra.get("before", [])
             ),
         )
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    if code < 0 and not ended_by_us and fate.message:
-        return replace(fate, code=1)  # it crashed on its way out: torch's threads may go on while Python ends
+    if code < 0 and not ended_by_us and report.message:
+        # The exception came first. The process crashed when it ended: threads of torch may run while Python shuts down.
+        return replace(report, code=1)
     if code < 0 and not ended_by_us and code != -signal.SIGKILL:
-        crash, words = _crash(folder / "fatal.txt"), last_lines((logs or folder) / "stderr.log", 3)
-        fate = replace(fate, trace=crash, evidence=" ".join(line.strip() for line in words)[-300:])
-    if fate.lost_worker:
-        fate = replace(fate, evidence="a data-loader worker ended: often memory, or shared memory in /dev/shm, ran out")
-    return fate
+        words = " ".join(line.strip() for line in _last_lines((logs or folder) / "stderr.log", 3))
+        report = replace(report, traceback=_read_crash(folder / "fatal.txt"), evidence=words[-300:])
+    if report.lost_worker:
+        evidence = "a data-loader worker ended: often the memory, or the shared memory in /dev/shm, is full"
+        report = replace(report, evidence=evidence)
+    return report
 
 
-def _crash(path: Path) -> str:
-    """Python's own account of a fatal signal: the thread that met it, outermost frame first as in a traceback."""
+def _last_lines(path: Path, count: int) -> list[str]:
+    """Return the last lines of a file that are not empty; none if there is no file."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()][-count:]
+
+
+def _read_crash(path: Path) -> str:
+    """Return the stack that faulthandler wrote of the thread that crashed, as a traceback: outermost frame first."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
@@ -155,103 +188,112 @@ def _crash(path: Path) -> str:
     return "\n".join(["Traceback (most recent call last):", *reversed(frames)]) if frames else ""
 
 
-def lost(ranks: Iterable[int], host: str, reason: str, at: float) -> list[Fate]:
-    """The fates of a machine's ranks that nobody tells: for exit codes, as if they had been killed."""
-    return [Fate(rank, host, -signal.SIGKILL, at, lost=reason) for rank in ranks]
+def lost_reports(ranks: Iterable[int], host: str, reason: str, at: float) -> list[ExitReport]:
+    """Return reports of the ranks of a lost machine. For the exit code, they count as killed."""
+    return [ExitReport(rank, host, -signal.SIGKILL, at, lost=reason) for rank in ranks]
 
 
-def with_leavers(fates: Iterable[Fate]) -> list[Fate]:
-    """Where only victims failed, a rank that had finished before is what they waited for."""
-    fates = list(fates)
-    failed = [fate for fate in fates if fate.cause not in (Cause.FINISHED, Cause.ENDED)]
-    if not failed or any(fate.cause is not Cause.VICTIM or fate.named is not None for fate in failed):
-        return fates
-    first = min(fate.at for fate in failed)
-    return [replace(fate, left=fate.cause is Cause.FINISHED and fate.at <= first) for fate in fates]
+def mark_left_early(reports: Iterable[ExitReport]) -> list[ExitReport]:
+    """Return the reports. If all failures are consequences, ranks that finished before them are marked `left_early`."""
+    reports = list(reports)
+    failed = [report for report in reports if report.cause not in (Cause.FINISHED, Cause.ENDED_BY_US)]
+    if not failed or any(report.cause is not Cause.CONSEQUENCE or report.blames is not None for report in failed):
+        return reports
+    first = min(report.at for report in failed)
+    return [replace(report, left_early=report.cause is Cause.FINISHED and report.at <= first) for report in reports]
 
 
-def culprit(fates: Iterable[Fate]) -> Fate:
-    """The rank whose end brought about the others': by the kind of cause, then by time.
+def root_cause(reports: Iterable[ExitReport]) -> ExitReport:
+    """Return the report of the rank whose end caused the others': the first by kind of cause, then by time.
 
-    A rank that others name, because it told them of its exception, goes before one that merely ended earlier.
+    Among reports with the same cause, a rank that others blame goes first: it told them of its exception.
     """
-    fates = list(fates)
-    named = {fate.named for fate in fates if fate.named is not None}
-    return min(fates, key=lambda fate: (fate.cause, fate.rank not in named, fate.at, fate.rank))
+    reports = list(reports)
+    blamed = {report.blames for report in reports if report.blames is not None}
+    return min(reports, key=lambda report: (report.cause, report.rank not in blamed, report.at, report.rank))
 
 
-def settled(fates: Sequence[Fate], waited_s: float, patience_s: float, pause_s: float) -> bool:
-    """Whether to stop waiting for more ranks to end by themselves.
+def is_settled(reports: Sequence[ExitReport], waited_s: float, patience_s: float, pause_s: float) -> bool:
+    """Return whether the agent can stop waiting for other ranks to end by themselves.
 
-    A victim may end before the rank that failed, which is still writing its traceback; and ranks that fail alike do so
-    within moments of each other.
+    If the root cause has not been reported, the agent waits `patience_s`: the rank that failed may still be writing its
+    traceback while a rank that failed as a consequence has ended. Otherwise it waits `pause_s`: ranks that fail for the
+    same reason end within moments of each other.
     """
-    found = culprit(fates)
-    ended = {fate.rank for fate in fates}
-    if found.cause <= Cause.LEFT and (found.named is None or found.named in ended):
+    found = root_cause(reports)
+    ended = {report.rank for report in reports}
+    if found.cause <= Cause.LEFT_EARLY and (found.blames is None or found.blames in ended):
         return waited_s >= pause_s
     return waited_s >= patience_s
 
 
-def report(fates: Sequence[Fate], world_size: int) -> str:
-    """The culprit with its traceback, then a line for each other rank; those that ended alike share one.
+def describe_exits(reports: Sequence[ExitReport], world_size: int) -> str:
+    """Return the root cause with its traceback, then one line for each other rank; ranks that ended alike share one.
 
-    A long traceback stands above, whole, and in the report with the user's frames only: the end is read first.
+    A long traceback comes first, in full. It follows again with the user's frames only, because people read the end of
+    the output first.
     """
-    found = culprit(fates)
-    several = len({fate.host for fate in fates}) > 1
+    found = root_cause(reports)
+    several = len({report.host for report in reports}) > 1
     alike = [
-        fate for fate in fates if fate is not found and (fate.message or fate.trace or fate.lost) and _same(fate, found)
+        report
+        for report in reports
+        if report is not found and (report.message or report.traceback or report.lost) and _is_alike(report, found)
     ]
-    ranks = sorted([found.rank, *(fate.rank for fate in alike)])
+    ranks = sorted([found.rank, *(report.rank for report in alike)])
     head = f"ddparity: {describe_ranks(ranks)} failed: {found.ending()}" + (f" (on {found.host})" if several else "")
     lines = [head]
-    if found.trace:
-        lines.append(brief := shortened(found.trace))
-        if brief != found.trace:
-            lines = [f"ddparity: the whole traceback of {describe_ranks(ranks)}:\n{found.trace}\n", *lines]
+    if found.traceback:
+        lines.append(brief := shorten_traceback(found.traceback))
+        if brief != found.traceback:
+            lines = [f"ddparity: the full traceback of {describe_ranks(ranks)}:\n{found.traceback}\n", *lines]
     if found.evidence and found.code >= 0:
         lines.append(f"({found.evidence})")
-    others = [fate for fate in fates if fate is not found and fate not in alike]
-    lines = [*_of_rank_0(others), *lines]
-    lines += [f"ddparity: {line}" for line in _others(others, several)]
-    if missing := sorted(set(range(world_size)) - {fate.rank for fate in fates}):
-        lines.append(f"ddparity: {describe_ranks(missing)}: no word")
+    others = [report for report in reports if report is not found and report not in alike]
+    lines = [*_traceback_of_rank_0(others), *lines]
+    lines += [f"ddparity: {line}" for line in _describe_others(others, several)]
+    if missing := sorted(set(range(world_size)) - {report.rank for report in reports}):
+        lines.append(f"ddparity: {describe_ranks(missing)}: no exit report")
     return "\n".join(lines)
 
 
-def _of_rank_0(others: Iterable[Fate]) -> list[str]:
-    """Its traceback, which it leaves to the launcher, where that is more than another rank's failure."""
-    for fate in others:
-        if fate.rank == 0 and fate.trace and (fate.cause is Cause.FAILED or fate.consequence):
-            return [f"ddparity: the traceback of rank 0:\n{fate.trace}\n"]
+def _traceback_of_rank_0(others: Iterable[ExitReport]) -> list[str]:
+    """Return the traceback of rank 0, which rank 0 itself does not print, unless it only tells of another's failure."""
+    for report in others:
+        if report.rank == 0 and report.traceback and (report.cause is Cause.FAILED or report.consequence):
+            return [f"ddparity: the traceback of rank 0:\n{report.traceback}\n"]
     return []
 
 
-def _others(fates: Iterable[Fate], several: bool) -> list[str]:
+def _describe_others(reports: Iterable[ExitReport], several: bool) -> list[str]:
     groups: dict[str, list[int]] = {}
-    for fate in sorted(fates, key=lambda fate: (fate.cause, fate.rank)):
-        host = f" (on {fate.host})" if several else ""
-        groups.setdefault(_fate_of_another(fate) + host, []).append(fate.rank)
+    for report in sorted(reports, key=lambda report: (report.cause, report.rank)):
+        host = f" (on {report.host})" if several else ""
+        groups.setdefault(_describe_other(report) + host, []).append(report.rank)
     return [f"{describe_ranks(ranks)}: {text}" for text, ranks in groups.items()]
 
 
-def _fate_of_another(fate: Fate) -> str:
-    if fate.cause is Cause.ENDED:
+def _describe_other(report: ExitReport) -> str:
+    if report.cause is Cause.ENDED_BY_US:
         return "ended by the launcher"
-    if fate.cause is Cause.FINISHED:
+    if report.cause is Cause.FINISHED:
         return "finished"
-    said = textwrap.shorten(fate.ending(), 160, placeholder=" …")
-    return f"failed in consequence: {said}" if fate.cause is Cause.VICTIM else said
+    said = textwrap.shorten(report.ending(), 160, placeholder=" …")
+    return f"failed as a consequence: {said}" if report.cause is Cause.CONSEQUENCE else said
 
 
-def _same(fate: Fate, other: Fate) -> bool:
-    return (fate.message, fate.trace, fate.code, fate.lost) == (other.message, other.trace, other.code, other.lost)
+def _is_alike(report: ExitReport, other: ExitReport) -> bool:
+    def shown(one: ExitReport) -> tuple[object, ...]:
+        return one.message, one.traceback, one.code, one.lost
+
+    return shown(report) == shown(other)
 
 
-def to_json(fates: Iterable[Fate]) -> str:
-    return json.dumps([asdict(fate) for fate in fates])
+def pack_reports(reports: Iterable[ExitReport]) -> str:
+    """Return the reports as JSON, for the agents of other machines; `unpack_reports` is the inverse."""
+    return json.dumps([asdict(report) for report in reports])
 
 
-def from_json(text: str | bytes) -> list[Fate]:
-    return [Fate(**fields) for fields in json.loads(text)]
+def unpack_reports(text: str | bytes) -> list[ExitReport]:
+    """Return the reports that `pack_reports` wrote."""
+    return [ExitReport(**fields) for fields in json.loads(text)]

@@ -1,4 +1,4 @@
-"""A rank's last collectives, from the flight recorder that torch keeps in it."""
+"""Read the last collectives of a rank from the flight recorder that torch keeps in each process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..instruments import FLIGHT, SERVER
+from .instruments import FLIGHT, SERVER
 
 DEFAULT_GROUP = "0"
 _RECORDS_HANDLER = "fr_trace_json"
-_TRACE_HANDLER = "dump_traceback"
+_STACKS_HANDLER = "dump_traceback"
 _DTYPES = {
     "Float": "float32",
     "Double": "float64",
@@ -33,10 +33,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One collective of one rank. `sequence`: its place in its group, the same on all ranks; `record`: in its process.
+    """One call of a collective by one rank.
 
-    `inputs`, `outputs`: elements of each tensor. `row`: elements of a row, along the first dimension, of the first.
-    `created_s`: when it was issued, in seconds since 1970.
+    `sequence`: its number in its process group, the same on all ranks. `record`: its number in its process.
+    `inputs`, `outputs`: number of elements of each tensor. `row`: number of elements of one row (an index of the first
+    dimension) of the first tensor. `created_s`: the time of the call, in seconds since 1970.
     """
 
     group: str
@@ -53,7 +54,7 @@ class Operation:
     row: int
 
     def __str__(self) -> str:
-        """As in "all_reduce of 4 float32"."""
+        """Return a text like "all_reduce of 4 float32"."""
         sizes = self.inputs or self.outputs
         if not sizes:
             return self.name
@@ -64,15 +65,18 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a rank tells: its last collectives, oldest first, and the global ranks of the groups that it names."""
+class FlightRecord:
+    """The last collectives of a rank, oldest first, and the global ranks of the process groups that it names."""
 
     operations: tuple[Operation, ...]
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def parse(text: bytes) -> Record:
-    """Read a flight record. Of a group that was made anew under its old name, only the new one's collectives."""
+def parse_record(text: bytes) -> FlightRecord:
+    """Return the flight record in a JSON text of torch.
+
+    A process group may be destroyed and created again under the same name: only the collectives of the new group stay.
+    """
     content = json.loads(text)
     kept: dict[str, list[Operation]] = {}
     for entry in content.get("entries") or []:
@@ -81,13 +85,15 @@ def parse(text: bytes) -> Record:
         if own and not operation.point_to_point and operation.sequence < own[-1].sequence:
             own.clear()
         own.append(operation)
-    # Gloo names no group here, NCCL does.
+    # Only NCCL names its groups here, Gloo does not.
     groups = {
         one["name"]: tuple(json.loads(one["ranks"]))
         for one in (content.get("pg_config") or {}).values()
         if one.get("name")
     }
-    return Record(tuple(sorted((one for own in kept.values() for one in own), key=lambda one: one.record)), groups)
+    return FlightRecord(
+        tuple(sorted((one for own in kept.values() for one in own), key=lambda one: one.record)), groups
+    )
 
 
 def _operation(entry: Mapping[str, Any]) -> Operation:
@@ -111,32 +117,32 @@ def _operation(entry: Mapping[str, Any]) -> Operation:
     )
 
 
-def left_record(folder: Path) -> Record | None:
-    """What a rank that has ended left in its folder; None where it could not."""
+def read_record_file(folder: Path) -> FlightRecord | None:
+    """Return the record that a rank wrote to its folder when it ended; None if there is none that can be read."""
     try:
-        return parse((folder / FLIGHT).read_bytes())
+        return parse_record((folder / FLIGHT).read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Record]:
-    """The collectives of all ranks that answer, asked at once; takes at most `timeout_s`."""
+def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, FlightRecord]:
+    """Ask all ranks for their records at once; return the answers that come within `timeout_s`."""
     found = {}
     for rank, text in _ask(folders, _RECORDS_HANDLER, timeout_s).items():
         try:
-            found[rank] = parse(text)
-        except (ValueError, KeyError, TypeError, IndexError):  # torch has other fields now: as if it gave no answer
+            found[rank] = parse_record(text)
+        except (ValueError, KeyError, TypeError, IndexError):  # another torch may have other fields: treat as no answer
             continue
     return found
 
 
-def ask_traces(folders: Mapping[int, Path], timeout_s: float) -> dict[int, str]:
-    """All threads' Python frames, of the ranks that answer; needs their GIL."""
-    return {rank: text.decode(errors="replace") for rank, text in _ask(folders, _TRACE_HANDLER, timeout_s).items()}
+def ask_stacks(folders: Mapping[int, Path], timeout_s: float) -> dict[int, str]:
+    """Ask all ranks for the Python frames of all their threads at once. A rank needs its GIL to answer."""
+    return {rank: text.decode(errors="replace") for rank, text in _ask(folders, _STACKS_HANDLER, timeout_s).items()}
 
 
 def _ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int, bytes]:
-    """The bodies of the servers' answers. A rank that is stopped, dead or not that far is left out."""
+    """Return the bodies of the servers' answers. A rank without a whole answer is left out: stopped, dead, starting."""
     request = f"POST /handler/{handler} HTTP/1.1\r\nHost: ddparity\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     deadline = time.monotonic() + timeout_s
     parts: dict[int, list[bytes]] = {}
@@ -149,7 +155,7 @@ def _ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[in
                     connection.setblocking(False)
                     connection.connect(str(folder / SERVER))
                     connection.sendall(request.encode())
-                except OSError:  # also where a stopped process has its queue full
+                except OSError:  # also if the process is stopped and its queue is full
                     connection.close()
                     continue
                 parts[rank] = []
@@ -173,7 +179,7 @@ def _ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[in
 
 
 def _body(answer: bytes) -> bytes | None:
-    """The body of a whole answer that says 200."""
+    """Return the body of a complete answer with status 200; None for any other."""
     head, _, body = answer.partition(b"\r\n\r\n")
     lines = head.split(b"\r\n")
     if not lines[0].startswith(b"HTTP/1.1 200"):
@@ -186,10 +192,12 @@ def _body(answer: bytes) -> bytes | None:
 
 
 def to_json(operations: Iterable[Operation]) -> list[dict[str, Any]]:
+    """Return the operations as values that JSON can hold; `from_json` is the inverse."""
     return [asdict(operation) for operation in operations]
 
 
 def from_json(rows: Iterable[Mapping[str, Any]]) -> tuple[Operation, ...]:
+    """Return the operations that `to_json` made these values of."""
     found = []
     for row in rows:
         fields: dict[str, Any] = {

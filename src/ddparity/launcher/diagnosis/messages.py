@@ -1,4 +1,4 @@
-"""What the agents of several machines write to each other about their ranks: short JSON texts."""
+"""Write what the agents of several machines tell each other about their ranks as short JSON texts, and read it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ from typing import Protocol
 
 from .desync import RankState
 from .flight import Operation, from_json, to_json
-from .report import Row, Verdict
+from .hang_report import HangReport, Row
 
-_LAST = 4  # collectives of each group that are published; more are pending only where a reducer issues many
+_LAST = 4  # collectives of each group that are published. More are pending only if a reducer calls many at once
 
 
-class Exchange(Protocol):
-    """How agents tell each other: `publish` and `read` what each sees; `tell`, `verdict`: what the leading one says."""
+class AgentChannel(Protocol):
+    """The connection between the agents of a job's machines. One of them leads: it compares what all have published."""
 
     @property
-    def leads(self) -> bool: ...
-    def publish(self, state: str, /) -> None: ...
-    def read(self) -> Sequence[str]: ...
-    def tell(self, verdict: str, /) -> None: ...
-    def verdict(self) -> str | None: ...
+    def leads(self) -> bool:
+        """Whether this agent leads."""
+
+    def publish(self, state: str, /) -> None:
+        """Publish the state of this machine."""
+
+    def read(self) -> Sequence[str]:
+        """Return the last published state of each machine. Called by the leading agent."""
+
+    def announce(self, text: str, /) -> None:
+        """Send a text of the leading agent to all agents: a question, a hang report, or "" to withdraw the last one."""
+
+    def announced(self) -> str | None:
+        """Return the last text that the leading agent sent."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """One machine's ranks. `answers`: the question of the leading agent that `rows` answer."""
+class MachineState:
+    """The ranks of one machine. `answers`: the question of the leading agent that `rows` answer."""
 
     host: str
     states: Mapping[int, RankState]
@@ -36,22 +45,25 @@ class Report:
     rows: tuple[Row, ...]
 
 
-def pack(report: Report) -> str:
-    ranks = [{**vars(state), "operations": to_json(_newest(state.operations))} for state in report.states.values()]
-    rows = [asdict(row) for row in report.rows]
-    content = {"host": report.host, "ranks": ranks, "repeated": sorted(report.repeated), "answers": report.answers}
+def pack(machine: MachineState) -> str:
+    """Return a machine's state as JSON; `unpack` is the inverse, except for collectives that are too old."""
+    ranks = [{**vars(state), "operations": to_json(_newest(state.operations))} for state in machine.states.values()]
+    rows = [asdict(row) for row in machine.rows]
+    content = {"host": machine.host, "ranks": ranks, "repeated": sorted(machine.repeated), "answers": machine.answers}
     return json.dumps({**content, "rows": rows})
 
 
-def unpack(text: str) -> Report:
+def unpack(text: str) -> MachineState:
+    """Return the machine's state that `pack` wrote."""
     content = json.loads(text)
     states = {one["rank"]: RankState(**{**one, "operations": from_json(one["operations"])}) for one in content["ranks"]}
     repeated = frozenset((rank, group) for rank, group in content["repeated"])
     rows = tuple(Row(**row) for row in content["rows"])
-    return Report(content["host"], states, repeated, content["answers"], rows)
+    return MachineState(content["host"], states, repeated, content["answers"], rows)
 
 
 def _newest(operations: Iterable[Operation]) -> list[Operation]:
+    """Return the last collectives of each group and the first pending ones, in the order of their calls."""
     groups: dict[str, list[Operation]] = {}
     for one in operations:
         groups.setdefault(one.group, []).append(one)
@@ -63,24 +75,25 @@ def _newest(operations: Iterable[Operation]) -> list[Operation]:
 
 
 def question(group: str, number: int) -> str:
-    """Ask all machines where their ranks stand, as seen from a group."""
+    """Return a text that asks all machines for the rows of their ranks, as a report on this group shows them."""
     return json.dumps({"look": group, "number": number})
 
 
 def asked_group(text: str) -> str | None:
-    """The group of a question; None where the text is none."""
+    """Return the group of a question; None if the text is no question."""
     return str(json.loads(text)["look"]) if text.startswith('{"look"') else None
 
 
-def pack_verdict(verdict: Verdict, number: int) -> str:
-    fields = {name: value for name, value in vars(verdict).items() if name not in ("rows", "stacks")}
-    return json.dumps({"verdict": fields, "rows": [asdict(row) for row in verdict.rows], "number": number})
+def pack_hang(report: HangReport, number: int) -> str:
+    """Return a hang report as JSON, without its stacks."""
+    fields = {name: value for name, value in vars(report).items() if name not in ("rows", "stacks")}
+    return json.dumps({"hang": fields, "rows": [asdict(row) for row in report.rows], "number": number})
 
 
-def unpack_verdict(text: str) -> Verdict | None:
-    """The verdict of the leading agent, without stacks; None where the text is none."""
-    if not text.startswith('{"verdict"'):
+def unpack_hang(text: str) -> HangReport | None:
+    """Return the hang report of the leading agent, without stacks; None if the text is no hang report."""
+    if not text.startswith('{"hang"'):
         return None
     content = json.loads(text)
-    fields = {**content["verdict"], "odd": tuple(content["verdict"]["odd"])}
-    return Verdict(**fields, rows=tuple(Row(**row) for row in content["rows"]), stacks={})
+    fields = {**content["hang"], "blamed": tuple(content["hang"]["blamed"])}
+    return HangReport(**fields, rows=tuple(Row(**row) for row in content["rows"]), stacks={})

@@ -1,4 +1,8 @@
-"""Where a rank stands: the line of the user's code, and in a few words what it does there."""
+"""Read where a rank is: the frame of the user's code, and in a few words what the rank does there.
+
+There are two sources: the stacks of a process that runs (`read_stacks`), and the text of a traceback that an ended
+process has left (`last_user_frame`, `shorten_traceback`). Both tell the user's frames from those of libraries.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,49 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..instruments import STACK_SIGNAL, STACKS
-from .flight import ask_traces
+from .flight import ask_stacks
+from .instruments import STACK_SIGNAL, STACKS
+
+# Frames, and whose code they are.
 
 _DDPARITY = str(Path(__file__).parents[2])
 _STDLIB = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.dirname(os.__file__)})
-# The innermost frame that one of these matches tells what a rank does: (part of the path, functions or any, words).
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a stack or of a traceback."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}, in {self.function}"
+
+
+def is_users(frame: Frame) -> bool:
+    """Return whether a frame is of the user's code, and not of a library, torch, ddparity or Python itself."""
+    return not _is_internal(frame) and "site-packages" not in frame.file and "dist-packages" not in frame.file
+
+
+def _is_internal(frame: Frame) -> bool:
+    """Return whether a frame is of torch, ddparity or Python itself."""
+    file = frame.file
+    if file.startswith("<") or _is_below(file, _DDPARITY):
+        return True
+    return "/torch/" in file if "site-packages" in file or "dist-packages" in file else _is_below(file, *_STDLIB)
+
+
+def _is_below(file: str, *folders: str) -> bool:
+    return any(file.startswith(folder + os.sep) for folder in folders)
+
+
+# A stack, and what the process does.
+
+# The innermost frame that matches one of these tells the activity: (part of the path, functions or any, activity).
 _ACTIVITIES: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("torch/_dynamo/eval_frame.py", (), ""),  # stands below every compiled function that just runs
+    ("torch/_dynamo/eval_frame.py", (), ""),  # it is in the stack of every compiled function, also when none compiles
     ("torch/_dynamo/", (), "compiling"),
     ("torch/_inductor/", (), "compiling"),
     ("torch/_functorch/_aot", (), "compiling"),
@@ -38,44 +77,39 @@ _ACTIVITIES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("torch/utils/data/dataloader.py", (), "loading data"),
     ("torch/utils/data/_utils/", (), "loading data"),
 )
-PATIENT = ("compiling", "saving or loading a checkpoint")  # a long time in these is no hang
+SLOW_ACTIVITIES = ("compiling", "saving or loading a checkpoint")  # a rank that does this for long does not hang
+_IN_COLLECTIVE = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/distributed.py")
 _LOCKS = ("wait", "acquire", "join", "_wait_for_tstate_lock", "__enter__")
-_SETTLED_S = 0.1  # for a process that was held to wait again
-_FILES = ("read", "write", "readinto", "readline", "flush", "fsync", "open")
-
-
-@dataclass(frozen=True)
-class Frame:
-    file: str
-    line: int
-    function: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}, in {self.function}"
+_KERNEL_FILES = ("pipe_", "vfs_", "folio", "nfs", "fuse", "ext4", "xfs")
+_KERNEL_SOCKETS = ("sk_", "inet_", "tcp_", "unix_", "skb", "poll", "select")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A rank's main thread, innermost frame first. `text`: all its threads, to be kept in a file."""
+    """The main thread of a rank, innermost frame first.
+
+    `state`: the letter of /proc: R, S, D, T, Z. `waits_in`: the function of the kernel that the thread sleeps in.
+    `text`: the stacks of all threads, for a file.
+    """
 
     frames: tuple[Frame, ...] = ()
     holds_gil: bool = False
     running: bool = False
-    state: str = "?"  # of /proc: R, S, D, T, Z
-    waits_in: str = ""  # the kernel's function
+    state: str = "?"
+    waits_in: str = ""
     text: str = field(default="", compare=False)
 
-    def place(self) -> Frame | None:
-        """The innermost frame of the user's code; of a library's, or of any, where there is none."""
-        whose = (is_users, lambda frame: not _is_ours(frame), lambda frame: True)
-        return next((frame for mine in whose for frame in self.frames if mine(frame)), None)
+    def user_frame(self) -> Frame | None:
+        """Return the innermost frame of the user's code. If there is none: of a library; if there is none: of any."""
+        whose = (is_users, lambda frame: not _is_internal(frame), lambda frame: True)
+        return next((frame for is_it in whose for frame in self.frames if is_it(frame)), None)
 
-    def doing(self) -> str:
-        """A few words; empty where nothing is known."""
+    def activity(self) -> str:
+        """Return in a few words what the rank does; "" if that is not known."""
         if self.state in "Tt":
             return "stopped (SIGSTOP)"
         if self.state == "D":
-            return "in uninterruptible sleep, probably a file system"
+            return "in uninterruptible sleep, probably in a file system"
         if self.state in "ZX":
             return "ended"
         for frame in self.frames:
@@ -89,12 +123,12 @@ class Stack:
         return self._waiting()
 
     def in_collective(self) -> bool:
-        """Whether the main thread is in torch.distributed or in a backward, as far as is known."""
-        parts = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/distributed.py")
-        inside = any(part in frame.file for frame in self.frames for part in parts)
+        """Return whether the main thread is in torch.distributed or in a backward. Without frames, it is assumed."""
+        inside = any(part in frame.file for frame in self.frames for part in _IN_COLLECTIVE)
         return self.state not in "TtD" and (inside or not self.frames)
 
     def _waiting(self) -> str:
+        """Return what the main thread waits for, from its innermost frame and the kernel's function."""
         top = self.frames[0] if self.frames else None
         name = top.function.rpartition(".")[2] if top is not None else ""
         if top is not None and top.file.endswith("threading.py") and name in _LOCKS:
@@ -105,51 +139,45 @@ class Stack:
             return "waiting for a lock"
         if "nanosleep" in self.waits_in:
             return "sleeping"
-        if any(word in self.waits_in for word in ("pipe_", "vfs_", "folio", "nfs", "fuse", "ext4", "xfs")):
+        if any(word in self.waits_in for word in _KERNEL_FILES):
             return "reading or writing a file"
         if "do_wait" in self.waits_in:
-            return "waiting for a process that it started"
-        if any(word in self.waits_in for word in ("sk_", "inet_", "tcp_", "unix_", "skb", "poll", "select")):
+            return "waiting for a child process"
+        if any(word in self.waits_in for word in _KERNEL_SOCKETS):
             return "waiting for a connection"
         return "running Python" if top is not None and (self.running or self.state == "R") else ""
 
 
-def _is_ours(frame: Frame) -> bool:
-    """Whether the frame is torch's, ddparity's or Python's own."""
-    file = frame.file
-    if file.startswith("<") or _is_below(file, _DDPARITY):
-        return True
-    return "/torch/" in file if "site-packages" in file or "dist-packages" in file else _is_below(file, *_STDLIB)
+# The stacks of processes that run: from py-spy, from torch's server in the process, and from /proc.
+
+_SETTLED_S = 0.1  # a process that py-spy has paused runs for a moment before it waits again
 
 
-def is_users(frame: Frame) -> bool:
-    """Whether the frame is none of a library's, torch's, ddparity's or Python's own."""
-    return not _is_ours(frame) and "site-packages" not in frame.file and "dist-packages" not in frame.file
+def read_stacks(pids: Mapping[int, int], folders: Mapping[int, Path], timeout_s: float = 3.0) -> dict[int, Stack]:
+    """Return the stacks of these ranks of this machine. No process gets a signal.
 
-
-def _is_below(file: str, *folders: str) -> bool:
-    return any(file.startswith(folder + os.sep) for folder in folders)
-
-
-def look_at(pids: Mapping[int, int], folders: Mapping[int, Path], timeout_s: float = 3.0) -> dict[int, Stack]:
-    """Where these ranks of this machine stand, without a signal to any: by py-spy, torch's server, /proc."""
-    states = _processes(pids)
+    A rank that py-spy cannot read is asked through torch's server; one that does not answer has no frames.
+    """
+    states = _process_states(pids)
     dumps = _py_spy(pids, {rank for rank, (state, _) in states.items() if state in "TtD"}, timeout_s)
     rest = {rank: folders[rank] for rank in pids if rank not in dumps}
-    traces = ask_traces(rest, min(1.0, timeout_s)) if rest else {}
+    texts = ask_stacks(rest, min(1.0, timeout_s)) if rest else {}
     found = {}
     for rank, (state, waits_in) in states.items():
         if rank in dumps:
             found[rank] = _from_py_spy(dumps[rank], state, waits_in)
-        elif rank in traces:
-            found[rank] = Stack(_from_trace(traces[rank]), False, state == "R", state, waits_in, traces[rank])
+        elif rank in texts:
+            found[rank] = Stack(_from_faulthandler(texts[rank]), False, state == "R", state, waits_in, texts[rank])
         else:
             found[rank] = Stack(state=state, waits_in=waits_in)
     return found
 
 
 def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
-    """Have faulthandler write a rank's stacks, GIL or not. Only where the job ends anyway: it may crash the process."""
+    """Have faulthandler write the stacks of a rank, which needs no GIL, and return them; "" if it writes none.
+
+    Call it only if the job ends anyway: the signal may crash the process.
+    """
     path = folder / STACKS
     if STACK_SIGNAL is None or not path.exists():
         return ""
@@ -164,12 +192,13 @@ def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
 
 
 def _py_spy(pids: Mapping[int, int], stopped: Set[int], timeout_s: float) -> dict[int, Any]:
-    program = _program()
+    """Return what py-spy reads of each process that it can read."""
+    program = _py_spy_program()
     if program is None:
         return {}
     started = {}
     for rank, pid in pids.items():
-        # A process that is stopped never comes to the point where py-spy would hold it.
+        # py-spy would wait for ever until it can pause a process that is stopped already.
         how = ["--nonblocking"] if rank in stopped else []
         with contextlib.suppress(OSError):
             started[rank] = subprocess.Popen(
@@ -184,13 +213,13 @@ def _py_spy(pids: Mapping[int, int], stopped: Set[int], timeout_s: float) -> dic
         try:
             out, _ = process.communicate(timeout=max(0.01, deadline - time.monotonic()))
             found[rank] = json.loads(out)
-        except (subprocess.TimeoutExpired, ValueError):  # no right to trace, or a process that is gone
+        except (subprocess.TimeoutExpired, ValueError):  # it has no permission to trace, or the process is gone
             process.kill()
             process.communicate()
     return found
 
 
-def _program() -> str | None:
+def _py_spy_program() -> str | None:
     beside = Path(sys.executable).with_name("py-spy")
     return str(beside) if beside.exists() else shutil.which("py-spy")
 
@@ -199,8 +228,8 @@ def _from_py_spy(threads: Sequence[Mapping[str, Any]], state: str, waits_in: str
     main = next((one for one in threads if one["os_thread_id"] == one["pid"]), threads[0] if threads else {})
     lines = []
     for one in threads:
-        marks = " holds the GIL" if one["owns_gil"] else ""
-        lines.append(f"Thread {one['thread_name']} ({'active' if one['active'] else 'idle'}){marks}")
+        gil = " holds the GIL" if one["owns_gil"] else ""
+        lines.append(f"Thread {one['thread_name']} ({'active' if one['active'] else 'idle'}){gil}")
         lines += [f"    {frame}" for frame in _frames(one)]
     return Stack(_frames(main), bool(main.get("owns_gil")), bool(main.get("active")), state, waits_in, "\n".join(lines))
 
@@ -209,28 +238,31 @@ def _frames(thread: Mapping[str, Any]) -> tuple[Frame, ...]:
     return tuple(Frame(one["filename"], one["line"], one["name"]) for one in thread.get("frames", ()))
 
 
-_LINE = re.compile(r'  File "(.+)", line (\d+|\?\?\?) in (.+)')
+_FAULTHANDLER_FRAME = re.compile(r'  File "(.+)", line (\d+|\?\?\?) in (.+)')
 
 
-def _from_trace(text: str) -> tuple[Frame, ...]:
-    """The last thread of faulthandler's text, which is the main one: it writes the newest first."""
-    found = _LINE.findall(text.rpartition("hread 0x")[2])
+def _from_faulthandler(text: str) -> tuple[Frame, ...]:
+    """Return the frames of the main thread. It is the last one: faulthandler writes the newest thread first."""
+    found = _FAULTHANDLER_FRAME.findall(text.rpartition("hread 0x")[2])
     return tuple(Frame(file, int(line) if line.isdigit() else 0, name) for file, line, name in found)
 
 
-def _processes(pids: Mapping[int, int]) -> dict[int, tuple[str, str]]:
-    """`_process` of each. What py-spy has held runs for a moment afterwards, whatever it waits in: only who goes on
-    running does run."""
-    found = {rank: _process(pid) for rank, pid in pids.items()}
+def _process_states(pids: Mapping[int, int]) -> dict[int, tuple[str, str]]:
+    """Return `_process_state` of each process.
+
+    A process that py-spy has paused runs for a moment afterwards, whatever it waits for: a process counts as running
+    only if it still runs after `_SETTLED_S`.
+    """
+    found = {rank: _process_state(pid) for rank, pid in pids.items()}
     deadline = time.monotonic() + _SETTLED_S
     while (running := [rank for rank in pids if found[rank][0] == "R"]) and time.monotonic() < deadline:
         time.sleep(0.01)
-        found.update({rank: _process(pids[rank]) for rank in running})
+        found.update({rank: _process_state(pids[rank]) for rank in running})
     return found
 
 
-def _process(pid: int) -> tuple[str, str]:
-    """The state letter of a process's main thread and the kernel's function that it sleeps in."""
+def _process_state(pid: int) -> tuple[str, str]:
+    """Return the state letter of a process's main thread and the function of the kernel that it sleeps in."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -242,25 +274,44 @@ def _process(pid: int) -> tuple[str, str]:
     return state, "" if waits_in == "0" else waits_in
 
 
-_WHOLE = 10  # lines that are shown as they are
-_FRAME = re.compile(r'(\s+)File "(.+)", line (\d+),? in (.+)')
-_MARKS = re.compile(r"\s+[\^~]+\s*")
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds that a process has used; 0 if that cannot be read."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+# The text of a traceback.
+
+_SHORT = 10  # lines of a traceback that is shown as it is
+_TRACEBACK_FRAME = re.compile(r'(\s+)File "(.+)", line (\d+),? in (.+)')
+_UNDERLINE = re.compile(r"\s+[\^~]+\s*")  # of the part of a source line that failed
 _INSTALLED = re.compile(r".*/(?:(?:site|dist)-packages|lib/python3\.\d+|(?=ddparity/))/?")
 
 
-def shortened(trace: str) -> str:
-    """A long traceback without the frames of libraries, also those that its message quotes; a short one as it is.
+def last_user_frame(traceback: str) -> Frame | None:
+    """Return the innermost frame of the user's code in a traceback; None if there is none."""
+    found = (_TRACEBACK_FRAME.fullmatch(line) for line in traceback.splitlines())
+    frames = [Frame(one[2], int(one[3]), one[4]) for one in found if one is not None]
+    return next((frame for frame in reversed(frames) if is_users(frame)), None)
 
-    Each run of such frames becomes one line, which tells where the last of them stood.
+
+def shorten_traceback(traceback: str) -> str:
+    """Return a long traceback without the frames of libraries, and a short one as it is.
+
+    The frames of a traceback that the exception's message quotes are shortened, too. One line replaces frames of
+    libraries that follow each other: their number and the last of them.
     """
-    lines = trace.splitlines()
-    if len(lines) <= _WHOLE:
-        return trace
+    lines = traceback.splitlines()
+    if len(lines) <= _SHORT:
+        return traceback
     kept: list[str] = []
-    run: list[Frame] = []
-    depth = -1  # the indentation of the frame whose source lines follow; -1: none
+    run: list[Frame] = []  # frames of libraries since the last line that is kept
+    depth = -1  # the indentation of the frame whose source lines follow; -1: no frame
     for line in lines:
-        found = _FRAME.fullmatch(line)
+        found = _TRACEBACK_FRAME.fullmatch(line)
         if found is not None:
             depth = len(found[1])
             frame = Frame(found[2], int(found[3]), found[4])
@@ -268,25 +319,18 @@ def shortened(trace: str) -> str:
                 run.append(frame)
                 continue
         elif depth >= 0 and len(line) - len(line.lstrip()) > depth:
-            if run or _MARKS.fullmatch(line):
+            if run or _UNDERLINE.fullmatch(line):
                 continue
         else:
             depth = -1
         if run:
-            kept.append(_told(run))
+            kept.append(_summary(run))
             run = []
         kept.append(line)
     return "\n".join(kept)
 
 
-def last_place(trace: str) -> Frame | None:
-    """The innermost frame of the user's code; none where there is none."""
-    found = (_FRAME.fullmatch(line) for line in trace.splitlines())
-    frames = [Frame(one[2], int(one[3]), one[4]) for one in found if one is not None]
-    return next((frame for frame in reversed(frames) if is_users(frame)), None)
-
-
-def _told(run: list[Frame]) -> str:
+def _summary(run: list[Frame]) -> str:
     last = run[-1]
     number = f"{len(run)} frames, to" if len(run) > 1 else "1 frame,"
     return f"  … {number} {_INSTALLED.sub('', last.file)}:{last.line}, in {last.function}"

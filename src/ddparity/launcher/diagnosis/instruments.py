@@ -1,8 +1,9 @@
-"""What a rank carries so that the agent can see where it stands: installed in the worker before the user's script.
+"""Install in a rank's process what its agent needs to read the stacks and the collectives of that rank.
 
-Nothing here runs while the script does: the server answers from its own thread, in C++, without the GIL. Nothing of
-ddparity or torch is imported, as a script that knows nothing of either would wait for it: the server opens once the
-script has imported torch.
+The worker loads this file by its path and calls `install` before the user's script runs. While the script runs, nothing
+of this file runs: the server answers from its own thread, in C++, without the GIL. Neither ddparity nor torch is
+imported, since a script that uses neither would wait for the import: the server starts after the script has imported
+torch.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Set by the agent for its workers, unless the user has: how many collectives a rank remembers. Half a kilobyte each,
-# read about once a second.
+# How many collectives a rank remembers. The agent sets it for its workers unless the user has set it. One takes about
+# 512 bytes, and the agent reads all of them about once a second.
 FLIGHT_VARIABLE = "TORCH_FR_BUFFER_SIZE"
 FLIGHT_ENTRIES = "64"
 
@@ -33,36 +34,38 @@ FATAL = "fatal.txt"
 STACKS = "stacks.txt"
 FLIGHT = "flight.json"
 
-# Real-time signals, which no library takes for itself: the first writes stacks, the second only interrupts a sleep.
+# Real-time signals, which no library uses. The first one has the process write its stacks, the second one only ends a
+# sleep.
 STACK_SIGNAL: int | None = signal.SIGRTMIN + 7 if sys.platform == "linux" else None
 WAKE_SIGNAL: int | None = signal.SIGRTMIN + 8 if sys.platform == "linux" else None
 _PR_SET_PTRACER = 0x59616D61
 _ANY = ctypes.c_ulong(-1)
 
-_open: list[Any] = []  # files that faulthandler writes to when Python may be past opening any
+_open: list[Any] = []  # files for faulthandler, which writes when Python may be unable to open one
 
 
 def install(folder: Path) -> None:
-    """Let the agent look into this process through files in `folder`; call it once, before the script runs.
+    """Let the agent read this process through files in `folder`. Call it once, before the script runs.
 
-    A fatal signal writes all stacks to `fatal.txt`, and SIGABRT then waits up to 6 s, in which the agent reads the
-    collectives of this rank; torch's worker server listens on `server.sock`; at exit `flight.json` stays.
+    A fatal signal writes the stacks of all threads to `fatal.txt`. SIGABRT then waits up to 6 s, so that the agent can
+    read the collectives of this rank. torch's worker server listens on `server.sock`. At exit, the last collectives are
+    written to `flight.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FLIGHT).unlink(missing_ok=True)
     _dump_stacks(folder)
     if sys.platform == "linux":
         _allow_tracing()
-    os.register_at_fork(after_in_child=_as_before)
+    os.register_at_fork(after_in_child=_uninstall)
     _after_import("torch", lambda: _serve(folder))
-    atexit.register(_leave, folder, os.getpid())
+    atexit.register(_at_exit, folder, os.getpid())
 
 
-def leave_record(folder: Path) -> None:
-    """Write the last collectives of this rank to `flight.json`, as they are now; never raises."""
+def write_record(folder: Path) -> None:
+    """Write the last collectives of this rank to `flight.json`. It never raises: that would hide the first failure."""
     if "torch" not in sys.modules:
         return
-    with contextlib.suppress(Exception):  # a second failure must not hide the first
+    with contextlib.suppress(Exception):
         record = _compat().flight_record()
         if record is not None:
             path = folder / FLIGHT
@@ -71,19 +74,20 @@ def leave_record(folder: Path) -> None:
             written.replace(path)
 
 
-def let_abort(pid: int) -> None:
-    """Wake a process of this machine that waits in its held SIGABRT, so that it dies of it now."""
+def end_held_abort(pid: int) -> None:
+    """Wake a process of this machine that waits in its SIGABRT, so that it ends now."""
     if WAKE_SIGNAL is None:
         return
     libc = ctypes.CDLL(None)
-    with contextlib.suppress(OSError, AttributeError):  # it is gone; a C library without tgkill: it wakes by itself
+    # OSError: the process is gone. AttributeError: this C library has no tgkill, and the process wakes by itself.
+    with contextlib.suppress(OSError, AttributeError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             libc.tgkill(pid, int(thread), WAKE_SIGNAL)
 
 
 def _dump_stacks(folder: Path) -> None:
-    # The order matters: faulthandler's handler for SIGABRT writes the stacks, and then calls the one that was there
-    # before it. `sleep` as a handler gets the signal's number as its seconds: 6, with the other threads alive.
+    # The order matters: faulthandler's handler for SIGABRT writes the stacks, and then calls the handler that was there
+    # before it. That is `sleep`, which takes the number of the signal as its seconds: 6. Other threads go on meanwhile.
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.signal.restype = ctypes.c_void_p
@@ -100,12 +104,12 @@ def _dump_stacks(folder: Path) -> None:
 
 
 def _allow_tracing() -> None:
-    """Let py-spy look at this process where the kernel otherwise allows it to parents alone (ptrace_scope 1)."""
+    """Let py-spy read this process even if the kernel allows that only to parents (ptrace_scope 1)."""
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)
 
 
-def _as_before() -> None:
-    """In a forked child, such as a data-loader worker: its crash is no crash of the rank, and nobody waits for it."""
+def _uninstall() -> None:
+    """Restore the handlers in a forked child, such as a data-loader worker: its crash is not a crash of the rank."""
     with contextlib.suppress(Exception):
         faulthandler.disable()
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
@@ -114,18 +118,18 @@ def _as_before() -> None:
 
 def _serve(folder: Path) -> None:
     path = folder / SERVER
-    with contextlib.suppress(Exception):  # the script's own import must go well, whatever this torch keeps private
+    with contextlib.suppress(Exception):  # the script's import of torch must succeed, whatever torch has changed
         path.unlink(missing_ok=True)
         with _quiet():
             _compat().serve_flight_records(str(path))
 
 
 def _compat() -> ModuleType:
-    """ddparity's seam to torch as a file, without the package around it."""
+    """Load ddparity's `compat.py` by its path, without the package around it."""
     name = "_ddparity_compat"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "compat.py")
-        assert spec is not None and spec.loader is not None
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "compat.py")
+        assert spec is not None and spec.loader is not None, "the file is installed with this one"
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -133,7 +137,7 @@ def _compat() -> ModuleType:
 
 
 def _after_import(name: str, action: Callable[[], None]) -> None:
-    """Run an action once a module has been imported, or now if it has."""
+    """Run an action after a module has been imported, or now if it has been imported already."""
     if name in sys.modules:
         action()
     else:
@@ -141,7 +145,7 @@ def _after_import(name: str, action: Callable[[], None]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders do, once, and has something done after it ran."""
+    """Find one module as the other finders do, once, and run an action after the module has run."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self._name, self._action = name, action
@@ -154,13 +158,13 @@ class _Finder(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)  # it may be found later, on another path
+            sys.meta_path.insert(0, self)  # the script may extend sys.path and import it later
             return None
         loader: Any = spec.loader
         run: Callable[[ModuleType], None] = loader.exec_module
 
         def run_and_act(module: ModuleType) -> None:
-            del loader.exec_module  # the class's own again
+            del loader.exec_module  # the method of the class is in effect again
             with _interrupt_ends():
                 run(module)
             self._action()
@@ -171,7 +175,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 @contextlib.contextmanager
 def _interrupt_ends() -> Iterator[None]:
-    """Ctrl-C ends the process at once: a KeyboardInterrupt in a callback from C++ is lost, or ends in an abort."""
+    """Let Ctrl-C end the process at once: a KeyboardInterrupt in a callback from C++ is lost, or ends in an abort."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -185,7 +189,7 @@ def _interrupt_ends() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what C++ writes to standard error: the server announces itself there as a warning."""
+    """Discard what C++ writes to standard error: the server writes a warning that it has started."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -197,9 +201,9 @@ def _quiet() -> Iterator[None]:
         os.close(nothing)
 
 
-def _leave(folder: Path, pid: int) -> None:
+def _at_exit(folder: Path, pid: int) -> None:
     if os.getpid() != pid:
         return
-    leave_record(folder)
-    # Nobody may ask while the process takes itself apart; the server itself just goes with it.
+    write_record(folder)
+    # The agent must not ask while the interpreter shuts down. The server itself ends with the process.
     (folder / SERVER).unlink(missing_ok=True)
