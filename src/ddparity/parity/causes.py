@@ -53,8 +53,8 @@ GRADIENTS = Cause(
     "docs/accumulation.md",
 )
 UNREDUCED = Cause(
-    "Gradients that differ between ranks after the loop were not reduced: DDP does not see parameters that are added, "
-    "or made trainable, after `replicate`.",
+    "Gradients that differ between ranks after the loop were not reduced: a backward ran after the loop, or the loop "
+    "was left early.",
     "docs/accumulation.md",
 )
 UPDATE = Cause(
