@@ -110,17 +110,17 @@ exec unshare -rn sh -c '
     PET_NODE_RANK=0 exec "$@"
 ' sh "$@"
 """
-_TWO_NODES = "--nnodes 2 --master-addr 10.77.3.1 --master-port 29500 --rdzv-conf timeout=10"
+_RENDEZVOUS = "--nnodes 2 --master-addr 10.77.3.1 --master-port 29500 --rdzv-conf timeout=10"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to fail. `said` is in the last lines of our output; `cause` would name the cause in any output."""
+    """One way to fail. `report` matches our last lines; `cause` matches any launcher's output that names the cause."""
 
     name: str
     failure: str  # its name on the page
     script: str
-    said: str
+    report: str
     cause: str
     code: int = 1
     culprit: int | None = 1
@@ -156,8 +156,8 @@ def _interrupted(name: str, failure: str, script: str) -> Case:
     )
 
 
-def _hang(name: str, failure: str, change: str, said: str) -> Case:
-    return Case(name, failure, _in_step(change), said, r"hang: |enforce fail", code=124)
+def _hang(name: str, failure: str, change: str, report: str) -> Case:
+    return Case(name, failure, _in_step(change), report, r"hang: |enforce fail", code=124)
 
 
 CASES = (
@@ -410,7 +410,7 @@ train()
         code=125,
         culprit=None,
         nproc=1,
-        options=_TWO_NODES,
+        options=_RENDEZVOUS,
         before=_TWO_MACHINES,
         variables=(("GLOO_SOCKET_IFNAME", "lo"),),
         rest_s=30,  # the launcher of the second machine ends by itself

@@ -55,7 +55,7 @@ def _outcome(outcomes: dict[str, Outcome | NotPermittedError], name: str) -> Out
 def test_the_end_names_the_cause(case: Case, outcomes: dict[str, Outcome | NotPermittedError]) -> None:
     outcome = _outcome(outcomes, case.name)
     end = outcome.end(15)
-    assert re.search(case.said, f"{end}\n", re.DOTALL | re.MULTILINE), outcome.text
+    assert re.search(case.report, f"{end}\n", re.DOTALL | re.MULTILINE), outcome.text
     assert outcome.code == case.code, outcome.text
     assert outcome.seconds < (STARTED_S if outcome.from_start else WITHIN_S + HANG_S * (case.code == 124))
     assert outcome.left == ()

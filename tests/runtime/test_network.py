@@ -219,16 +219,16 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 
 def test_torchs_errors_in_one_sentence(tmp_path: Path) -> None:
     launch = _launch(tmp_path, f"--nnodes 2 --node-rank 0 --rendezvous 127.0.0.1:{free_port()}")
-    place = check_rendezvous(launch)
+    setup = check_rendezvous(launch)
     error = RuntimeError("Timed out after 11 seconds waiting for clients. 1/2 clients joined.\nException raised from x")
-    text = str(explain(error, launch, place, 11.0))
+    text = str(explain(error, launch, setup, 11.0))
     assert "after 11.0 s: 1 of 2 machines came" in text and "Exception" not in text
 
 
 def test_alone_nothing_is_checked(tmp_path: Path) -> None:
     launch = _launch(tmp_path, "--nproc 2")
-    place = check_rendezvous(launch)
-    assert (place.variables, place.route) == ({}, None)
+    setup = check_rendezvous(launch)
+    assert (setup.variables, setup.route) == ({}, None)
 
 
 # Two machines on one: network namespaces that a pair of virtual interfaces joins.

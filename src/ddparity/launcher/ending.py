@@ -22,7 +22,7 @@ from .resources import MemoryWatch
 
 _PAUSE_S = 0.01
 _PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
-# Waits until the launcher's end of the pipe closes, for whatever reason, then kills the sessions that it was told of.
+# It reads process ids until the launcher's end of the pipe closes, for whatever reason, then kills their sessions.
 _GUARDIAN = """
 all=
 while read -r id; do
@@ -186,6 +186,6 @@ class Guardian:
     def _write(self, text: str) -> None:
         if self._process is None or self._process.stdin is None:
             return
-        with suppress(BrokenPipeError):  # somebody killed the guardian
+        with suppress(BrokenPipeError):  # the guardian has been killed
             self._process.stdin.write(text.encode())
             self._process.stdin.flush()

@@ -172,8 +172,8 @@ class Exchange:
     def all_exit_reports(self, own: Iterable[ExitReport]) -> list[ExitReport]:
         """Send this machine's exit reports and return those of all machines.
 
-        The ranks of a machine that does not answer are reported as lost. Where the store is lost, this holds only for
-        the ranks of the machine that held it: nothing can be said of the other machines.
+        The ranks of a machine that does not answer are reported as lost. Where the store itself is lost, only the ranks
+        of the machine that held it are: nothing is known of the other machines.
         """
         silent = self.silent()
         texts = {self._node_rank: to_json(own)}

@@ -116,7 +116,7 @@ def _write_error(folder: Path, error: BaseException, message: str, trace: str) -
     extra: dict[str, Any] = {"py_callstack": trace, "timestamp": str(int(time.time())), "type": type(error).__name__}
     extra["before"] = [_message(one) for one in _earlier(error)]
     if type(error).__name__ == "RankFailure":
-        extra["rank"] = getattr(error, "rank", -1)  # the rank that failed first, as this rank was told
+        extra["rank"] = getattr(error, "rank", -1)  # the rank that failed first, according to the error
     partial = folder / "error.json.partial"
     try:
         partial.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
