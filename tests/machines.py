@@ -79,7 +79,7 @@ class Machine:
         found = []
         for child in self.family()[1:]:
             with suppress(psutil.Error):
-                if any(part.endswith("launch/worker.py") for part in child.cmdline()[:3]):
+                if any(part.endswith("launcher/worker.py") for part in child.cmdline()[:3]):
                     found.append(child)
         return [child for child in found if child.ppid() == self.process.pid]
 

@@ -54,7 +54,8 @@ def _imports(module: str) -> set[str]:
                 continue
             for alias in node.names:
                 whole = ".".join((*base, alias.name))
-                found.add(whole if whole in PATHS else ".".join(base))
+                if not (SOURCE / Path(*base) / f"{alias.name}.pyi").exists():  # a C extension
+                    found.add(whole if whole in PATHS else ".".join(base))
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             found |= {name.removeprefix("ddparity").removeprefix(".") for name in names if name.startswith("ddparity")}

@@ -16,7 +16,7 @@ import typer
 import typer.core
 
 from .errors import RankFailure
-from .launcher import find_submission, parse, run_command, run_launch, submit
+from .launcher import find_submission, parse, run_command, run_launch, submit_job
 from .launcher.doctor import doctor as examine_machine
 from .parity import plot, show
 from .parity.report import pyplot_of_matplotlib
@@ -67,7 +67,7 @@ def run(context: typer.Context) -> None:
     try:
         job = find_submission(context.args)
         if job is not None:
-            raise SystemExit(submit(job))
+            raise SystemExit(submit_job(job))
         wanted = parse(context.args)
     except ValueError as error:
         _refuse(str(error))

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 def _compare(device: str, variables: dict[str, str]) -> str:
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.kernel_cases", device],
+        [sys.executable, "-m", "tests.batchnorm.kernel_cases", device],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
         capture_output=True,

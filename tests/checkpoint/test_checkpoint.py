@@ -470,7 +470,7 @@ class _NamedState:
 
 
 def test_a_state_of_named_types_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"state_dict has a tests.test_checkpoint:Version.*tensors, numbers"):
+    with pytest.raises(TypeError, match=r"state_dict has a tests.checkpoint.test_checkpoint:Version.*tensors, numbers"):
         dp.save_checkpoint(tmp_path / "c", thing=_NamedState())
 
 

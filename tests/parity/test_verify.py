@@ -197,7 +197,7 @@ def test_each_cause_is_said_on_its_page(name: str) -> None:
 TASK = """
 import torch
 import ddparity as dp
-from tests import verify_cases
+from tests.parity import verify_cases
 
 print("a Task may print")
 task = verify_cases.honest({parts})

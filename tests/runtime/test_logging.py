@@ -167,7 +167,7 @@ def test_warnings_appear_once(tmp_path: Path) -> None:
     for text, count in (("the same on all ranks", 1), ("only of rank", 3), ("one rank has this", 1), ("xxx", 3)):
         assert sum(text in line for line in lines) == count, text
     [line] = [line for line in lines if "one rank has this" in line]
-    assert re.match(r"\[rank 1\] WARNING py.warnings: .*test_console\.py:\d+: UserWarning: one rank has this$", line)
+    assert re.match(r"\[rank 1\] WARNING py.warnings: .*test_logging\.py:\d+: UserWarning: one rank has this$", line)
 
 
 def _warns_before_the_world() -> None:
