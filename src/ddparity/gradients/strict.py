@@ -1,4 +1,4 @@
-"""Strict reduction: sum gradients along one tree over the step's micro-batches, the same tree on any number of ranks."""
+"""Strict reduction: sum gradients along one tree over micro-batches, the same tree on any number of ranks."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class StrictReduction:
 
     @torch.no_grad()
     def finish(self, scale: float = 1.0) -> None:
-        """Set the gradients to the sum over all micro-batches, times `scale`, plus what was there. All ranks call it."""
+        """Set the gradients to the sum over all micro-batches, times `scale`, plus what was there. All ranks call."""
         sums = self._tree.total() if self._group is None else self._exchanged(self._group)
         for parameter, before, value in zip(self._parameters, self._before, sums, strict=True):
             if value is not None and scale != 1.0:
@@ -259,8 +259,8 @@ class TreeSum(Generic[T]):
     """Sum values along the tree as they arrive, as a binary counter carries: two neighbours of equal size become one.
 
     Floating-point addition is not associative, so the order of a sum decides its bits. Here the order depends on the
-    micro-batches' numbers alone: a subtree is its left half plus its right half. A half beyond the last micro-batch adds
-    nothing.
+    micro-batches' numbers alone: a subtree is its left half plus its right half. A half beyond the last micro-batch
+    adds nothing.
 
         8 micro-batches: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))        5: ((0 + 1) + (2 + 3)) + 4
 
