@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -64,7 +65,7 @@ class Window:
         self._others = others_than(self._own) if self._own else []
         self._taken = 0
         self._skipped: list[int] = []
-        self._dropped = 0.0
+        self._dropped: list[float] = []
         self._ran = True
         self._finished = False
 
@@ -151,7 +152,7 @@ class Window:
             reduction.take()
         if not self._ran:
             self._skipped.append(index)
-            self._dropped += share
+            self._dropped.append(share)
 
     def finish(self) -> None:
         """Reduce. Every rank calls it.
@@ -163,14 +164,15 @@ class Window:
         self._check_unchanged()
         self._tell_skipped()
         self._finished = True
+        left = self._left()
         if self._overlapped is not None:
             self._complete(self._overlapped)
         else:
-            self._reduction.reduce(self._left())
+            self._reduction.reduce(left)
         for replica, statistics in zip(self._own, self._statistics, strict=True):
             if statistics is not None:
                 statistics.replay(max(self._numbers), replica.room)
-        self._reduce_others()
+        self._reduce_others(left)
         for replica, stay_equal in zip(self._own, self._stay_equal, strict=True):
             replica.finished(self._parameters, stay_equal)
             if self._group is not None and replica.compares():
@@ -180,10 +182,11 @@ class Window:
         """What the gradients are multiplied by, so that the weights that are left sum to one."""
         if not self._drops:
             return 1.0
-        dropped = torch.tensor([self._dropped], dtype=torch.float64)
+        dropped = torch.zeros(max(self._numbers), dtype=torch.float64)
+        dropped[: len(self._dropped)] = torch.tensor(self._dropped, dtype=torch.float64)
         if self._group is not None:
-            dropped = copies_of_ranks(dropped.to(self._parameters[0].device), self._group).sum(0)
-        left = 1.0 - float(dropped)
+            dropped = copies_of_ranks(dropped.to(self._parameters[0].device), self._group)
+        left = 1.0 - math.fsum(dropped.flatten().tolist())  # fsum: its bits do not depend on who ran which
         return 1.0 / left if left > 1e-9 else 1.0
 
     def _complete(self, replica: Replica) -> None:
@@ -218,7 +221,7 @@ class Window:
             order_buckets(ddp)
             replica.ordered = True
 
-    def _reduce_others(self) -> None:
+    def _reduce_others(self, left: float) -> None:
         """Reduce the replicas that the losses have run besides those that the step is of."""
         if not self._own or made_so_far() < 2:
             return
@@ -243,7 +246,7 @@ class Window:
                 reduction.restore()
                 continue
             other = self._others[position]
-            reduction.reduce(1.0)
+            reduction.reduce(left)
             if statistics is not None:
                 statistics.replay(max(self._numbers), other.room)
             other.buffers_equal = other.buffers_equal and equal_buffers(other.module, statistics is not None)
