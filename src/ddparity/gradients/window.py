@@ -67,7 +67,8 @@ class Window:
         self._skipped: list[int] = []
         self._dropped: list[float] = []
         self._ran = True
-        self._finished = False
+        self._finished = self._superseded = False
+        self._stack = contextlib.ExitStack()
 
     def _overlaps(self, replica: Replica) -> bool:
         if self._group is None or self._strict or self._sums:
@@ -88,20 +89,16 @@ class Window:
     def opened(self, device: torch.device | None) -> Iterator[None]:
         """Hold back what DDP would do in the loop. What was set before is set again at the end."""
         for replica in self._own:
-            if replica.open:
-                raise RuntimeError(
-                    "accumulate() is at work on this model already: two loops over one model, as in zip(), would "
-                    "reduce its gradients twice. Give both batches of a micro-batch in one: "
-                    "accumulate(model, zip(a, b)). A loop that was left is ended by its iterator's close()"
-                )
+            if replica.supersede is not None:
+                replica.supersede()  # a loop that was left, or one of a zip(), which finds out when it goes on
             replica.warn_of_old_gradients()
-        with contextlib.ExitStack() as stack:
+        with self._stack as stack:
             for replica in (*self._own, *self._others):
                 stack.callback(replica.release)
                 replica.hold()
             for replica in self._own:
-                stack.callback(setattr, replica, "open", False)
-                replica.open = True
+                stack.callback(setattr, replica, "supersede", None)
+                replica.supersede = self.supersede
             self._statistics = [self._recorded(replica, stack) for replica in self._own]
             self._share_buffers()
             if self._strict:
@@ -140,13 +137,28 @@ class Window:
                 broadcast_buffers(replica.ddp)
                 replica.ddp.require_forward_param_sync = False
 
+    def supersede(self) -> None:
+        """End this step's hold on its models, for another one."""
+        self._superseded = True
+        self._stack.close()
+
     def begin(self, last: bool) -> None:
         """Before a micro-batch."""
         if last and self._overlapped is not None:
             self._overlapped.overlap()
 
     def take(self, index: int, share: float) -> None:
-        """After a micro-batch."""
+        """After a micro-batch.
+
+        Raises:
+            RuntimeError: another loop over a model of this step has begun.
+        """
+        if self._superseded:
+            raise RuntimeError(
+                "accumulate(): another loop over this model has begun before this one was finished. Two loops in zip() "
+                "would reduce its gradients twice: give both batches of a micro-batch in one, "
+                "accumulate(model, list(zip(a, b)))"
+            )
         self._ran = self._reduction.take()
         for reduction in self._reductions_of_others:
             reduction.take()

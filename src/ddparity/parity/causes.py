@@ -43,8 +43,8 @@ FORWARD = Cause(
     "docs/data.md",
 )
 SCALE = Cause(
-    "Weights sum to one over all ranks, because `replicate` sums gradients (with a DDP communication hook), where DDP "
-    "averages them. Do not divide or multiply the loss by the world size.",
+    "The weight is the share times the number of ranks, because gradients are averaged over the ranks, as DDP does. Do "
+    "not divide or multiply the loss by the world size.",
     "docs/accumulation.md",
 )
 GRADIENTS = Cause(
