@@ -23,10 +23,14 @@ class PermutedSum:
     or down at random, because other things may round differently on several processes, and because two micro-batches
     have only one sum.
 
+    Losses are multiplied by `scale`, and gradients divided by it, as by the world size where gradients are averaged. For
+    a world size that is not a power of two this changes the rounding inside of each backward.
+
     Memory: one copy of the gradients for each part.
     """
 
-    def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
+    def __init__(self, model: nn.Module, generator: torch.Generator, scale: int = 1) -> None:
+        self.scale = scale
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._generator = generator
         self._parts: list[list[torch.Tensor | None]] = []
@@ -49,6 +53,8 @@ class PermutedSum:
         part = self._parts[self._part_of[micro_batch]]
         for index, parameter in enumerate(self._parameters):
             gradient, parameter.grad = parameter.grad, None
+            if gradient is not None and self.scale != 1:
+                gradient = gradient / self.scale
             part[index] = _added(part[index], gradient)
 
     @torch.no_grad()

@@ -62,12 +62,14 @@ class RunPlan:
     is a reference and keeps its weights. None: weights are not compared.
     `joined`: N joins the micro-batches that N ranks would run at the same time into one batch.
     `permutation`: the seed of the order in which gradients are summed; None: the order of the micro-batches.
+    `scale`: see `PermutedSum`.
     """
 
     name: str
     reference: str | None = None
     joined: int = 1
     permutation: int | None = None
+    scale: int = 1
 
 
 def run_together(settings: Settings, plan: RunPlan, variables: dict[str, str]) -> None:
@@ -124,7 +126,7 @@ def run(settings: Settings, plan: RunPlan, device: str | None = None) -> None:
         own, reference = _weight_folders(settings.folder, plan) if here.rank == 0 else (None, None)
         permuted = None
         if plan.permutation is not None:
-            permuted = PermutedSum(net, torch.Generator().manual_seed(plan.permutation))
+            permuted = PermutedSum(net, torch.Generator().manual_seed(plan.permutation), plan.scale)
         checked = set(checked_steps(settings.steps))
         model.train()
         with closing(Recorder(notes, net, optimizer, own, reference)) as recorder:
@@ -184,7 +186,8 @@ def _backward(
         if joined:
             order = range(len(parts)) if permuted is None else permuted.order(len(parts))
             data = _concatenated([parts[number][-1] for number in order])
-        return recorder.record_forward(notes, lambda: task.loss(model, data))
+        loss = recorder.record_forward(notes, lambda: task.loss(model, data))
+        return loss if permuted is None else loss * permuted.scale
 
     if permuted is not None:
         permuted.begin(len(step))

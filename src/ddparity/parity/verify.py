@@ -225,8 +225,9 @@ class _Verification:
         Returns:
             The differences by name of the reference, and the first divergence that no order of sums explains.
         """
+        scale = max((size for size in self._sizes if size & (size - 1)), default=1)  # not a power of two
         plans = [
-            RunPlan(f"{name}-permuted{number}", name, joined, permutation=number)
+            RunPlan(f"{name}-permuted{number}", name, joined, permutation=number, scale=scale)
             for name, (joined, _) in references.items()
             for number in range(self._permutations)
         ]
