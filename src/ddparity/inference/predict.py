@@ -87,8 +87,8 @@ def predict(
             it holds None.
         key: a str, an int or a nested tuple of them that names what this call computes. A call resumes a directory
             only if its key is equal. It is required to resume if the model is a function, or with `inputs` or
-            `collate_fn`, since functions are not compared. Change it with anything else that is not compared: code,
-            and attributes and hooks of a module.
+            `collate_fn`, since functions are not compared. Change it with anything else that is not compared: code;
+            hooks of a module, and attributes other than numbers and strings; all but three samples of the data set.
         show_progress: show one progress bar for all ranks.
         seed: of the random streams, together with the batch.
         num_workers, collate_fn, dataloader_options: of torch.utils.data.DataLoader.
