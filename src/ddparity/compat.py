@@ -60,8 +60,8 @@ def all_to_all_single(output: torch.Tensor, value: torch.Tensor, group: dist.Pro
 def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
     """Return the backend of the group for such a tensor; None where another tool observes torch's operators.
 
-    To check and box the arguments, torch.distributed and its operator take as long as Gloo takes to send a small
-    tensor.
+    A call through torch.distributed and torch's operator takes twice as long for a small tensor: they check and box
+    the arguments for as long as Gloo sends.
     """
     if torch._C._len_torch_dispatch_stack() or not is_plain_tensor(value):
         return None
@@ -175,7 +175,10 @@ def order_buckets(model: DistributedDataParallel) -> None:
 
 
 def disarm(model: DistributedDataParallel) -> None:
-    """Have the next backward reduce nothing, though a forward prepared DDP for it. Forgets the order of buckets."""
+    """Make the next backward reduce nothing, also after a forward that prepared DDP for it.
+
+    DDP forgets its order of buckets.
+    """
     model.reducer._reset_state()
 
 
@@ -185,7 +188,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def layer_versions(state: Any) -> dict[str, Any] | None:
-    """Return the layers' versions from a module's state dict, by which layers read the states of earlier versions."""
+    """Return the versions of a module's layers from its state dict: layers need them to read older states."""
     found = getattr(state, "_metadata", None)
     return None if found is None else {name: dict(entry) for name, entry in found.items()}
 
@@ -212,7 +215,7 @@ def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def constant_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function as `torch.compiler.assume_constant_result` does, without the compiler's import of a second."""
+    """Mark a function as `torch.compiler.assume_constant_result` does, but without a compiler import of 1 s."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's mark on functions
     return function
 

@@ -230,6 +230,23 @@ def _scaled(factor: float) -> nn.Module:
     return model
 
 
+def _norm_first(first: bool) -> nn.Module:
+    """Return a layer that does not print its options; its weights are always the same."""
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(1, 1, 1, norm_first=first)
+
+
+class Adds(nn.Module):
+    """A module with a buffer that is not saved."""
+
+    def __init__(self, summand: float) -> None:
+        super().__init__()
+        self.register_buffer("summand", torch.tensor(summand), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.summand
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -238,6 +255,10 @@ def _scaled(factor: float) -> nn.Module:
         (nn.Sequential(LINEAR, nn.Softmax(0)), nn.Sequential(LINEAR, nn.Softmax(1))),
         (nn.Sequential(LINEAR, nn.Identity()), nn.Sequential(nn.Identity(), LINEAR)),
         (nn.Identity(), Holds(0)),
+        (Holds(1), Holds(2)),
+        (Holds("gelu"), Holds("relu")),
+        (_norm_first(False), _norm_first(True)),
+        (Adds(1.0), Adds(2.0)),
     ],
 )
 def test_other_modules_results_do_not_pass_for_this_ones(one: Any, other: Any, tmp_path: Path) -> None:
@@ -332,9 +353,11 @@ class Counts(Holds):
         return x
 
 
-def test_what_a_module_counts_is_not_compared(tmp_path: Path) -> None:
+def test_a_module_that_counts_its_calls_is_another_model_after_them(tmp_path: Path) -> None:
+    """What it counts may be what it computes with."""
     model = Counts(0)
-    for _ in range(2):
+    _writes(str(tmp_path), model=model)
+    with pytest.raises(ValueError, match="its model is Counts"):
         _writes(str(tmp_path), model=model)
     _writes(str(tmp_path), model=Counts(0))  # as another process would
 

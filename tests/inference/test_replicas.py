@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
-from ddparity.inference.model import Replica, check_words, parts
+from ddparity.inference.model import Checksums, check_words, parts
 from tests.ranks import outcomes, run_ranks
 
 ONE_PASS = 8 * 1021  # bytes; a tensor of twice as many or more is compared by sums
@@ -144,11 +144,11 @@ def test_tensors_of_any_layout() -> None:
     for tensor in layouts:
         assert _word(tensor) == _word(tensor.clone()) != _word(tensor * 2), tensor.layout
     assert parts(dense.to_mkldnn()) is None and parts(dense.to("meta")) is None
-    empty = Replica(nn.Embedding(0, 3))
+    empty = Checksums(nn.Embedding(0, 3))
     assert empty.text is not None and len(empty.text) == 8
 
 
 def test_tied_parameters_are_read_once() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
-    assert Replica(model).text == Replica(model[:1]).text
+    assert Checksums(model).text == Checksums(model[:1]).text

@@ -89,9 +89,9 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
 def _wait(work: dist.Work) -> None:
     """Wait until an exchange is done: yield the core for less than half a millisecond of its time, then sleep.
 
-    Where all ranks call at the same time, the exchange is soon done, and to sleep and wake up takes as long as the
-    exchange itself (benchmarks/RESULTS.md, "Scheduling"). Ranks that share a core must not yield for longer, because
-    each then keeps the core from the other.
+    If all ranks call at the same time, the exchange is done soon. Sleeping and waking up would take as long as the
+    exchange itself (benchmarks/RESULTS.md, "Scheduling"). Ranks that share a core must not yield for longer: each
+    would keep the core from the other.
     """
     # Not work.is_completed(): it holds Python's lock while it waits for another lock. A profiler may hold that one
     # while it waits for Python's.
@@ -189,7 +189,7 @@ def _reduce_flat(parameters: list[torch.Tensor], group: dist.ProcessGroup | None
 
 
 def gathers(numel: int, like: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
-    """Return True if to gather `numel` elements of each rank is faster than an all-reduce of them.
+    """Return True if gathering `numel` elements of each rank is faster than an all-reduce of them.
 
     The elements have the dtype and device of the tensor `like`.
     """

@@ -128,7 +128,7 @@ def structure(description: Description, rows: bool = False, plain: str = "plain"
 
     Args:
         rows: also the shapes of rows, without the first dimension.
-        plain: what to call None, a number or a string.
+        plain: the kind that the result gives None, a number or a string.
     """
     kind = description["kind"]
     if kind in ("list", "plain list"):

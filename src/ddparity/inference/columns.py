@@ -71,10 +71,10 @@ def to_table(output: Any, start: int, size: int, schema: pa.Schema | None = None
     model may reuse it.
 
     Args:
-        schema: of `schema_of` the first batch, which the output is like, see `difference`; None: the batch's own.
+        schema: what `schema_of` returns for the first batch, which has the same structure; None: this batch's own.
 
     Raises:
-        TypeError, ValueError: as `describe`; a leaf has not one row a sample; a type does not fit into that of `schema`
+        TypeError, ValueError: as `describe`; a leaf does not have one row a sample; a type does not fit `schema`
             (integers fit into larger ones and into floats that hold them exactly, None fits into anything). Names the
             column and the data-set index.
     """

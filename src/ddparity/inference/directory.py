@@ -24,7 +24,7 @@ from .source import Batches
 
 _EMPTY = "part-empty.parquet"  # the only file of a data set without samples
 _DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.\d+")  # see checkpoint.atomic.draft_of
-_FILES = 128  # or more, so that none has more rows than
+_FILES = 128  # files of a data set, as a default; more if a file would have more than `_ROWS` rows
 _ROWS = 65_536
 _ROW_GROUP_BYTES = 16 * 2**20
 

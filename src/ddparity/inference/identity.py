@@ -64,10 +64,10 @@ def identity(
 ) -> Identity:
     """Return the identity of a prediction.
 
-    A module is compared by the fingerprint of its state dict, and by the types and options of its layers as they print
-    them. Python attributes that are not printed, hooks and edited code are not compared. A data set is compared by its
-    type, its length, and its first, middle and last sample. Functions are compared by their names, and count as
-    uncompared.
+    A module is compared by the fingerprint of its state dict and of its buffers that are not saved, and by the types
+    and options of its layers: as they print them, and their attributes that are numbers or strings. Other attributes,
+    hooks and edited code are not compared. A data set is compared by its type, its length, and its first, middle and
+    last sample. Functions are compared by their names, and count as uncompared.
 
     Raises:
         SampleError: the data set fails for one of the three samples.
@@ -93,7 +93,8 @@ def _of_module(model: nn.Module, uncompared: list[str]) -> str:
     while (inner := uncompiled(unwrapped(model))) is not model:
         model = inner
     try:
-        digest = hashlib.sha256(json.dumps([fingerprint(model), _layers(model)]).encode()).hexdigest()[:_DIGITS]
+        prints = [fingerprint(model), fingerprint(dict(model.named_buffers()))]  # a state dict lacks some buffers
+        digest = hashlib.sha256(json.dumps([prints, _layers(model)]).encode()).hexdigest()[:_DIGITS]
     except Exception as error:  # a type of state or of tensor that has no bytes
         uncompared.append(f"the model's weights ({type(error).__name__}: {error})")
         digest = "unknown"
@@ -101,16 +102,28 @@ def _of_module(model: nn.Module, uncompared: list[str]) -> str:
 
 
 def _layers(model: nn.Module) -> list[list[str]]:
-    """Return the name, type and printed options of each layer: a stride or an eps is in no weight."""
+    """Return the name, type and options of each layer: a stride, an eps or a number of heads is in no weight."""
     return [
         [
             ".".join(part for part in name.split(".") if part != _COMPILED),
             type(layer).__qualname__,
             _ADDRESS.sub("", layer.extra_repr()),
+            _attributes(layer),
         ]
         for name, layer in model.named_modules()
         if uncompiled(layer) is layer
     ]
+
+
+def _attributes(layer: nn.Module) -> str:
+    """Return the public attributes that are numbers or strings: not every layer prints its options."""
+    return repr(
+        [
+            (name, value)
+            for name, value in sorted(vars(layer).items())
+            if type(value) in (bool, int, float, str) and not name.startswith("_") and name != "training"
+        ]
+    )
 
 
 def _of_samples(dataset: Any, length: int, uncompared: list[str]) -> str:

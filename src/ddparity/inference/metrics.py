@@ -73,9 +73,9 @@ class Metric:
 
 
 class ExactSum:
-    """A sum of numbers, or of arrays of one shape, that is rounded once, at its end.
+    """A sum of numbers, or of arrays of one shape, that is rounded once, at the end.
 
-    So it does not depend on the order of adding, and not on the number of processes. Integers are Python's. Floats
+    So it does not depend on the order of the terms or on the number of processes. Integers are Python's. Floats
     become fractions, whose denominators are powers of two. Infinities and NaN are added separately.
     """
 
@@ -194,7 +194,7 @@ def _mean(total: Any, weight: Any = None) -> Any:
 
 
 class _Torchmetrics:
-    """A copy of a torchmetrics object. States are joined as by its own `sync`, but only of ranks that had a batch.
+    """A copy of a torchmetrics object. It joins states as `sync` does, but only of ranks that had a batch.
 
     The names of the states, and how each is joined, are in private attributes of torchmetrics.
     """

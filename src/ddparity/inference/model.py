@@ -147,10 +147,10 @@ _BUFFERS = (
 )
 
 
-class Replica:
+class Checksums:
     """A checksum for each tensor of this rank's model: its parameters, and those buffers that a checkpoint has.
 
-    Left out is what may differ: buffers that are not saved, such as a cache; shards of a distributed tensor; whatever a
+    It leaves out what may differ: buffers that are not saved, such as a cache; shards of a distributed tensor; what a
     model that is a function uses.
 
     `text`: 8 characters for each tensor; None for a function.
@@ -247,7 +247,7 @@ def put_back(tensor: torch.Tensor, copy: torch.Tensor) -> None:
 
 
 def check_words(tensors: Sequence[list[torch.Tensor]], headers: Sequence[str]) -> list[int]:
-    """Return 32 bits for each tensor, given its `parts`. They differ if a bit of it or its header does (but for 2^-32).
+    """Return 32 bits for each tensor, given its `parts`. If bits or headers differ, so do these, but for 1 in 2^32.
 
     It reads the memory once, on its device. At most 16 KiB a part leave a device, in one copy for all.
     """
@@ -263,7 +263,7 @@ def check_words(tensors: Sequence[list[torch.Tensor]], headers: Sequence[str]) -
 
 
 def _condensed(part: torch.Tensor) -> list[torch.Tensor]:
-    """Return few bytes as they are; of many, sums of 64-bit integers, which wrap, and the bytes behind the last row."""
+    """Return few bytes as they are; of many, sums of 64-bit integers modulo 2^64, and the bytes after the last row."""
     data = _bytes(part)
     rows = data.numel() // _ROW_BYTES
     if rows < 2:

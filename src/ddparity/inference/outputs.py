@@ -28,7 +28,7 @@ def check_rows(output: Any, size: int, path: str = "the output") -> None:
     """Check that each leaf of a nesting has one row, or one entry, a sample.
 
     Raises:
-        TypeError, ValueError: one has not; names its path.
+        TypeError, ValueError: a leaf does not; the error names its path.
     """
 
     def leaf(value: Any, path: str, keys: Keys) -> None:
@@ -74,8 +74,8 @@ class Schema:
         """Take a batch's output apart: return its description and its tensors.
 
         Raises:
-            TypeError, ValueError: a part of it has not one row a sample, or cannot travel, or is not as in the first
-                batch; names the part and the samples.
+            TypeError, ValueError: a part of it does not have one row a sample, cannot be sent, or differs from the
+                first batch; the error names the part and the samples.
         """
         like = _like(output)
         if like is not None and self._dense is not None and self._dense[0] == like and len(output) == len(samples):

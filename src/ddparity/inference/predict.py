@@ -24,7 +24,7 @@ from ..runtime.progress import progress
 from .collect import Memory
 from .identity import Key, checked_key, identity
 from .metrics import Metric
-from .model import Model, Replica, callable_of, evaluating
+from .model import Checksums, Model, callable_of, evaluating
 from .outputs import Schema
 from .source import Balance, Batches, Shards, Source, assigned, check_balance, cut, is_stream
 
@@ -64,8 +64,9 @@ def predict(
     whole batches, so the outputs do not depend on the number of processes.
 
     Args:
-        model: a module, or any function of a batch. A module runs in eval and inference mode; of a DDP module, the
-            module inside runs. Modes, buffers and random streams are restored at the end, also on an exception.
+        model: a module, or any function of a batch. A module runs in eval and inference mode. If it is a DDP
+            module, the module inside it runs. Modes, buffers and random streams are restored at the end, also on an
+            exception.
         dataset: map-style, of the same length on every rank; or a stream that can be cut into shards (`num_shards`,
             and `shard(num_shards=, index=)`, as datasets.IterableDataset). Batches of a stream are cut within a shard.
         batch_size: samples of a batch, at least 1.
@@ -87,8 +88,8 @@ def predict(
             it holds None.
         key: a str, an int or a nested tuple of them that names what this call computes. A call resumes a directory
             only if its key is equal. It is required to resume if the model is a function, or with `inputs` or
-            `collate_fn`, since functions are not compared. Change it with anything else that is not compared: code,
-            and attributes and hooks of a module.
+            `collate_fn`, since functions are not compared. Change it with anything else that is not compared: code;
+            hooks of a module, and attributes other than numbers and strings; all but three samples of the data set.
         show_progress: show one progress bar for all ranks.
         seed: of the random streams, together with the batch.
         num_workers, collate_fn, dataloader_options: of torch.utils.data.DataLoader.
@@ -258,8 +259,8 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
                 own |= {"metric": kind, "rows_per_file": given.rows_per_file, "key": checked_key(given.key)}
                 named: dict[str, object] = {f"predict's {name}": value for name, value in own.items()}
                 named |= {"the data set's length": source.length, "the data set's num_shards": source.shards}
-                replica = Replica(given.model)
-                agreement.all_same({**named, "the model": replica.text}, {"the model": replica.difference})
+                checksums = Checksums(given.model)
+                agreement.all_same({**named, "the model": checksums.text}, {"the model": checksums.difference})
             call, device = callable_of(given.model, given.inputs)
             path, chunks = given.directory(), cut(len(source), world_size, balance)
             sink: Sink

@@ -85,8 +85,8 @@ class PackedRun:
 class Packer:
     """Copies outputs, since a model may write its next output into the same memory, and a view keeps its whole tensor.
 
-    On the CPU, outputs lie side by side in large blocks. With memory of its own for each output, between what the model
-    takes and frees, the holes would be as large as the outputs together (benchmarks/RESULTS.md, "Prediction").
+    On the CPU, outputs lie side by side in large blocks. If each output had its own memory, between what the model
+    allocates and frees, the unused gaps would be as large as all outputs (benchmarks/RESULTS.md, "Prediction").
 
     `held`: what is packed, in order.
     """

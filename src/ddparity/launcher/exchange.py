@@ -313,7 +313,7 @@ class Exchange:
 
 
 def plain_reason(error: BaseException) -> str:
-    """Return the first line of the innermost error: torch's rendezvous wraps those of the store."""
+    """Return the first line of the innermost error: torch's rendezvous wraps the store's errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

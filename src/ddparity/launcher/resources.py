@@ -75,8 +75,8 @@ def threads_per_process(nproc: int) -> int:
 def decide_threads(nproc: int, environ: Mapping[str, str] = os.environ) -> tuple[dict[str, str], str | None]:
     """Return the variables that set the processes' threads, and a line that reports the decision.
 
-    Where the user has set OMP_NUM_THREADS there are neither. Without the variable, torch starts as many threads in each
-    process as the machine has cores.
+    If the user has set OMP_NUM_THREADS, return no variables and no line. Without the variable, torch starts as many
+    threads in each process as the machine has cores.
     """
     if environ.get("OMP_NUM_THREADS"):
         return {}, None
@@ -113,7 +113,7 @@ class MemoryWatch:
 
 
 def _memory_folders() -> list[Path]:
-    """Return where this process's memory limits may stand. In a container it is often the root of the mount."""
+    """Return folders that may have this process's memory limits; in a container, often the root of the mount."""
     folders = [MOUNT, MOUNT / "memory"]
     for controllers, path in own_groups():
         if controllers in ("", "memory"):

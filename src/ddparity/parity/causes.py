@@ -1,4 +1,4 @@
-"""The likely cause of a divergence, in a sentence that also stands on a page of docs/."""
+"""The likely cause of a divergence, in a sentence that is also on a page of docs/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cause:
-    """A likely cause. `sentence` stands on `page`, word for word."""
+    """A likely cause. `sentence` is on `page`, word for word."""
 
     sentence: str
     page: str

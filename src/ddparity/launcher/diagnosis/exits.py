@@ -17,7 +17,7 @@ from ...runtime.progress import PROGRESS_MARKER
 from .desync import describe_ranks
 from .stacks import shorten_traceback
 
-# What a rank reports that had no error of its own: another rank failed.
+# What a rank reports if another rank failed, and it has no error of its own.
 _CONSEQUENCE = re.compile(
     r"RankFailure:|RendezvousError:|DistNetworkError:|Connection (closed|reset) by peer|Broken pipe|Socket closed"
     r"|Timed out waiting|timed out after|NCCL communicator was aborted|remote process exited|recvValue failed"
@@ -204,7 +204,7 @@ def mark_left_early(reports: Iterable[ExitReport]) -> list[ExitReport]:
 
 
 def root_cause(reports: Iterable[ExitReport]) -> ExitReport:
-    """Return the report of the rank whose end caused the others': the first by kind of cause, then by time.
+    """Return the report of the rank that caused the others to end: the first by kind of cause, then by time.
 
     Among reports with the same cause, a rank that others blame goes first: it told them of its exception.
     """
