@@ -4,6 +4,7 @@ from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchn
 from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint
 from .checkpoint.fingerprint import fingerprint
 from .comm.gather import gather
+from .data.dataset import sample_seed
 from .data.loader import Loader, ShardSampler
 from .data.plan import BatchPlan, MicroBatch
 from .data.rng import RandomState, seed_everything
@@ -53,6 +54,7 @@ __all__ = [
     "read_predictions",
     "replicate",
     "revert_sync_batchnorm",
+    "sample_seed",
     "save_checkpoint",
     "seed_everything",
     "setup_logging",

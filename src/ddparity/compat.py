@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 if TYPE_CHECKING:  # torch.distributed exports these in a way that type checkers do not see
     from torch._C._distributed_c10d import AllgatherOptions, GradBucket, PrefixStore, Store, TCPStore
@@ -267,6 +267,16 @@ def end_workers(dataloader: DataLoader[Any], iterator: Any) -> None:
         iterator._shutdown_workers()
     if getattr(dataloader, "_iterator", None) is iterator:  # persistent workers
         dataloader._iterator = None
+
+
+def show_dataset(inner: Callable[[Any], Any]) -> None:
+    """In a loader's worker, let `get_worker_info().dataset` be what `inner` returns for the DataLoader's data set.
+
+    torch forbids to assign to the object's attributes, so that a data set does not do so by mistake.
+    """
+    info = get_worker_info()
+    assert info is not None, "only a worker calls this"
+    object.__setattr__(info, "dataset", inner(info.dataset))
 
 
 # The launcher and its rendezvous.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -240,3 +241,26 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(b, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b) and a == b
+
+
+def _different_receivers(receivers: list[Any]) -> None:
+    dp.gather(torch.ones(2), to=receivers[dist.get_rank()])
+
+
+@pytest.mark.parametrize(
+    ("receivers", "message"),
+    [
+        ([0, 1], r"gather\(to=…\) differs between ranks: 0 on rank 0, 1 on rank 1"),
+        (["all", 0], r"gather\(to=…\) differs between ranks: 'all' on rank 0, 0 on rank 1"),
+        ([2, 2, 1], r"gather\(to=…\) differs between ranks: 2 on rank 0, 1 on rank 2"),
+    ],
+)
+def test_receivers_that_differ_are_refused_on_every_rank(receivers: list[Any], message: str) -> None:
+    for outcome in outcomes(_different_receivers, len(receivers), receivers, timeout_s=30):
+        assert re.match(f"ValueError: {message}", outcome.error)
+
+
+def test_a_receiver_that_is_none_on_one_rank_is_refused_on_every_rank() -> None:
+    first, second = outcomes(_different_receivers, 2, [0, 5], timeout_s=30)
+    assert first.error.startswith("RankFailure: rank 1 failed in gather: to=5 receives nothing")
+    assert second.error.startswith("ValueError: to=5 receives nothing: give a rank from 0 to 1")

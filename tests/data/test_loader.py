@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import re
@@ -82,14 +83,14 @@ def test_draws_outside_of_accumulate_do_not_depend_on_workers() -> None:
 def test_a_step_is_a_sequence() -> None:
     loader = dp.Loader(range(10), dp.BatchPlan(10, 4, 2, shuffle=False))
     first, second, last = loader.epoch(0)
-    assert [len(step) for step in (first, second, last)] == [2, 2, 2]
+    assert [len(step) for step in (first, second, last)] == [2, 2, 1]
     assert len(loader) == 3
     # In another order, and after the later steps were taken.
     assert second[1].data.tolist() == [6, 7]
     assert second[0].data.tolist() == [4, 5]
     assert [micro.data.tolist() for micro in second[:]] == [[4, 5], [6, 7]]
     assert second[-1].index == 1
-    assert [micro.weight for micro in last] == [0.5, 0.5]
+    assert [(micro.data.tolist(), micro.weight) for micro in last] == [([8, 9], 1.0)]
     assert [micro.data.tolist() for micro in first] == [[0, 1], [2, 3]]
     with pytest.raises(IndexError, match="micro-batch 2 is out of range: the step has 2"):
         second[2]
@@ -126,23 +127,114 @@ def test_an_epoch_that_was_not_begun_ends_with_the_next() -> None:
 def test_steps_that_are_skipped_are_not_the_next_steps() -> None:
     loader = dp.Loader(range(10), dp.BatchPlan(10, 4, 2, shuffle=False))
     numbers = [step[0].data.tolist() for step in loader.epoch(0) if step.number > 0]
-    assert numbers == [[4, 5], [8]]
+    assert numbers == [[4, 5], [8, 9]]
 
 
 def test_the_users_objects_stay_theirs() -> None:
     def collate(items: list) -> tuple[list, int | None]:
         worker = get_worker_info()
-        return items, None if worker is None else worker.dataset.dataset.marker
+        return items, None if worker is None else worker.dataset.marker
 
     dataset = Noise()
     dataset.marker = 7
     loader = dp.Loader(dataset, dp.BatchPlan(40, 12, 3), 1, collate, prefetch_factor=4, timeout=30)
     assert isinstance(loader.dataloader, torch.utils.data.DataLoader)
     assert loader.dataloader.prefetch_factor == 4
-    assert loader.dataloader.persistent_workers
+    assert not loader.dataloader.persistent_workers
     items, marker = next(loader.epoch(0))[0].data
     assert isinstance(items, list)
     assert marker == 7
+
+
+class Staged(Dataset):
+    """A data set that is told its stage before each epoch, as in a curriculum or progressive resizing."""
+
+    stage = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return self.stage
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "options", "expected"),
+    [
+        (0, {}, [0, 1, 2]),
+        (2, {}, [0, 1, 2]),
+        (2, {"persistent_workers": False}, [0, 1, 2]),
+        (2, {"persistent_workers": True}, [0, 0, 0]),  # as torch's: such workers keep the data set that they got
+    ],
+)
+def test_a_data_set_may_change_between_epochs(num_workers: int, options: dict, expected: list[int]) -> None:
+    dataset, theirs = Staged(), Staged()
+    loader = dp.Loader(dataset, dp.BatchPlan(8, 8, 2), num_workers, **options)
+    torchs = torch.utils.data.DataLoader(theirs, 2, num_workers=num_workers, **options)
+    seen, seen_by_torch = [], []
+    for epoch in range(3):
+        dataset.stage = theirs.stage = epoch
+        seen.append({int(value) for step in loader.epoch(epoch) for micro in step for value in micro.data})
+        seen_by_torch.append({int(value) for batch in torchs for value in batch})
+    assert seen == seen_by_torch == [{stage} for stage in expected]
+
+
+def test_workers_end_with_the_epoch() -> None:
+    """Also where the script keeps a step, as each loop does with its variable."""
+    loader = dp.Loader(range(40), dp.BatchPlan(40, 12, 3), 2)
+    whole = []
+    for step in loader.epoch(0):
+        whole.append(step)
+        step[0]  # workers start with the first micro-batch
+        assert len(multiprocessing.active_children()) == 2
+    assert not multiprocessing.active_children()
+    assert [len(micro.data) for step in whole for micro in step] == [3] * 12 + [2, 2]
+    left = next(loader.epoch(1))
+    left[0]
+    assert len(multiprocessing.active_children()) == 2
+    steps = loader.epoch(2)
+    assert not multiprocessing.active_children()  # those of the epoch that was left
+    next(steps)[0]
+    assert len(multiprocessing.active_children()) == 2
+    loader.load_state_dict(loader.state_dict())
+    assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="epoch 2 of this Loader has ended"):
+        next(steps)
+
+
+class Opened(Dataset):
+    """A data set that each worker prepares, as torch's pages advise for files and connections."""
+
+    handle = "none"
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> str:
+        return self.handle
+
+
+class OpenedTogether(Opened):
+    def __getitems__(self, indices: list[int]) -> list[str]:
+        return [self.handle for _ in indices]
+
+
+def _open(worker_id: int) -> None:
+    worker = get_worker_info()
+    assert worker.id == worker_id
+    worker.dataset.handle = f"worker {worker_id}"
+
+
+@pytest.mark.parametrize("dataset", [Opened(), OpenedTogether()], ids=["one by one", "together"])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_worker_prepares_the_users_data_set(dataset: Opened, context: str) -> None:
+    options = {"num_workers": 2, "worker_init_fn": _open, "multiprocessing_context": context}
+    torchs = [value for batch in torch.utils.data.DataLoader(dataset, 2, **options) for value in batch]
+    loader = dp.Loader(dataset, dp.BatchPlan(8, 8, 2, shuffle=False), **options)
+    ours = [value for step in loader.epoch(0) for micro in step for value in micro.data]
+    assert ours == torchs == ["worker 0", "worker 0", "worker 1", "worker 1"] * 2
+    predicted = dp.predict(lambda batch: batch, dataset, 2, **options)
+    assert predicted == torchs
 
 
 class Broken(Noise):

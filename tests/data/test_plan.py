@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import pickle
 import tracemalloc
 
@@ -39,7 +40,15 @@ def test_every_sample_exactly_once_an_epoch(plan: dp.BatchPlan, world_size: int,
         assert 1 <= min(sizes) <= max(sizes) <= min(sizes) + 1
         assert max(sizes) <= plan.micro_batch
         assert [micro.weight for micro in micros] == [size / len(samples) for size in sizes]
-        assert len(micros) == min(plan.micro_batches_per_step, len(samples))
+        # As few as can hold the samples. A micro-batch of one, of which a batch norm cannot learn, is avoided.
+        fewest = next(n for n in itertools.count(1) if n * plan.micro_batch >= len(samples))
+        assert len(micros) == plan.micro_batches_in(step) == fewest
+        assert min(sizes) > 1 or plan.micro_batch <= 2 or len(samples) == 1
+        if step < plan.steps_per_epoch - 1:
+            assert fewest == plan.micro_batches_per_step
+        # Their positions are those of their samples in the epoch.
+        firsts = [len(seen) - len(samples) + sum(sizes[:number]) for number in range(len(sizes))]
+        assert [micro.position for micro in micros] == firsts
         assert all(micro.samples.dtype == np.int64 and micro.samples.ndim == 1 for micro in micros)
     dropped = plan.num_samples % plan.global_batch if plan.drop_last else 0
     assert len(seen) == plan.num_samples - dropped
@@ -57,6 +66,31 @@ def test_micro_batches_do_not_depend_on_the_world_size(plan: dp.BatchPlan, world
         assert [(m.index, m.seed, m.samples.tolist()) for m in alone] == [
             (m.index, m.seed, m.samples.tolist()) for m in together
         ]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "global_batch", "micro_batch", "full", "short"),
+    [
+        (52, 16, 4, [4, 4, 4, 4], [4]),
+        (53, 16, 4, [4, 4, 4, 4], [3, 2]),
+        (57, 16, 4, [4, 4, 4, 4], [3, 3, 3]),
+        (63, 16, 4, [4, 4, 4, 4], [4, 4, 4, 3]),
+        (49, 16, 4, [4, 4, 4, 4], [1]),
+        (14, 10, 4, [4, 3, 3], [4]),
+        (19, 10, 4, [4, 3, 3], [3, 3, 3]),
+        (7, 4, 3, [2, 2], [3]),
+        (3, 16, 4, [3], [3]),
+    ],
+)
+def test_a_short_step_has_fewer_micro_batches_and_not_smaller_ones(
+    num_samples: int, global_batch: int, micro_batch: int, full: list[int], short: list[int]
+) -> None:
+    plan = dp.BatchPlan(num_samples, global_batch, micro_batch)
+    sizes = [[len(micro.samples) for micro in plan.step(0, step)] for step in (0, plan.steps_per_epoch - 1)]
+    assert sizes == [full, short]
+    for world_size in range(1, 5):
+        ranks = [plan.step(0, plan.steps_per_epoch - 1, rank, world_size) for rank in range(world_size)]
+        assert [len(micro.samples) for rank in ranks for micro in rank] == short
 
 
 def test_the_picture_in_the_design() -> None:

@@ -30,7 +30,8 @@ def gather(value: Any, to: Receiver = 0) -> Any:
 
     Raises:
         TypeError: a value of this rank cannot be sent; the error names it. The other ranks raise `RankFailure`.
-        ValueError: `to` is not a rank, or the ranks' values do not fit together; on every rank.
+        ValueError: `to` is not a rank, or differs between ranks, or the ranks' values do not fit together; on every
+            rank.
 
     Example:
         >>> gather({"loss": 0.5, "rows": torch.ones(2, 3)})["loss"]
@@ -38,11 +39,12 @@ def gather(value: Any, to: Receiver = 0) -> Any:
     """
     joined = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    to = checked_receiver(to, world_size)
     problem: Exception | None = None
     leaves: list[torch.Tensor] = []
     try:
+        to = checked_receiver(to, world_size)
         node, leaves = take_apart(value)
+        node["to"] = to
     except Exception as error:
         problem, node = error, {"error": str(error)}
     nodes = gather_json(node)
@@ -51,6 +53,13 @@ def gather(value: Any, to: Receiver = 0) -> Any:
     for other, theirs in enumerate(nodes):
         if "error" in theirs:
             raise RankFailure(f"rank {other} failed in gather: {theirs['error']}", other)
+    receivers = [theirs.pop("to") for theirs in nodes]
+    for other, receiver in enumerate(receivers):
+        if receiver != receivers[0]:
+            raise ValueError(
+                f"gather(to=…) differs between ranks: {receivers[0]!r} on rank 0, {receiver!r} on rank {other}. Give "
+                f"the same on every rank"
+            )
 
     receives = to in ("all", rank)
     build, targets = put_together(nodes, new_tensor if receives else _placeholder)

@@ -1,37 +1,101 @@
-"""Load whole batches of a data set with random streams that depend on what is loaded."""
+"""Load whole batches of a data set with random streams that depend on what is loaded: here, or in a worker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from ..compat import end_workers, is_plain_tensor
+from ..compat import end_workers, is_plain_tensor, show_dataset
 from ..errors import DDParityError, SampleError
-from .rng import seed_streams
+from .rng import numbered_seed, seed_streams
 
 
 class SeededIndices(list[int]):
-    """The data-set indices of one batch, and the seed of the random streams while a worker loads them."""
+    """The data-set indices of one batch, and the seeds while a worker loads them.
 
-    __slots__ = ("seed",)
+    Attributes:
+        seed: of the random streams.
+        sample_seeds: the key and the number of the first sample's own seed; the other samples have the next numbers.
+    """
 
-    def __init__(self, samples: list[int], seed: int) -> None:
+    __slots__ = ("sample_seeds", "seed")
+
+    def __init__(self, samples: list[int], seed: int, sample_seeds: tuple[int, int]) -> None:
         self[:] = samples
         self.seed = seed
+        self.sample_seeds = sample_seeds
 
-    def __reduce__(self) -> tuple[type[SeededIndices], tuple[list[int], int]]:
-        return SeededIndices, (list(self), self.seed)
+    def __reduce__(self) -> tuple[type[SeededIndices], tuple[list[int], int, tuple[int, int]]]:
+        return SeededIndices, (list(self), self.seed, self.sample_seeds)
+
+
+class _Loading(threading.local):
+    """What this thread loads: a batch, and the number in it of the sample that `__getitem__` is asked for."""
+
+    batch: SeededIndices | None = None
+    number: int | None = None
+
+
+_loading = _Loading()
+
+
+def sample_seed(number: int | None = None) -> int:
+    """Return the seed of the sample that a `Loader` or `predict` is loading, for a generator of the data set's own.
+
+    The seed depends on the plan's seed, the epoch and the sample's position in the epoch's order. It does not depend
+    on the number of processes and workers or on the sizes of batches, and differs for each sample and epoch: the lowest
+    32 bits repeat after 2**31 samples at the earliest. It is even, so `sample_seed() + 1` is free for a second
+    generator.
+
+    Args:
+        number: None in `__getitem__`. In a `__getitems__`, which loads many samples in one call: the number of the
+            sample in its list.
+
+    Returns:
+        An integer of 63 bits. For a generator that takes 32, use `sample_seed() % 2**32`.
+
+    Raises:
+        RuntimeError: this thread is not inside of a data set that a Loader or predict reads; or it is inside of a
+            `__getitems__`, and no number is given.
+        IndexError: there is no sample of this number.
+
+    Collectives: none.
+
+    Example:
+        >>> class Noise(torch.utils.data.Dataset):
+        ...     def __len__(self):
+        ...         return 4
+        ...     def __getitem__(self, index):
+        ...         return index + np.random.default_rng(sample_seed()).random()
+    """
+    batch = _loading.batch
+    if batch is None:
+        raise RuntimeError(
+            "sample_seed() is called outside of a Loader and of predict(): call it in the data set's __getitem__, in "
+            "the thread that loads the sample, and give the seed to what runs elsewhere"
+        )
+    if number is None:
+        number = _loading.number
+        if number is None:
+            raise RuntimeError(
+                "sample_seed() is called in a __getitems__, which loads several samples in one call: give the number "
+                "of the sample in its list, sample_seed(number)"
+            )
+    if not 0 <= number < len(batch):
+        raise IndexError(f"sample_seed({number}): the batch has {len(batch)} samples")
+    key, first = batch.sample_seeds
+    return numbered_seed(key, first + number)
 
 
 class KeyedDataset:
     """Load whole batches of `dataset` for a DataLoader. Before each, seed the streams of Python, NumPy and torch.
 
-    The collate function runs after that in the same worker, and draws from the same streams. In a `worker_init_fn` the
-    user's data set is `get_worker_info().dataset.dataset`.
+    The collate function runs after that in the same worker, and draws from the same streams.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -39,29 +103,70 @@ class KeyedDataset:
 
     def __getitems__(self, indices: SeededIndices) -> list[Any]:
         seed_streams(indices.seed)
-        get_many = getattr(self.dataset, "__getitems__", None)
-        if get_many is not None:
-            try:
-                given = get_many(list(indices))
-            except Exception as error:
-                raise SampleError(_message(f"one of the indices {list(indices)}", error)) from error
-            # Other types may be a whole batch, such as a dict of columns. Their number of samples is unknown.
-            if isinstance(given, (list, torch.Tensor, np.ndarray)) and len(given) != len(indices):
-                raise SampleError(
-                    f"the data set's __getitems__ returned {len(given)} samples for the {len(indices)} indices "
-                    f"{list(indices)}: it must return one sample for each index, in their order"
-                )
-            return given  # type: ignore[no-any-return]  # the data set's own method
-        dataset, items, index = self.dataset, [], None
+        before = _loading.batch, _loading.number  # of a data set that reads another Loader
+        _loading.batch, _loading.number = indices, None
         try:
-            for index in indices:
+            get_many = own_getitems(self.dataset)
+            return self._one_by_one(indices) if get_many is None else _together(get_many, indices)
+        finally:
+            _loading.batch, _loading.number = before
+
+    def _one_by_one(self, indices: SeededIndices) -> list[Any]:
+        dataset, items, index, loading = self.dataset, [], None, _loading
+        try:
+            for loading.number, index in enumerate(indices):
                 items.append(dataset[index])
         except Exception as error:
             raise SampleError(_message(f"index {index}", error)) from error
         return items
 
 
-def load_batches(dataloader: DataLoader[Any], waiting_for: Callable[[], str] | None = None) -> Iterator[Any]:
+def own_getitems(dataset: Any) -> Callable[[list[int]], Any] | None:
+    """Return the method of a data set that loads many samples, if it has one.
+
+    A Subset has one in any case. Without one in the data set inside, it would only loop over the samples.
+    """
+    inner = dataset
+    while type(inner) is Subset:
+        inner = inner.dataset
+    return getattr(dataset, "__getitems__", None) if getattr(inner, "__getitems__", None) is not None else None
+
+
+def _together(get_many: Callable[[list[int]], Any], indices: SeededIndices) -> Any:
+    try:
+        given = get_many(list(indices))
+    except Exception as error:
+        raise SampleError(_message(f"one of the indices {list(indices)}", error)) from error
+    # Other types may be a whole batch, such as a dict of columns. Their number of samples is unknown.
+    if isinstance(given, (list, torch.Tensor, np.ndarray)) and len(given) != len(indices):
+        raise SampleError(
+            f"the data set's __getitems__ returned {len(given)} samples for the {len(indices)} indices "
+            f"{list(indices)}: it must return one sample for each index, in their order"
+        )
+    return given
+
+
+class WorkerInit:
+    """In a worker, before it loads anything: let torch's `get_worker_info().dataset` be the user's data set.
+
+    It is that of a DataLoader's `worker_init_fn`, and calls the user's.
+    """
+
+    def __init__(self, user: Callable[[int], None] | None) -> None:
+        self._user = user
+
+    def __call__(self, worker_id: int) -> None:
+        show_dataset(lambda wrapper: wrapper.dataset)
+        if self._user is not None:
+            self._user(worker_id)
+
+
+def worker_options(num_workers: int, worker_init_fn: Callable[[int], None] | None) -> dict[str, Any]:
+    """Return the `worker_init_fn` of a DataLoader whose workers see the user's data set, and not our wrapper."""
+    return {"worker_init_fn": WorkerInit(worker_init_fn) if num_workers > 0 else worker_init_fn}
+
+
+def load_batches(dataloader: DataLoader[Any], waiting_for: Callable[[], str] | None = None) -> Generator[Any]:
     """Yield the batches of a DataLoader. Its workers end at once if something fails or if no more batches are needed.
 
     Args:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
 from ..runtime.progress import mark_progress
-from .dataset import KeyedDataset, SeededIndices, load_batches, sized_length
+from .dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
 from .plan import BatchPlan, MicroBatch, checked_integer, share
 from .step import LoadedMicroBatch, Step
 
@@ -33,14 +34,17 @@ class Loader:
 
     A checkpoint holds the loader's position: the epoch and step that come next. The position counts the steps that are
     done, not the micro-batches that workers load ahead. A step is done when the loop over its micro-batches ends
-    (`accumulate`'s, or `for micro in step`), or when the script asks for the next step. An epoch is done when the loop
-    over its steps ends. So save after `optimizer.step()`, and resume with `for epoch in loader.epochs(stop)`.
+    (`accumulate`'s, or `for micro in step`), or when the script asks for the next step. In a loop over steps of several
+    loaders, as in `zip`, all are done whose last micro-batch was taken when the first of them ends. An epoch is done
+    when the loop over its steps ends. So save after `optimizer.step()`, and resume with `for epoch in
+    loader.epochs(stop)`.
 
     Args:
         dataset: a map-style data set of `plan.num_samples` samples.
         plan: what each step consumes.
-        num_workers, collate_fn, dataloader_options: passed to torch.utils.data.DataLoader. Workers are persistent
-            unless `persistent_workers=False`. Memory is pinned if CUDA is available, unless `pin_memory=False`.
+        num_workers, collate_fn, dataloader_options: passed to torch.utils.data.DataLoader. As there, each epoch has new
+            workers, with a copy of the data set as it is then, unless `persistent_workers=True`. Memory is pinned if
+            CUDA is available, unless `pin_memory=False`.
 
     Attributes:
         plan: the plan.
@@ -78,6 +82,7 @@ class Loader:
         self._batch_sampler = _MicroBatchSampler(plan)
         self._position = (0, 0)  # the epoch and step that come next
         self._resumes = False  # whether the position is that of a checkpoint and no epoch has started since
+        self._end_workers: Callable[[], None] = lambda: None  # of the current iterator
         self.dataloader: DataLoader[Any] = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]  # torch types data sets by one index, and this takes many
             batch_sampler=self._batch_sampler,
@@ -85,10 +90,10 @@ class Loader:
             collate_fn=collate_fn,
             # The DataLoader draws a seed in each epoch. Its own generator keeps the global one unchanged.
             **{
-                "persistent_workers": num_workers > 0,
                 "pin_memory": torch.cuda.is_available(),
                 "generator": torch.Generator(),
                 **dataloader_options,
+                **worker_options(num_workers, dataloader_options.get("worker_init_fn")),
             },
         )
 
@@ -122,6 +127,7 @@ class Loader:
             start_step = self._resumed_step(epoch)
         if not 0 <= start_step <= len(self):
             raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {len(self)} steps")
+        self._end_workers()
         self._batch_sampler.restart(epoch, start_step, rank, world_size)
         self._position, self._resumes = (epoch, start_step), False
         return self._steps(self._batch_sampler.run, epoch, start_step, rank, world_size)
@@ -160,6 +166,7 @@ class Loader:
                 f"the saved position of the Loader is epoch {state['epoch']}, step {state['step']}, but the plan has "
                 f"no step {state['step']} of epoch {state['epoch']}: load the checkpoint without the Loader"
             )
+        self._end_workers()
         self._batch_sampler.run += 1
         self._position, self._resumes = (state["epoch"], state["step"]), True
 
@@ -184,6 +191,7 @@ class Loader:
 
         check_current()
         plan, batches, issued = self.plan, load_batches(self.dataloader), self._batch_sampler.issued
+        self._end_workers = _closing(batches)
         for number in range(start_step, len(self)):
             shares = _shares(plan.micro_batches_in(number), world_size)
             size = shares[rank]
@@ -191,10 +199,11 @@ class Loader:
             step.on_end = functools.partial(advance, epoch, number + 1)
             yield step
             mark_progress()
-            step.end()
+            advance(epoch, number + 1)
             if size:
                 step.load(size - 1)  # so that micro-batches that the script did not take do not go to the next step
         advance(epoch + 1, 0)
+        batches.close()  # a step that the script keeps would keep the workers alive
 
 
 class ShardSampler(Sampler[int]):
@@ -281,7 +290,19 @@ class _MicroBatchSampler:
         for step in self._plan.steps(epoch, start_step, None, rank, world_size):
             for micro in step:
                 issued.append(micro)
-                yield SeededIndices(micro.samples.tolist(), micro.seed + 1)
+                sample_seeds = self._plan.sample_seeds(epoch, micro.position)
+                yield SeededIndices(micro.samples.tolist(), micro.seed + 1, sample_seeds)
+
+
+def _closing(batches: Generator[Any]) -> Callable[[], None]:
+    """Return a function that ends a generator of batches, and its workers, if it is still there."""
+    known = weakref.ref(batches)
+
+    def end() -> None:
+        if (alive := known()) is not None:
+            alive.close()
+
+    return end
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -43,23 +43,25 @@ class MicroBatch:
         samples: 1-D int64 data-set indices.
         seed: the seed of its random streams; `seed + 1` is the seed while it is loaded.
         weight: its share of the step's samples.
+        position: where in the epoch its first sample is; the others follow.
     """
 
     index: int
     samples: NDArray[np.int64]
     seed: int
     weight: float
+    position: int
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """Cut a data set into global batches and micro-batches, in the same way for every world size.
 
-    A step consumes `global_batch` samples in ceil(global_batch / micro_batch) micro-batches, whose sizes differ by at
-    most one. Each rank runs a contiguous share of them. If the last step is short, its samples are spread evenly over
-    as many micro-batches as they can fill; `drop_last` removes it. An epoch has every sample exactly once, in a keyed
-    random order with `shuffle`. A plan is a pure function and picklable. Its memory and the time of a step do not
-    depend on `num_samples`.
+    A step consumes `global_batch` samples in the fewest micro-batches that hold them, ceil(samples / micro_batch),
+    whose sizes differ by at most one. Each rank runs a contiguous share of them. A short last step has fewer
+    micro-batches than the others, not smaller ones, so some ranks may get none; `drop_last` removes it. An epoch has
+    every sample exactly once, in a keyed random order with `shuffle`. A plan is a pure function and picklable. Its
+    memory and the time of a step do not depend on `num_samples`.
 
     Args:
         num_samples: samples in the data set, 0 or more.
@@ -76,7 +78,7 @@ class BatchPlan:
     Example:
         >>> plan = BatchPlan(10, global_batch=4, micro_batch=2, shuffle=False)
         >>> [[m.samples.tolist() for m in plan.step(0, 2, rank, 2)] for rank in (0, 1)]
-        [[[8]], [[9]]]
+        [[[8, 9]], []]
     """
 
     num_samples: int
@@ -102,11 +104,14 @@ class BatchPlan:
     @property
     def micro_batches_per_step(self) -> int:
         """The micro-batches of a full step, over all ranks; a short last step may have fewer."""
-        return -(-self.global_batch // self.micro_batch)
+        return self._micro_batches_of(self.global_batch)
 
     def micro_batches_in(self, step: int) -> int:
         """Return the number of micro-batches of `step`, over all ranks."""
-        return min(self.micro_batches_per_step, self.samples_in(step))
+        return self._micro_batches_of(self.samples_in(step))
+
+    def _micro_batches_of(self, samples: int) -> int:
+        return -(-samples // self.micro_batch)
 
     def samples_in(self, step: int) -> int:
         """Return the number of samples of `step`, over all ranks.
@@ -143,7 +148,7 @@ class BatchPlan:
         for begin in range(start, stop, at_once):
             numbers = range(begin, min(begin + at_once, stop))
             shares = [
-                _rank_share(self.samples_in(step), self.micro_batches_per_step, rank, world_size) for step in numbers
+                _rank_share(self.samples_in(step), self.micro_batches_in(step), rank, world_size) for step in numbers
             ]
             positions = [
                 np.arange(step * self.global_batch + bounds[0], step * self.global_batch + bounds[-1], dtype=np.int64)
@@ -156,9 +161,11 @@ class BatchPlan:
             for step, (first, bounds, weights) in zip(numbers, shares, strict=True):
                 low, micros = taken, []
                 index, number = first, self._seed_number(epoch, step, first)
+                to_position = step * self.global_batch + bounds[0] - taken
                 for start_of_next, weight in zip(bounds[1:], weights, strict=True):
                     high = taken + start_of_next - bounds[0]
-                    micros.append(MicroBatch(index, samples[low:high], numbered_seed(key, number), weight))
+                    seed = numbered_seed(key, number)
+                    micros.append(MicroBatch(index, samples[low:high], seed, weight, low + to_position))
                     low, index, number = high, index + 1, number + 1
                 yield micros
                 taken = low
@@ -166,6 +173,14 @@ class BatchPlan:
     def seed_after(self, epoch: int, step: int) -> int:
         """Return the seed of the random streams between a step and the next; it is the same on every rank."""
         return numbered_seed(_series_key(self.seed), self._seed_number(epoch, step, self.micro_batches_per_step))
+
+    def sample_seeds(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return the key and the number of the seed of the sample at this position of an epoch; see `numbered_seed`.
+
+        The samples at the following positions have the following numbers. Neither the sizes of the batches nor the
+        number of ranks matter.
+        """
+        return _sample_key(self.seed), epoch * self.num_samples + position
 
     def _seed_number(self, epoch: int, step: int, micro_batch: int) -> int:
         """Return the number of a seed in the training: one for each micro-batch, and one after each step."""
@@ -229,15 +244,19 @@ def _series_key(seed: int) -> int:
     return derive_seed(seed, "micro-batches")
 
 
+@functools.lru_cache(maxsize=16)
+def _sample_key(seed: int) -> int:
+    return derive_seed(seed, "samples")
+
+
 @functools.lru_cache(maxsize=64)
-def _rank_share(size: int, most: int, rank: int, world_size: int) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
-    """Return a rank's share of a step of `size` samples in at most `most` micro-batches.
+def _rank_share(size: int, count: int, rank: int, world_size: int) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
+    """Return a rank's share of a step of `size` samples in `count` micro-batches.
 
     Returns:
         The index of the rank's first micro-batch; the positions in the step where its micro-batches begin and where
         the last one ends; the weights of its micro-batches.
     """
-    count = min(most, size)
     numbers = share(count, rank, world_size)
     bounds = tuple(_part_start(size, number, count) for number in range(numbers.start, numbers.stop + 1))
     return numbers.start, bounds, tuple((high - low) / size for low, high in itertools.pairwise(bounds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -31,6 +32,10 @@ class LoadedMicroBatch:
     def __post_init__(self) -> None:
         if math.isnan(self.share):
             self.share = self.weight
+
+
+# Steps that have not ended, though a loop over them has taken their last micro-batch.
+_taken: weakref.WeakSet[Step] = weakref.WeakSet()
 
 
 class Step(Sequence[LoadedMicroBatch]):
@@ -65,6 +70,8 @@ class Step(Sequence[LoadedMicroBatch]):
         self._load_next = load_next
         self._loaded: list[LoadedMicroBatch] = []
         self.on_end: Callable[[], None] | None = None
+        if size == 0:
+            _taken.add(self)
 
     def __len__(self) -> int:
         return self._size
@@ -85,13 +92,22 @@ class Step(Sequence[LoadedMicroBatch]):
 
     def __iter__(self) -> Iterator[LoadedMicroBatch]:
         for index in range(self._size):
-            yield self[index]
+            micro = self[index]
+            if index == self._size - 1:
+                _taken.add(self)
+            yield micro
         self.end()
 
     def end(self) -> None:
-        """Mark the step as done, so that the loader's position is after it."""
-        if self.on_end is not None:
-            self.on_end()
+        """Mark the step as done, so that the loader's position is after it.
+
+        So are steps of other loaders whose last micro-batch was taken: `zip` does not ask its second iterator for more
+        after the first one's end, and the loop over the second would not end.
+        """
+        for step in (self, *_taken):
+            if step.on_end is not None:
+                step.on_end()
+        _taken.clear()
 
     def load(self, index: int) -> LoadedMicroBatch:
         """Return micro-batch `index` without seeding the random streams."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..comm.transfer import gather_json
-from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_length
+from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
 from ..data.plan import checked_integer, share
 from ..data.rng import derive_seed, numbered_seed, seed_streams
 from ..errors import SampleError
@@ -94,6 +94,7 @@ def _loader_options(num_workers: int, given: dict[str, Any]) -> dict[str, Any]:
         # A generator of its own: the DataLoader draws a seed from it each time.
         "generator": torch.Generator(),
         **given,
+        **worker_options(num_workers, given.get("worker_init_fn")),
     }
 
 
@@ -121,7 +122,7 @@ class Batches:
         streams = "; or a stream that has num_shards and shard(num_shards=, index=)"
         self.length = sized_length(dataset, "predict", streams)
         self.batch_size = _checked_batch_size(batch_size)
-        self._key = derive_seed(seed, "predict")
+        self._key, self.sample_key = derive_seed(seed, "predict"), derive_seed(seed, "predict", "samples")
         self._order = _Order(self)
         self._dataloader: DataLoader[Any] = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]
@@ -180,7 +181,8 @@ class _Order:
             for number in chunk:
                 samples = self._batches[number]
                 issued.append(samples)
-                yield SeededIndices(list(samples), self._batches.seed(samples) + 1)
+                sample_seeds = (self._batches.sample_key, samples.start)
+                yield SeededIndices(list(samples), self._batches.seed(samples) + 1, sample_seeds)
 
 
 # Data sets that can only be iterated

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from ..comm.trees import byte_view
+from ..data.dataset import own_getitems
 from .notes import MicroNote, RankNotes, StepNote
 
 
@@ -236,7 +237,7 @@ class TaggedTogether(Tagged):
 
 
 def tagged(dataset: Any) -> Tagged:
-    return TaggedTogether(dataset) if hasattr(dataset, "__getitems__") else Tagged(dataset)
+    return Tagged(dataset) if own_getitems(dataset) is None else TaggedTogether(dataset)
 
 
 class TaggedCollate:

@@ -161,7 +161,8 @@ def build(
             raise ValueError('the training set is empty: let dataset("train") return at least one sample')
         seed_everything(task.seed)
         net = task.model().to(here.device)
-        loader = Loader(train_set, task.plan(len(train_set)), num_workers, collate_fn)
+        workers_stay = num_workers > 0  # a Task does not change its data set between epochs
+        loader = Loader(train_set, task.plan(len(train_set)), num_workers, collate_fn, persistent_workers=workers_stay)
         if sync_batchnorm and synchronises(convert_sync_batchnorm(net)):
             check_even_shares(loader.plan, here.world_size)
     return net, loader
