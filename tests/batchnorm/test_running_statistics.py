@@ -263,9 +263,6 @@ def test_an_unfinished_loop_does_not_change_the_next_one() -> None:
     x = torch.randn(2, 4, 3)
     unfinished = dp.accumulate(model, x)
     next(unfinished)
-    with pytest.raises(RuntimeError, match="at work on this model already"):
-        next(dp.accumulate(model, x))
-    unfinished.close()
     for micro in dp.accumulate(model, x):
         (model(micro.data).mean() * micro.weight).backward()
     expected = nn.BatchNorm1d(3)
