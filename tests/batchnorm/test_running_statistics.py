@@ -270,9 +270,38 @@ def test_an_unfinished_loop_does_not_change_the_next_one() -> None:
         expected(part)
     torch.testing.assert_close(layer.running_var, expected.running_var)
     torch.testing.assert_close(layer.running_mean, expected.running_mean)
-    unfinished.close()
     assert _state(layer) == before
     assert layer.num_batches_tracked == 2
+
+
+class _NormalisesByRunningStatistics(nn.BatchNorm1d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def test_a_forward_that_writes_no_statistics_records_none() -> None:
+    x = torch.randn(2, 4, 3)
+    layer = _NormalisesByRunningStatistics(3)
+    model, before = _strict(layer)
+    for micro in dp.accumulate(model, x):
+        (model(micro.data).square().mean() * micro.weight).backward()
+    assert layer.running_mean.eq(0).all() and layer.running_var.eq(1).all() and layer.num_batches_tracked == 0
+    assert _state(layer) == before
+
+
+def test_a_forward_in_inference_mode_counts_as_in_torch() -> None:
+    layer, expected = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    model, _ = _strict(layer)
+    x = torch.randn(2, 4, 3)
+    for micro in dp.accumulate(model, x):
+        with torch.inference_mode():
+            model(micro.data + 1)
+            expected(micro.data + 1)
+        (model(micro.data).mean() * micro.weight).backward()
+        expected(micro.data)
+    torch.testing.assert_close(layer.running_var, expected.running_var)
+    torch.testing.assert_close(layer.running_mean, expected.running_mean)
+    assert layer.num_batches_tracked == 4
 
 
 def test_an_evaluation_inside_a_step_uses_the_statistics_before_the_step() -> None:

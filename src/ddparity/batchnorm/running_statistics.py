@@ -251,9 +251,10 @@ def _wrote(before: Saved, after: Moments, count: Tensor | None, failed: bool) ->
     line before. Where that says nothing, compare the values; a device must then be waited for.
     """
     (mean, var, *_), copies = before
-    if any(new is not old or new._version for new, old in zip(after, copies, strict=True)):
+    counts = not copies[0].is_inference()  # torch.inference_mode() makes copies that count no writes
+    if any(new is not old or (counts and new._version) for new, old in zip(after, copies, strict=True)):
         return True
-    if count is not None and not failed:
+    if count is not None and counts and not failed:
         return count._version > 0
     return not (torch.equal(after[0], mean) and torch.equal(after[1], var))
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
 from ..comm.allreduce import gathers, mean_later, mean_over_ranks
-from ..compat import GradBucket, disarm, register_comm_hook, uncompiled, unwrapped
+from ..compat import (
+    GradBucket,
+    broadcast_buffers,
+    disarm,
+    order_buckets,
+    register_comm_hook,
+    uncompiled,
+    unwrapped,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +38,7 @@ _WORDS = "_ddparity_terms"
 # The life of each replicated model, for as long as the model lives. A model inside of another model's loss is found
 # here: its DDP would reduce in the middle of the other one's step.
 _replicas: weakref.WeakKeyDictionary[nn.Module, Replica] = weakref.WeakKeyDictionary()
-_made = 0
+_made: collections.Counter[tuple[int, ...] | None] = collections.Counter()
 
 CHECK_EVERY = 100  # steps
 # DDP has one bucket for a model up to here, and so no backward to overlap its reduction with.
@@ -43,41 +53,69 @@ class Phase(Enum):
     OVERLAP = "in the last micro-batch: average all buckets but the last one, which waits for the end of the loop"
 
 
+class Order(Enum):
+    """The order of DDP's buckets, which the ranks must change together."""
+
+    DEFAULT = "that of construction, as far as every rank knows: the next reduction finds a better one"
+    OWN = "that of a backward"
+    LOST = "this rank had to reset DDP: all find a new one after the next step, in which they learn of it"
+
+
+class Holder(Protocol):
+    """A step of other models, which reduces this one after its loop, too."""
+
+    def let_go(self, replica: Replica) -> None: ...
+
+    def take_up(self, replica: Replica) -> None: ...
+
+
 class Replica:
     """The state of one replicated model.
 
     Attributes:
         reduction, batchnorm_statistics: what `replicate` was asked for; of a foreign DDP, what DDP does.
         check_every: so often `accumulate` compares the ranks' parameters and gradients, in steps.
-        number: counts the replicas of this process; the same on every rank, since making one is collective.
+        ranks: of its group; None in a world of one.
+        number: counts the replicas of these ranks; the same on every one of them, since making one is collective.
         hooked: the DDP module has our hook; False where the user registered another one, and without DDP.
         buffers_equal: the last step left the same buffers on all ranks.
         room: see `RunningStatistics`.
         supersede: ends the hold of the step of `accumulate` that is at work on this model.
         agreed: what the ranks compared last, so that they do it once an epoch.
-        ordered: DDP has its order of buckets.
+        held: a step of `accumulate` holds its reduction back, of this model or of another one. holder: of another one.
+        order: what this rank knows of DDP's order of buckets.
         overlapped: parameters whose gradients the last backward has averaged. reduced: it has done so with all.
+        present: with find_unused_parameters, whether parameters had a gradient before DDP wrote averages, by their ids.
+        had_gradients: ids of the parameters that had a gradient after the last step, the same on every rank. A loop
+            that freezes and unfreezes parts of a model may give them one again, though frozen when the next begins.
         told, told_compiled, told_old: a warning was given.
     """
 
     def __init__(self, model: nn.Module, words: tuple[Reduction, Statistics, int], equal: bool) -> None:
         self._model = weakref.ref(model)
         self.reduction, self.batchnorm_statistics, self.check_every = words
-        global _made
-        self.number, _made = _made, _made + 1
         self.buffers_equal = equal
         self.room = Room()
-        self.ordered = self.reduced = False
+        self.held = self.reduced = False
+        self.order = Order.DEFAULT
+        self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
         self.told = self.told_compiled = self.told_old = False
         self.agreed: object = None
         self.overlapped: list[torch.Tensor] = []
+        self.present: dict[int, bool] = {}
+        self.had_gradients: set[int] = set()
         self._phase = Phase.AVERAGE
-        self._versions: list[int] = []
+        self._averaged: State | None = None
+        self._kept: list[int] = []
+        self._broadcasts = False
         self._steps = 0
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
         ddp = self.ddp
         self.group = ddp.process_group if ddp is not None and ddp.process_group.size() > 1 else None
+        self.ranks = None if self.group is None else tuple(dist.get_process_group_ranks(self.group))
+        self.number = _made[self.ranks]
+        _made[self.ranks] += 1
         self.hooked = ddp is not None and register_comm_hook(ddp, self, reduce_bucket)
         known = self.parameters() if ddp is not None else []
         self._known = [id(parameter) for parameter in known]
@@ -97,29 +135,31 @@ class Replica:
         assert model is not None, "a replica does not outlive its model"
         return unwrapped(model)
 
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that are trained now, in an order that is the same on every rank."""
+    def all_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters, those that are not trained, too, in an order that is the same on every rank."""
         ignored = self.ddp.parameters_to_ignore if self.ddp is not None else ()
-        return [
-            (name, one) for name, one in self.module.named_parameters() if one.requires_grad and name not in ignored
-        ]
+        named = self.module.named_parameters()
+        return [(name, one) for name, one in named if name not in ignored] if ignored else list(named)
 
     def parameters(self) -> list[nn.Parameter]:
-        """As `named_parameters`, without names, in less time."""
-        if self.ddp is not None and self.ddp.parameters_to_ignore:
-            return [parameter for _, parameter in self.named_parameters()]
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        """The parameters that are trained now."""
+        return [parameter for _, parameter in self.all_parameters() if parameter.requires_grad]
 
-    def overlaps(self, parameters: list[int]) -> bool:
+    def trains(self, parameter: nn.Parameter) -> bool:
+        """Whether a step may give a parameter a gradient, as far as is known when it begins."""
+        return parameter.requires_grad or id(parameter) in self.had_gradients
+
+    def overlaps(self, parameters: list[int], frozen: bool) -> bool:
         """Whether DDP reduces in the last backward: there is something to overlap, and DDP knows what is trained now.
 
-        `parameters`: the ids of those that are trained now. A DDP module with options that its own reduction serves
-        (a communication hook, sparse gradients, static_graph, mixed_precision) keeps it.
+        `parameters`: the ids of those that the step may train; `frozen`: some of them are frozen now. A DDP module with
+        options that its own reduction serves (a communication hook, sparse gradients, static_graph, mixed_precision)
+        keeps it.
         """
         ddp = self.ddp
         if ddp is None or (not self.hooked and parameters == self._known):
             return ddp is not None
-        if parameters != self._known:
+        if parameters != self._known or (frozen and not ddp.find_unused_parameters):
             return False
         if self._sparse or ddp.static_graph or getattr(ddp, "mixed_precision", None) is not None:
             return True
@@ -129,13 +169,49 @@ class Replica:
     def hold(self) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`."""
         ddp = self.ddp
-        if ddp is not None and ddp.require_forward_param_sync and (not self.ordered or ddp.find_unused_parameters):
-            disarm(ddp)  # a forward outside of the loop has armed DDP, perhaps on this rank only
+        self.held = True
+        if ddp is not None:
+            if ddp.require_forward_param_sync or ddp.find_unused_parameters:
+                # A forward outside of the loop has armed DDP, perhaps on this rank only. With find_unused_parameters
+                # DDP would also remember what the backwards of the last step used, if that step summed after the loop.
+                self._disarm()
+            self._broadcasts, ddp.broadcast_buffers = ddp.broadcast_buffers, False
         self._switch(Phase.KEEP, reduces=False)
 
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
+        self.held = False
+        if self.ddp is not None:
+            self.ddp.broadcast_buffers = self._broadcasts
         self._switch(Phase.AVERAGE, reduces=True)
+
+    def share_buffers(self) -> None:
+        """Broadcast the buffers, if the model has any to broadcast, as DDP does in a forward."""
+        ddp = self.ddp
+        if ddp is not None:
+            ddp.broadcast_buffers = self._broadcasts
+            broadcast_buffers(ddp)
+            ddp.broadcast_buffers = ddp.require_forward_param_sync = False
+
+    def give_up(self) -> None:
+        """After a step that was left: forget what its last backward had begun to reduce."""
+        if self._phase is Phase.OVERLAP:
+            self._disarm()
+
+    def _disarm(self) -> None:
+        assert self.ddp is not None, "only DDP reduces"
+        disarm(self.ddp)
+        if self.order is Order.OWN:
+            self.order = Order.LOST
+
+    def _finds_order(self) -> bool:
+        ddp = self.ddp
+        return self.order is Order.DEFAULT and self.hooked and ddp is not None and not ddp.find_unused_parameters
+
+    def reorder(self) -> None:
+        """Let the next step find a new order of buckets. Every rank calls it."""
+        self._disarm()
+        self.order = Order.DEFAULT
 
     def _switch(self, phase: Phase, reduces: bool) -> None:
         self._phase = phase
@@ -145,7 +221,9 @@ class Replica:
 
     def overlap(self) -> None:
         """Let the next backward reduce."""
-        self.overlapped, self.reduced, self._versions = [], False, []
+        self.overlapped, self.reduced, self._averaged, self._kept, self.present = [], False, None, [], {}
+        if self._finds_order() and self.ddp is not None and not self.ddp.static_graph:
+            self._disarm()  # so that every rank finds a new order, also one that had some before
         self._switch(Phase.OVERLAP, reduces=True)
 
     def keep(self) -> None:
@@ -154,14 +232,19 @@ class Replica:
 
     def changed(self) -> bool:
         """Whether gradients have changed since the last backward averaged them."""
-        return self._versions != _versions(self.overlapped)
+        averaged, self._averaged = self._averaged, None  # which keeps gradients alive
+        return bool(self.overlapped) and (averaged is None or averaged.marks != State(self.overlapped).marks)
 
     def finished(self, parameters: list[nn.Parameter], buffers_equal: bool) -> None:
         """Note what a step has left."""
         self._steps += 1
         self.buffers_equal = buffers_equal
+        self.note_gradients(parameters)
         probe = next((one for one in parameters if one.grad is not None), None)
         self._old = None if probe is None or probe.grad is None else (probe, probe._version, _written(probe.grad))
+
+    def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.had_gradients = {id(one) for one in parameters if one.grad is not None}
 
     def compares(self) -> bool:
         """Whether the ranks compare their parameters after this step."""
@@ -192,7 +275,20 @@ class Replica:
             nothing.backward()
 
     def _settled(self) -> None:
-        self._versions = _versions(self.overlapped)
+        """At the end of the backward that reduced, on every rank, after DDP has written the averages."""
+        ddp = self.ddp
+        assert ddp is not None, "only DDP overlaps"
+        if self.order is Order.LOST:
+            self._disarm()
+        elif self._finds_order():
+            # Here, since DDP would do it in the next forward, which not every rank need run.
+            order_buckets(ddp)
+            self.order = Order.OWN
+        self._averaged = State(self.overlapped)
+        if self._kept and any(
+            before == after[1] >= 0 for before, after in zip(self._kept, self._averaged.marks, strict=True)
+        ):
+            self._averaged = None  # DDP does not write to a gradient set by hand where no backward used the parameter
 
 
 class _Nothing(torch.autograd.Function):
@@ -208,12 +304,22 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
+NO_GRADIENT = (0, -1)
+
+
+class State:
+    """What changes when gradients do: which tensors they are, and how often they were written.
+
+    It keeps the gradients alive, so that a new one cannot have the identity of one that is gone.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._gradients = [parameter.grad for parameter in parameters]
+        self.marks = [NO_GRADIENT if one is None else (id(one), one._version) for one in self._gradients]
+
+
 def _written(tensor: torch.Tensor) -> tuple[int, int]:
     return id(tensor), tensor._version
-
-
-def _versions(parameters: Iterable[torch.Tensor]) -> list[int]:
-    return [-1 if (gradient := parameter.grad) is None else gradient._version for parameter in parameters]
 
 
 def reduce_bucket(replica: Replica, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -229,6 +335,9 @@ def reduce_bucket(replica: Replica, bucket: GradBucket) -> torch.futures.Future[
         ddp = replica.ddp
         assert ddp is not None, "DDP calls this"
         ddp.require_backward_grad_sync = False  # a further forward in this micro-batch must not reduce again
+        parameters = bucket.parameters()
+        if ddp.find_unused_parameters:
+            replica.present |= {id(one): one.grad is not None for one in parameters}
         if bucket.is_last():
             replica.reduced = True
             # DDP queues a callback, after this one, that writes all averages into the gradients; then ours follows.
@@ -236,7 +345,10 @@ def reduce_bucket(replica: Replica, bucket: GradBucket) -> torch.futures.Future[
             engine.queue_callback(lambda: engine.queue_callback(replica._settled))
             if buffer.layout == torch.strided:
                 return _done(buffer)
-        replica.overlapped += bucket.parameters()
+        replica.overlapped += parameters
+        if ddp.find_unused_parameters:
+            dense = buffer.layout == torch.strided
+            replica._kept += [one.grad._version if dense and one.grad is not None else -1 for one in parameters]
     if bucket.is_last() or gathers(buffer.numel(), buffer, group):
         # Waiting here costs less than a callback. The last bucket has no backward left to overlap with, and small ones
         # are sooner sent than overlapped.
@@ -277,12 +389,14 @@ def forget(model: nn.Module) -> None:
     _replicas.pop(model, None)
 
 
-def others_than(own: Iterable[Replica]) -> list[Replica]:
-    """Return the living replicas besides `own`, in the order in which they were made."""
-    numbers = {replica.number for replica in own}
-    return sorted((one for one in _replicas.values() if one.number not in numbers), key=lambda one: one.number)
+def others_than(own: Sequence[Replica]) -> list[Replica]:
+    """Return the living replicas besides `own` that no step holds yet, in the order in which they were made."""
+    if len(_replicas) == len(own):
+        return []
+    found = [one for one in _replicas.values() if one not in own and not one.held]
+    return sorted(found, key=lambda one: one.number)
 
 
-def made_so_far() -> int:
-    """Return how many replicas this process has made, the same number on every rank."""
-    return _made
+def made_so_far(ranks: tuple[int, ...] | None) -> int:
+    """Return how many replicas of these ranks this process has made, the same number on every one of them."""
+    return _made[ranks]

@@ -53,9 +53,9 @@ class StrictReduction:
         rank: int = 0,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-        self._names = [name for name, _ in trained]
-        self._parameters = [parameter for _, parameter in trained]
+        named = list(parameters)
+        self._names = [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
         self._group = group
         bounds = list(itertools.accumulate(numbers, initial=0))
         self._nodes = [subtrees(start, stop) for start, stop in itertools.pairwise(bounds)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,8 @@ from torch import nn
 
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
-from ..compat import broadcast_buffers, order_buckets
 from ..errors import DDParityError
-from .replica import Replica, made_so_far, others_than
+from .replica import NO_GRADIENT, Order, Replica, State, made_so_far, others_than
 from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,12 @@ class Window:
         self._strict = any(replica.reduction == "strict" for replica in self._own)
         # A sum needs what the parameters had before to be put aside. An average leaves that as it is.
         self._sums = not self._strict and (drops or 0 in numbers)
-        self._named = _trained(models, replicas)
+        self._ranks = next((replica.ranks for replica in self._own), None)
+        self._named, frozen = _trained(models, replicas)
         self._parameters = [parameter for _, parameter in self._named]
         self._overlapped = self._own[0] if len(self._own) == 1 and self._overlaps(self._own[0]) else None
-        self._others = others_than(self._own) if self._own else []
-        self._taken = 0
+        self._others: dict[tuple[tuple[int, ...] | None, int], _Other] = {}
+        self._frozen = _Frozen(frozen)
         self._skipped: list[int] = []
         self._dropped: list[float] = []
         self._ran = True
@@ -73,7 +74,8 @@ class Window:
     def _overlaps(self, replica: Replica) -> bool:
         if self._group is None or self._strict or self._sums:
             return False
-        return replica.overlaps([id(parameter) for parameter in self._parameters])
+        frozen = not all(parameter.requires_grad for parameter in self._parameters)
+        return replica.overlaps([id(parameter) for parameter in self._parameters], frozen)
 
     @property
     def scale(self) -> int:
@@ -92,11 +94,15 @@ class Window:
             if replica.supersede is not None:
                 replica.supersede()  # a loop that was left, or one of a zip(), which finds out when it goes on
             replica.warn_of_old_gradients()
+        self._device = device
         with self._stack as stack:
-            for replica in (*self._own, *self._others):
+            for replica in self._own:
+                if replica.holder is not None:  # a loop inside of another model's
+                    stack.callback(replica.holder.take_up, replica)
+                    replica.holder.let_go(replica)
+            for replica in self._own:
                 stack.callback(replica.release)
                 replica.hold()
-            for replica in self._own:
                 stack.callback(setattr, replica, "supersede", None)
                 replica.supersede = self.supersede
             self._statistics = [self._recorded(replica, stack) for replica in self._own]
@@ -104,21 +110,60 @@ class Window:
             if self._strict:
                 stack.enter_context(deterministic(device))
             self._reduction = self._make(self._named)
-            self._reductions_of_others = [self._make(other.named_parameters()) for other in self._others]
             stack.callback(self._restore)
-            self._statistics_of_others = [self._recorded(other, stack) for other in self._others]
+            for replica in others_than(self._own) if self._own else ():
+                self._adopt(replica)
             self._written = [parameter._version for parameter in self._parameters]
             yield
 
     def _restore(self) -> None:
-        """After a loop that was left, give the gradients back that were put aside."""
+        """Let go of the others; after a loop that was left, give the gradients back that were put aside."""
+        for other in self._others.values():
+            if not self._finished:
+                other.reduction.restore()
+            other.stack.close()
+            other.replica.holder = None
+        self._others.clear()
         if not self._finished:
-            for reduction in (self._reduction, *self._reductions_of_others):
-                reduction.restore()
+            self._reduction.restore()
+            for replica in self._own:
+                replica.give_up()
 
     def _make(self, named: Named) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
         return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums)
+
+    def _adopt(self, replica: Replica) -> None:
+        """Hold back what a replica does that is not given, and see what the loop does with it."""
+        named, frozen = _trained([replica.module], [replica])
+        known = {id(parameter) for parameter in self._parameters}
+        known.update(id(one) for other in self._others.values() for one in other.parameters)
+        named = [(name, one) for name, one in named if id(one) not in known]  # a parameter is reduced once
+        parameters = [parameter for _, parameter in named]
+        same_ranks = replica.ranks == self._ranks
+        with contextlib.ExitStack() as stack:
+            stack.callback(replica.release)
+            replica.hold()
+            statistics = self._recorded(replica, stack) if same_ranks else None
+            reduction = self._make(named) if same_ranks else _Reduction(parameters, None, None, False)
+            other = _Other(replica, parameters, _Frozen(frozen, known), reduction, statistics, stack.pop_all())
+        self._others[(replica.ranks, replica.number)], replica.holder = other, self
+
+    def let_go(self, replica: Replica) -> None:
+        """Leave a replica to a loop of its own, inside of this one. That loop reduces what this one did, too."""
+        if self._strict or self._sums:  # what its gradients were before is put aside, where zero_grad() finds nothing
+            raise RuntimeError(
+                f"accumulate() of a replicated model inside of another one's loop, which is "
+                f"{'strict' if self._strict else 'summed after the loop'}: give both to one, accumulate([a, b], step)"
+            )
+        other = self._others.pop((replica.ranks, replica.number))
+        other.reduction.restore()
+        other.stack.close()
+        replica.holder = None
+
+    def take_up(self, replica: Replica) -> None:
+        """Hold a replica again after a loop of its own."""
+        self._adopt(replica)
 
     def _recorded(self, replica: Replica, stack: contextlib.ExitStack) -> RunningStatistics | None:
         statistics = _statistics(replica, self._strict)
@@ -134,8 +179,7 @@ class Window:
             stay_equal = equal_buffers(replica.module, statistics is not None)
             self._stay_equal.append(stay_equal)
             if replica.ddp is not None and not (were_equal and stay_equal):
-                broadcast_buffers(replica.ddp)
-                replica.ddp.require_forward_param_sync = False
+                replica.share_buffers()
 
     def supersede(self) -> None:
         """End this step's hold on its models, for another one."""
@@ -160,20 +204,22 @@ class Window:
                 "accumulate(model, list(zip(a, b)))"
             )
         self._ran = self._reduction.take()
-        for reduction in self._reductions_of_others:
-            reduction.take()
+        for other in self._others.values():
+            other.reduction.take()
         if not self._ran:
             self._skipped.append(index)
             self._dropped.append(share)
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Reduce. Every rank calls it.
 
         Raises:
-            RuntimeError: the parameters have changed in the loop.
+            RuntimeError: the parameters have changed in the loop, or frozen ones have got gradients.
             DDParityError: the ranks' gradients differ, found in a step that compares them.
         """
         self._check_unchanged()
+        self._frozen.check()
         self._tell_skipped()
         self._finished = True
         left = self._left()
@@ -187,8 +233,8 @@ class Window:
         self._reduce_others(left)
         for replica, stay_equal in zip(self._own, self._stay_equal, strict=True):
             replica.finished(self._parameters, stay_equal)
-            if self._group is not None and replica.compares():
-                check_equal(replica.named_parameters(), self._group)
+        if self._group is not None and any(replica.compares() for replica in self._own):
+            check_equal(self._named, self._group)
 
     def _left(self) -> float:
         """What the gradients are multiplied by, so that the weights that are left sum to one."""
@@ -197,16 +243,17 @@ class Window:
         dropped = torch.zeros(max(self._numbers), dtype=torch.float64)
         dropped[: len(self._dropped)] = torch.tensor(self._dropped, dtype=torch.float64)
         if self._group is not None:
-            dropped = copies_of_ranks(dropped.to(self._parameters[0].device), self._group)
+            dropped = copies_of_ranks(dropped.to(self._device), self._group)
         left = 1.0 - math.fsum(dropped.flatten().tolist())  # fsum: its bits do not depend on who ran which
         return 1.0 / left if left > 1e-9 else 1.0
 
     def _complete(self, replica: Replica) -> None:
         """Average what the last backward has not averaged, or not as it is now."""
-        ddp, group = replica.ddp, self._group
-        assert ddp is not None and group is not None, "only DDP overlaps"
-        present = [parameter.grad is not None for parameter in self._parameters]
-        if not (replica.reduced if replica.hooked else self._ran):
+        group = self._group
+        assert group is not None, "only DDP overlaps"
+        present = [replica.present.get(id(one), one.grad is not None) for one in self._parameters]
+        zeros = not (replica.reduced if replica.hooked else self._ran)
+        if zeros:
             if replica.overlapped:
                 missing = [name for name, one in self._named if one.grad is None]
                 raise RuntimeError(
@@ -219,49 +266,54 @@ class Window:
         if not replica.hooked:  # we do not see what the user's hook did
             check_equal([(name, parameter.grad) for name, parameter in self._named], group)
             return
-        facts = torch.tensor([replica.changed(), any(present)], dtype=torch.float64, device=self._parameters[0].device)
-        changed, some = copies_of_ranks(facts, group).sum(0).tolist()
-        if not some:
-            for parameter in self._parameters:
-                parameter.grad = None
-            return
+        lost = replica.order is Order.LOST
+        facts = torch.tensor([replica.changed(), zeros, lost], dtype=torch.float64, device=self._device)
+        changed, zeros_anywhere, lost_anywhere = copies_of_ranks(facts, group).sum(0).tolist()
+        if zeros_anywhere:  # no gradient is not one of zeros: an optimizer moves a parameter by the latter
+            there = torch.tensor(present, dtype=torch.float64, device=self._device)
+            for parameter, some in zip(self._parameters, copies_of_ranks(there, group).sum(0).tolist(), strict=True):
+                if not some:
+                    parameter.grad = None
+        if lost_anywhere:
+            replica.reorder()
         averaged = {id(parameter) for parameter in replica.overlapped}
         reduce_gradients([one for one in self._parameters if id(one) not in averaged], group, average=True)
         if changed:
             reduce_gradients(replica.overlapped, group, average=True)
-        if not replica.ordered:
-            order_buckets(ddp)
-            replica.ordered = True
 
     def _reduce_others(self, left: float) -> None:
         """Reduce the replicas that the losses have run besides those that the step is of."""
-        if not self._own or made_so_far() < 2:
+        others = [other for other in self._others.values() if other.replica.ranks == self._ranks]
+        if len(others) < len(self._others):
+            for other in self._others.values():
+                if other.replica.ranks != self._ranks and other.touched():
+                    raise RuntimeError(
+                        "accumulate(): the losses run a replicated model of another process group, whose ranks need "
+                        "not run this loop: replicate the models of one loop over one group"
+                    )
+        for other in others:
+            other.frozen.check()
+        if made_so_far(self._ranks) <= len(self._own):
             return
-        touched = [
-            other.number
-            for other, reduction, statistics in zip(
-                self._others, self._reductions_of_others, self._statistics_of_others, strict=True
-            )
-            if reduction.touched or (statistics is not None and statistics.moved())
-        ]
+        touched = [other.replica.number for other in others if other.touched()]
         if self._group is not None:
             touched = self._touched_anywhere(self._group, touched)
-        known = {other.number: position for position, other in enumerate(self._others)}
+        known = {other.replica.number for other in others}
         if missing := [number for number in touched if number not in known]:
             raise RuntimeError(
                 f"accumulate(): another rank's losses run replicated model {missing[0]}, counted from 0 in the order "
                 f"of replicate(), which this rank has not: run the same models on every rank"
             )
-        for number, position in known.items():
-            reduction, statistics = self._reductions_of_others[position], self._statistics_of_others[position]
-            if number not in touched:
-                reduction.restore()
+        for other in others:
+            replica, statistics = other.replica, other.statistics
+            if replica.number not in touched:
+                other.reduction.restore()
                 continue
-            other = self._others[position]
-            reduction.reduce(left)
+            other.reduction.reduce(left)
+            replica.note_gradients(other.parameters)
             if statistics is not None:
-                statistics.replay(max(self._numbers), other.room)
-            other.buffers_equal = other.buffers_equal and equal_buffers(other.module, statistics is not None)
+                statistics.replay(max(self._numbers), replica.room)
+            replica.buffers_equal = replica.buffers_equal and equal_buffers(replica.module, statistics is not None)
 
     def _touched_anywhere(self, group: dist.ProcessGroup, touched: list[int]) -> list[int]:
         if len(touched) > _MOST_OTHERS:
@@ -305,6 +357,41 @@ class Window:
             )
 
 
+@dataclasses.dataclass
+class _Other:
+    """A replica that the step is not of."""
+
+    replica: Replica
+    parameters: list[nn.Parameter]
+    frozen: _Frozen
+    reduction: _Reduction
+    statistics: RunningStatistics | None
+    stack: contextlib.ExitStack
+
+    def touched(self) -> bool:
+        """Whether this rank's losses have run it."""
+        return self.reduction.touched or (self.statistics is not None and self.statistics.moved())
+
+
+class _Frozen:
+    """Parameters that the step does not reduce, since they were frozen when it began."""
+
+    def __init__(self, named: Named, but: Container[int] = ()) -> None:
+        self._named = [(name, one) for name, one in named if id(one) not in but]
+        self._before = State(one for _, one in self._named)
+
+    def check(self) -> None:
+        """Raise where one has got a gradient."""
+        if self._named:
+            after = State(one for _, one in self._named)
+            for (name, _), old, new in zip(self._named, self._before.marks, after.marks, strict=True):
+                if old != new and new != NO_GRADIENT:
+                    raise RuntimeError(
+                        f"accumulate(): {name} was frozen when the loop began and has got a gradient in it, which is "
+                        f"not reduced: set requires_grad before the loop"
+                    )
+
+
 class _Reduction:
     """The gradients of some parameters in one step, and how they are reduced after the loop.
 
@@ -325,15 +412,15 @@ class _Reduction:
             self._before = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
-        self._state = _state(parameters)
+        self._state = State(parameters)
 
     def take(self) -> bool:
         """Return whether the micro-batch has changed a gradient."""
         if self._tree is not None:
             changed = self._tree.take()
         else:
-            state = _state(self._parameters)
-            changed, self._state = state != self._state, state
+            state = State(self._parameters)
+            changed, self._state = state.marks != self._state.marks, state
         self.touched = self.touched or changed
         return changed
 
@@ -390,23 +477,18 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return value.contiguous().view(width).sum(dtype=torch.int64)
 
 
-def _trained(models: Sequence[nn.Module], replicas: Sequence[Replica | None]) -> Named:
-    """The trained parameters of the models, each once."""
+def _trained(models: Sequence[nn.Module], replicas: Sequence[Replica | None]) -> tuple[Named, Named]:
+    """The parameters of the models that a step may train, each once, and the others."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
+    frozen: Named = []
     for position, (model, replica) in enumerate(zip(models, replicas, strict=True)):
-        named = replica.named_parameters() if replica is not None else list(model.named_parameters())
-        for name, parameter in named:
-            if parameter.requires_grad:
-                found.setdefault(id(parameter), (f"model {position}: {name}" if position else name, parameter))
-    return list(found.values())
-
-
-def _state(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
-    """What changes when a gradient does: which tensor it is, and how often it was written."""
-    return [
-        (0, 0) if (gradient := parameter.grad) is None else (id(gradient), gradient._version)
-        for parameter in parameters
-    ]
+        for name, parameter in replica.all_parameters() if replica is not None else model.named_parameters():
+            named = (f"model {position}: {name}" if position else name, parameter)
+            if parameter.requires_grad or (replica is not None and replica.trains(parameter)):
+                found.setdefault(id(parameter), named)
+            elif replica is not None:
+                frozen.append(named)
+    return list(found.values()), frozen
 
 
 def _statistics(replica: Replica, strict: bool) -> RunningStatistics | None:

@@ -1,0 +1,267 @@
+"""Loops that do more than one forward and one backward: gradients are exact on every rank, and nothing hangs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ddparity as dp
+from tests.ranks import run_ranks
+
+SEVERAL_BUCKETS = {"bucket_cap_mb": 1e-5}
+UNUSED = {"find_unused_parameters": True, **SEVERAL_BUCKETS}
+X = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Gradients = list[torch.Tensor | None]
+
+
+class _Heads(nn.Module):
+    """A body with two heads; a forward uses those that it is asked for. The buffer is broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.a, self.b = nn.Linear(6, 5).double(), nn.Linear(5, 1).double(), nn.Linear(5, 1).double()
+        self.register_buffer("constant", torch.ones(3))
+
+    def forward(self, x: torch.Tensor, heads: str = "ab") -> torch.Tensor:
+        hidden = self.body(x).tanh()
+        return torch.stack([getattr(self, name)(hidden) for name in heads]).sum(0)
+
+
+def _own(count: int = 2) -> list[torch.Tensor]:
+    """This rank's micro-batches, of the same rows on any number of ranks."""
+    parts = X.split(len(X) // (count * dist.get_world_size()))
+    return list(parts[dist.get_rank() * count :][:count])
+
+
+def _gradients(model: nn.Module) -> Gradients:
+    return [None if one.grad is None else one.grad.clone() for one in model.parameters()]
+
+
+def _one_process(heads: str = "ab", rows: torch.Tensor = X) -> Gradients:
+    model = _Heads()
+    model(rows, heads).square().mean().backward()
+    return _gradients(model)
+
+
+def _check(model: nn.Module, expected: Gradients) -> None:
+    for (name, one), value in zip(model.named_parameters(), expected, strict=True):
+        assert (one.grad is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(one.grad, value, rtol=1e-12, atol=1e-14, msg=lambda text, name=name: name + text)
+
+
+def _back(model: nn.Module, micro: Any, heads: str = "ab") -> None:
+    (model(micro.data, heads).square().mean() * micro.weight).backward()
+
+
+def _parts_frozen_in_turns(reduction: Any, options: dict[str, Any]) -> None:
+    """As in pix2pix: the discriminator is frozen when the second step begins."""
+    g, d = dp.replicate(_Heads(), reduction, **options), dp.replicate(_Heads(), reduction, **options)
+    for _ in range(3):
+        g.zero_grad()
+        d.zero_grad()
+        for micro in dp.accumulate([g, d], _own()):
+            d.requires_grad_(True)
+            _back(d, micro)
+            d.requires_grad_(False)
+            _back(g, micro)
+        _check(d, _one_process())
+        _check(g, _one_process())
+
+
+def _unfrozen_in_the_loop() -> None:
+    model = dp.replicate(_Heads())
+    model.module.a.requires_grad_(False)
+
+    def loop() -> None:
+        for micro in dp.accumulate(model, _own()):
+            model.module.a.requires_grad_(True)
+            _back(model, micro)
+
+    with pytest.raises(RuntimeError, match=r"a\.weight was frozen when the loop began"):
+        loop()
+
+
+def _a_part_replicated_too(reduction: Any, sums: bool) -> None:
+    net = _Heads()
+    model, part = dp.replicate(net, reduction), dp.replicate(net.body, reduction)
+    own = [] if sums and dist.get_rank() == 1 else _own()
+    for micro in dp.accumulate(model, own):
+        _back(model, micro)
+    rows = torch.cat([part for number, part in enumerate(X.chunk(dist.get_world_size())) if not (sums and number == 1)])
+    _check(net, _one_process(rows=rows))
+    assert part is not None
+
+
+def _a_model_of_some_ranks() -> None:
+    """Only these ranks make it, so the others must not be waited for."""
+    group = dist.new_group([0, 1])
+    model = dp.replicate(_Heads())
+    part = dp.replicate(_Heads(), process_group=group) if dist.get_rank() < 2 else None
+    for micro in dp.accumulate(model, _own()):
+        _back(model, micro)
+    _check(model, _one_process())
+    if part is not None:
+        for micro in dp.accumulate(part, [X[:4] if dist.get_rank() == 0 else X[4:8]]):
+            _back(part, micro)
+        _check(part, _one_process(rows=X[:8]))
+        step = dp.accumulate(part, [X[:4]])
+        _back(part, next(step))
+        model(X).sum().backward()
+        with pytest.raises(RuntimeError, match="of another process group"):
+            next(step)
+
+
+def _more_forwards_on_one_rank(when: str) -> None:
+    """DDP would broadcast buffers in one of them, and in the first step an order of buckets."""
+    model = dp.replicate(_Heads(), **SEVERAL_BUCKETS)
+    for step in range(3):
+        model.zero_grad()
+        if when == "outside" and step == 2 and dist.get_rank() == 0:
+            model(X)  # it arms DDP
+        for micro in dp.accumulate(model, _own()):
+            partly = when == "outside" and step == 2 and micro.index % 2 == 0
+            out = model(micro.data, "a" if partly else "ab")
+            if when == "between" and dist.get_rank() == 0:
+                model(micro.data)
+                with torch.no_grad():
+                    model(micro.data)
+            (out.square().mean() * micro.weight).backward()
+            if when == "after" and dist.get_rank() == 0:
+                model(micro.data)
+        if when != "outside" or step < 2:
+            _check(model, _one_process())
+    first = [torch.empty_like(one.grad) for one in model.parameters()]
+    for one, other in zip(model.parameters(), first, strict=True):
+        other.copy_(one.grad)
+        dist.broadcast(other, 0)
+        assert torch.equal(one.grad, other)
+
+
+def _a_backward_that_fails(step_that_fails: int) -> None:
+    """It has begun to reduce. The next loop starts anew."""
+    model = dp.replicate(_Heads(), **SEVERAL_BUCKETS)
+
+    def fail(_: torch.Tensor) -> None:
+        raise ArithmeticError("not finite")
+
+    for step in range(4):
+        model.zero_grad()
+        handle = model.module.body.weight.register_hook(fail) if step == step_that_fails else None
+        try:
+            for micro in dp.accumulate(model, _own(1)):
+                _back(model, micro)
+        except ArithmeticError:
+            assert handle is not None
+            handle.remove()
+        else:
+            _check(model, _one_process())
+
+
+def _set_by_hand(options: dict[str, Any]) -> None:
+    """Before the last backward, which does not use the head; and after it, with as many writes as DDP's."""
+    model = dp.replicate(_Heads(), **options)
+    mean = sum(range(1, dist.get_world_size() + 1)) / dist.get_world_size()
+    for _ in range(2):
+        model.zero_grad()
+        for micro in dp.accumulate(model, _own()):
+            if options is UNUSED:
+                model.module.b.weight.grad = torch.full_like(model.module.b.weight, 1.0 + dist.get_rank())
+                _back(model, micro, "a")
+                continue
+            _back(model, micro)
+            weight = model.module.b.weight
+            value = torch.full_like(weight, 1.0 + dist.get_rank())
+            while value._version < weight.grad._version:
+                value.mul_(1.0)
+            weight.grad = value
+        assert torch.allclose(model.module.b.weight.grad, torch.full((1, 5), mean, dtype=torch.float64), rtol=1e-12)
+
+
+def _no_gradient_stays_none(options: dict[str, Any], skips: Callable[[int], bool]) -> None:
+    """Some ranks leave out the last micro-batch; nobody uses the second head."""
+    model = dp.replicate(_Heads(), **options)
+    for _ in range(2):
+        model.zero_grad()
+        for micro in dp.accumulate(model, _own()):
+            if micro.index % 2 == 1 and skips(dist.get_rank()):
+                continue
+            _back(model, micro, "a")
+        assert [one.grad is None for one in model.parameters()] == [False] * 4 + [True] * 2
+
+
+def _nothing_is_trained() -> None:
+    model = dp.replicate(_Heads())
+    model.requires_grad_(False)
+    for options in ({}, {"skipped": "drop"}):
+        for micro in dp.accumulate(model, _own(), **options):
+            model(micro.data)
+    for micro in dp.accumulate(model, _own() if dist.get_rank() else []):
+        model(micro.data)
+
+
+def _a_loop_inside_of_a_loop(options: dict[str, Any]) -> None:
+    """The inner model also runs in the outer one's loss."""
+    g, d = dp.replicate(_Heads(), **options), dp.replicate(_Heads(), **options)
+    for _ in range(2):
+        g.zero_grad()
+        for micro in dp.accumulate(g, _own()):
+            d.zero_grad()
+            for inner in dp.accumulate(d, [micro.data]):
+                _back(d, inner)
+            ranks = dist.get_world_size()
+            parts = X.split(len(X) // (2 * ranks))
+            _check(d, _one_process(rows=torch.cat([parts[2 * rank + micro.index % 2] for rank in range(ranks)])))
+            d.zero_grad()
+            _back(g, micro)
+            _back(d, micro)
+        _check(g, _one_process())
+
+
+def _a_strict_loop_inside_of_a_loop() -> None:
+    g, d = dp.replicate(_Heads(), "strict"), dp.replicate(_Heads(), "strict")
+    outer, inner = dp.accumulate(g, _own()), dp.accumulate(d, _own())
+    next(outer)
+    with pytest.raises(RuntimeError, match=r"give both to one, accumulate\(\[a, b\], step\)"):
+        next(inner)
+    outer.close()
+
+
+def _two_ranks() -> None:
+    for reduction, options in (("fast", {}), ("fast", SEVERAL_BUCKETS), ("strict", {})):
+        _parts_frozen_in_turns(reduction, options)
+    _unfrozen_in_the_loop()
+    for reduction, sums in (("fast", False), ("fast", True), ("strict", False)):
+        _a_part_replicated_too(reduction, sums)
+    for when in ("between", "after", "outside"):
+        _more_forwards_on_one_rank(when)
+    for step in (0, 2):
+        _a_backward_that_fails(step)
+    for options in ({}, SEVERAL_BUCKETS, UNUSED):
+        _set_by_hand(options)
+    for options in ({}, UNUSED):
+        _no_gradient_stays_none(options, lambda rank: rank == 0)
+    _no_gradient_stays_none(SEVERAL_BUCKETS, lambda rank: True)
+    _nothing_is_trained()
+    for options in ({}, SEVERAL_BUCKETS):
+        _a_loop_inside_of_a_loop(options)
+    _a_strict_loop_inside_of_a_loop()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_are_exact_whatever_the_loop_does(world_size: int) -> None:
+    run_ranks(_two_ranks, world_size)
+
+
+def test_a_model_of_some_ranks_does_not_hang_the_others() -> None:
+    run_ranks(_a_model_of_some_ranks, 3)
+
+
+def test_a_part_that_is_replicated_too_in_a_world_of_one() -> None:
+    run_ranks(_a_part_replicated_too, 1, "strict", False)
