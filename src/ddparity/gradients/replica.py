@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
 from ..comm.allreduce import gathers, mean_later, mean_over_ranks
-from ..compat import GradBucket, disarm, register_comm_hook, uncompiled, unwrapped
+from ..compat import GradBucket, disarm, register_comm_hook, uncompiled, unwrapped, used_anywhere
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,10 @@ class Replica:
     def hold(self) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`."""
         ddp = self.ddp
-        if ddp is not None and ddp.require_forward_param_sync and (not self.ordered or ddp.find_unused_parameters):
-            disarm(ddp)  # a forward outside of the loop has armed DDP, perhaps on this rank only
+        # A forward outside of the loop has armed DDP, perhaps on this rank only. With find_unused_parameters DDP has
+        # noted, too, which parameters were used since it last reduced, and would expect their gradients.
+        if ddp is not None and (ddp.find_unused_parameters or (ddp.require_forward_param_sync and not self.ordered)):
+            disarm(ddp)
         self._switch(Phase.KEEP, reduces=False)
 
     def release(self) -> None:
@@ -150,6 +152,20 @@ class Replica:
     def keep(self) -> None:
         """Let no backward reduce any more."""
         self._switch(Phase.KEEP, reduces=False)
+
+    def averaged(self) -> list[torch.Tensor]:
+        """Return the parameters whose gradients the last backward has averaged; the same on every rank.
+
+        With find_unused_parameters DDP leaves the gradient as it is where no rank's backward has used the parameter in
+        this step: one that the loop has set itself is still this rank's own.
+        """
+        ddp = self.ddp
+        assert ddp is not None, "only DDP overlaps"
+        if not ddp.find_unused_parameters:
+            return self.overlapped
+        used = used_anywhere(ddp)
+        by_ddp = {id(parameter) for parameter, some in zip(self.parameters(), used, strict=True) if some}
+        return [parameter for parameter in self.overlapped if id(parameter) in by_ddp]
 
     def changed(self) -> bool:
         """Whether gradients have changed since the last backward averaged them."""

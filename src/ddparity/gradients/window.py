@@ -210,10 +210,11 @@ class Window:
             for parameter in self._parameters:
                 parameter.grad = None
             return
-        averaged = {id(parameter) for parameter in replica.overlapped}
-        reduce_gradients([one for one in self._parameters if id(one) not in averaged], group, average=True)
+        averaged = replica.averaged()
+        known = set(map(id, averaged))
+        reduce_gradients([one for one in self._parameters if id(one) not in known], group, average=True)
         if changed:
-            reduce_gradients(replica.overlapped, group, average=True)
+            reduce_gradients(averaged, group, average=True)
         if not replica.ordered:
             order_buckets(ddp)
             replica.ordered = True
