@@ -182,6 +182,14 @@ def disarm(model: DistributedDataParallel) -> None:
     model.reducer._reset_state()
 
 
+def used_anywhere(model: DistributedDataParallel) -> list[bool]:
+    """Return for each parameter that DDP reduces whether a backward of any rank used it, with find_unused_parameters.
+
+    The parameters are in DDP's order, that of the module. The answer is that of the last reduction.
+    """
+    return [number > 0 for number in model.reducer._get_local_used_map().tolist()]
+
+
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """Return the module inside of DDP, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model

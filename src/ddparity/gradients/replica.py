@@ -24,6 +24,7 @@ from ..compat import (
     register_comm_hook,
     uncompiled,
     unwrapped,
+    used_anywhere,
 )
 
 logger = logging.getLogger(__name__)
@@ -229,6 +230,20 @@ class Replica:
     def keep(self) -> None:
         """Let no backward reduce any more."""
         self._switch(Phase.KEEP, reduces=False)
+
+    def averaged(self) -> list[torch.Tensor]:
+        """Return the parameters whose gradients the last backward has averaged; the same on every rank.
+
+        With find_unused_parameters DDP leaves the gradient as it is where no rank's backward has used the parameter in
+        this step: one that the loop has set itself is still this rank's own.
+        """
+        ddp = self.ddp
+        assert ddp is not None, "only DDP overlaps"
+        if not ddp.find_unused_parameters:
+            return self.overlapped
+        used = used_anywhere(ddp)
+        by_ddp = {id(parameter) for parameter, some in zip(self.parameters(), used, strict=True) if some}
+        return [parameter for parameter in self.overlapped if id(parameter) in by_ddp]
 
     def changed(self) -> bool:
         """Whether gradients have changed since the last backward averaged them."""

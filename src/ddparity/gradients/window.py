@@ -276,10 +276,11 @@ class Window:
                     parameter.grad = None
         if lost_anywhere:
             replica.reorder()
-        averaged = {id(parameter) for parameter in replica.overlapped}
-        reduce_gradients([one for one in self._parameters if id(one) not in averaged], group, average=True)
+        averaged = replica.averaged()
+        known = set(map(id, averaged))
+        reduce_gradients([one for one in self._parameters if id(one) not in known], group, average=True)
         if changed:
-            reduce_gradients(replica.overlapped, group, average=True)
+            reduce_gradients(averaged, group, average=True)
 
     def _reduce_others(self, left: float) -> None:
         """Reduce the replicas that the losses have run besides those that the step is of."""
