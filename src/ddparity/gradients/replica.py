@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
 from ..comm.allreduce import gathers, mean_later, mean_over_ranks
-from ..compat import GradBucket, disarm, register_comm_hook, uncompiled, unwrapped
+from ..compat import GradBucket, disarm, order_buckets, register_comm_hook, uncompiled, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Replica:
         agreed: what the ranks compared last, so that they do it once an epoch.
         ordered: DDP has its order of buckets.
         overlapped: parameters whose gradients the last backward has averaged. reduced: it has done so with all.
-        told, told_compiled, told_old: a warning was given.
+        told_compiled, told_old: a warning was given.
     """
 
     def __init__(self, model: nn.Module, words: tuple[Reduction, Statistics, int], equal: bool) -> None:
@@ -68,7 +68,7 @@ class Replica:
         self.buffers_equal = equal
         self.room = Room()
         self.open = self.ordered = self.reduced = False
-        self.told = self.told_compiled = self.told_old = False
+        self.told_compiled = self.told_old = False
         self.agreed: object = None
         self.overlapped: list[torch.Tensor] = []
         self._phase = Phase.AVERAGE
@@ -128,8 +128,10 @@ class Replica:
     def hold(self) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`."""
         ddp = self.ddp
-        if ddp is not None and ddp.require_forward_param_sync and (not self.ordered or ddp.find_unused_parameters):
-            disarm(ddp)  # a forward outside of the loop has armed DDP, perhaps on this rank only
+        if ddp is not None and (not self.ordered or ddp.find_unused_parameters):
+            # A forward outside of the loop may have armed DDP, perhaps on this rank only. DDP does not tell: its
+            # require_forward_param_sync is False again after a forward without gradients.
+            disarm(ddp)
         self._switch(Phase.KEEP, reduces=False)
 
     def release(self) -> None:
@@ -191,7 +193,12 @@ class Replica:
             nothing.backward()
 
     def _settled(self) -> None:
+        """Note the averages, at the end of the backward that every rank runs."""
         self._versions = _versions(self.overlapped)
+        ddp = self.ddp
+        if ddp is not None and not self.ordered:
+            order_buckets(ddp)  # a later forward, perhaps on this rank only, would run this collective
+            self.ordered = True
 
 
 class _Nothing(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
-from ..compat import broadcast_buffers, order_buckets
+from ..compat import broadcast_buffers
 from ..errors import DDParityError
 from .replica import Replica, made_so_far, others_than
 from .strict import StrictReduction, deterministic
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 _MOST_OTHERS = 16  # replicas that a step's losses may run besides those that the step is of
 
 Named = list[tuple[str, nn.Parameter]]
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which a skipped micro-batch was told
 
 
 class Window:
@@ -52,6 +55,7 @@ class Window:
         rank: int,
         drops: bool,
     ) -> None:
+        self._models = models
         self._own = [replica for replica in replicas if replica is not None]
         self._numbers, self._rank, self._drops = numbers, rank, drops
         self._group = next((replica.group for replica in self._own), None)
@@ -188,16 +192,18 @@ class Window:
 
     def _complete(self, replica: Replica) -> None:
         """Average what the last backward has not averaged, or not as it is now."""
-        ddp, group = replica.ddp, self._group
-        assert ddp is not None and group is not None, "only DDP overlaps"
+        group = self._group
+        assert group is not None, "only DDP overlaps"
         present = [parameter.grad is not None for parameter in self._parameters]
         if not (replica.reduced if replica.hooked else self._ran):
             if replica.overlapped:
                 missing = [name for name, one in self._named if one.grad is None]
+                way_out = "pass find_unused_parameters=True to replicate()"
+                if replica.ddp is not None and replica.ddp.find_unused_parameters:
+                    way_out = "leave inputs= out of the backward"
                 raise RuntimeError(
                     f"accumulate(): the last backward gave gradients to some parameters only, so that DDP reduced some "
-                    f"(without a gradient: {', '.join(missing[:5]) or 'none in this step'}): pass "
-                    f"find_unused_parameters=True to replicate()"
+                    f"(without a gradient: {', '.join(missing[:5]) or 'none in this step'}): {way_out}"
                 )
             replica.backward_of_zeros()
         replica.keep()
@@ -214,9 +220,6 @@ class Window:
         reduce_gradients([one for one in self._parameters if id(one) not in averaged], group, average=True)
         if changed:
             reduce_gradients(replica.overlapped, group, average=True)
-        if not replica.ordered:
-            order_buckets(ddp)
-            replica.ordered = True
 
     def _reduce_others(self) -> None:
         """Reduce the replicas that the losses have run besides those that the step is of."""
@@ -279,10 +282,9 @@ class Window:
     def _tell_skipped(self) -> None:
         if self._skipped and torch.is_grad_enabled():
             which = ", ".join(map(str, self._skipped[:5]))
-            for replica in self._own[:1]:
-                if replica.told:
-                    return
-                replica.told = True
+            if self._models[0] in _told:
+                return
+            _told.add(self._models[0])
             logger.warning(
                 "accumulate(): micro-batch %s had no backward: %s. This is said once",
                 which,
