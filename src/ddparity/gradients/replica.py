@@ -172,9 +172,10 @@ class Replica:
         ddp = self.ddp
         self.held = True
         if ddp is not None:
-            if ddp.require_forward_param_sync or ddp.find_unused_parameters:
-                # A forward outside of the loop has armed DDP, perhaps on this rank only. With find_unused_parameters
-                # DDP would also remember what the backwards of the last step used, if that step summed after the loop.
+            if ddp.require_forward_param_sync or ddp.find_unused_parameters or self.order is not Order.OWN:
+                # A forward outside of the loop may have armed DDP, perhaps on this rank only. DDP does not tell: its
+                # flag is False again after a forward without gradients. With find_unused_parameters DDP would also
+                # remember what the backwards of the last step used, if that step summed after the loop.
                 self._disarm()
             self._broadcasts, ddp.broadcast_buffers = ddp.broadcast_buffers, False
         self._switch(Phase.KEEP, reduces=False)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 _MOST_OTHERS = 16  # replicas that a step's losses may run besides those that the step is of
 
 Named = list[tuple[str, nn.Parameter]]
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which a skipped micro-batch was told
 
 
 class Window:
@@ -53,6 +56,7 @@ class Window:
         rank: int,
         drops: bool,
     ) -> None:
+        self._models = models
         self._own = [replica for replica in replicas if replica is not None]
         self._numbers, self._rank, self._drops = numbers, rank, drops
         self._group = next((replica.group for replica in self._own), None)
@@ -200,8 +204,8 @@ class Window:
         if self._superseded:
             raise RuntimeError(
                 "accumulate(): another loop over this model has begun before this one was finished. Two loops in zip() "
-                "would reduce its gradients twice: give both batches of a micro-batch in one, "
-                "accumulate(model, list(zip(a, b)))"
+                "would reduce its gradients twice: loop over zip(accumulate(model, a), b), and take both batches' losses "
+                "in one micro-batch"
             )
         self._ran = self._reduction.take()
         for other in self._others.values():
@@ -256,10 +260,12 @@ class Window:
         if zeros:
             if replica.overlapped:
                 missing = [name for name, one in self._named if one.grad is None]
+                way_out = "pass find_unused_parameters=True to replicate()"
+                if replica.ddp is not None and replica.ddp.find_unused_parameters:
+                    way_out = "leave inputs= out of the backward"
                 raise RuntimeError(
                     f"accumulate(): the last backward gave gradients to some parameters only, so that DDP reduced some "
-                    f"(without a gradient: {', '.join(missing[:5]) or 'none in this step'}): pass "
-                    f"find_unused_parameters=True to replicate()"
+                    f"(without a gradient: {', '.join(missing[:5]) or 'none in this step'}): {way_out}"
                 )
             replica.backward_of_zeros()
         replica.keep()
@@ -347,10 +353,9 @@ class Window:
     def _tell_skipped(self) -> None:
         if self._skipped and torch.is_grad_enabled():
             which = ", ".join(map(str, self._skipped[:5]))
-            for replica in self._own[:1]:
-                if replica.told:
-                    return
-                replica.told = True
+            if self._models[0] in _told:
+                return
+            _told.add(self._models[0])
             logger.warning(
                 "accumulate(): micro-batch %s had no backward: %s. This is said once",
                 which,

@@ -23,8 +23,8 @@ class PermutedSum:
     or down at random, because other things may round differently on several processes, and because two micro-batches
     have only one sum.
 
-    Losses are multiplied by `scale`, and gradients divided by it, as by the world size where gradients are averaged. For
-    a world size that is not a power of two this changes the rounding inside of each backward.
+    Losses are multiplied by `scale`, and gradients divided by it, as by the world size where gradients are averaged.
+    For a world size that is not a power of two this changes the rounding inside of each backward.
 
     Memory: one copy of the gradients for each part.
     """
