@@ -204,7 +204,7 @@ class Window:
         if self._superseded:
             raise RuntimeError(
                 "accumulate(): another loop over this model has begun before this one was finished. Two loops in zip() "
-                "would reduce its gradients twice: loop over zip(accumulate(model, a), b), and take both batches' losses "
+                "would reduce its gradients twice: loop over zip(accumulate(model, a), b), and take both losses "
                 "in one micro-batch"
             )
         self._ran = self._reduction.take()
