@@ -169,7 +169,7 @@ class Job:
         if one is None or one.process.poll() is None:
             return
         code = one.end()
-        self._counts["restarts by the launcher"] += one.text.count("starting again: restart")
+        self._counts["restarts by the launcher"] += one.text.count("all ranks start again: restart")
         del self._running[number]
         if code == 0:
             self._ended.append(one)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
-from ddparity.comm.allreduce import SHORT_BYTES, sum_hook
+from ddparity.comm.allreduce import SHORT_BYTES, mean_over_ranks
 from ddparity.compat import all_gather_single, all_to_all_single
 from results import machine, spread, table, write_section
 from step_overhead import MICRO_BATCH, MODELS, RATE
@@ -76,11 +76,18 @@ def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
 
 # DDP reads a hook's annotations as objects, but in this file they are strings: the hooks have none.
 def _gather_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
-    """Sum as `sum_hook` does, but do not wait: DDP waits for the future, in which a callback sums."""
+    """Sum the ranks' copies, but do not wait: DDP waits for the future, in which a callback sums."""
     buffer: torch.Tensor = bucket.buffer()
     copies = buffer.new_empty(dist.get_world_size(group), *buffer.shape)
     work = all_gather_single(copies.view(-1), buffer, group=group, async_op=True)
     return work.get_future().then(lambda _: copies.sum(0))
+
+
+def _mean(group, bucket):  # type: ignore[no-untyped-def]  # see above
+    """Average as `replicate` does, and wait here."""
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(mean_over_ranks(bucket.buffer(), group))
+    return future
 
 
 def _reduce_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
@@ -90,7 +97,7 @@ def _reduce_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
 
 HOOKS: dict[str, Any] = {
     "DDP's own": None,
-    "sum_hook": sum_hook,
+    "mean_over_ranks": _mean,
     "all-gather, not waiting": _gather_then,
     "all-reduce, not waiting": _reduce_then,
 }

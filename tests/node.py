@@ -15,26 +15,26 @@ from torch.distributed.launcher.api import elastic_launch
 
 from ddparity.errors import RendezvousError
 from ddparity.launcher.options import parse
-from ddparity.launcher.rendezvous import check_nodes, check_rendezvous, explain, node_card
+from ddparity.launcher.rendezvous import add_node_check, check_rendezvous, explain, node_info
 
 
 def main() -> None:
     launch = parse(sys.argv[1:])
     start = time.monotonic()
     try:
-        place = check_rendezvous(launch)
-        os.environ.update(place.variables)
+        setup = check_rendezvous(launch)
+        os.environ.update(setup.variables)
         handler_of = registry.get_rendezvous_handler
-        registry.get_rendezvous_handler = lambda params: check_nodes(handler_of(params), node_card(launch), 20)
-        place.config.logs_specs = DefaultLogsSpecs()
+        registry.get_rendezvous_handler = lambda params: add_node_check(handler_of(params), node_info(launch), 20)
+        setup.config.logs_specs = DefaultLogsSpecs()
         try:
-            elastic_launch(place.config, sys.executable)(*launch.command)
+            elastic_launch(setup.config, sys.executable)(*launch.command)
         except RendezvousError:
             raise
         except Exception as error:
             if "endezvous" not in type(error).__name__ and "Dist" not in type(error).__name__:
                 raise
-            raise explain(error, launch, place, time.monotonic() - start) from error
+            raise explain(error, launch, setup, time.monotonic() - start) from error
     except RendezvousError as error:
         print(f"ddparity: {error}", file=sys.stderr)
         sys.exit(1)

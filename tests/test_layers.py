@@ -83,6 +83,13 @@ def test_a_folder_imports_only_from_floors_below() -> None:
     assert not wrong
 
 
+def test_the_diagnosis_imports_nothing_from_the_launcher_around_it() -> None:
+    inside = [module for module in PATHS if module.startswith("launcher.diagnosis")]
+    assert inside
+    found = {name for module in inside for name in _imports(module) if _folder(name) == "launcher"}
+    assert all(name.startswith("launcher.diagnosis") for name in found)
+
+
 def test_no_module_needs_itself() -> None:
     needs = {module: _imports(module) for module in PATHS}
 

@@ -283,7 +283,8 @@ def _gan(options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
     model = _net(dp.SyncBatchNorm)
     replicated = dp.replicate(model, **options) if dist.is_initialized() else model
     part = _part() if dist.is_initialized() else X
-    (replicated(part).square().sum() + replicated(part * 2 - 1).sin().sum()).backward()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1  # DDP averages over them
+    (ranks * (replicated(part).square().sum() + replicated(part * 2 - 1).sin().sum())).backward()
     return _gradients(model), _state(model)
 
 

@@ -1,4 +1,4 @@
-"""A script for tests of elasticity: trains strictly from its checkpoint on, announces what it does, and predicts.
+"""A script for tests of elasticity. It trains strictly from its checkpoint, prints what it does, and predicts.
 
 python elastic_training.py CHECKPOINT [--epochs N] [--pace SECONDS] [--fails RANK]
 """
@@ -20,7 +20,7 @@ from ddparity.task.train import CheckpointOptions, predictor, train
 
 
 class Data(torch.utils.data.Dataset):
-    """48 samples in 3 classes, the same everywhere."""
+    """48 samples in 3 classes, the same in each process."""
 
     def __len__(self) -> int:
         return 48
@@ -29,14 +29,14 @@ class Data(torch.utils.data.Dataset):
         return torch.randn(6, generator=torch.Generator().manual_seed(index)), index % 3
 
 
-def make_task(epochs: int, pace_s: float = 0.0, announces: bool = False) -> dp.Task:
-    """`pace_s`: of a micro-batch, 24 an epoch, so that a fault comes within the training."""
+def make_task(epochs: int, pace_s: float = 0.0, prints: bool = False) -> dp.Task:
+    """Return the task. `pace_s`: seconds of a micro-batch, 24 per epoch, so that faults happen during the training."""
     done = 0
 
     def loss(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         nonlocal done
         done += 1
-        if announces:
+        if prints:
             size = os.environ.get("WORLD_SIZE", "1")
             print(f"forward {done} of rank {os.environ.get('RANK', '0')} in {size}, pid {os.getpid()}\n", end="")
         time.sleep(pace_s)
@@ -54,9 +54,9 @@ def make_task(epochs: int, pace_s: float = 0.0, announces: bool = False) -> dp.T
     )
 
 
-def run(checkpoint: Path, epochs: int, pace_s: float = 0.0, announces: bool = False) -> tuple[str, str]:
-    """The fingerprint of the trained model, and of what it predicts ("" where this is not rank 0)."""
-    task = make_task(epochs, pace_s, announces)
+def run(checkpoint: Path, epochs: int, pace_s: float = 0.0, prints: bool = False) -> tuple[str, str]:
+    """Return the fingerprints of the trained model and of its predictions ("" on other ranks than 0)."""
+    task = make_task(epochs, pace_s, prints)
     with dp.world(device="cpu"):
         result = train(task, checkpoint, reduction="strict", saving=CheckpointOptions(every=2, resume=True))
         model = task.model()
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     parser.add_argument("--pace", type=float, default=0.0)
     parser.add_argument("--fails", type=int, default=-1)
     given = parser.parse_args()
-    trained, predicted = run(given.checkpoint, given.epochs, given.pace, announces=True)
+    trained, predicted = run(given.checkpoint, given.epochs, given.pace, prints=True)
     print(f"trained {trained} predicted {predicted or 'elsewhere'}\n", end="", flush=True)
     if os.environ.get("RANK") == str(given.fails):
         raise OSError("the disk is full")

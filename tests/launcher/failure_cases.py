@@ -1,4 +1,4 @@
-"""Ways in which a job fails, and one run of such a job. Used by tests and by the benchmark that writes the page."""
+"""Ways in which a job fails, and a function that runs one. For tests and for the benchmark that writes the page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 
-NOT_PERMITTED = 77  # the exit code of a preparation that this machine does not allow
-PORT = "PORT"  # in options: one that another program listens at
+NOT_PERMITTED = 77  # the exit code of a preparation that this machine does not permit
+PORT = "PORT"  # in options: stands for a port at which another program listens
 
-# A rank calls `fault` right before: from then on the seconds are counted.
+# A rank calls `fault` just before its failure. The seconds count from then on.
 _HEAD = """
 import os, sys, time
 rank = int(os.environ["RANK"])
@@ -31,7 +31,7 @@ _GLOO = """
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
 """
-# `# here` marks the line that is at fault.
+# `# here` marks the line that fails.
 _STEPS = """
 def train():
     for step in range(5):
@@ -44,13 +44,13 @@ train()
 
 
 def _in_step(change: str) -> str:
-    """Both ranks reduce, and rank 1 does something else in the middle."""
+    """Return a script in which both ranks reduce, and rank 1 does something else in the middle."""
     inside = "if rank == 1:\n    fault()\n" + textwrap.indent(textwrap.dedent(change).strip(), "    ")
     return _GLOO + _STEPS.format(change=textwrap.indent(inside, "    ").strip())
 
 
-def _alone(what: str) -> str:
-    """Rank 1 does something while rank 0 computes: no torch, which takes seconds to import."""
+def _without_torch(what: str) -> str:
+    """Return a script in which rank 1 does something while rank 0 computes. The import of torch takes seconds."""
     return f"if rank == 1:\n    fault()\n    {what}\ntime.sleep(1000)"
 
 
@@ -79,7 +79,7 @@ with dp.world(device="cpu"):
 """
 _WAITS = _GLOO + "dist.barrier()\nfault()\nif rank == 0:\n    dist.recv(torch.zeros(1), 1)\ntime.sleep(1000)"
 
-# What stands before the launcher's command: it has its arguments in "$@".
+# Scripts that run the launcher, whose command is in "$@".
 _MEMORY_LIMIT = """
 group=/sys/fs/cgroup/memory limit=memory.limit_in_bytes
 [ -d $group ] || { group=/sys/fs/cgroup limit=memory.max; }
@@ -95,7 +95,7 @@ _NO_NETWORK = """
 unshare -rn true || exit 77
 exec unshare -rn sh -c 'ip link set lo up || exit 77; exec "$@"' sh "$@"
 """
-# Two machines on one: network namespaces joined by a cable. The second one's output goes to a file.
+# Two machines on one: network namespaces joined by virtual interfaces. The output of the second goes to a file.
 _TWO_MACHINES = """
 unshare -rn ip link set lo up || exit 77
 exec unshare -rn sh -c '
@@ -106,35 +106,35 @@ exec unshare -rn sh -c '
     until [ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do :; done
     ip link set lo up && ip link add left type veth peer name right && ip link set right netns $! || exit 77
     ip addr add 10.77.3.1/24 dev left && ip link set left up || exit 77
-    exec 9< /proc/$!/ns/net  # the cable is there for as long as one of them runs
+    exec 9< /proc/$!/ns/net  # the interfaces exist for as long as one of the two runs
     PET_NODE_RANK=0 exec "$@"
 ' sh "$@"
 """
-_MEETING = "--nnodes 2 --master-addr 10.77.3.1 --master-port 29500 --rdzv-conf timeout=10"
+_RENDEZVOUS = "--nnodes 2 --master-addr 10.77.3.1 --master-port 29500 --rdzv-conf timeout=10"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to fail. `said`: in the last lines of ours; `cause`: words that would name it in anybody's output."""
+    """One way to fail. `report` matches our last lines; `cause` matches any launcher's output that names the cause."""
 
     name: str
-    failure: str  # as the page puts it
+    failure: str  # its name on the page
     script: str
-    said: str
+    report: str
     cause: str
     code: int = 1
     culprit: int | None = 1
-    options: str = ""  # torchrun's own names, which both understand
+    options: str = ""  # torchrun's names, which both launchers understand
     nproc: int = 2
     before: str = ""
     variables: tuple[tuple[str, str], ...] = ()
-    send: signal.Signals | None = None  # to the launcher: once a rank has said `fault`, or
-    rest_s: float = 3.0  # what goes on for longer than this after the launcher is left
-    while_starting: bool = False  # while the launcher imports torch
+    send: signal.Signals | None = None  # to the launcher, once a rank has called `fault`
+    rest_s: float = 3.0  # processes that run for longer than this after the launcher count as left behind
+    while_starting: bool = False  # send the signal while the launcher imports torch
     program: str = "train.py"
 
     def line(self) -> int | None:
-        """The number of the script's line that is at fault."""
+        """Return the number of the script's line that fails."""
         numbers = [number for number, line in enumerate(self.text().splitlines(), 1) if line.endswith("# here")]
         return numbers[0] if numbers else None
 
@@ -143,7 +143,7 @@ class Case:
 
 
 def _interrupted(name: str, failure: str, script: str) -> Case:
-    """Ctrl-C after ranks have been started."""
+    """Return a case of Ctrl-C after the start of the ranks."""
     return Case(
         name,
         failure,
@@ -156,8 +156,8 @@ def _interrupted(name: str, failure: str, script: str) -> Case:
     )
 
 
-def _hang(name: str, failure: str, change: str, said: str) -> Case:
-    return Case(name, failure, _in_step(change), said, r"hang: |enforce fail", code=124)
+def _hang(name: str, failure: str, change: str, report: str) -> Case:
+    return Case(name, failure, _in_step(change), report, r"hang: |enforce fail", code=124)
 
 
 CASES = (
@@ -189,21 +189,21 @@ CASES = (
     Case(
         "import-error",
         "An import fails on one rank",
-        _alone("import apex_of_my_own  # here"),
+        _without_torch("import apex_of_my_own  # here"),
         r"rank 1 failed: ModuleNotFoundError: No module named 'apex_of_my_own'\n",
         r"ModuleNotFoundError",
     ),
     Case(
         "message",
         '`sys.exit("no data at /data")`',
-        _alone('sys.exit("no data at /data")'),
+        _without_torch('sys.exit("no data at /data")'),
         r"rank 1 failed: no data at /data",
         r"no data at /data",
     ),
     Case(
         "exit-code",
         "`os._exit(3)`",
-        _alone("os._exit(3)"),
+        _without_torch("os._exit(3)"),
         r"rank 1 failed: exit code 3\n",
         r"exitcode +: 3|exit code 3",
         code=3,
@@ -260,14 +260,14 @@ with dp.world(device="cpu"):
         "loader-killed",
         "A data-loader worker is killed",
         _GLOO.replace('dist.init_process_group("gloo")', "") + _LOADER.format(change="os.kill(os.getpid(), 9)"),
-        # The worker may die while its rank fetches a tensor from it.
+        # The worker may end while its rank fetches a tensor from it.
         r"rank 1 failed: (RuntimeError: DataLoader|Connection|EOF|FileNot).*a data-loader worker ended: .*memory",
         r"DataLoader worker \(pid",
     ),
     Case(
         "segfault",
         "A segmentation fault",
-        _alone("import ctypes; ctypes.string_at(0)  # here"),
+        _without_torch("import ctypes; ctypes.string_at(0)  # here"),
         r"rank 1 failed: ended by SIGSEGV \(a segmentation fault, in C code\)",
         r"SIGSEGV",
         code=139,
@@ -275,7 +275,7 @@ with dp.world(device="cpu"):
     Case(
         "abort",
         "C++ code aborts",
-        _alone("os.abort()  # here"),
+        _without_torch("os.abort()  # here"),
         r"rank 1 failed: ended by SIGABRT",
         r"SIGABRT",
         code=134,
@@ -284,7 +284,7 @@ with dp.world(device="cpu"):
         "kill",
         "A rank is killed by SIGKILL",
         _in_step("os.kill(os.getpid(), 9)"),
-        r"rank 1 failed: ended by SIGKILL \(killed\): (out of memory, unless )?somebody sent it",
+        r"rank 1 failed: ended by SIGKILL \(killed\): (out of memory, unless )?a user or program sent it",
         r"SIGKILL",
         code=137,
     ),
@@ -410,10 +410,10 @@ train()
         code=125,
         culprit=None,
         nproc=1,
-        options=_MEETING,
+        options=_RENDEZVOUS,
         before=_TWO_MACHINES,
         variables=(("GLOO_SOCKET_IFNAME", "lo"),),
-        rest_s=30,  # the second machine's launcher ends on its own
+        rest_s=30,  # the launcher of the second machine ends by itself
     ),
     Case(
         "disk-full",
@@ -485,13 +485,13 @@ while True:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run of a case ended. `code`: None where it did not, and was ended by us after the cap."""
+    """How a run of a case ended. `code`: None where the launcher did not end before the cap."""
 
     code: int | None
-    seconds: float  # from the fault until the launcher, and then what it had started, has ended
-    from_start: bool  # there was no fault of a rank: the seconds are those since the launcher was started
-    text: str  # what stood on the terminal
-    left: tuple[str, ...]  # command lines of processes that were there a while after the launcher
+    seconds: float  # from the fault until the launcher and all that it started have ended
+    from_start: bool  # no rank called `fault`: the seconds count from the start of the launcher
+    text: str  # the output of the launcher
+    left: tuple[str, ...]  # command lines of processes that it left behind
     folder: Path
 
     def end(self, lines: int = 15) -> str:
@@ -499,7 +499,7 @@ class Outcome:
 
 
 class NotPermittedError(Exception):
-    """This machine does not let us prepare the case."""
+    """This machine does not permit the preparation of the case."""
 
 
 OURS = (sys.executable, "-m", "ddparity", "run")
@@ -507,20 +507,20 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) -> Outcome:
-    """Run a case's job in a new folder, for at most `cap_s` after the fault. Nothing of it runs any more afterwards.
+    """Run a case's job in a new folder, for at most `cap_s` after the fault. Afterwards none of its processes run.
 
     Raises:
-        NotPermittedError: the case needs rights that there are not: a control group, a namespace.
+        NotPermittedError: this process lacks the rights for a control group or a namespace.
     """
     folder.mkdir()
     (folder / "train.py").write_text(case.text())
     with _taken_port() as port, open(folder / "output.txt", "wb") as output:
         prefix = ("sh", "-c", case.before, "sh") if case.before else ()
-        if case.send is not None:  # a shell has what it starts in the background ignore SIGINT
+        if case.send is not None:  # processes that a shell starts in the background ignore SIGINT
             prefix = ("env", "--default-signal=INT", *prefix)
         options = case.options.replace(PORT, str(port)).split()
         process = subprocess.Popen(
-            # Of the names for the number of processes, this is the one that both launchers have.
+            # Both launchers have this name for the number of processes.
             [*prefix, *launcher, "--nproc-per-node", str(case.nproc), *options, case.program],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", **dict(case.variables)},
@@ -540,7 +540,7 @@ def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) ->
             while code is not None and left and time.time() - ended < case.rest_s:
                 time.sleep(0.02)
                 left = _family(folder)
-            # Also the time of those that went by themselves.
+            # Processes that ended by themselves count, too.
             ended = time.time() if code is not None and not left else ended
             names = tuple(_command(one) for one in left) if code is not None else ()
         finally:
@@ -553,14 +553,14 @@ def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) ->
 
 
 def _fault(folder: Path) -> float | None:
-    """When the first rank said `fault`."""
+    """Return when the first rank called `fault`."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return float((folder / "fault").read_text().splitlines()[0])
     return None
 
 
 def _send(case: Case, process: subprocess.Popen[bytes], folder: Path) -> float | None:
-    """Send the launcher the case's signal at its time; gives that time."""
+    """Send the launcher the case's signal, and return when."""
     if case.send is None:
         return None
     deadline = time.time() + 60
@@ -576,7 +576,7 @@ def _imports_torch(pid: int) -> bool:
 
 
 def _family(folder: Path) -> list[psutil.Process]:
-    """All that runs in a folder: whatever the launcher has started, whoever its parent is now."""
+    """Return all processes that run in a folder: those that the launcher started, whatever their parent is now."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -598,8 +598,8 @@ def _clear(process: subprocess.Popen[bytes], folder: Path) -> None:
             one.kill()
     process.kill()
     process.wait()
-    for place in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup"):
-        group = Path(place) / f"ddparity-{process.pid}"
+    for mount in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup"):
+        group = Path(mount) / f"ddparity-{process.pid}"
         if group.exists():
             psutil.wait_procs(_family(folder), timeout=5)
             group.rmdir()

@@ -1,4 +1,4 @@
-"""`ddparity doctor`: what it finds, and when it says that something is wrong."""
+"""`ddparity doctor`: what it finds, and when it reports that something is wrong."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 import pytest
 
 from ddparity.errors import RankFailure
-from ddparity.launcher import doctor  # the attribute of the package is the function `launch`
-from ddparity.launcher import resources as threads
+from ddparity.launcher import doctor, resources
 from ddparity.launcher.doctor import Finding, examine
 
 
 @pytest.fixture(autouse=True)
-def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the variables of schedulers and launchers."""
     for name in os.environ:
         if name.startswith(("PET_", "SLURM_", "SKYPILOT_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_", "NCCL_")):
             monkeypatch.delenv(name)
@@ -50,13 +50,13 @@ RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "
 @pytest.mark.parametrize(
     ("variables", "subject", "found", "why"),
     [
-        ({}, "scheduler", "none", "nobody's variables are set"),
-        (SLURM, "scheduler", "Slurm", "machine 1 of 2, meeting at gpu1:"),
+        ({}, "scheduler", "none", "no scheduler's variables are set"),
+        (SLURM, "scheduler", "Slurm", "machine 1 of 2, which meet at gpu1:"),
         (SLURM | {"SUBMITIT_EXECUTOR": "slurm"}, "scheduler", "Slurm through submitit", "machine 1 of 2"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "scheduler", "Kubeflow Trainer", "PET_NNODES=2, PET_NODE_RANK=0"),
         (RANK, "launcher", "torchrun", "RANK and WORLD_SIZE are set"),
-        (RANK, "rank", "rank 1 of 2", "rank 0 at a:1; the ranks are started: run the script itself"),
-        ({"OMP_NUM_THREADS": "3"}, "threads", "3", "is set, and left alone"),
+        (RANK, "rank", "rank 1 of 2", "rank 0 at a:1; the ranks run already: run the script itself"),
+        ({"OMP_NUM_THREADS": "3"}, "threads", "3", "is set, and not changed"),
     ],
 )
 def test_what_is_detected_and_why(
@@ -70,21 +70,21 @@ def test_what_is_detected_and_why(
 
 
 @pytest.mark.parametrize(
-    ("variables", "subject", "said"),
+    ("variables", "subject", "reason"),
     [
         (SLURM | {"SLURM_STEP_NUM_TASKS": "8"}, "launcher", "Slurm started 8 tasks on 2 nodes"),
         ({"RANK": "1"}, "launcher", "RANK=1 is set but WORLD_SIZE is not"),
         ({"GLOO_SOCKET_IFNAME": "eth99"}, "GLOO_SOCKET_IFNAME", "no such interface is up"),
     ],
 )
-def test_what_is_wrong_is_said(
-    variables: dict[str, str], subject: str, said: str, monkeypatch: pytest.MonkeyPatch
+def test_what_is_wrong_is_reported(
+    variables: dict[str, str], subject: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     finding = _found(subject)
     assert finding.state == "wrong"
-    assert said in finding.why
+    assert reason in finding.why
 
 
 def test_a_host_that_has_no_address() -> None:
@@ -103,7 +103,7 @@ def test_a_group_that_does_not_form_is_wrong(
 
     finding = examine(None, fails)[-1]
     assert finding == Finding("two processes", "no group", "rank 1 failed in _all_reduce: OSError: no", "wrong")
-    monkeypatch.setattr(doctor, "join_two", fails)
+    monkeypatch.setattr(doctor, "all_reduce_seconds", fails)
     assert doctor.doctor() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "wrong: two processes"
 
@@ -116,8 +116,8 @@ def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--shm-size" in finding.why
 
 
-def test_a_containers_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (threads, doctor):
+def test_the_cpu_quota_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (resources, doctor):
         monkeypatch.setattr(module, "cgroup_cores", lambda: 1.0)
     finding = _found("cores")
     assert finding.found == "1"

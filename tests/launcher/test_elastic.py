@@ -1,4 +1,4 @@
-"""Ranks and whole machines are killed, the network goes away: the training ends with the bits of an undisturbed one."""
+"""Ranks and whole machines are killed, the network fails: the model ends with the bits of an undisturbed training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..ranks import free_port
 from .elastic_training import run
 
 SCRIPT = str(Path(__file__).parent / "elastic_training.py")
-# Machines that were killed are given up sooner than by default, so that the tests are short.
+# A killed machine counts as lost sooner than by default, so that the tests are short.
 QUICK = ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=1"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Fingerprints of 4 epochs on one process: of the model and of its outputs."""
+    """Return the fingerprints of the model and of its outputs after 4 epochs on one process."""
     return run(tmp_path_factory.mktemp("undisturbed") / "c", 4)
 
 
@@ -36,7 +36,7 @@ def net() -> Iterator[Network]:
 
 @pytest.fixture
 def started() -> Iterator[list[Machine]]:
-    """Machines that a test starts, ended with it."""
+    """Machines that a test starts. They end with the test."""
     machines: list[Machine] = []
     yield machines
     for machine in machines:
@@ -49,7 +49,7 @@ def _fingerprints(machine: Machine) -> tuple[str, str]:
 
 
 def test_ranks_that_are_killed(tmp_path: Path, started: list[Machine], undisturbed: tuple[str, str]) -> None:
-    """Rank 1, then rank 0, each in a step; the agent says what failed and starts again."""
+    """Rank 1, then rank 0, each in a step. The agent reports the failure and starts all ranks again."""
     line = ["--nproc", "2", "--max-restarts", "2", "--show", "all", SCRIPT, str(tmp_path / "c"), "--epochs", "4"]
     machine = Machine(line)
     started.append(machine)
@@ -58,7 +58,7 @@ def test_ranks_that_are_killed(tmp_path: Path, started: list[Machine], undisturb
         found = machine.wait_for(rf"forward {forward} of rank {rank} in 2, pid (\d+)", start=since)
         os.kill(int(found[1]), signal.SIGKILL)
         machine.wait_for(f"ddparity: rank {rank} failed: ended by SIGKILL", start=since)
-        machine.wait_for(f"ddparity: starting again: restart {restart} of 2", start=since)
+        machine.wait_for(f"ddparity: all ranks start again: restart {restart} of 2", start=since)
         since = len(machine.lines)
         machine.wait_for(rf"resumed from {tmp_path}/c: \d epochs and \d of 4 steps", start=since)
     assert machine.end() == 0
@@ -77,29 +77,29 @@ for step in dp.Loader(list(range(8)), dp.BatchPlan(8, 2, 2)).epoch(0):
 
 
 @pytest.mark.parametrize(("body", "restarts"), [("import nowhere", 0), (LOADS, 1)], ids=["import", "steps"])
-def test_only_what_has_progressed_is_tried_again(
+def test_only_a_failure_after_progress_is_followed_by_a_restart(
     body: str, restarts: int, tmp_path: Path, started: list[Machine]
 ) -> None:
-    """In a world of one, which has no collectives to tell from: the first attempt did two steps, the second none."""
+    """In a world of one, without collectives: the first attempt makes two steps, the second none."""
     (tmp_path / "script.py").write_text(body)
     machine = Machine(["--nproc", "1", "--max-restarts", "3", str(tmp_path / "script.py")])
     started.append(machine)
     assert machine.end() == 1
-    assert machine.text.count("starting again: restart") == restarts
-    assert "it failed before any progress: not tried again" in machine.lines[-1]
+    assert machine.text.count("all ranks start again: restart") == restarts
+    assert "it failed before any progress: no restart" in machine.lines[-1]
 
 
 def test_chaos() -> None:
-    """The benchmark for as long as it takes to train on two machines, and on one."""
+    """Run the benchmark for the time of a training on two machines, or on one."""
     counts = chaos(seconds=8.0, seed=os.getpid() % 1000)
     assert counts["trainings finished"] > 0, counts
     assert not counts["mismatches"] and not counts["hung"], counts
 
 
-def test_two_machines_train_and_predict_as_one_and_name_who_failed(
+def test_two_machines_train_and_predict_as_one_and_name_the_rank_that_failed(
     net: Network, tmp_path: Path, started: list[Machine], undisturbed: tuple[str, str]
 ) -> None:
-    """Over a shaped link; at the end machine 1 fails, without restarts, and both say so."""
+    """Over a slow link. At the end machine 1 fails, without restarts, and both machines report it."""
     where = f"--nnodes 2 --nproc 1 --show all --rendezvous {net.addresses[0]}:{free_port()}".split()
     line = [*where, SCRIPT, str(tmp_path / "c"), "--epochs", "4", "--fails", "1"]
     started += [Machine(line, name) for name in net.names]
@@ -110,10 +110,10 @@ def test_two_machines_train_and_predict_as_one_and_name_who_failed(
     assert _fingerprints(whole) == undisturbed
 
 
-def test_a_machine_goes_and_comes_back_and_then_the_first_one_goes(
+def test_a_machine_is_lost_and_joins_again_and_then_the_first_one_is_lost(
     net: Network, tmp_path: Path, started: list[Machine], undisturbed: tuple[str, str]
 ) -> None:
-    """The network is away for a moment, before; and at the end a scheduler starts the job anew, on one machine."""
+    """Before that, the network fails for a moment. At the end, a scheduler starts the job again, on one machine."""
     port = free_port()
 
     def start(machine: int, pace_s: str) -> Machine:
@@ -130,12 +130,12 @@ def test_a_machine_goes_and_comes_back_and_then_the_first_one_goes(
 
     second.kill()
     first.wait_for("lost machine 1 .*: no word from it")
-    first.wait_for("ddparity: goes on with 1 ranks on 1 machines")
+    first.wait_for("ddparity: the job continues with 1 ranks on 1 machines")
     since = len(first.lines)
     first.wait_for("forward 1 of rank 0 in 1", start=since)
 
     second = start(1, "0.3")
-    first.wait_for("ddparity: a machine has come: starting again, with it")
+    first.wait_for("ddparity: a machine has joined: all ranks start again with it")
     second.wait_for("forward 2 of rank . in 2")
 
     first.kill()

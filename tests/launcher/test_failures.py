@@ -1,4 +1,4 @@
-"""Each way to fail of the catalogue: what our launcher says at the end, when, its exit code, and what it leaves."""
+"""Each way to fail of docs/failures.md: the launcher's last lines, when it ends, its exit code, and what it leaves."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.launcher.failure_cases import CASES, OURS, Case, NotPermittedError, O
 
 PAGE = Path(__file__).parents[2] / "docs" / "failures.md"
 HANG_S = 2.0  # --hang-timeout
-WITHIN_S = 10.0  # from the failure, or from when it is called a hang
-STARTED_S = 40.0  # from the start of a launcher that does not come to start a rank
+WITHIN_S = 10.0  # from the failure, or from the report of a hang
+STARTED_S = 40.0  # from the start of a launcher that starts no rank
 _LAUNCHERS_OWN = re.compile(r"torch/distributed/(elastic|run|launcher)|ddparity/(launcher/|cli|__main__)|runpy")
 
 pytestmark = pytest.mark.timeout(600)  # the first test runs all cases
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test runs all cases
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | NotPermittedError]:
-    """Four at a time, since much of it is waiting."""
+    """Run all cases, four at a time, since they mostly wait."""
     folder = tmp_path_factory.mktemp("failures")
 
     def run(case: Case) -> Outcome | NotPermittedError:
@@ -53,7 +53,7 @@ def _outcome(outcomes: dict[str, Outcome | NotPermittedError], name: str) -> Out
 def test_the_end_names_the_cause(case: Case, outcomes: dict[str, Outcome | NotPermittedError]) -> None:
     outcome = _outcome(outcomes, case.name)
     end = outcome.end(15)
-    assert re.search(case.said, f"{end}\n", re.DOTALL | re.MULTILINE), outcome.text
+    assert re.search(case.report, f"{end}\n", re.DOTALL | re.MULTILINE), outcome.text
     assert outcome.code == case.code, outcome.text
     assert outcome.seconds < (STARTED_S if outcome.from_start else WITHIN_S + HANG_S * (case.code == 124))
     assert outcome.left == ()
@@ -105,18 +105,18 @@ def test_a_long_traceback_is_shown_with_the_users_frames() -> None:
     assert shorten_traceback(short) == short
 
 
-def test_a_rank_that_had_ended_stands_where_its_traceback_says() -> None:
+def test_a_rank_that_has_ended_gets_the_position_of_its_traceback() -> None:
     row = Row(0, "node0", "", "", "in all_reduce", "all_reduce #6", 1.0)
     hang = HangReport("finished", "default", (1,), "", (row, replace(row, rank=1), replace(row, where="a.py:1")), {})
-    places = [(row.where, row.function) for row in add_positions(hang, {0: TRACE}).rows]
-    assert places == [("/home/me/train.py:17", "__getitem__"), ("", ""), ("a.py:1", "")]
+    positions = [(row.where, row.function) for row in add_positions(hang, {0: TRACE}).rows]
+    assert positions == [("/home/me/train.py:17", "__getitem__"), ("", ""), ("a.py:1", "")]
 
 
-def test_an_exception_goes_before_a_crash_on_the_way_out(tmp_path: Path) -> None:
+def test_an_exception_counts_before_a_crash_at_exit(tmp_path: Path) -> None:
     record = {"message": {"message": "ValueError: bad batch", "extraInfo": {"py_callstack": TRACE}}}
     (tmp_path / "error.json").write_text(json.dumps(record))
-    report = read_exit_report(0, "node0", tmp_path, -signal.SIGABRT, 0.0)
-    assert (report.cause, report.exit_code, report.ending()) == (Cause.FAILED, 1, "ValueError: bad batch")
+    found = read_exit_report(0, "node0", tmp_path, -signal.SIGABRT, 0.0)
+    assert (found.cause, found.exit_code, found.ending()) == (Cause.FAILED, 1, "ValueError: bad batch")
 
 
 def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> None:
@@ -126,28 +126,31 @@ def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> 
     assert replace(closed, traceback=trace).cause is Cause.FAILED
 
 
-def test_a_victim_that_raises_an_exception_of_its_own_is_no_cause(tmp_path: Path) -> None:
-    def report(before: str) -> ExitReport:
-        extra = {"py_callstack": TRACE, "before": [before]}
+def test_an_exception_raised_from_another_ranks_failure_is_no_cause(tmp_path: Path) -> None:
+    def exit_report(earlier: str) -> ExitReport:
+        extra = {"py_callstack": TRACE, "before": [earlier]}
         (tmp_path / "error.json").write_text(json.dumps({"message": {"message": "Stop: no loss", "extraInfo": extra}}))
         return read_exit_report(0, "node0", tmp_path, 1, 0.0)
 
-    assert report("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4").cause is Cause.CONSEQUENCE
-    # The connection to a store of data is no connection between ranks.
-    assert report("ConnectionResetError: [Errno 104] Connection reset by peer").cause is Cause.FAILED
+    assert (
+        exit_report("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4").cause
+        is Cause.CONSEQUENCE
+    )
+    # A connection to a data server is no connection between ranks.
+    assert exit_report("ConnectionResetError: [Errno 104] Connection reset by peer").cause is Cause.FAILED
 
 
-def test_rank_0_s_traceback_is_told_where_another_rank_is_the_cause() -> None:
+def test_the_traceback_of_rank_0_is_shown_where_another_rank_is_the_cause() -> None:
     cause = ExitReport(1, "node0", -signal.SIGSEGV, 1.0)
     own = ExitReport(0, "node0", 1, 2.0, message="KeyError: 20", traceback=TRACE)
-    told = describe_exits([own, cause], 2)
-    assert told.startswith(f"ddparity: the traceback of rank 0:\n{TRACE}\n")
-    assert told.splitlines()[-1] == "ddparity: rank 0: KeyError: 20"
+    text = describe_exits([own, cause], 2)
+    assert text.startswith(f"ddparity: the traceback of rank 0:\n{TRACE}\n")
+    assert text.splitlines()[-1] == "ddparity: rank 0: KeyError: 20"
     victim = replace(own, message="RankFailure: rank 1 failed")
     assert TRACE not in describe_exits([victim, cause], 2)
 
 
-def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+def test_a_signal_without_a_name_is_shown_by_its_number() -> None:
     assert ExitReport(0, "node0", -signal.SIGRTMIN - 3, 0.0).ending() == f"ended by signal {signal.SIGRTMIN + 3}"
 
 

@@ -33,7 +33,7 @@ def _script(folder: Path, body: str) -> str:
 
 @contextmanager
 def _started(*arguments: str) -> Iterator[subprocess.Popen]:
-    """`ddparity run ARGUMENTS`, ended with all that it started at the end of the block."""
+    """Start `ddparity run ARGUMENTS`. At the end of the block, kill it and all that it started."""
     process = subprocess.Popen(
         [sys.executable, "-m", "ddparity", "run", *arguments],
         stdout=subprocess.PIPE,
@@ -86,7 +86,7 @@ def test_a_ranks_exception_is_the_end_of_the_output(tmp_path: Path) -> None:
     script = _script(tmp_path, body)
     code, out, err = _run("--nproc", "2", "--show", "0,1", script)
     assert code == 1
-    assert time.time() - float(out.split()[-1]) < 10  # from the fault, starts of processes not counted
+    assert time.time() - float(out.split()[-1]) < 10  # since the fault, without the start of the processes
     end = err[err.index("ddparity: rank 1 failed") :].splitlines()
     assert end[0] == "ddparity: rank 1 failed: OSError: disk full"
     assert end[-2:] == ["OSError: disk full", "ddparity: rank 0: ended by the launcher"]
@@ -95,20 +95,20 @@ def test_a_ranks_exception_is_the_end_of_the_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "said"),
+    ("body", "code", "report"),
     [
         ("sys.exit(42 * rank)", 42, "rank 1 failed: exit code 42"),
         ("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)", 137, "rank 1 failed: ended by SIGKILL"),
         ("os.kill(os.getpid(), signal.SIGSEGV) if rank else time.sleep(60)", 139, "rank 1 failed: ended by SIGSEGV"),
     ],
 )
-def test_the_exit_code_is_the_failed_ranks(tmp_path: Path, body: str, code: int, said: str) -> None:
+def test_the_exit_code_is_the_failed_ranks(tmp_path: Path, body: str, code: int, report: str) -> None:
     found, _, err = _run("--nproc", "2", _script(tmp_path, body))
     assert found == code
-    assert said in err
+    assert report in err
 
 
-def test_the_culprit_is_named_and_not_its_victims(tmp_path: Path) -> None:
+def test_the_report_names_the_rank_that_failed_first(tmp_path: Path) -> None:
     body = """
         import ddparity as dp
         with dp.world(device="cpu"), dp.first():
@@ -145,7 +145,7 @@ def test_a_signal_ends_everything_within_five_seconds(tmp_path: Path, sent: sign
         begin = time.monotonic()
         process.send_signal(sent)
         _, err = process.communicate(timeout=20)
-        # An orphan that has ended may stay as a zombie where the first process of a container does not reap.
+        # In a container whose first process does not reap, an orphan that has ended stays as a zombie.
         ends = psutil.wait_procs(family, timeout=max(0.0, begin + 5 - time.monotonic()))
         assert all(child.status() == psutil.STATUS_ZOMBIE for child in ends[1])
         assert process.returncode == code
@@ -164,7 +164,7 @@ def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:
         assert all("ready" in process.stdout.readline() for _ in range(2))
         ranks = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):  # they ignore it, and have a minute
+        with pytest.raises(subprocess.TimeoutExpired):  # the ranks ignore the signal and have a minute
             process.wait(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
@@ -172,10 +172,10 @@ def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_ranks_are_started_leaves_none(sent: signal.Signals) -> None:
+def test_a_signal_while_ranks_are_started_leaves_no_rank(sent: signal.Signals) -> None:
     with _started("--nproc", "8", "--no-python", "sleep", "600") as process:
         family = psutil.Process(process.pid)
-        while len(ranks := family.children()) < 3:  # the shell that guards them, and two
+        while len(ranks := family.children()) < 3:  # the guardian, and two ranks
             assert process.poll() is None
         process.send_signal(sent)
         _, err = process.communicate(timeout=20)
@@ -183,7 +183,7 @@ def test_a_signal_while_ranks_are_started_leaves_none(sent: signal.Signals) -> N
         assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
-def test_what_ranks_leave_running_ends_with_the_job(tmp_path: Path) -> None:
+def test_processes_that_ranks_leave_running_end_with_the_job(tmp_path: Path) -> None:
     script = _script(tmp_path, "import subprocess\nprint(subprocess.Popen(['sleep', '600']).pid, flush=True)")
     code, out, _ = _run("--nproc", "1", script)
     assert code == 0
@@ -209,7 +209,7 @@ def test_only_rank_0_reads_the_standard_input(tmp_path: Path) -> None:
     assert sorted(line.split("] ")[1] for line in ended.stdout.splitlines()) == ["0 read 'a line'", "1 read ''"]
 
 
-def test_rank_0_is_shown_and_the_others_are_kept(tmp_path: Path) -> None:
+def test_rank_0_writes_to_the_terminal_and_the_others_to_files(tmp_path: Path) -> None:
     script = _script(tmp_path, "print(f'out {rank}')\nprint(f'err {rank}', file=sys.stderr)")
     code, out, err = _run("--nproc", "2", "--logs", str(tmp_path / "logs"), script)
     assert (code, out) == (0, "out 0\n")
@@ -233,7 +233,7 @@ def test_lines_of_several_ranks_stay_whole(tmp_path: Path) -> None:
     assert len(lines) == 2000
 
 
-def test_equal_failures_are_told_once(tmp_path: Path) -> None:
+def test_equal_failures_are_reported_once(tmp_path: Path) -> None:
     code, _, err = _run("--nproc", "3", _script(tmp_path, "raise OSError('no data')"))
     assert code == 1
     assert "ddparity: ranks 0-2 failed: OSError: no data" in err
@@ -287,11 +287,11 @@ def test_a_script_without_a_handler_ends_on_a_preemption_signal(tmp_path: Path) 
         assert process.wait(20) == 128 + signal.SIGUSR2
 
 
-def test_ranks_that_stop_on_a_warning_may_save_for_as_long_as_they_need(tmp_path: Path) -> None:
+def test_ranks_that_stop_on_a_warning_have_the_time_to_save(tmp_path: Path) -> None:
     body = """
         def stop(number, frame):
             if rank == 0:
-                time.sleep(5)  # longer than a rank is waited for that does not end with the others
+                time.sleep(5)  # longer than the agent waits for a rank after others have failed
                 print("saved", flush=True)
             sys.exit(128 + number)
         signal.signal(signal.SIGUSR1, stop)
@@ -307,7 +307,7 @@ def test_ranks_that_stop_on_a_warning_may_save_for_as_long_as_they_need(tmp_path
     assert (process.returncode, err) == (128 + signal.SIGUSR1, "ddparity: all ranks stopped on SIGUSR1\n")
 
 
-def test_a_failure_after_a_warning_is_told_as_a_failure(tmp_path: Path) -> None:
+def test_a_failure_after_a_warning_is_reported_as_a_failure(tmp_path: Path) -> None:
     body = """
         if rank == 1:
             signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(3))
@@ -323,7 +323,7 @@ def test_a_failure_after_a_warning_is_told_as_a_failure(tmp_path: Path) -> None:
     assert "all ranks stopped" not in err
 
 
-def test_a_warning_is_not_sent_again_to_ranks_that_are_started_anew(tmp_path: Path) -> None:
+def test_a_warning_is_not_sent_again_after_a_restart(tmp_path: Path) -> None:
     body = """
         signal.signal(signal.SIGUSR1, lambda number, frame: print("saved", flush=True))
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -362,10 +362,10 @@ def test_machines_whose_ranks_stop_on_a_warning_wait_for_those_that_save(tmp_pat
         for process in (one, other):
             assert process.stdout is not None and "ready" in process.stdout.readline()
         one.send_signal(signal.SIGUSR1)
-        said = [process.communicate(timeout=40) for process in (one, other)]
-    assert "".join(out for out, _ in said).count("saved") == 1
+        outputs = [process.communicate(timeout=40) for process in (one, other)]
+    assert "".join(out for out, _ in outputs).count("saved") == 1
     assert [process.returncode for process in (one, other)] == [128 + signal.SIGUSR1] * 2
-    assert [err.splitlines()[-1] for _, err in said] == ["ddparity: all ranks stopped on SIGUSR1"] * 2
+    assert [err.splitlines()[-1] for _, err in outputs] == ["ddparity: all ranks stopped on SIGUSR1"] * 2
 
 
 def test_a_signal_ends_a_launcher_whose_report_nobody_reads(tmp_path: Path) -> None:
@@ -377,12 +377,12 @@ def test_a_signal_ends_a_launcher_whose_report_nobody_reads(tmp_path: Path) -> N
         assert process.stdout is not None
         rank = psutil.Process(int(process.stdout.readline()))
         psutil.wait_procs([rank], timeout=20)
-        for _ in range(10):  # whichever wait the first one meets, a later one ends it
+        for _ in range(10):  # whichever wait the first signal meets, a later signal ends it
             process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.6)
                 break
-        # The second where it met the last word, with the handlers from before.
+        # The second where the signal comes after the report, when the earlier handlers are back.
         assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
@@ -399,7 +399,7 @@ def test_a_restart_needs_no_terminal(tmp_path: Path) -> None:
         assert process.wait(30) == 0
 
 
-def test_a_terminal_that_goes_does_not_end_the_job(tmp_path: Path) -> None:
+def test_a_closed_terminal_does_not_end_the_job(tmp_path: Path) -> None:
     body = """
         print("ready", flush=True)
         go = __import__("pathlib").Path(sys.argv[1])
@@ -421,7 +421,7 @@ def test_a_terminal_that_goes_does_not_end_the_job(tmp_path: Path) -> None:
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
 
 
-def test_a_hang_is_found_where_the_temporary_folder_has_a_long_path(
+def test_a_hang_is_found_with_a_long_path_of_the_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = tmp_path / ("long" * 25)
@@ -456,7 +456,7 @@ def _leaves() -> None:
     sys.exit(0)
 
 
-def test_launch_tells_of_a_function_that_did_not_return() -> None:
+def test_launch_reports_a_function_that_did_not_return() -> None:
     with pytest.raises(dp.RankFailure, match="rank 0 ended with exit code 0 before _leaves returned"):
         dp.launch(_leaves, nproc=1)
 
@@ -466,7 +466,7 @@ def test_launch_takes_a_callable_without_a_name() -> None:
         dp.launch(partial(_fails, 0), nproc=1)
 
 
-def test_launch_says_which_result_cannot_travel() -> None:
+def test_launch_reports_a_result_that_cannot_be_pickled() -> None:
     with pytest.raises(dp.RankFailure, match="rank 0 failed in allocate_lock: TypeError: the result cannot be pickled"):
         dp.launch(threading.Lock, nproc=1)
 
@@ -480,7 +480,7 @@ def test_launch_leaves_no_file_open_and_no_variable_changed(monkeypatch: pytest.
     assert os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGTERM"
 
 
-# A caller of launch() with a handler of its own. Rank 1, where there is one, fails; rank 0 does not end by SIGTERM.
+# A caller of launch() with a signal handler of its own. Rank 1, if there is one, fails. SIGTERM does not end rank 0.
 CALLER = """
 import os, signal, sys, time
 import ddparity as dp
@@ -493,29 +493,27 @@ def work():
     print("ready", flush=True)
     time.sleep(600)
 
-def told(number, frame):
-    print("told of", number, flush=True)
+def handle(number, frame):
+    print("received", number, flush=True)
     sys.exit(9)
 
-signal.signal(signal.SIGTERM, told)
+signal.signal(signal.SIGTERM, handle)
 dp.launch(work, nproc=int(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize(("nproc", "said"), [(1, ["ready\n"]), (2, ["ready\n", "ending\n"])])
-def test_a_signal_during_launch_is_the_callers_once_the_ranks_have_ended(
-    tmp_path: Path, nproc: int, said: list[str]
-) -> None:
-    """Also one that comes while launch ends the ranks, since one has failed."""
+@pytest.mark.parametrize(("nproc", "lines"), [(1, ["ready\n"]), (2, ["ready\n", "ending\n"])])
+def test_the_caller_receives_a_signal_once_the_ranks_have_ended(tmp_path: Path, nproc: int, lines: list[str]) -> None:
+    """Also a signal that comes while launch ends the ranks after a failure."""
     path = tmp_path / "main.py"
     path.write_text(CALLER)
     command = [sys.executable, str(path), str(nproc)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        assert [process.stdout.readline() for _ in said] == said
+        assert [process.stdout.readline() for _ in lines] == lines
         process.terminate()
-        assert process.communicate(timeout=20)[0] == f"told of {signal.SIGTERM:d}\n"
+        assert process.communicate(timeout=20)[0] == f"received {signal.SIGTERM:d}\n"
         assert process.returncode == 9
     finally:
         process.kill()
@@ -533,7 +531,7 @@ def test_launch_raises_what_a_rank_raised() -> None:
 
 
 def test_launch_takes_a_function_of_the_script_that_runs(tmp_path: Path) -> None:
-    """As in a notebook: the function is in __main__, which nobody can import, and there is no guard."""
+    """As in a notebook: the function is in __main__, which cannot be imported, and there is no guard."""
     path = tmp_path / "main.py"
     path.write_text(
         textwrap.dedent("""

@@ -1,4 +1,4 @@
-"""What `ddparity run` understands: torchrun's options and variables, ours, and those of schedulers."""
+"""The options of `ddparity run`: torchrun's options and variables, ours, and the variables of schedulers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ddparity.launcher import resources as threads  # the attribute of the package is the function `launch`
+from ddparity.launcher import resources
 from ddparity.launcher.options import Launch, parse
-from ddparity.launcher.resources import cgroup_cores, cores, decide_threads, threads_a_process
+from ddparity.launcher.resources import cgroup_cores, cores, decide_threads, threads_per_process
 from ddparity.launcher.submit import find_submission
 from ddparity.runtime.environment import NodePlacement, find_node_placement
 
@@ -46,7 +46,7 @@ BATCH = {name: value for name, value in SLURM.items() if "STEP" not in name} | {
 
 @pytest.fixture(autouse=True)
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A script t.py, in a shell that no scheduler has touched."""
+    """Make a script t.py, and remove the variables of schedulers and launchers."""
     for name in os.environ:
         if name.startswith(("PET_", "SLURM_", "SKYPILOT_", "RANK", "WORLD_SIZE", "LOCAL_RANK")):
             monkeypatch.delenv(name)
@@ -59,7 +59,7 @@ def _parse(line: str) -> Launch:
     return parse(line.split())
 
 
-def test_alone_nothing_needs_to_be_said() -> None:
+def test_no_option_is_needed_on_one_machine() -> None:
     launch = _parse("t.py --lr 0.1 -- --nproc 9")
     assert launch.command == ("t.py", "--lr", "0.1", "--", "--nproc", "9")
     config = launch.config
@@ -68,12 +68,14 @@ def test_alone_nothing_needs_to_be_said() -> None:
     assert (config.max_restarts, launch.grace_s, launch.hang_timeout_s, launch.on_hang) == (0, 3, 60.0, "end")
     assert (launch.show, launch.logs, launch.python) == (frozenset({0}), None, True)
     assert launch.alone
-    # Two at once are two jobs.
+    # Each launch is a job of its own.
     assert config.run_id != _parse("t.py").config.run_id
 
 
-def test_neither_threads_nor_a_banner(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch sets OMP_NUM_THREADS=1 and prints five lines."""
+def test_torch_sets_no_threads_and_prints_no_banner(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without our default, torch sets OMP_NUM_THREADS=1 and prints five lines."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     _parse("--nproc 4 t.py")
     assert "OMP_NUM_THREADS" not in os.environ
@@ -117,16 +119,16 @@ def test_commands(line: str, command: tuple[str, ...], python: bool) -> None:
     [
         ("--rendezvous a:1 --nnodes 2", "c10d", "a:1", (2, 2), None, {}),
         ("--rendezvous [fd00::7]:1 --nnodes 1:4", "c10d", "[fd00::7]:1", (1, 4), None, {}),
-        # A number is kept: torch's c10d numbers machines by their addresses.
+        # A given number holds; torch's c10d numbers machines by their addresses.
         ("--rendezvous a:1 --nnodes 2 --node-rank 1", "static", "a:1", (2, 2), 1, {"rank": 1}),
         ("--nnodes 2 --node_rank 0 --master_addr a", "static", "a:29500", (2, 2), 0, {"rank": 0}),
         ("--nnodes 2 --node-rank 1 --master-addr a --master-port 7", "static", "a:7", (2, 2), 1, {"rank": 1}),
-        # Machines that come and go, or start again, need c10d; the first opens the store.
+        # A range of machines, or restarts, need c10d; number 0 opens the store.
         ("--nnodes 2 --node-rank 1 --master-addr a --max-restarts 3", "c10d", "a:29500", (2, 2), None,
          {"is_host": "0"}),
         ("--nnodes 1:4 --node-rank 0 --master-addr a", "c10d", "a:29500", (1, 4), None, {"is_host": "1"}),
         ("--nnodes 2 --master-addr a", "c10d", "a:29500", (2, 2), None, {}),
-        # As torchrun's own recipes have it.
+        # The examples of torchrun's documentation.
         ("--nnodes=2 --node_rank=1 --rdzv_backend=c10d --rdzv_endpoint=a:3", "c10d", "a:3", (2, 2), None, {}),
         ("--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=a", "c10d", "a:29400", (2, 2), None, {}),
         ("--nnodes 2 --rdzv-endpoint a:3", "c10d", "a:3", (2, 2), None, {}),
@@ -136,20 +138,20 @@ def test_commands(line: str, command: tuple[str, ...], python: bool) -> None:
         ("--master-port 7", "static", "127.0.0.1:7", (1, 1), 0, {"rank": 0}),
     ],
 )  # fmt: skip
-def test_where_machines_meet(
+def test_rendezvous(
     line: str, backend: str, endpoint: str, nodes: tuple[int, int], rank: int | None, conf: dict[str, object]
 ) -> None:
     launch = _parse(f"{line} t.py")
     config = launch.config
     assert (config.rdzv_backend, config.rdzv_endpoint, launch.node_rank) == (backend, endpoint, rank)
     assert (config.min_nodes, config.max_nodes) == nodes
-    pace = ("timeout", "interval", "max_attempt")
-    rest = {name: value for name, value in config.rdzv_configs.items() if not name.endswith(pace)}
+    times = ("timeout", "interval", "max_attempt")
+    rest = {name: value for name, value in config.rdzv_configs.items() if not name.endswith(times)}
     assert rest == conf
     assert launch.alone == (endpoint == "localhost:0")
 
 
-def test_the_time_to_meet_is_one_for_both_kinds() -> None:
+def test_the_rendezvous_timeout_holds_for_both_backends() -> None:
     config = _parse("--nnodes 2 --rendezvous a:1 --rdzv-conf timeout=20,last_call_timeout=1 t.py").config
     expected = {"timeout": 20, "join_timeout": 20, "last_call_timeout": 1}
     assert {name: int(config.rdzv_configs[name]) for name in expected} == expected
@@ -172,7 +174,7 @@ def test_kubeflow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _parse("t.py").alone
 
 
-def test_slurm_starts_one_launcher_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_starts_one_launcher_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     _set(monkeypatch, SLURM)
     launch = _parse("--nproc 2 t.py")
     assert (launch.config.max_nodes, launch.node_rank, launch.engine) == (3, 1, "Slurm")
@@ -182,7 +184,7 @@ def test_slurm_starts_one_launcher_a_machine(monkeypatch: pytest.MonkeyPatch) ->
     assert launch.config.run_id == "77.0"
     monkeypatch.setenv("SLURM_NODEID", "2")
     assert _parse("t.py").config.rdzv_endpoint == launch.config.rdzv_endpoint
-    # What the user says wins; what contradicts Slurm without saying where to meet is refused.
+    # The user's rendezvous wins. Another number of machines without a rendezvous is refused.
     assert _parse("--nnodes 4 --rendezvous a:1 t.py").config.rdzv_endpoint == "a:1"
     assert _parse("--nnodes 3 t.py").config.max_nodes == 3
     with pytest.raises(ValueError, match=r"--nnodes 4, but Slurm started this on 3 nodes .SLURM_STEP_NUM_NODES"):
@@ -203,7 +205,7 @@ def test_skypilot(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, None),
         ({"SLURM_JOB_ID": "7"}, None),
         (BATCH | {"SLURM_JOB_NUM_NODES": "1"}, None),
-        # An interactive shell on one machine is this machine.
+        # An interactive shell on one machine uses this machine alone.
         (SLURM | {"SLURM_JOB_NAME": "bash", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, None),
         (SLURM | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
         (SKYPILOT | SLURM, "SkyPilot"),
@@ -243,9 +245,7 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a
         (LAUNCHED | SLURM, "torchrun"),
     ],
 )
-def test_inside_a_launched_job_nothing_is_launched(
-    variables: dict[str, str], engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_launches_no_ranks(variables: dict[str, str], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _set(monkeypatch, variables)
     with pytest.raises(ValueError, match=f"{engine} started this process already, as rank 1 of 2: run the script"):
         _parse("t.py")
@@ -271,7 +271,7 @@ def test_whose_output_is_shown(line: str, show: object) -> None:
 def test_logs(tmp_path: Path) -> None:
     assert _parse("--logs a t.py").logs == Path("a")
     assert _parse("--log-dir b t.py").logs == Path("b")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.py"]  # nothing is made yet
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.py"]  # no folder is made yet
 
 
 def test_torchruns_other_options_reach_torch() -> None:
@@ -318,12 +318,12 @@ def test_torchruns_other_options_reach_torch() -> None:
         ("--dry-run t.py", "--dry-run: prints a job, with --slurm"),
     ],
 )  # fmt: skip
-def test_mistakes_name_the_value_and_the_way_out(line: str, message: str) -> None:
+def test_an_error_names_the_value_and_the_solution(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _parse(line)
 
 
-def test_a_mistake_in_a_variable_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_variable_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_NODE_RANK", "first")
     with pytest.raises(ValueError, match="PET_NODE_RANK=first: give a whole number"):
         _parse("--nnodes 2 --rendezvous a:1 t.py")
@@ -338,8 +338,8 @@ def test_no_submission_without_its_option() -> None:
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "cores", lambda: 8)
-    assert [threads_a_process(nproc) for nproc in (1, 3, 8, 9)] == [8, 2, 1, 1]
+    monkeypatch.setattr(resources, "cores", lambda: 8)
+    assert [threads_per_process(nproc) for nproc in (1, 3, 8, 9)] == [8, 2, 1, 1]
     assert decide_threads(4, {}) == ({"OMP_NUM_THREADS": "2"}, "ddparity: 4 processes, 2 threads each (8 cores)")
     assert decide_threads(1, {}) == ({"OMP_NUM_THREADS": "8"}, "ddparity: 1 process, 8 threads (8 cores)")
     assert decide_threads(8, {})[1] == "ddparity: 8 processes, 1 thread each (8 cores)"
@@ -348,14 +348,14 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.sched_getaffinity(0)
-    monkeypatch.setattr(threads, "cgroup_cores", lambda: None)
+    monkeypatch.setattr(resources, "cgroup_cores", lambda: None)
     try:
         os.sched_setaffinity(0, {min(before)})
         assert cores() == 1
     finally:
         os.sched_setaffinity(0, before)
     assert cores() == len(before)
-    monkeypatch.setattr(threads, "cgroup_cores", lambda: 0.5)
+    monkeypatch.setattr(resources, "cgroup_cores", lambda: 0.5)
     assert cores() == 1
 
 
@@ -364,14 +364,14 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
     [
         ("0::/job/task\n", {"job/task/cpu.max": "max 100000", "job/cpu.max": "250000 100000"}, 2.5),
         ("0::/job\n", {"job/cpu.max": "max 100000"}, None),
-        # Inside a container its own group is the mount itself.
+        # Inside a container, the process's group is the mount itself.
         ("0::/docker/7\n", {"cpu.max": "400000 100000"}, 4.0),
         ("4:cpu,cpuacct:/job\n", {"cpu/job/cpu.cfs_quota_us": "150000", "cpu/job/cpu.cfs_period_us": "100000"}, 1.5),
         ("4:cpu:/job\n", {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, None),
         ("", {}, None),
     ],
 )
-def test_the_quota_of_a_container(own: str, files: dict[str, str], limit: float | None, tmp_path: Path) -> None:
+def test_the_cpu_quota_of_a_container(own: str, files: dict[str, str], limit: float | None, tmp_path: Path) -> None:
     (tmp_path / "own").write_text(own)
     for name, text in files.items():
         path = tmp_path / "cgroup" / name

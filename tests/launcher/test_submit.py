@@ -1,4 +1,4 @@
-"""Jobs for Slurm and Kubernetes: what is generated, read as the schedulers read it, and run with stand-ins for them."""
+"""Jobs for Slurm and Kubernetes: the generated texts, read as the schedulers read them, and run with fake commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _job(line: str) -> Submission:
     return job
 
 
-def _heads(script: str) -> dict[str, str]:
+def _directives(script: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH (--[a-z-]+)=?(.*)$", script, re.MULTILINE))
 
 
@@ -35,17 +35,17 @@ def _run_line(script: str) -> list[str]:
     return shlex.split(step[0].removesuffix("&").replace("\\\n", " "))
 
 
-def test_one_launcher_a_machine() -> None:
+def test_one_launcher_per_machine() -> None:
     script = sbatch_script(_job("--slurm --nnodes 2 --nproc 8 train.py --lr 'a b' --dry-run"))
-    heads = _heads(script)
-    assert heads["--nodes"] == "2"
-    assert heads["--ntasks-per-node"] == "1"
-    assert heads["--signal"] == "B:USR1@60"
-    assert "--requeue" in heads and "--exclusive" in heads
+    directives = _directives(script)
+    assert directives["--nodes"] == "2"
+    assert directives["--ntasks-per-node"] == "1"
+    assert directives["--signal"] == "B:USR1@60"
+    assert "--requeue" in directives and "--exclusive" in directives
     line = _run_line(script)
     assert line[line.index("ddparity") :] == ["ddparity", "run", "--nproc", "8", "train.py", "--lr", "a b"]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    # What is not an option of ours is sbatch's, and comes before the commands.
+    # The options of sbatch come before the commands.
     assert script.index("#SBATCH") < script.index("trap") and script.startswith("#!/bin/bash\n#SBATCH")
 
 
@@ -53,11 +53,11 @@ def test_options_of_sbatch() -> None:
     script = sbatch_script(
         _job("--slurm --time=2:00:00 --partition=gpu --gpus-per-node=8 --cpus-per-task=32 --signal=USR2@300 -n 8 t.py")
     )
-    heads = _heads(script)
-    assert (heads["--time"], heads["--partition"], heads["--gpus-per-node"]) == ("2:00:00", "gpu", "8")
-    assert heads["--signal"] == "B:USR2@300"
+    directives = _directives(script)
+    assert (directives["--time"], directives["--partition"], directives["--gpus-per-node"]) == ("2:00:00", "gpu", "8")
+    assert directives["--signal"] == "B:USR2@300"
     assert "trap 'preempted=yes; kill -USR2 \"$step\"' USR2" in script
-    assert "--exclusive" not in heads
+    assert "--exclusive" not in directives
     assert _run_line(script)[:5] == ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none", "--cpus-per-task", "32"]
     assert "--time" not in " ".join(_run_line(script))
 
@@ -67,19 +67,19 @@ def test_options_of_sbatch() -> None:
     [
         (
             "--slurm --nodes=2 t.py",
-            "--nodes: the job has one task a machine; give the number of machines with --nnodes",
+            "--nodes: the job has one task per machine; give the number of machines with --nnodes",
         ),
-        ("--slurm --ntasks-per-node=8 t.py", "--ntasks-per-node: the job has one task a machine"),
+        ("--slurm --ntasks-per-node=8 t.py", "--ntasks-per-node: the job has one task per machine"),
         ("--slurm --signal=soon t.py", "--signal=soon: give a signal and seconds"),
         ("--slurm --nnodes 1:4 t.py", "--nnodes 1:4: a job has a fixed number of machines"),
-        ("--slurm --rendezvous a:1 t.py", "--rendezvous: where the machines meet is known inside the job only"),
+        ("--slurm --rendezvous a:1 t.py", "--rendezvous: leave it out; the job itself knows where its machines meet"),
         ("--slurm --kubernetes i t.py", "--slurm and --kubernetes: give one of the two"),
         ("--kubernetes i --time=1 t.py", "there is no option --time=1"),
         ("--slurm t.py", "there is no sbatch on this machine"),
         ("--kubernetes i t.py", "there is no kubectl on this machine"),
     ],
 )
-def test_mistakes(line: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors(line: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     result = CliRunner().invoke(app, ["run", *shlex.split(line)])
     assert (result.exit_code, result.stdout) == (2, "")
@@ -89,8 +89,8 @@ def test_mistakes(line: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_dry_run_prints_and_submits_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for place in ("--slurm --dry-run t.py", "--slurm t.py --dry-run"):
-        result = CliRunner().invoke(app, ["run", *place.split()])
+    for line in ("--slurm --dry-run t.py", "--slurm t.py --dry-run"):
+        result = CliRunner().invoke(app, ["run", *line.split()])
         assert result.exit_code == 0
         assert result.stdout == sbatch_script(_job("--slurm t.py"))
     result = CliRunner().invoke(app, ["run", *["--kubernetes", "i", "t.py", "--dry-run"]])
@@ -111,13 +111,13 @@ def test_sbatch_gets_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "got").read_text() == sbatch_script(_job("--slurm --nnodes 2 t.py"))
 
 
-# A launcher that ends by itself on USR1, as one whose ranks have saved. "ready" goes to a pipe that the test reads.
+# A launcher that ends by itself on USR1, like one whose ranks have saved. The test reads "ready" from a pipe.
 LAUNCHER = "trap 'echo saved; exit 0' USR1; echo ready; while :; do sleep 0.1; done"
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """Stand-ins for Slurm's commands; srun passes its signals on, as Slurm's does."""
+    """Fake commands of Slurm. This srun forwards its signals, as Slurm's does."""
     options = r'while [ "${1#-}" != "$1" ]; do shift; done'
     _program(
         tmp_path, "srun", f'{options}; "$@" & child=$!\ntrap \'kill -USR1 "$child"\' USR1\nwait "$child"; wait "$child"'
@@ -184,7 +184,7 @@ def test_the_examples_manifest_is_what_the_command_prints() -> None:
 
 
 def test_what_is_submitted_is_what_runs(tmp_path: Path) -> None:
-    """The arguments inside of the job are read by the same parser."""
+    """The same parser reads the arguments inside of the job."""
     from ddparity.launcher.options import parse
 
     script = tmp_path / "t.py"

@@ -22,7 +22,7 @@ import pytest
 from ddparity.compat import PrefixStore, TCPStore
 from ddparity.errors import RendezvousError
 from ddparity.launcher.options import Launch, parse
-from ddparity.launcher.rendezvous import NodeCard, check_rendezvous, compare_cards, exchange_cards, explain
+from ddparity.launcher.rendezvous import NodeInfo, check_nodes, check_rendezvous, compare_nodes, explain
 from ddparity.runtime import network
 from ddparity.runtime.network import Route
 
@@ -93,8 +93,8 @@ def test_ports() -> None:
     assert network.can_listen(port)
 
 
-def _card(host: str, **changed: object) -> NodeCard:
-    return replace(NodeCard(host, 2, True, "2:2", "2.14.1", "3.11.7", "0.1.0"), **changed)
+def _info(host: str, **changed: object) -> NodeInfo:
+    return replace(NodeInfo(host, 2, True, "2:2", "2.14.1", "3.11.7", "0.1.0"), **changed)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def _card(host: str, **changed: object) -> NodeCard:
         ({"nnodes": "1:4"}, "the machines differ in --nnodes: 2 to 2 on a and c, 1 to 4 on b"),
     ],
 )
-def test_cards(changed: dict[str, object], message: str | None) -> None:
-    found = compare_cards([_card("a"), _card("b", **changed), _card("c")])
+def test_machines_are_compared(changed: dict[str, object], message: str | None) -> None:
+    found = compare_nodes([_info("a"), _info("b", **changed), _info("c")])
     if message is None:
         assert found is None
     else:
@@ -124,14 +124,14 @@ def store() -> TCPStore:
     return TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
 
 
-def _exchange(store: TCPStore, size: int, machines: list[tuple[int, NodeCard]], timeout_s: float) -> list[str | None]:
-    """Return the error of each machine, which is a thread with its own connection, or None."""
+def _check(store: TCPStore, size: int, machines: list[tuple[int, NodeInfo]], timeout_s: float) -> list[str | None]:
+    """What each machine, a thread with its own connection, finds."""
     found: list[str | None] = ["did not end"] * len(machines)
 
-    def machine(place: int, rank: int, card: NodeCard) -> None:
+    def machine(place: int, rank: int, info: NodeInfo) -> None:
         own = TCPStore("127.0.0.1", store.port, None, False, timedelta(seconds=20), wait_for_workers=False)
         try:
-            exchange_cards(PrefixStore("job", own), rank, size, card, timeout_s)
+            check_nodes(PrefixStore("job", own), rank, size, info, timeout_s)
             found[place] = None
         except RendezvousError as error:
             found[place] = str(error)
@@ -144,26 +144,26 @@ def _exchange(store: TCPStore, size: int, machines: list[tuple[int, NodeCard]], 
     return found
 
 
-def test_machines_exchange_cards(store: TCPStore) -> None:
-    assert _exchange(store, 3, [(rank, _card(f"node{rank}")) for rank in range(3)], 10) == [None] * 3
+def test_machines_check_nodes(store: TCPStore) -> None:
+    assert _check(store, 3, [(rank, _info(f"node{rank}")) for rank in range(3)], 10) == [None] * 3
 
 
 def test_a_mistake_is_found_on_every_machine(store: TCPStore) -> None:
-    found = _exchange(store, 2, [(0, _card("a")), (1, _card("b", torch="2.6.0"))], 10)
+    found = _check(store, 2, [(0, _info("a")), (1, _info("b", torch="2.6.0"))], 10)
     assert (
         found
         == ["the machines differ in torch: 2.14.1 on a, 2.6.0 on b; install the same version on every machine"] * 2
     )
 
 
-def test_two_machines_with_one_node_rank(store: TCPStore) -> None:
-    found = _exchange(store, 3, [(0, _card("a")), (1, _card("b")), (1, _card("c"))], 10)
+def test_two_machines_with_one_number(store: TCPStore) -> None:
+    found = _check(store, 3, [(0, _info("a")), (1, _info("b")), (1, _info("c"))], 10)
     for text in found:
         assert text is not None and "2 machines have number 1 (" in text and "none has 2" in text
 
 
-def test_a_machine_that_sends_nothing(store: TCPStore) -> None:
-    (found,) = _exchange(store, 2, [(0, _card("a"))], 0.2)
+def test_a_machine_that_does_not_say(store: TCPStore) -> None:
+    (found,) = _check(store, 2, [(0, _info("a"))], 0.2)
     assert found == "machine 1 met the others but did not say what it was started with: did its launcher fail?"
 
 
@@ -219,16 +219,16 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 
 def test_torchs_errors_become_one_sentence(tmp_path: Path) -> None:
     launch = _launch(tmp_path, f"--nnodes 2 --node-rank 0 --rendezvous 127.0.0.1:{free_port()}")
-    place = check_rendezvous(launch)
+    setup = check_rendezvous(launch)
     error = RuntimeError("Timed out after 11 seconds waiting for clients. 1/2 clients joined.\nException raised from x")
-    text = str(explain(error, launch, place, 11.0))
+    text = str(explain(error, launch, setup, 11.0))
     assert "after 11.0 s: 1 of 2 machines came" in text and "Exception" not in text
 
 
 def test_one_machine_alone_needs_no_check(tmp_path: Path) -> None:
     launch = _launch(tmp_path, "--nproc 2")
-    place = check_rendezvous(launch)
-    assert (place.variables, place.route) == ({}, None)
+    setup = check_rendezvous(launch)
+    assert (setup.variables, setup.route) == ({}, None)
 
 
 # Two machines on one: two network namespaces, connected by a pair of virtual interfaces.

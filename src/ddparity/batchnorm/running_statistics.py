@@ -231,17 +231,31 @@ def _before_forward(saved: dict[_BatchNorm, Saved], layer: _BatchNorm, _: Any) -
 
 
 def _after_forward(
-    saved: dict[_BatchNorm, Saved], records: list[Moments], layer: _BatchNorm, _inputs: Any, _output: Any
+    saved: dict[_BatchNorm, Saved], records: list[Moments], layer: _BatchNorm, _inputs: Any, output: Any
 ) -> None:
     """Record the batch's statistics, if the forward wrote them, and put the layer's own buffers back."""
     if layer not in saved:
         return
-    _, (mean_before, var_before) = saved[layer]
-    mean, var = _running(layer)
+    before = saved[layer]
+    after, count = _running(layer), layer.num_batches_tracked
     _restore(saved, layer)
     # Momentum 1 leaves exactly the batch's statistics. A frozen layer, and one that failed before, writes nothing.
-    if mean is not mean_before or mean._version or var is not var_before or var._version:
-        records.append((mean, var))
+    if _wrote(before, after, count, failed=output is None):
+        records.append(after)
+
+
+def _wrote(before: Saved, after: Moments, count: Tensor | None, failed: bool) -> bool:
+    """Return True if a forward wrote new running statistics.
+
+    torch's batch norm writes into the tensors without a new version of them, but the layer counts the batch in the
+    line before. Where that says nothing, compare the values; a device must then be waited for.
+    """
+    (mean, var, *_), copies = before
+    if any(new is not old or new._version for new, old in zip(after, copies, strict=True)):
+        return True
+    if count is not None and not failed:
+        return count._version > 0
+    return not (torch.equal(after[0], mean) and torch.equal(after[1], var))
 
 
 def _restore(saved: dict[_BatchNorm, Saved], layer: _BatchNorm) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class Replica:
         hooked: the DDP module has our hook; False where the user registered another one, and without DDP.
         buffers_equal: the last step left the same buffers on all ranks.
         room: see `RunningStatistics`.
-        open: a step of `accumulate` is at work on this model.
+        supersede: ends the hold of the step of `accumulate` that is at work on this model.
         agreed: what the ranks compared last, so that they do it once an epoch.
         ordered: DDP has its order of buckets.
         overlapped: parameters whose gradients the last backward has averaged. reduced: it has done so with all.
@@ -67,7 +67,8 @@ class Replica:
         self.number, _made = _made, _made + 1
         self.buffers_equal = equal
         self.room = Room()
-        self.open = self.ordered = self.reduced = False
+        self.ordered = self.reduced = False
+        self.supersede: Callable[[], None] | None = None
         self.told_compiled = self.told_old = False
         self.agreed: object = None
         self.overlapped: list[torch.Tensor] = []

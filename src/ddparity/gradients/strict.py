@@ -1,4 +1,4 @@
-"""The strict reduction: gradients summed along one tree over the step's micro-batches, whoever ran which."""
+"""Strict reduction: sum gradients along one tree over micro-batches, the same tree on any number of ranks."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from ..comm.allreduce import copies_of_ranks, exchange, gathers
 
 Gradients = list[Tensor | None]  # of one or several micro-batches, one entry a parameter
 
-# x + -0.0 is x for every x, -0.0 included: a gradient that is not there adds nothing to the bits of a sum.
+# x + -0.0 is x for every x, also for -0.0: a missing gradient does not change the bits of a sum.
 _NOTHING = -0.0
 
 _ALIGNED_BYTES = 64  # where torch's CPU allocations begin
 
 
 class StrictReduction:
-    """Takes each micro-batch's gradients out of the parameters, and puts the sum over all ranks back at the end.
+    """Take each micro-batch's gradients out of the parameters, and put the sum over all ranks back at the end.
 
-    A parameter's sum is over the micro-batches that gave it a gradient; one that none gave a gradient keeps what it
-    had. What parameters had before the step is added last.
+    A parameter's sum is over the micro-batches that gave it a gradient. A parameter without a gradient in all of them
+    keeps what it had. What parameters had before the step is added last.
 
-    Memory: the sums of whole sub-trees, at most log2(micro-batches) + 1 copies of the gradients on one process, and at
-    most as many as this rank's share has sub-trees, and one, on several. While they are exchanged, they lie in one
-    buffer; beside it a slice of each sub-tree of the other ranks', then the sum, whose parts become the gradients.
+    Memory: the sums of whole subtrees. On one process these are at most log2(micro-batches) + 1 copies of the
+    gradients; on several, at most one more than this rank's share has subtrees. During the exchange they lie in one
+    buffer. Beside it there is a slice of each subtree of the other ranks, then the sum, whose parts become gradients.
 
-    Collectives: none in a world of one. Otherwise, for each pair of dtype and device, an exchange of the sub-trees'
-    sums where they are small; else each rank sends each other one the slices of its sums that this one finishes, and
-    then the finished slice: where shares are whole sub-trees, the bytes of a ring all-reduce. With a number for each
-    parameter, which says whether it has a gradient.
+    Collectives: none in a world of one. Otherwise, for each pair of dtype and device: if the sums are small, one
+    exchange of all subtrees' sums. If not, each rank sends each other rank the slices of its sums that this one
+    finishes, and then the finished slice; where shares are whole subtrees, these are the bytes of a ring all-reduce.
+    One number for each parameter says whether it has a gradient.
 
     Args:
         parameters: by name, the same on every rank.
         numbers: how many micro-batches each rank has in this step.
-        rank: this one. group: None in a world of one.
+        rank: this rank. group: None in a world of one.
 
     Raises:
-        TypeError: a gradient is sparse; it names the parameter.
+        TypeError: a gradient is sparse; the message names the parameter.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class StrictReduction:
 
     @torch.no_grad()
     def take(self) -> bool:
-        """Take the gradients that this rank's next micro-batch left; return whether it left any."""
+        """Take the gradients of this rank's next micro-batch out of the parameters; return True if there are any."""
         taken = self._taken()
         self._tree.push((0, self._next), taken)
         self._next += 1
@@ -73,7 +73,7 @@ class StrictReduction:
 
     @torch.no_grad()
     def finish(self, scale: float = 1.0) -> None:
-        """Leave the sum over all micro-batches, times `scale`, in the parameters' gradients. All ranks call it."""
+        """Set the gradients to the sum over all micro-batches, times `scale`, plus what was there. All ranks call."""
         sums = self._tree.total() if self._group is None else self._exchanged(self._group)
         for parameter, before, value in zip(self._parameters, self._before, sums, strict=True):
             if value is not None and scale != 1.0:
@@ -83,7 +83,7 @@ class StrictReduction:
             parameter.grad = value if before is None else before
 
     def restore(self) -> None:
-        """Put back what the parameters had before, where no rank's micro-batches gave them a gradient."""
+        """Set the gradients to what the parameters had before the step."""
         self._tree.nodes.clear()
         for parameter, before in zip(self._parameters, self._before, strict=True):
             parameter.grad = before
@@ -111,13 +111,13 @@ class StrictReduction:
             parameters = [self._parameters[index] for index in indices]
             rows = [[gradients[index] for index in indices] for gradients in own]
             for gradients, index in itertools.product(own, indices):
-                gradients[index] = None  # freed as soon as it is copied
+                gradients[index] = None  # free it once it is copied
             for index, value in zip(indices, self._summed(parameters, rows, group), strict=True):
                 sums[index] = value
         return sums
 
     def _summed(self, parameters: list[nn.Parameter], rows: list[Gradients], group: dist.ProcessGroup) -> Gradients:
-        """The tree's sums of some parameters of one kind; `rows`: their gradients in each of this rank's sub-trees."""
+        """Return the tree's sums of parameters of one kind; `rows`: their gradients in each of this rank's subtrees."""
         sizes = [len(parameters)] + [parameter.numel() for parameter in parameters]
         aligned = [_aligned(size, parameters[0].element_size()) for size in sizes]
         most = max(map(len, self._nodes))
@@ -140,18 +140,18 @@ class StrictReduction:
         most: int,
         group: dist.ProcessGroup,
     ) -> Tensor:
-        """Every rank finishes the whole tree: more bytes than slices need, but one wait instead of two."""
+        """Finish the whole tree on every rank: more bytes than with slices, but one wait instead of two."""
         own = parameters[0].new_empty(most, sum(aligned))
         for row in range(len(rows)):
             _flatten(parameters, rows, row, aligned, own[row])
         own[len(rows) :] = 0.0
-        copies = copies_of_ranks(own, group)  # small, so that the gradients may stay in there
+        copies = copies_of_ranks(own, group)  # small, so the gradients may stay views of it
         return self._tree_sum(copies[rank, row] for rank, nodes in enumerate(self._nodes) for row in range(len(nodes)))
 
     def _sliced(
         self, parameters: list[nn.Parameter], rows: list[Gradients], aligned: list[int], group: dist.ProcessGroup
     ) -> Tensor:
-        """Each rank finishes the tree for a slice, and tells the others."""
+        """Finish the tree for one slice on each rank, and send the slice to the others."""
         rank, world_size, width = dist.get_rank(group), len(self._nodes), sum(aligned)
         piece = -(-width // world_size)
         own = parameters[0].new_empty(world_size, len(rows), piece)
@@ -173,7 +173,7 @@ class StrictReduction:
         return total.view(-1)
 
     def _tree_sum(self, rows: Iterable[Tensor]) -> Tensor:
-        """The tree's sum of all ranks' sub-trees, in rank order; overwrites them."""
+        """Return the tree's sum of all ranks' subtrees, given in rank order; overwrites them."""
         tree: TreeSum[Tensor] = TreeSum(Tensor.add_)
         for node, row in zip(itertools.chain.from_iterable(self._nodes), rows, strict=True):
             tree.push(node, row)
@@ -188,7 +188,7 @@ def _added(left: Gradients, right: Gradients) -> Gradients:
 
 
 def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, aligned: list[int], out: Tensor) -> None:
-    """Write, for each parameter, whether it has a gradient, and the gradients; then let go of them."""
+    """Write to `out`, for each parameter, whether it has a gradient, then the gradients; then drop them."""
     gradients = rows[row]
     exists = torch.tensor([float(gradient is not None) for gradient in gradients])
     padding = out.new_zeros(_ALIGNED_BYTES // out.element_size())
@@ -206,19 +206,19 @@ def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, al
 
 
 def _nothing(parameter: nn.Parameter) -> Tensor:
-    """What leaves the bits of any sum as they are, in both parts of complex numbers."""
+    """Return what does not change the bits of a sum, in both parts of complex numbers."""
     value = complex(_NOTHING, _NOTHING) if parameter.is_complex() else _NOTHING
     return parameter.new_full((parameter.numel(),), value)
 
 
 def _aligned(size: int, element_size: int) -> int:
-    """So many elements that what follows begins where an allocation of its own would."""
+    """Return a number of elements after which the next tensor starts where an allocation of its own would start."""
     step = _ALIGNED_BYTES // element_size
     return -(-size // step) * step
 
 
 def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A gradient that lies in memory as autograd lays one out, as the parameter: a norm's bits depend on it."""
+    """Return a gradient with the parameter's memory layout, as autograd makes one: the bits of a norm depend on it."""
     if parameter.is_contiguous():
         return value.view_as(parameter)
     return torch.empty_like(parameter).copy_(value.view_as(parameter))
@@ -233,17 +233,17 @@ def sparse_refusal(name: str) -> str:
 
 @contextmanager
 def deterministic(device: torch.device | None) -> Iterator[None]:
-    """Have operators give the same bits each time, where they might not: on an accelerator, or with several threads.
+    """Make operators deterministic inside the context, on an accelerator or with several threads.
 
-    torch raises where an operator has no deterministic algorithm, and names it. On one CPU thread every operator is
-    deterministic. What was set before is set again at the end.
+    torch raises an error that names the operator if it has no deterministic algorithm. On one CPU thread every operator
+    is deterministic. At the end the settings are as before.
     """
     if (device is None or device.type == "cpu") and torch.get_num_threads() == 1:
         yield
         return
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     torch.set_deterministic_debug_mode("error")
-    torch.backends.cudnn.benchmark = False  # it chooses algorithms by time, in each process for itself
+    torch.backends.cudnn.benchmark = False  # it chooses algorithms by their time, separately in each process
     try:
         yield
     finally:
@@ -252,23 +252,26 @@ def deterministic(device: torch.device | None) -> Iterator[None]:
 
 
 T = TypeVar("T")
-Node = tuple[int, int]  # (level, position): micro-batches position * 2**level up to (position + 1) * 2**level
+Subtree = tuple[int, int]  # (level, position): micro-batches position * 2**level up to (position + 1) * 2**level
 
 
 class TreeSum(Generic[T]):
-    """Sums values along the tree as they come, as a binary counter carries: neighbours of equal size become one.
+    """Sum values along the tree as they arrive, as a binary counter carries: two neighbours of equal size become one.
 
-    Floating-point addition is not associative, so the order of a sum decides its bits. Here it is a function of the
-    micro-batches' numbers alone: a node is its left half plus its right half, and a half that is not there, beyond the
-    last micro-batch, adds nothing.
+    Floating-point addition is not associative, so the order of a sum decides its bits. Here the order depends on the
+    micro-batches' numbers alone: a subtree is its left half plus its right half. A half beyond the last micro-batch
+    adds nothing.
 
         8 micro-batches: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))        5: ((0 + 1) + (2 + 3)) + 4
 
-    `nodes`: the whole sub-trees summed so far, in order, with their sums; of n contiguous micro-batches at most
-    2 log2(n), and of the first n at most log2(n) + 1. Values come in the order of the micro-batches.
+    Values arrive in the order of the micro-batches.
 
     Args:
-        add: gives left + right, and may overwrite its left operand.
+        add: return left + right; it may overwrite its left operand.
+
+    Attributes:
+        nodes: the whole subtrees summed so far, in order, with their sums: at most 2 log2(n) of n contiguous
+            micro-batches, and at most log2(n) + 1 of the first n.
 
     Example:
         >>> tree = TreeSum(lambda left, right: f"({left} + {right})")
@@ -282,11 +285,11 @@ class TreeSum(Generic[T]):
 
     def __init__(self, add: Callable[[T, T], T]) -> None:
         self._add = add
-        self.nodes: list[tuple[Node, T]] = []
+        self.nodes: list[tuple[Subtree, T]] = []
 
-    def push(self, node: Node, value: T) -> None:
-        """Add the sum of a node, the one that follows those before."""
-        level, position = node
+    def push(self, subtree: Subtree, value: T) -> None:
+        """Add the sum of the next subtree."""
+        level, position = subtree
         while position % 2 and self.nodes and self.nodes[-1][0] == (level, position - 1):
             _, left = self.nodes.pop()
             value = self._add(left, value)
@@ -294,10 +297,9 @@ class TreeSum(Generic[T]):
         self.nodes.append(((level, position), value))
 
     def total(self) -> T:
-        """The root's sum, once all are there; frees the nodes.
+        """Return the sum of the whole tree, after the last value; free the subtrees.
 
-        What is left are the sub-trees in front of the last micro-batch, ever smaller ones: the smallest two have no
-        other neighbours.
+        The subtrees that are left become smaller towards the last micro-batch. So the last two are always neighbours.
         """
         _, right = self.nodes.pop()
         while self.nodes:
@@ -307,8 +309,8 @@ class TreeSum(Generic[T]):
 
 
 @functools.lru_cache(maxsize=256)
-def subtrees(start: int, stop: int) -> tuple[Node, ...]:
-    """The whole sub-trees that the micro-batches `start` to `stop` consist of, in order."""
+def subtrees(start: int, stop: int) -> tuple[Subtree, ...]:
+    """Return the whole subtrees that make up the micro-batches `start` to `stop`, in order."""
     tree = TreeSum[None](lambda left, right: None)
     for number in range(start, stop):
         tree.push((0, number), None)

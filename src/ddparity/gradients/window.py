@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,6 +16,7 @@ from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
 from ..compat import broadcast_buffers
 from ..errors import DDParityError
+from .left import forget_left, note_left
 from .replica import Replica, made_so_far, others_than
 from .strict import StrictReduction, deterministic
 
@@ -68,9 +70,10 @@ class Window:
         self._others = others_than(self._own) if self._own else []
         self._taken = 0
         self._skipped: list[int] = []
-        self._dropped = 0.0
+        self._dropped: list[float] = []
         self._ran = True
-        self._finished = False
+        self._finished = self._superseded = False
+        self._stack = contextlib.ExitStack()
 
     def _overlaps(self, replica: Replica) -> bool:
         if self._group is None or self._strict or self._sums:
@@ -91,20 +94,17 @@ class Window:
     def opened(self, device: torch.device | None) -> Iterator[None]:
         """Hold back what DDP would do in the loop. What was set before is set again at the end."""
         for replica in self._own:
-            if replica.open:
-                raise RuntimeError(
-                    "accumulate() is at work on this model already: two loops over one model, as in zip(), would "
-                    "reduce its gradients twice. Give both batches of a micro-batch in one: "
-                    "accumulate(model, zip(a, b)). A loop that was left is ended by its iterator's close()"
-                )
+            if replica.supersede is not None:
+                replica.supersede()  # a loop that was left, or one of a zip(), which finds out when it goes on
             replica.warn_of_old_gradients()
-        with contextlib.ExitStack() as stack:
+        forget_left(self._parameters)
+        with self._stack as stack:
             for replica in (*self._own, *self._others):
                 stack.callback(replica.release)
                 replica.hold()
             for replica in self._own:
-                stack.callback(setattr, replica, "open", False)
-                replica.open = True
+                stack.callback(setattr, replica, "supersede", None)
+                replica.supersede = self.supersede
             self._statistics = [self._recorded(replica, stack) for replica in self._own]
             self._share_buffers()
             if self._strict:
@@ -121,6 +121,8 @@ class Window:
         if not self._finished:
             for reduction in (self._reduction, *self._reductions_of_others):
                 reduction.restore()
+            if self.waits and not self._superseded:
+                note_left(self._parameters)
 
     def _make(self, named: Named) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
@@ -143,19 +145,34 @@ class Window:
                 broadcast_buffers(replica.ddp)
                 replica.ddp.require_forward_param_sync = False
 
+    def supersede(self) -> None:
+        """End this step's hold on its models, for another one."""
+        self._superseded = True
+        self._stack.close()
+
     def begin(self, last: bool) -> None:
         """Before a micro-batch."""
         if last and self._overlapped is not None:
             self._overlapped.overlap()
 
     def take(self, index: int, share: float) -> None:
-        """After a micro-batch."""
+        """After a micro-batch.
+
+        Raises:
+            RuntimeError: another loop over a model of this step has begun.
+        """
+        if self._superseded:
+            raise RuntimeError(
+                "accumulate(): another loop over this model has begun before this one was finished. Two loops in zip() "
+                "would reduce its gradients twice: give both batches of a micro-batch in one, "
+                "accumulate(model, list(zip(a, b)))"
+            )
         self._ran = self._reduction.take()
         for reduction in self._reductions_of_others:
             reduction.take()
         if not self._ran:
             self._skipped.append(index)
-            self._dropped += share
+            self._dropped.append(share)
 
     def finish(self) -> None:
         """Reduce. Every rank calls it.
@@ -167,14 +184,15 @@ class Window:
         self._check_unchanged()
         self._tell_skipped()
         self._finished = True
+        left = self._left()
         if self._overlapped is not None:
             self._complete(self._overlapped)
         else:
-            self._reduction.reduce(self._left())
+            self._reduction.reduce(left)
         for replica, statistics in zip(self._own, self._statistics, strict=True):
             if statistics is not None:
                 statistics.replay(max(self._numbers), replica.room)
-        self._reduce_others()
+        self._reduce_others(left)
         for replica, stay_equal in zip(self._own, self._stay_equal, strict=True):
             replica.finished(self._parameters, stay_equal)
             if self._group is not None and replica.compares():
@@ -184,10 +202,11 @@ class Window:
         """What the gradients are multiplied by, so that the weights that are left sum to one."""
         if not self._drops:
             return 1.0
-        dropped = torch.tensor([self._dropped], dtype=torch.float64)
+        dropped = torch.zeros(max(self._numbers), dtype=torch.float64)
+        dropped[: len(self._dropped)] = torch.tensor(self._dropped, dtype=torch.float64)
         if self._group is not None:
-            dropped = copies_of_ranks(dropped.to(self._parameters[0].device), self._group).sum(0)
-        left = 1.0 - float(dropped)
+            dropped = copies_of_ranks(dropped.to(self._parameters[0].device), self._group)
+        left = 1.0 - math.fsum(dropped.flatten().tolist())  # fsum: its bits do not depend on who ran which
         return 1.0 / left if left > 1e-9 else 1.0
 
     def _complete(self, replica: Replica) -> None:
@@ -221,7 +240,7 @@ class Window:
         if changed:
             reduce_gradients(replica.overlapped, group, average=True)
 
-    def _reduce_others(self) -> None:
+    def _reduce_others(self, left: float) -> None:
         """Reduce the replicas that the losses have run besides those that the step is of."""
         if not self._own or made_so_far() < 2:
             return
@@ -246,7 +265,7 @@ class Window:
                 reduction.restore()
                 continue
             other = self._others[position]
-            reduction.reduce(1.0)
+            reduction.reduce(left)
             if statistics is not None:
                 statistics.replay(max(self._numbers), other.room)
             other.buffers_equal = other.buffers_equal and equal_buffers(other.module, statistics is not None)
@@ -269,9 +288,9 @@ class Window:
         ]
         if not changed:
             return
-        # A process alone may write into some of its parameters in a forward; an optimizer writes into all of them.
+        # A fast process alone may write into some of its parameters in a forward; an optimizer writes into all.
         with_gradient = {name for name, parameter in self._named if parameter.grad is not None}
-        if self._group is None and (not with_gradient or not with_gradient <= set(changed)):
+        if self._group is None and not self._strict and (not with_gradient or not with_gradient <= set(changed)):
             return
         raise RuntimeError(
             f"accumulate(): {changed[0]} has changed inside of the loop over the micro-batches, before the step's "

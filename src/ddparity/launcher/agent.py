@@ -1,11 +1,13 @@
-"""torch's elastic agent, which here also tells why a job failed, and leaves nothing running."""
+"""The agent of one machine: torch's elastic agent, which here also reports why a job failed and leaves nothing running.
+
+It starts this machine's ranks, watches them, ends them after a failure, and starts them again.
+"""
 
 from __future__ import annotations
 
 import signal
 import socket
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,107 +22,116 @@ from ..compat import PrefixStore, forget_bootstrap_store
 from ..errors import RendezvousError
 from ..runtime.network import is_listening_at, limit_tcp_waits, split_endpoint
 from .diagnosis import messages
-from .diagnosis.exits import (
-    Cause,
-    ExitReport,
-    describe_exits,
-    is_settled,
-    lost_reports,
-    mark_left_early,
-    pack_reports,
-    read_exit_report,
-    root_cause,
-    unpack_reports,
-)
+from .diagnosis.exits import Cause, ExitReport, describe_exits, is_settled, mark_left_early, root_cause
 from .diagnosis.hang_report import HangReport, add_positions, describe_hang
 from .diagnosis.watch import Watch, WatchedRank
-from .ending import Guardian, end, how_ended, kill_sessions, send
-from .exchange import SILENT_S, Exchange, Machine, machines_of, plain_reason
+from .ending import Guardian, RankProcesses, end, kill_sessions, send
+from .exchange import SILENT_S, Exchange, Node, plain_reason
 from .output import RankFiles, say, tell
 from .resources import MemoryWatch
 from .signals import Signals
 
-_PATIENCE_S = 3.0  # for the rank that failed first, when only victims have ended
-_PAUSE_S = 0.4  # for ranks that fail alike
-_FORWARD_S = 2.0  # for the last output, when a signal has come
-_LONG_S = 60.0  # ranks that ran for so long had progressed, whatever they do
-_TAKEN_IN = "a machine has come: starting again, with it"
+_CAUSE_TIMEOUT_S = 3.0  # for the rank that failed first to end, when only ranks that failed because of it have ended
+_SAME_CAUSE_S = 0.4  # for other ranks that fail for the same reason
+_OUTPUT_TIMEOUT_S = 2.0  # for the last output, when a signal has come
+_PROGRESS_S = 60.0  # a rank that ran for this long counts as one that made progress
+_NODE_JOINED = "a machine has joined: all ranks start again with it"
 
 
-class MachineLost(RendezvousError):
-    """The machine that holds the job's store has gone, or another one while ranks were started."""
+class NodeLost(RendezvousError):
+    """The machine that holds the job's store is lost, or another machine was lost while the ranks were started."""
 
 
 @dataclass(frozen=True)
-class Habits:
-    """How an agent watches its ranks and ends them."""
+class AgentOptions:
+    """How an agent watches its ranks and ends them. `rendezvous`: HOST:PORT of the store; None: one machine alone."""
 
     grace_s: float = 3.0  # from a signal to SIGKILL
     hang_timeout_s: float = 60.0
     on_hang: Literal["end", "report"] = "end"
-    meeting: str | None = None  # HOST:PORT of the store, of a job on several machines
+    rendezvous: str | None = None
 
 
 class Agent(LocalElasticAgent):
-    """One machine's agent. Ranks that failed are `exit_reports` after `run`, with those of the other machines.
+    """Run the ranks of one machine. After `run`, `exit_reports` has the ranks that failed, of all machines.
 
-    What differs from torch's: a failure is looked at before the others are ended, so that its cause is known; signals
-    go to main processes first; a job that hangs is named; a failure before any progress is not tried again.
+    It differs from torch's agent in four ways. It finds the cause of a failure before it ends the other ranks. It sends
+    signals to the main processes first. It names the rank that hangs. It does not repeat a failure before any progress.
     """
 
     def __init__(
-        self, spec: WorkerSpec, files: RankFiles, habits: Habits, signals: Signals, start_method: str = "spawn"
+        self, spec: WorkerSpec, files: RankFiles, options: AgentOptions, signals: Signals, start_method: str = "spawn"
     ) -> None:
         super().__init__(spec, files, start_method=start_method)
         self.exit_reports: list[ExitReport] = []
         self.hang: HangReport | None = None
-        self._files, self._habits, self._signals = files, habits, signals
-        # Where several machines meet at a store; another kind of rendezvous may have no such address.
-        said = habits.meeting or ""
-        self._address = split_endpoint(said) if said.rpartition(":")[2].isdigit() else None
+        self._files, self._options, self._signals = files, options, signals
+        # The store's address. A rendezvous of another kind than torch's store may have no HOST:PORT.
+        endpoint = options.rendezvous or ""
+        self._address = split_endpoint(endpoint) if endpoint.rpartition(":")[2].isdigit() else None
         self._host = socket.gethostname()
         self._guardian = Guardian()
         self._memory = MemoryWatch()
-        self._seen: dict[int, tuple[int, float]] = {}  # local rank: exit code, when it was seen
+        self._ranks = RankProcesses({}, {}, files)
         self._watch: Watch | None = None
         self._exchange: Exchange | None = None
         self._started = 0.0
         self._world_size = 0
-        self._finished: RunResult | None = None  # of this machine's ranks, while others run
-        self._count_waiting = spec.rdzv_handler.num_nodes_waiting
-        # An assignment is a type error, since it is a method: torch's loop would wait for the store in it.
-        setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting)  # noqa: B010 - see above
-        self._forwarded: set[int] = set()  # of the scheduler's warnings, to the ranks that run
-        self._heard: set[int] = set()  # of those, from other machines
-        self._waited_for = False  # these ranks have stopped on one, those of other machines may be at work
+        self._finished: RunResult | None = None  # of this machine's ranks, while other machines' ranks still run
+        self._count_waiting_nodes = spec.rdzv_handler.num_nodes_waiting
+        # torch's loop would wait for the store in this method. setattr, since mypy refuses to assign to a method.
+        setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting_nodes)  # noqa: B010 - see above
+        self._forwarded: set[int] = set()  # the scheduler's warnings that the current ranks have received
+        self._from_nodes: set[int] = set()  # warnings that other machines passed on
+        self._waits_for_nodes = False  # this machine's ranks have stopped on a warning; others may still save
 
     def folders(self) -> dict[int, Path]:
-        """What each rank of this machine has left, by rank."""
+        """Return the folder of each rank of this machine, in which the rank writes files for its agent."""
         return {self._rank(local): folder for local, folder in self._files.folders.items()}
 
     def run(self, *args: Any, **options: Any) -> RunResult:
         try:
-            found: RunResult = super().run(*args, **options)
-            return found
+            result: RunResult = super().run(*args, **options)
+            return result
         finally:
-            self._signals.raising = True  # no rank runs
+            self._signals.raising = True  # no rank runs any more
 
     def close(self) -> None:
         self._guardian.dismiss()
         self._close_files()
         self._close_exchange()
-        delattr(self._worker_group.spec.rdzv_handler, "num_nodes_waiting")  # a cycle, which keeps the store's sockets
+        # The handler and this agent would refer to each other, which would keep the store's sockets open.
+        delattr(self._worker_group.spec.rdzv_handler, "num_nodes_waiting")
+
+    def failure_report(self) -> str:
+        """Return the last lines of the output of a job that failed."""
+        world_size = self._worker_group.workers[0].world_size if self._worker_group.workers else 0
+        if self.hang is not None:
+            return f"ddparity: {describe_hang(self.hang)}"
+        return describe_exits(self.exit_reports, world_size)
+
+    def preemption_signal(self) -> int | None:
+        """Return the signal on which all ranks saved and stopped; None where the job ended in another way."""
+        if self.hang is not None or any(one.ended_by_us or one.left_early or one.lost for one in self.exit_reports):
+            return None
+        return self._warning_of({one.code for one in self.exit_reports} - {0})
+
+    def straggler_report(self) -> str:
+        """Return which ranks the others waited for; empty where no rank stands out."""
+        return self._watch.stragglers() if self._watch is not None else ""
+
+    # The steps of torch's agent, in the order in which it calls them.
 
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
-        """Also where a machine goes between the rendezvous and the start: then the others meet again."""
+        """Repeat the rendezvous where a machine is lost between the rendezvous and the start of the ranks."""
         while True:
             try:
                 super()._initialize_workers(worker_group)
                 return
             except (DistError, RendezvousConnectionError) as error:
-                if self._habits.meeting is None:
+                if self._options.rendezvous is None:
                     raise
-                self._not_together(error)
+                self._prepare_another_rendezvous(error)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._signals.raising = True
@@ -131,68 +142,52 @@ class Agent(LocalElasticAgent):
             forget_bootstrap_store(worker_group.spec.rdzv_handler)
         super()._rendezvous(worker_group)
         if self._address is not None:
-            limit_tcp_waits(self._address[1], SILENT_S)  # a static rendezvous connects just now
-
-    def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        if worker_group.state is WorkerState.HEALTHY and self._exchange is not None:  # torch's loop found a machine
-            self._exchange.change()
-            self._tell(_TAKEN_IN)
-        self._close_exchange()
-        super()._restart_workers(worker_group)
-
-    def _exit_barrier(self) -> None:
-        """torch's ends the store under machines that run for five minutes longer; here `_monitor_workers` waits."""
-        if self._exchange is None:
-            self._signals.raising = True
-            self._signals.check()
-            super()._exit_barrier()  # type: ignore[no-untyped-call]  # torch gives no type
+            limit_tcp_waits(self._address[1], SILENT_S)  # again: a static rendezvous opens its connection only now
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.exit_reports, self.hang, self._seen, self._finished = [], None, {}, None
+        self.exit_reports, self.hang, self._finished = [], None, None
         self._forwarded.clear()
-        self._waited_for = False
-        several = self._address is not None and self._meet(worker_group, self._address)
+        self._waits_for_nodes = False
+        several = self._address is not None and self._open_exchange(worker_group, self._address)
         with self._signals.starting():
             started: dict[int, Any] = super()._start_workers(worker_group)
         self._started = time.monotonic()
-        if not self._processes():  # of functions: torch waits for those as long as they take
+        # multiprocessing runs functions. torch waits for them itself, for as long as they take.
+        pids = dict(self._pcontext.pids()) if isinstance(self._pcontext, SubprocessContext) else {}
+        self._ranks = RankProcesses(pids, {local: self._rank(local) for local in pids}, self._files)
+        if not pids:
             self._signals.raising = True
             self._signals.check()
         else:
-            self._guardian.watch(self._pids())
-            ranks = [
-                WatchedRank(
-                    worker.global_rank, self._processes()[worker.local_rank], self._files.folders[worker.local_rank]
-                )
-                for worker in worker_group.workers
-            ]
-            self._watch = Watch(ranks, self._habits.hang_timeout_s, self._exchange if several else None)
+            self._guardian.watch(self._ranks.pids)
+            ranks = [WatchedRank(self._rank(local), pid, self._files.folders[local]) for local, pid in pids.items()]
+            self._watch = Watch(ranks, self._options.hang_timeout_s, self._exchange if several else None)
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._signals.check()
-        if self._processes():
+        if self._ranks.pids:
             self._look()
             assert self._watch is not None
             hang = self._watch.look()
             if self._signals.asked:
                 self._signals.asked = False
                 self._tell(self._watch.stragglers(always=True))
-            if hang is not None and self._habits.on_hang == "report":
+            if hang is not None and self._options.on_hang == "report":
                 self._tell(describe_hang(hang))
                 self._keep_stacks(hang, ends=False)
                 hang = None
-            self._warn()
+            self._forward_warnings()
             changes = self._exchange is not None and self._exchange.changes()
-            elsewhere = self._exchange is not None and self._exchange.failed()
-            if hang is not None or changes or elsewhere or self._have_failed():
-                self._conclude(worker_group, hang)
-                super()._monitor_workers(worker_group)  # it waits for the processes, which have ended
+            failed_elsewhere = self._exchange is not None and self._exchange.failed()
+            if hang is not None or changes or failed_elsewhere or self._have_failed():
+                self._end_after_failure(worker_group, hang)
+                super()._monitor_workers(worker_group)  # collects the exit codes of the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
-            if len(self._seen) < len(self._pids()) or self._waited_for:
-                # torch would look once more: a rank that has failed since would be gone, and the others ended by it.
+            if not self._ranks.all_ended or self._waits_for_nodes:
+                # torch's method would look again. It would end all ranks if one has failed since, and hide the cause.
                 return RunResult(state=WorkerState.HEALTHY)
-            kill_sessions(self._pids())  # what they started and left
+            kill_sessions(self._ranks.pids)  # processes that the ranks started and left running
         if self._finished is None:
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state is not WorkerState.SUCCEEDED or self._exchange is None:
@@ -204,238 +199,192 @@ class Agent(LocalElasticAgent):
             return self._finished
         return RunResult(state=WorkerState.HEALTHY)
 
-    def _meet(self, worker_group: WorkerGroup, address: tuple[str, int]) -> bool:
-        """Begin a round with the other machines. Gives whether there are any."""
-        store, node, nodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
-        assert store is not None and node is not None and nodes is not None, "the rendezvous gives them"
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state is WorkerState.HEALTHY and self._exchange is not None:  # torch's loop found a machine
+            self._exchange.change()
+            self._tell(_NODE_JOINED)
+        self._close_exchange()
+        super()._restart_workers(worker_group)
+
+    def _exit_barrier(self) -> None:
+        """Do nothing in a job with an exchange, where `_monitor_workers` has waited for the other machines.
+
+        torch's barrier waits for five minutes, then closes the store while other machines may still need it.
+        """
+        if self._exchange is None:
+            self._signals.raising = True
+            self._signals.check()
+            super()._exit_barrier()  # type: ignore[no-untyped-call]  # torch gives no type
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
+        end(self._ranks.pids, death_sig, self._options.grace_s, hurry=self._signals.repeated)
+        super()._shutdown(death_sig, *args, **options)
+        self._close_files()
+
+    # Several machines.
+
+    def _open_exchange(self, worker_group: WorkerGroup, address: tuple[str, int]) -> bool:
+        """Begin a round with the other machines. Return whether there are any."""
+        store, node_rank, nnodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
+        assert store is not None and node_rank is not None and nnodes is not None, "the rendezvous sets them"
         maximum = worker_group.spec.max_restarts
         ranks = tuple(worker.global_rank for worker in worker_group.workers)
-        own = Machine(self._host, ranks, maximum - self._remaining_restarts, is_listening_at(address[1]))
+        own = Node(self._host, ranks, maximum - self._remaining_restarts, is_listening_at(address[1]))
         if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
             store = PrefixStore(f"round{own.restarts}", store)
-        patience_s = _PATIENCE_S + self._habits.grace_s + 2
+        timeout_s = _CAUSE_TIMEOUT_S + self._options.grace_s + 2
         self._exchange = Exchange(
-            store, node, nodes, own, patience_s, self._count_waiting, address, self._signals.patience
+            store, node_rank, nnodes, own, timeout_s, self._count_waiting_nodes, address, self._signals.patience
         )
-        # A machine that came late has restarted less often, and torch's ranks meet under the number of restarts.
-        restarts = max(machine.restarts for machine in self._exchange.machines)
+        # A machine that joined late has restarted less often. torch's ranks use the number of restarts in their keys.
+        restarts = max(node.restarts for node in self._exchange.nodes)
         self._remaining_restarts = max(0, maximum - restarts)
         world_size = worker_group.workers[0].world_size
         if self._exchange.leads and self._world_size not in (0, world_size):
-            self._tell(f"goes on with {world_size} ranks on {nodes} machines")
+            self._tell(f"the job continues with {world_size} ranks on {nnodes} machines")
         self._world_size = world_size
-        return nodes > 1
+        return nnodes > 1
 
-    def _waiting(self) -> int:
-        """How many machines wait to be taken in; asks nobody where a thread does that."""
-        return self._exchange.waiting if self._exchange is not None else int(self._count_waiting())
+    def _prepare_another_rendezvous(self, error: Exception) -> None:
+        """Use one restart for another rendezvous. Raise NodeLost where the store is lost or no restart remains."""
+        try:
+            self._count_waiting_nodes()
+        except Exception as lost:
+            raise NodeLost(
+                f"lost the job's store at {self._options.rendezvous}: {plain_reason(lost)}. The job ends on this "
+                f"machine ({self._host}): start it again on all machines"
+            ) from error
+        reason = f"a machine was lost while the ranks were started: {plain_reason(error)}"
+        if self._remaining_restarts == 0:
+            raise NodeLost(reason) from error
+        self._remaining_restarts -= 1
+        self._tell(f"{reason}: repeating the rendezvous")
 
-    def _close_files(self) -> None:
-        self._files.close(hurry=self._signals.patience(_FORWARD_S))
+    def _waiting_nodes(self) -> int:
+        """Return how many machines wait to join. The exchange's thread asks the store; without it, ask here."""
+        return self._exchange.waiting if self._exchange is not None else int(self._count_waiting_nodes())
 
     def _close_exchange(self) -> None:
         if self._exchange is not None:
             self._exchange.close()
         self._exchange = None
 
-    def _not_together(self, error: Exception) -> None:
-        """Tell whether to meet again; raises where not."""
-        try:
-            self._count_waiting()
-        except Exception as gone:
-            raise MachineLost(
-                f"lost {self._habits.meeting}, where the job's machines meet: {plain_reason(gone)}. The job ends here "
-                f"({self._host}): start it again on all machines"
-            ) from error
-        reason = f"a machine went while ranks were started: {plain_reason(error)}"
-        if self._remaining_restarts == 0:
-            raise MachineLost(reason) from error
-        self._remaining_restarts -= 1
-        self._tell(f"{reason}: meeting again")
+    # The ranks of this machine.
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
-        end(self._pids(), death_sig, self._habits.grace_s, hurry=self._signals.repeated)
-        super()._shutdown(death_sig, *args, **options)
-        self._close_files()
-
-    def _processes(self) -> dict[int, int]:
-        """Process ids by local rank; none for functions, which multiprocessing runs."""
-        return dict(self._pcontext.pids()) if isinstance(self._pcontext, SubprocessContext) else {}
-
-    def _pids(self) -> list[int]:
-        return list(self._processes().values())
+    def _rank(self, local_rank: int) -> int:
+        return int(self._worker_group.workers[local_rank].global_rank)
 
     def _look(self) -> None:
-        for local, pid in self._processes().items():
-            if local in self._seen:
-                continue
-            code = how_ended(pid)
-            if code is None and self._lingers(local):
-                code = 1
-            if code is not None:
-                self._seen[local] = code, time.time()
-                if self._watch is not None:
-                    self._watch.ended(self._rank(local), code)
+        linger_s = min(self._options.grace_s, self._options.hang_timeout_s / 2)
+        for rank, code in self._ranks.look(linger_s):
+            if self._watch is not None:
+                self._watch.ended(rank, code)
 
     def _have_failed(self) -> bool:
-        """Whether ranks have. Those that stop on a scheduler's warning may save until the last, on all machines."""
-        codes = {code for code, _ in self._seen.values()} - {0}
-        if not codes or self._warning(codes) is None:
+        """Return whether ranks have failed. Ranks that stop on a scheduler's warning wait for all that still save."""
+        codes = self._ranks.codes - {0}
+        if not codes or self._warning_of(codes) is None:
             return bool(codes)
-        if len(self._seen) < len(self._pids()):
+        if not self._ranks.all_ended:
             return False
         if self._exchange is None:
             return True
-        if not self._waited_for:
-            self._waited_for = True
+        if not self._waits_for_nodes:
+            self._waits_for_nodes = True
             self._exchange.finish()
         return self._exchange.all_finished()
 
-    def _warning(self, codes: set[int]) -> int | None:
-        """The scheduler's warning that all these exit codes tell of."""
+    def _warning_of(self, codes: set[int]) -> int | None:
+        """Return the scheduler's warning on which processes with these exit codes stopped; None: not all of them."""
         return next((number for number in self._forwarded if codes and codes <= {128 + number, -number}), None)
 
-    def _lingers(self, local: int) -> bool:
-        """Whether a rank left its exception a while ago and does not end: another thread of it goes on."""
-        with suppress(OSError):
-            left = (self._files.folders[local] / "error.json").stat().st_mtime
-            return time.time() - left > min(self._habits.grace_s, self._habits.hang_timeout_s / 2)
-        return False
+    def _forward_warnings(self) -> None:
+        """Pass a scheduler's warning on to the ranks and to the other machines, and theirs to these ranks."""
+        own = self._signals.take_warnings()
+        others = self._exchange.signals(own) if self._exchange is not None else []
+        # A scheduler may warn every machine: ranks get the warning once.
+        new = [number for number in own if number not in self._from_nodes]
+        self._from_nodes = self._from_nodes - set(own) | set(others)
+        for number in dict.fromkeys([*new, *others]):
+            self._forwarded.add(number)
+            send(self._ranks.pids, number)
 
-    def _rank(self, local: int) -> int:
-        return int(self._worker_group.workers[local].global_rank)
+    # After a failure.
 
-    def _conclude(self, worker_group: WorkerGroup, hang: HangReport | None) -> None:
-        """Wait until the cause is known, end the other ranks, and keep how each ended."""
+    def _end_after_failure(self, worker_group: WorkerGroup, hang: HangReport | None) -> None:
+        """Wait until the cause is known, end the other ranks, and keep how each rank ended."""
         assert self._watch is not None
         exchange = self._exchange
         if hang is None:
-            self._settle()
-            own = [self._exit_report(local, code, at) for local, (code, at) in self._seen.items() if code]
+            self._wait_for_cause()
+            own = [one for one in self._ranks.exit_reports(self._memory) if one.code]
             if own and root_cause(own).cause in (Cause.CRASHED, Cause.CONSEQUENCE):
-                hang = self._watch.explain()  # Gloo aborts one rank where sizes differ, and cuts off the others
+                # Where tensor sizes differ, Gloo aborts one rank and closes the connections of the others.
+                hang = self._watch.explain()
             if hang is None and exchange is not None:
                 hang = messages.unpack_hang(exchange.announced() or "")
         if hang is not None:
             self._keep_stacks(hang, ends=True)
-        by_themselves = set(self._seen)
-        end(self._pids(), signal.SIGTERM, self._habits.grace_s, hurry=lambda: bool(self._signals.ending))
+        ended_before = self._ranks.ended
+        end(self._ranks.pids, signal.SIGTERM, self._options.grace_s, hurry=lambda: bool(self._signals.ending))
         self._look()
-        reports = [
-            self._exit_report(local, code, at, ended_by_us=local not in by_themselves)
-            for local, (code, at) in self._seen.items()
-        ]
-        if exchange is not None and exchange.changes() and all(report.cause > Cause.LOST for report in reports):
-            self._remaining_restarts += 1  # which torch takes: this is no failure
-            self._tell(_TAKEN_IN)
+        reports = self._ranks.exit_reports(self._memory, ended_before)
+        if exchange is not None and exchange.changes() and all(one.cause > Cause.LOST for one in reports):
+            self._remaining_restarts += 1  # torch's loop takes one, but this is no failure
+            self._tell(_NODE_JOINED)
             return
         if self._watch.progressed:
-            reports = [replace(report, progressed=True) for report in reports]
+            reports = [replace(one, progressed=True) for one in reports]
         if exchange is not None:
-            reports = self._of_all_machines(exchange, reports)
+            reports = exchange.all_exit_reports(reports)
         self.exit_reports = mark_left_early(reports)
-        self.hang = (
-            add_positions(hang, {report.rank: report.traceback for report in reports}) if hang is not None else None
-        )
+        self.hang = add_positions(hang, {one.rank: one.traceback for one in reports}) if hang is not None else None
         if exchange is not None and exchange.lost is not None:
-            self._remaining_restarts = 0  # there is nowhere to meet
+            self._remaining_restarts = 0  # without the store there is no rendezvous
         if self._remaining_restarts > 0:
-            self._again(worker_group)
+            self._decide_restart(worker_group)
 
-    def _of_all_machines(self, exchange: Exchange, own: list[ExitReport]) -> list[ExitReport]:
-        silent = exchange.silent()
-        told = exchange.all_exit_reports(pack_reports(own))
-        reports = [report for text in told if text is not None for report in unpack_reports(text)]
-        gone = exchange.lost is not None
-        for node, text in enumerate(told):
-            machine = exchange.machines[node]
-            if text is not None or (gone and not machine.holds):  # of those only the store could tell
-                continue
-            name = machines_of(exchange.machines, [node])
-            if gone:
-                reason = f"lost {name}, which holds the job's store: {exchange.lost}"
-            elif node in silent:
-                reason = f"lost {name}: not heard of for {silent[node]:.0f} s"
-            else:
-                reason = f"lost {name}: no word from it"
-            reports += lost_reports(machine.ranks, machine.host, reason, time.time())
-        return reports
-
-    def _again(self, worker_group: WorkerGroup) -> None:
-        """Say what failed and that it is tried again, or have it not tried again."""
-        if self.stopped_by() is not None:  # the scheduler takes the machine away
-            self._remaining_restarts = 0
-            return
-        found = root_cause(self.exit_reports)
-        progress = any(report.progressed for report in self.exit_reports) or time.monotonic() - self._started > _LONG_S
-        if self.hang is None and found.cause in (Cause.FAILED, Cause.LEFT_EARLY) and not progress:
-            self._remaining_restarts = 0
-            told = replace(found, evidence=f"{found.evidence}it failed before any progress: not tried again")
-            self.exit_reports = [told if report is found else report for report in self.exit_reports]
-            return
-        number = worker_group.spec.max_restarts - self._remaining_restarts + 1
-        with self._signals.let_through():
-            say(self.told())
-        self._tell(f"starting again: restart {number} of {worker_group.spec.max_restarts}")
-
-    def _settle(self) -> None:
-        """Give the rank that failed first the time to end: a victim may be quicker."""
+    def _wait_for_cause(self) -> None:
+        """Wait for the rank that failed first. A rank that failed because of another one may end before it."""
         start = time.monotonic()
         while True:
-            reports = mark_left_early(self._exit_report(local, code, at) for local, (code, at) in self._seen.items())
-            if len(self._seen) == len(self._pids()):
+            reports = mark_left_early(self._ranks.exit_reports(self._memory))
+            if self._ranks.all_ended:
                 return
             waited = time.monotonic() - start
             elsewhere = self._exchange is not None and (self._exchange.failed() or self._exchange.changes())
-            pause_s = _PATIENCE_S if self._forwarded else _PAUSE_S  # ranks that stop in order may be saving
-            if (elsewhere or not any(report.code for report in reports)) and waited > pause_s:
+            pause_s = _CAUSE_TIMEOUT_S if self._forwarded else _SAME_CAUSE_S  # after a warning, ranks may be saving
+            if (elsewhere or not any(one.code for one in reports)) and waited > pause_s:
                 return
-            if any(report.code for report in reports) and is_settled(reports, waited, _PATIENCE_S, pause_s):
+            if any(one.code for one in reports) and is_settled(reports, waited, _CAUSE_TIMEOUT_S, pause_s):
                 return
-            time.sleep(0.02)  # the end of a process, seen without reaping it, wakes nobody
+            time.sleep(0.02)  # `_look` leaves the exit codes for torch to collect, so that no event wakes this loop
             self._look()
 
-    def _exit_report(self, local: int, code: int, at: float, ended_by_us: bool = False) -> ExitReport:
-        folder, logs = self._files.folders[local], self._files.logs[local]
-        report = read_exit_report(self._rank(local), self._host, folder, code, at, ended_by_us, logs)
-        if code == -signal.SIGKILL and not ended_by_us:
-            report = replace(report, evidence=self._memory.evidence(self._processes()[local]))
-        return report
+    def _decide_restart(self, worker_group: WorkerGroup) -> None:
+        """Report what failed and announce the restart, or forbid the restart where it would not help."""
+        if self.preemption_signal() is not None:  # the scheduler takes the machine away
+            self._remaining_restarts = 0
+            return
+        found = root_cause(self.exit_reports)
+        progress = any(one.progressed for one in self.exit_reports) or time.monotonic() - self._started > _PROGRESS_S
+        if self.hang is None and found.cause in (Cause.FAILED, Cause.LEFT_EARLY) and not progress:
+            self._remaining_restarts = 0
+            evidence = f"{found.evidence}it failed before any progress: no restart"
+            self.exit_reports = [replace(one, evidence=evidence) if one is found else one for one in self.exit_reports]
+            return
+        number = worker_group.spec.max_restarts - self._remaining_restarts + 1
+        with self._signals.let_through():
+            say(self.failure_report())
+        self._tell(f"all ranks start again: restart {number} of {worker_group.spec.max_restarts}")
 
     def _keep_stacks(self, hang: HangReport, ends: bool) -> None:
         if self._files.kept is not None and self._watch is not None:
             self._watch.keep_stacks(hang, self._files.kept, ends)
             self._tell(f"the stacks of all ranks are in {self._files.kept}")
 
-    def told(self) -> str:
-        """What the end of the output says."""
-        world_size = self._worker_group.workers[0].world_size if self._worker_group.workers else 0
-        if self.hang is not None:
-            return f"ddparity: {describe_hang(self.hang)}"
-        return describe_exits(self.exit_reports, world_size)
-
-    def stopped_by(self) -> int | None:
-        """The preemption signal on which all ranks ended in order, having saved."""
-        if self.hang is not None or any(
-            report.ended_by_us or report.left_early or report.lost for report in self.exit_reports
-        ):
-            return None
-        return self._warning({report.code for report in self.exit_reports} - {0})
-
-    def slow(self) -> str:
-        """Which ranks the others waited for; empty where none stood out."""
-        return self._watch.stragglers() if self._watch is not None else ""
-
-    def _warn(self) -> None:
-        """Pass a scheduler's warning on to the ranks and to the other machines, and theirs to these ranks."""
-        own = self._signals.take_warnings()
-        others = self._exchange.signals(own) if self._exchange is not None else []
-        # A scheduler may warn all machines: ranks get one of both.
-        mine = [number for number in own if number not in self._heard]
-        self._heard = self._heard - set(own) | set(others)
-        for number in dict.fromkeys([*mine, *others]):
-            self._forwarded.add(number)
-            send(self._pids(), number)
+    def _close_files(self) -> None:
+        self._files.close(hurry=self._signals.patience(_OUTPUT_TIMEOUT_S))
 
     def _tell(self, line: str) -> None:
         with self._signals.let_through():

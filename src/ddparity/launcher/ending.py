@@ -1,17 +1,27 @@
-"""Ending ranks: their main processes first, then what is left of their sessions; also when the launcher is killed."""
+"""The processes of one machine's ranks: how each ended, and how the launcher ends them.
+
+The launcher signals the main processes first, then kills what is left of their sessions. A guardian process does the
+latter when the launcher itself is killed.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
+
+from .diagnosis.exits import ExitReport, read_exit_report
+from .output import RankFiles
+from .resources import MemoryWatch
 
 _PAUSE_S = 0.01
 _PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
-# Waits for the launcher's end of the pipe to close, whatever ended the launcher, and kills the sessions it was told of.
+# It reads process ids until the launcher's end of the pipe closes, for whatever reason, then kills their sessions.
 _GUARDIAN = """
 all=
 while read -r id; do
@@ -25,9 +35,79 @@ done
 """
 
 
+class RankProcesses:
+    """The main processes of this machine's ranks in one attempt, and how those that have ended did.
+
+    `pids` and `ranks` have a process id and a global rank for each local rank. There are none for functions, which
+    multiprocessing runs.
+    """
+
+    def __init__(self, pids: Mapping[int, int], ranks: Mapping[int, int], files: RankFiles) -> None:
+        self._pids, self._ranks, self._files = dict(pids), dict(ranks), files
+        self._ended: dict[int, tuple[int, float]] = {}  # local rank: exit code, time when it was seen
+
+    @property
+    def pids(self) -> list[int]:
+        return list(self._pids.values())
+
+    @property
+    def ended(self) -> frozenset[int]:
+        """The local ranks that have ended."""
+        return frozenset(self._ended)
+
+    @property
+    def all_ended(self) -> bool:
+        return len(self._ended) == len(self._pids)
+
+    @property
+    def codes(self) -> set[int]:
+        """The exit codes of the ranks that have ended."""
+        return {code for code, _ in self._ended.values()}
+
+    def look(self, linger_s: float) -> list[tuple[int, int]]:
+        """Return the global rank and the exit code of each rank that has ended since the last look.
+
+        A rank that wrote its exception more than `linger_s` ago and still runs counts as ended, with exit code 1:
+        another thread of it keeps the process.
+        """
+        found = []
+        for local, pid in self._pids.items():
+            if local in self._ended:
+                continue
+            code = how_ended(pid)
+            if code is None and self._lingers(local, linger_s):
+                code = 1
+            if code is not None:
+                self._ended[local] = code, time.time()
+                found.append((self._ranks[local], code))
+        return found
+
+    def _lingers(self, local_rank: int, linger_s: float) -> bool:
+        with suppress(OSError):
+            written = (self._files.folders[local_rank] / "error.json").stat().st_mtime
+            return time.time() - written > linger_s
+        return False
+
+    def exit_reports(self, memory: MemoryWatch, by_themselves: Collection[int] | None = None) -> list[ExitReport]:
+        """Return the exit report of each rank that has ended.
+
+        `by_themselves`: the local ranks that the launcher did not end; None: all of them.
+        """
+        host = socket.gethostname()
+        reports = []
+        for local, (code, at) in self._ended.items():
+            folder, logs = self._files.folders[local], self._files.logs[local]
+            ended_by_us = by_themselves is not None and local not in by_themselves
+            one = read_exit_report(self._ranks[local], host, folder, code, at, ended_by_us, logs)
+            if code == -signal.SIGKILL and not ended_by_us:
+                one = replace(one, evidence=memory.evidence(self._pids[local]))
+            reports.append(one)
+        return reports
+
+
 def how_ended(pid: int) -> int | None:
-    """A child's exit code, negative for a signal; None while it runs. It stays to be waited for by who started it."""
-    with suppress(ChildProcessError):  # has been waited for
+    """Return a child's exit code, negative for a signal; None while it runs. Its parent can still wait for it."""
+    with suppress(ChildProcessError):  # its parent has waited for it
         found = os.waitid(os.P_PID, pid, _PEEK)
         if found is not None:
             return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
@@ -35,7 +115,7 @@ def how_ended(pid: int) -> int | None:
 
 
 def runs(pid: int) -> bool:
-    """Whether a child has not ended. One that has been waited for has: somebody else may have its number."""
+    """Return whether a child still runs. False for a child that was waited for: another process may have its id."""
     try:
         return os.waitid(os.P_PID, pid, _PEEK) is None
     except ChildProcessError:
@@ -43,14 +123,14 @@ def runs(pid: int) -> bool:
 
 
 def send(pids: Iterable[int], number: int) -> None:
-    """A signal to main processes only: data-loader workers would die of what their rank handles."""
+    """Send a signal to main processes only. It would kill data-loader workers, which lack their rank's handler."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def kill_sessions(pids: Iterable[int]) -> None:
-    """SIGKILL to all that ranks have started, and to themselves. A rank leads a process group of its own."""
+    """Send SIGKILL to ranks and to all that they started. Each rank leads a process group of its own."""
     for pid in pids:
         if runs(pid) or how_ended(pid) is not None:
             with suppress(ProcessLookupError, PermissionError):
@@ -58,27 +138,27 @@ def kill_sessions(pids: Iterable[int]) -> None:
 
 
 def end(pids: Collection[int], number: int, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
-    """Signal the processes, and kill them with their sessions when they have ended, `grace_s` is over, or `hurry()`."""
+    """Send a signal to the processes, then kill them with their sessions.
+
+    The kill follows once all have ended, after `grace_s` seconds, or as soon as `hurry()` returns True.
+    """
     running = {pid for pid in pids if runs(pid)}
     send(running, number)
-    send(running, signal.SIGCONT)  # a stopped process would not see it
-    wait_for(running, grace_s, hurry)
+    send(running, signal.SIGCONT)  # a stopped process does not handle the signal
+    _wait_for(running, grace_s, hurry)
     kill_sessions(pids)
-    wait_for(running, 2.0)  # one in uninterruptible sleep stays: the launcher ends without it
+    _wait_for(running, 2.0)  # the launcher does not wait longer for a process in uninterruptible sleep
 
 
-def wait_for(pids: Collection[int], timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> bool:
-    """Whether all have ended in that time."""
+def _wait_for(pids: Collection[int], timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
+    """Wait until all have ended, but no longer than `timeout_s` and not after `hurry()` returns True."""
     deadline = time.monotonic() + timeout_s
-    while any(runs(pid) for pid in pids):
-        if time.monotonic() > deadline or hurry():
-            return False
+    while any(runs(pid) for pid in pids) and time.monotonic() <= deadline and not hurry():
         time.sleep(_PAUSE_S)
-    return True
 
 
 class Guardian:
-    """A shell that outlives the launcher for a moment: when that is killed, it kills the ranks' sessions."""
+    """A shell that outlives the launcher for a moment. When the launcher is killed, it kills the ranks' sessions."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -92,18 +172,19 @@ class Guardian:
             )
 
     def watch(self, pids: Iterable[int]) -> None:
-        """These instead of those that it was told of before."""
-        self._tell("".join(f"{word}\n" for word in ("forget", *pids)))
+        """Guard these processes, and no longer the earlier ones."""
+        self._write("".join(f"{word}\n" for word in ("forget", *pids)))
 
     def dismiss(self) -> None:
-        self._tell("done\n")
+        """End the guardian. It kills nothing."""
+        self._write("done\n")
         if self._process is not None:
             with suppress(BrokenPipeError):
                 self._process.communicate()
 
-    def _tell(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         if self._process is None or self._process.stdin is None:
             return
-        with suppress(BrokenPipeError):  # somebody killed it
+        with suppress(BrokenPipeError):  # the guardian has been killed
             self._process.stdin.write(text.encode())
             self._process.stdin.flush()

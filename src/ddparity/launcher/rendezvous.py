@@ -1,6 +1,8 @@
-"""Before the agent of one of several machines starts: the way to where they meet, and who opens the store there.
+"""What one of several machines checks around torch's rendezvous, and how a rendezvous that failed is reported.
 
-torch's own rendezvous tells of a wrong name, route or port after its whole time-out, in C++ frames.
+Before the rendezvous, `check_rendezvous` waits for the way to the store, or for the port where this machine opens it:
+torch reports a wrong name, route or port only after its whole time-out, in C++ frames. After the rendezvous,
+`check_nodes` compares what the machines were started with.
 """
 
 from __future__ import annotations
@@ -40,116 +42,115 @@ from ..runtime.network import (
 from .options import Launch
 from .output import tell
 
-_QUIET_S = 3.0  # machines of a job rarely start at the same moment
+_QUIET_S = 3.0  # a wait is reported after this: machines of a job rarely start at the same moment
+_NODE_INFO_S = 30.0  # from the rendezvous until each machine has described itself
+_LEAVE_S = 5.0  # how long a machine that found a mistake stays for those that still read
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this machine stands before the rendezvous: torch's configuration, completed, and variables for workers."""
+class RendezvousSetup:
+    """torch's configuration, completed for this machine, and variables for its ranks."""
 
     config: LaunchConfig
     variables: dict[str, str]
-    route: Route | None  # None: this machine is alone, or a store of another kind is asked
+    route: Route | None  # to the store; None: this machine is alone, or the rendezvous does not use torch's store
 
 
-def rendezvous_timeout_s(config: LaunchConfig) -> float:
-    """How long the machines wait for each other (`--rdzv-conf timeout=…`; torch's default is 15 minutes)."""
-    return float(config.rdzv_configs.get("join_timeout", config.rdzv_configs["timeout"]))
+def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> RendezvousSetup:
+    """Wait until this machine can reach the job's store, or can open it where this is the machine that holds it.
 
-
-def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Place:
-    """Wait until the machines' meeting place can be reached, or can be opened here where it is this machine.
-
-    What it waits for is said after 3 s, and again whenever the reason changes. The address and the interface towards
-    the meeting place go into the configuration and the workers' variables, unless the user has set them.
+    After 3 s, `say` receives what the machine waits for, and again whenever the reason changes. The address and the
+    interface towards the store go into the configuration and the ranks' variables, unless the user has set them.
 
     Raises:
-        RendezvousError: within the rendezvous' time-out: the name has no address, no route leads there, nothing or
-            another program listens there, the port is taken on this machine, GLOO_SOCKET_IFNAME names an interface
-            that other machines cannot reach, or another machine has number 0.
+        RendezvousError: within the rendezvous' time-out. The name has no address; no route leads there; nothing or
+            another program listens there; the port is taken on this machine; GLOO_SOCKET_IFNAME names an interface
+            that other machines cannot reach; another machine has number 0.
     """
     config = launch.config
     if launch.alone or config.rdzv_backend not in ("static", "c10d"):
-        return Place(config, {}, None)
+        return RendezvousSetup(config, {}, None)
     start = time.monotonic()
-    deadline = start + rendezvous_timeout_s(config)
+    deadline = start + _timeout_s(config)
     host, port = split_endpoint(config.rdzv_endpoint)
-    waiting = _Waiting(launch, start, say)
-    route = _route(host, deadline, waiting)
-    waiting.route = route
-    if config.max_nodes > 1 and not route.loopback and (wrong := unreachable_interface()):
-        raise RendezvousError(f"{waiting.who()}: {wrong}")
+    wait = _Wait(launch, start, say)
+    wait.route = route = _find_route(host, deadline, wait)
+    if config.max_nodes > 1 and not route.loopback and (problem := unreachable_interface()):
+        raise RendezvousError(f"{wait.who()}: {problem}")
     conf = dict(config.rdzv_configs)
     if config.rdzv_backend == "static":
-        opens, hosts_said = launch.node_rank == 0, True
+        opens, chosen = launch.node_rank == 0, True
     else:
-        said = conf.get("is_host")
-        hosts_said = said is not None
-        opens = str(said).lower() in ("1", "true", "t", "yes", "y") if hosts_said else is_this_machine(host)
+        is_host = conf.get("is_host")
+        chosen = is_host is not None
+        opens = str(is_host).lower() in ("1", "true", "t", "yes", "y") if chosen else is_this_machine(host)
     if opens:
-        opens = _opens(launch, host, port, hosts_said)
-        if opens and not hosts_said and not guesses_own_host(host):
+        opens = _can_open_store(launch, host, port, chosen)
+        if opens and not chosen and not guesses_own_host(host):
             conf["is_host"] = "1"
     if not opens:
-        if not hosts_said and guesses_own_host(host):
+        if not chosen and guesses_own_host(host):
             conf["is_host"] = "0"
         try:
-            wait_for_store((host, port), deadline, waiting)
+            wait_for_store((host, port), deadline, wait)
         except TimeoutError as error:
-            raise RendezvousError(waiting.failed(str(error))) from None
-    local = config.local_addr or route.address
-    completed = dataclasses.replace(config, rdzv_configs=conf, local_addr=local)
-    return Place(completed, interface_variables(route) if config.max_nodes > 1 else {}, route)
+            raise RendezvousError(wait.failure(str(error))) from None
+    local_addr = config.local_addr or route.address
+    completed = dataclasses.replace(config, rdzv_configs=conf, local_addr=local_addr)
+    return RendezvousSetup(completed, interface_variables(route) if config.max_nodes > 1 else {}, route)
 
 
-def explain(error: Exception, launch: Launch, place: Place, waited_s: float) -> RendezvousError:
-    """torch's error of a rendezvous that was not complete, as one sentence that says what was tried."""
-    waiting = _Waiting(launch, time.monotonic() - waited_s, tell, place.route)
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+def explain(error: Exception, launch: Launch, setup: RendezvousSetup, waited_s: float) -> RendezvousError:
+    """Return torch's error of an incomplete rendezvous as one that says in one sentence what was tried."""
+    wait = _Wait(launch, time.monotonic() - waited_s, tell, setup.route)
     config = launch.config
-    came = re.search(r"(\d+)/(\d+) clients joined", str(error))
-    if came:
-        reason = f"{came[1]} of {came[2]} machines came"
+    joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
+    if joined:
+        reason = f"{joined[1]} of {joined[2]} machines came"
     elif "RendezvousTimeout" in type(error).__name__:
         reason = f"fewer than {config.min_nodes} machines came"
     elif "RendezvousClosed" in type(error).__name__:
         return RendezvousError(
-            f"{waiting.who()}: the job at {config.rdzv_endpoint} is over: another machine ended it. Start it again on "
+            f"{wait.who()}: the job at {config.rdzv_endpoint} is over: another machine ended it. Start it again on "
             f"every machine"
         )
     else:
-        reason = first
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return RendezvousError(
-        f"{waiting.failed(reason)}, and that each machine was started with the same --nnodes and --rendezvous or "
-        f"--master-addr, and a --node-rank of its own where one is given"
+        f"{wait.failure(reason)}, and that each machine was started with the same --nnodes and --rendezvous or "
+        f"--master-addr, and with its own --node-rank where you give one"
     )
 
 
-class _Waiting:
-    """Says what is waited for: after a while, and when the reason changes."""
+def _timeout_s(config: LaunchConfig) -> float:
+    """Return how long the machines wait for each other (`--rdzv-conf timeout=…`; torch's default is 15 minutes)."""
+    return float(config.rdzv_configs.get("join_timeout", config.rdzv_configs["timeout"]))
+
+
+class _Wait:
+    """Call it with the reason of a wait: it reports the wait after a while, and when the reason changes."""
 
     def __init__(self, launch: Launch, start: float, say: Callable[[str], None], route: Route | None = None) -> None:
         self.launch, self.start, self.say, self.route = launch, start, say, route
-        self.said = ""
+        self.reported = ""
 
     def __call__(self, reason: str) -> None:
-        if time.monotonic() - self.start < _QUIET_S or reason == self.said:
+        if time.monotonic() - self.start < _QUIET_S or reason == self.reported:
             return
-        self.said = reason
-        limit = rendezvous_timeout_s(self.launch.config)
-        self.say(f"{self.who()} waits for {self.where()}, up to {limit:.0f} s: {reason}")
+        self.reported = reason
+        self.say(f"{self.who()} waits for {self.where()}, up to {_timeout_s(self.launch.config):.0f} s: {reason}")
 
     def who(self) -> str:
         number = "this machine" if self.launch.node_rank is None else f"machine {self.launch.node_rank}"
         return f"{number} ({socket.gethostname()})"
 
     def where(self) -> str:
-        way = ""
+        source = ""
         if self.route is not None:
-            way = f" from {self.route.address} on interface {self.route.interface or 'unknown'}"
-        return f"the job's machines at {self.launch.config.rdzv_endpoint}{way}"
+            source = f" from {self.route.address} on interface {self.route.interface or 'unknown'}"
+        return f"the job's machines at {self.launch.config.rdzv_endpoint}{source}"
 
-    def failed(self, reason: str) -> str:
+    def failure(self, reason: str) -> str:
         source = f"{self.launch.engine}'s variables" if self.launch.engine else "the options"
         return (
             f"{self.who()} did not meet {self.where()} after {time.monotonic() - self.start:.1f} s: {reason}. The "
@@ -158,35 +159,38 @@ class _Waiting:
         )
 
 
-def _route(host: str, deadline: float, waiting: _Waiting) -> Route:
-    """The way to the meeting place; a name may get its address a while after the job starts, as in Kubernetes."""
-    try:  # all machines of the job are this one
-        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+def _find_route(host: str, deadline: float, wait: _Wait) -> Route:
+    """Wait for a route to the store's host. A name may get its address after the job starts, as in Kubernetes."""
+    try:  # at a loopback address, all machines of the job are this one
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        here = False
+        local = False
     while True:
         try:
-            return route_to(host) if here else external_route_to(host)
+            return route_to(host) if local else external_route_to(host)
         except OSError as error:
             reason = describe_os_error(error)
         if time.monotonic() + 0.5 > deadline:
-            raise RendezvousError(waiting.failed(reason))
-        waiting(reason)
+            raise RendezvousError(wait.failure(reason))
+        wait(reason)
         time.sleep(0.5)
 
 
-def _opens(launch: Launch, host: str, port: int, hosts_said: bool) -> bool:
-    """Whether this machine opens the store; False: another launcher of the job on this machine has opened it."""
-    where = join_endpoint(host, port)
+def _can_open_store(launch: Launch, host: str, port: int, chosen: bool) -> bool:
+    """Return True if this machine can open the store, False if another launcher of the job on it has opened it.
+
+    `chosen`: the user or a number says that this machine opens it; then no other launcher may have.
+    """
+    endpoint = join_endpoint(host, port)
     try:
         answers = is_store((host, port), 1.0)
     except OSError:
         answers = False
-    if answers and not hosts_said:
+    if answers and not chosen:
         return False
     if answers and not is_this_machine(host):
         raise RendezvousError(
-            f"two machines have number 0: {where} is another machine's address, and the job's store runs there "
+            f"two machines have number 0: {endpoint} is another machine's address, and the job's store runs there "
             f"already; give this one ({socket.gethostname()}) its own --node-rank"
         )
     if not can_listen(port):
@@ -198,13 +202,9 @@ def _opens(launch: Launch, host: str, port: int, hosts_said: bool) -> bool:
     return True
 
 
-_COME_S = 30.0  # from the rendezvous to the card of each machine
-_LEAVE_S = 5.0  # how long a machine that found a mistake stays for those that still read
-
-
 @dataclass(frozen=True)
-class NodeCard:
-    """What one machine was started with."""
+class NodeInfo:
+    """What one machine was started with. The names of the fields are JSON keys in the job's store."""
 
     host: str
     nproc: int
@@ -215,9 +215,10 @@ class NodeCard:
     ddparity: str
 
 
-def node_card(launch: Launch) -> NodeCard:
+def node_info(launch: Launch) -> NodeInfo:
+    """Return what this machine was started with."""
     config = launch.config
-    return NodeCard(
+    return NodeInfo(
         socket.gethostname(),
         config.nproc_per_node,
         launch.nproc_given,
@@ -228,19 +229,69 @@ def node_card(launch: Launch) -> NodeCard:
     )
 
 
-def compare_cards(cards: Sequence[NodeCard]) -> str | None:
-    """What is wrong between the machines of a job, in one sentence; None: nothing."""
-    for what, values, way in (
+def add_node_check(handler: RendezvousHandler, info: NodeInfo, timeout_s: float = _NODE_INFO_S) -> RendezvousHandler:
+    """Have `handler` run `check_nodes` after each rendezvous. Return the same handler."""
+    rendezvous = handler.next_rendezvous
+    checked = False
+
+    def next_rendezvous() -> RendezvousInfo:
+        nonlocal checked
+        found = rendezvous()
+        # A static rendezvous has one store for all rounds, and after a failure each machine starts again by itself.
+        if handler.get_backend() != "static" or not checked:
+            checked = True
+            check_nodes(found.store, found.rank, found.world_size, info, timeout_s)
+        return found
+
+    setattr(handler, "next_rendezvous", next_rendezvous)  # noqa: B010 - mypy refuses to assign to a method
+    return handler
+
+
+def check_nodes(store: Store, node_rank: int, nnodes: int, info: NodeInfo, timeout_s: float) -> None:
+    """Compare what all machines of a rendezvous were started with. Each machine calls it once in a round.
+
+    `store`: of this round alone.
+
+    Raises:
+        RendezvousError: machines differ, two have the same number, or one did not describe itself within the time-out;
+            on every machine that did.
+    """
+    own = PrefixStore("ddparity/nodes", store)
+    position = own.add(f"{node_rank}/count", 1) - 1
+    own.set(f"{node_rank}/{position}", json.dumps(asdict(info)))
+    own.add("came", 1)
+    deadline = time.monotonic() + timeout_s
+    while (came := own.add("came", 0)) < nnodes and time.monotonic() < deadline:
+        time.sleep(0.02)  # a store cannot wait for a number to change
+    counts = {rank: own.add(f"{rank}/count", 0) for rank in range(nnodes)}
+    infos = {
+        rank: [NodeInfo(**json.loads(own.get(f"{rank}/{position}"))) for position in range(count)]
+        for rank, count in counts.items()
+    }
+    problem = _wrong_number(infos) or compare_nodes([found[0] for _, found in sorted(infos.items())])
+    own.add("read", 1)
+    if problem is None:
+        return
+    # The store ends with the machine that opened it, and another machine may still read.
+    deadline = time.monotonic() + _LEAVE_S
+    while own.add("read", 0) < came and time.monotonic() < deadline:
+        time.sleep(0.02)
+    raise RendezvousError(problem)
+
+
+def compare_nodes(infos: Sequence[NodeInfo]) -> str | None:
+    """Return in one sentence how the machines of a job differ where they must not; None if they do not."""
+    for what, values, solution in (
         # Builds for CUDA and for the CPU may work together; versions may not.
-        ("torch", [card.torch.partition("+")[0] for card in cards], "install the same version on every machine"),
-        ("ddparity", [card.ddparity for card in cards], "install the same version on every machine"),
-        ("--nnodes", [card.nnodes.replace(":", " to ") for card in cards], "give the same on every machine"),
+        ("torch", [info.torch.partition("+")[0] for info in infos], "install the same version on every machine"),
+        ("ddparity", [info.ddparity for info in infos], "install the same version on every machine"),
+        ("--nnodes", [info.nnodes.replace(":", " to ") for info in infos], "give the same on every machine"),
     ):
         if len(set(values)) > 1:
-            return f"the machines differ in {what}: {_by_value(cards, values)}; {way}"
-    given = [card for card in cards if card.nproc_given]
-    if len({card.nproc for card in given}) > 1:
-        found = _by_value(given, [str(card.nproc) for card in given])
+            return f"the machines differ in {what}: {_by_value(infos, values)}; {solution}"
+    given = [info for info in infos if info.nproc_given]
+    if len({info.nproc for info in given}) > 1:
+        found = _by_value(given, [str(info.nproc) for info in given])
         return (
             f"the machines differ in --nproc: {found}; give the same on every machine, or --nproc auto where machines "
             f"differ"
@@ -248,68 +299,21 @@ def compare_cards(cards: Sequence[NodeCard]) -> str | None:
     return None
 
 
-def exchange_cards(store: Store, group_rank: int, group_world_size: int, card: NodeCard, timeout_s: float) -> None:
-    """Compare the cards of all machines of a rendezvous. Each of them calls it once, with a store of its own round.
-
-    Raises:
-        RendezvousError: machines differ, two have the same number, or one did not come within the time-out; on every
-            machine that came in time.
-    """
-    own = PrefixStore("ddparity/nodes", store)
-    place = own.add(f"{group_rank}/count", 1) - 1
-    own.set(f"{group_rank}/{place}", json.dumps(asdict(card)))
-    own.add("came", 1)
-    deadline = time.monotonic() + timeout_s
-    while (came := own.add("came", 0)) < group_world_size and time.monotonic() < deadline:
-        time.sleep(0.02)  # a store wakes nobody when a number changes
-    counts = {rank: own.add(f"{rank}/count", 0) for rank in range(group_world_size)}
-    cards = {
-        rank: [NodeCard(**json.loads(own.get(f"{rank}/{place}"))) for place in range(count)]
-        for rank, count in counts.items()
-    }
-    problem = _miscounted(cards) or compare_cards([found[0] for _, found in sorted(cards.items())])
-    own.add("read", 1)
-    if problem is None:
-        return
-    # The store ends with the machine that opened it, and another may still be reading.
-    deadline = time.monotonic() + _LEAVE_S
-    while own.add("read", 0) < came and time.monotonic() < deadline:
-        time.sleep(0.02)  # a store wakes nobody when a number changes
-    raise RendezvousError(problem)
-
-
-def check_nodes(handler: RendezvousHandler, card: NodeCard, timeout_s: float = _COME_S) -> RendezvousHandler:
-    """Have the machines compare their cards whenever they have met through `handler`."""
-    meet = handler.next_rendezvous
-    met: list[int] = []
-
-    def next_rendezvous() -> RendezvousInfo:
-        info = meet()
-        # A static rendezvous has one store for all rounds, and after a failure its machines start again by themselves.
-        if handler.get_backend() != "static" or not met:
-            met.append(info.rank)
-            exchange_cards(info.store, info.rank, info.world_size, card, timeout_s)
-        return info
-
-    setattr(handler, "next_rendezvous", next_rendezvous)  # noqa: B010 - mypy lets no method be assigned
-    return handler
-
-
-def _miscounted(cards: dict[int, list[NodeCard]]) -> str | None:
-    """Two machines with one number, or none with another."""
-    absent = ", ".join(str(rank) for rank, found in cards.items() if not found)
-    for rank, found in cards.items():
+def _wrong_number(infos: dict[int, list[NodeInfo]]) -> str | None:
+    """Return which number two machines have, or which number none has; None where each number has one machine."""
+    absent = ", ".join(str(rank) for rank, found in infos.items() if not found)
+    for rank, found in infos.items():
         if len(found) > 1:
             nobody = f", and none has {absent}" if absent else ""
-            hosts = " and ".join(card.host for card in found)
+            hosts = " and ".join(info.host for info in found)
             return f"{len(found)} machines have number {rank} ({hosts}){nobody}: give each its own --node-rank"
     if absent:
         return f"machine {absent} met the others but did not say what it was started with: did its launcher fail?"
     return None
 
 
-def _by_value(cards: Sequence[NodeCard], values: Sequence[str]) -> str:
+def _by_value(infos: Sequence[NodeInfo], values: Sequence[str]) -> str:
     hosts: dict[str, list[str]] = defaultdict(list)
-    for card, value in zip(cards, values):
-        hosts[value].append(card.host)
+    for info, value in zip(infos, values):
+        hosts[value].append(info.host)
     return ", ".join(f"{value} on {' and '.join(names)}" for value, names in hosts.items())

@@ -1,4 +1,8 @@
-"""How many cores this process may use, and how many threads each of its processes gets."""
+"""What this machine gives the job: the cores and threads of each process, and whether memory ran out.
+
+All limits come from the process's CPU affinity and its control groups (cgroups, versions 1 and 2), as a container sets
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,41 @@ from pathlib import Path
 MOUNT = Path("/sys/fs/cgroup")
 
 
+def own_groups(own: Path = Path("/proc/self/cgroup")) -> list[tuple[str, str]]:
+    """Return this process's control groups: the controllers and the path below their mount.
+
+    The controllers are joined by commas; in version 2 the string is empty.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:  # not Linux
+        return []
+    return [(line[1], line[2]) for line in lines if len(line) == 3]
+
+
 def cores() -> int:
-    """The cores that this process may use: those it is bound to, and no more than its cgroup's quota of time."""
+    """Return how many cores this process may use: those of its affinity, at most its control groups' quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_cores()
     return bound if quota is None else max(1, min(bound, int(quota)))
 
 
 def cgroup_cores(root: Path = MOUNT, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """The cores' worth of time that the control groups allow, as a container's limit sets it; None: no limit."""
+    """Return the CPU quota of the control groups, in cores; None if there is no limit."""
     limits: list[float] = []
     for controllers, path in own_groups(own):
         if not controllers:
-            limits += _limits(root, path, _quota_v2)
+            limits += _quotas(root, path, _quota_v2)
         elif "cpu" in controllers.split(","):
-            for mounted in (root / "cpu", root / "cpu,cpuacct"):
-                limits += _limits(mounted, path, _quota_v1)
+            for mount in (root / "cpu", root / "cpu,cpuacct"):
+                limits += _quotas(mount, path, _quota_v1)
     return min(limits, default=None)
 
 
-def _limits(mounted: Path, path: str, quota: Callable[[Path], float | None]) -> list[float]:
-    """The limits of a group and of those around it. Inside a container its own group is the mount itself."""
-    group = mounted / path.lstrip("/")
-    found = [quota(folder) for folder in (group, *group.parents) if folder == mounted or mounted in folder.parents]
+def _quotas(mount: Path, path: str, quota: Callable[[Path], float | None]) -> list[float]:
+    """Return the quotas of a group and of its parents. Inside a container, the process's group is the mount itself."""
+    group = mount / path.lstrip("/")
+    found = [quota(folder) for folder in (group, *group.parents) if folder == mount or mount in folder.parents]
     return [limit for limit in found if limit is not None]
 
 
@@ -51,59 +67,53 @@ def _quota_v1(folder: Path) -> float | None:
         return None
 
 
-def threads_a_process(nproc: int) -> int:
-    """The threads of each of `nproc` processes that share this machine's cores: at least one."""
+def threads_per_process(nproc: int) -> int:
+    """Return how many threads each of `nproc` processes gets from this machine's cores: at least one."""
     return max(1, cores() // nproc)
 
 
 def decide_threads(nproc: int, environ: Mapping[str, str] = os.environ) -> tuple[dict[str, str], str | None]:
-    """The variables for the processes, and a line that says so; nothing where the user has set OMP_NUM_THREADS.
+    """Return the variables that set the processes' threads, and a line that reports the decision.
 
-    torch would start as many threads in each process as the machine has cores.
+    Where the user has set OMP_NUM_THREADS there are neither. Without the variable, torch starts as many threads in each
+    process as the machine has cores.
     """
     if environ.get("OMP_NUM_THREADS"):
         return {}, None
-    threads, many = threads_a_process(nproc), "" if nproc == 1 else "es"
+    threads, several = threads_per_process(nproc), nproc > 1
     found = cores()
     line = (
-        f"ddparity: {nproc} process{many}, {threads} thread{'s' * (threads > 1)} {'each ' if many else ''}"
+        f"ddparity: {nproc} process{'es' * several}, {threads} thread{'s' * (threads > 1)} {'each ' * several}"
         f"({found} core{'s' * (found > 1)})"
     )
     return {"OMP_NUM_THREADS": str(threads)}, line
 
 
-def own_groups(own: Path = Path("/proc/self/cgroup")) -> list[tuple[str, str]]:
-    """Controllers, joined by commas and empty in version 2, and the path below where these are mounted."""
-    try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:  # not Linux
-        return []
-    return [(line[1], line[2]) for line in lines if len(line) == 3]
-
-
 class MemoryWatch:
-    """Counts the kernel's out-of-memory kills in the control group since it was made. cgroup v2 and v1."""
+    """Counts how many processes the kernel has killed in this control group because memory ran out, from now on."""
 
     def __init__(self) -> None:
-        self._before = _kills()
-        self._said: dict[int, str] = {}
+        self._before = _out_of_memory_kills()
+        self._evidence: dict[int, str] = {}
 
     def evidence(self, pid: int) -> str:
-        """What speaks for it that this process was killed because memory ran out. Each kill is one process's."""
-        if pid not in self._said:
-            kills = _kills()
+        """Return what is known about the SIGKILL that ended a process. Each kill of the kernel explains one process."""
+        if pid not in self._evidence:
+            kills = _out_of_memory_kills()
             if kills is None or self._before is None:
-                self._said[pid] = "out of memory, unless somebody sent it"
+                self._evidence[pid] = "out of memory, unless a user or program sent it"
             elif kills > self._before:
-                self._said[pid] = f"out of memory: the kernel ended a process of this control group{_limit()}"
+                self._evidence[pid] = (
+                    f"out of memory: the kernel ended a process of this control group{_memory_limit()}"
+                )
                 self._before += 1
             else:
-                self._said[pid] = "somebody sent it: by the kernel's count, memory has not run out"
-        return self._said[pid]
+                self._evidence[pid] = "a user or program sent it: the kernel counts no out-of-memory kill"
+        return self._evidence[pid]
 
 
-def _folders() -> list[Path]:
-    """The own control group, of each hierarchy; in a container it is often the root that is seen."""
+def _memory_folders() -> list[Path]:
+    """Return where this process's memory limits may stand. In a container it is often the root of the mount."""
     folders = [MOUNT, MOUNT / "memory"]
     for controllers, path in own_groups():
         if controllers in ("", "memory"):
@@ -111,9 +121,9 @@ def _folders() -> list[Path]:
     return folders
 
 
-def _kills() -> int | None:
-    """None where the kernel shows no count."""
-    for folder in _folders():
+def _out_of_memory_kills() -> int | None:
+    """Return the kernel's count; None where it shows none."""
+    for folder in _memory_folders():
         for name in ("memory.events", "memory.oom_control"):
             try:
                 for line in (folder / name).read_text().splitlines():
@@ -124,11 +134,11 @@ def _kills() -> int | None:
     return None
 
 
-def _limit() -> str:
-    for folder in _folders():
+def _memory_limit() -> str:
+    for folder in _memory_folders():
         for name in ("memory.max", "memory.limit_in_bytes"):
             try:
                 return f", whose limit is {int((folder / name).read_text()) / 2**30:.1f} GiB"
-            except (OSError, ValueError):  # "max": none
+            except (OSError, ValueError):  # "max" means no limit
                 continue
     return ""

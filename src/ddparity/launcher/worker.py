@@ -1,13 +1,15 @@
-"""What the agent starts, as a file: runs a script, a module or a pickled function, and leaves word of how it ended.
-A program takes this process's place. AGENT is the process id of who starts it.
+"""The file that the agent starts in each rank's process. It runs a script, a module, a pickled function or a program.
+
+AGENT is the process id of the agent. A program replaces this process.
 
 python worker.py AGENT SCRIPT ARGS...
 python worker.py AGENT -m MODULE ARGS...
 python worker.py AGENT --call PICKLE
 python worker.py AGENT --exec PROGRAM ARGS...
 
-It imports nothing of ddparity, which a script that knows nothing of us would wait for. What it leaves stands in the
-rank's folder, that of TORCHELASTIC_ERROR_FILE: `error.json` in the form of torch's own record, `result.pickle`.
+It does not import ddparity, because a script that does not use ddparity would wait for the import. It writes files for
+the agent into the rank's folder, which is that of TORCHELASTIC_ERROR_FILE: `error.json`, in the form of torch's own
+record; `error.pickle`, the exception; and `result.pickle`, what a function returned.
 """
 
 from __future__ import annotations
@@ -32,19 +34,20 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    """Run what the arguments name, and end with its exit code."""
     agent, *arguments = sys.argv[1:]
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
     folder = Path(record).parent if record else None
     interrupt = signal.getsignal(signal.SIGINT)
     if interrupt is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of ours
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the agent starts us with
-    _die_with(int(agent))
-    _standard_input()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C prints no traceback of this file
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the agent starts ranks with SIGINT blocked
+    _end_with(int(agent))
+    _close_standard_input()
     if arguments[0] == "--exec":
-        _become(arguments[1:], folder)
+        _replace_process(arguments[1:], folder)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # At once, and in whole lines, also with PYTHONUNBUFFERED: N ranks may share one pipe.
+        # Write whole lines, at once, also with PYTHONUNBUFFERED: several ranks may share one pipe.
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
     if folder is not None:
         _instruments().install(folder)
@@ -53,15 +56,15 @@ def main() -> None:
         _run(arguments, folder)
     except SystemExit as ending:
         if folder is not None and ending.code is not None and not isinstance(ending.code, int):
-            _leave(folder, ending, str(ending.code), "")  # sys.exit("a message")
+            _write_error(folder, ending, str(ending.code), "")  # sys.exit("a message")
         raise
     except KeyboardInterrupt:
-        # The agent passes Ctrl-C on; the launcher says so once, for all ranks.
+        # The agent forwards Ctrl-C to the ranks; the launcher reports it once, for all of them.
         sys.exit(128 + signal.SIGINT)
     except BaseException as error:
         try:
             _fail(error, folder)
-        except Exception as another:  # of a signal's handler, as below
+        except Exception as another:  # a signal handler may raise here, as `_fail` explains
             _fail(another, folder)
 
 
@@ -72,12 +75,12 @@ def _run(arguments: list[str], folder: Path | None) -> None:
             function, values = pickle.load(file)
         result = function(*values)
         if folder is not None:
-            import cloudpickle  # as the function: a result's class may stand in the caller's script
+            import cloudpickle  # not pickle: the caller's script may define the class of the result
 
             try:
                 written = cloudpickle.dumps(result)
             except Exception as error:
-                raise TypeError(f"the result cannot be pickled, to go back to the caller: {error}") from error
+                raise TypeError(f"the result cannot be pickled to send it to the caller: {error}") from error
             (folder / "result.pickle").write_bytes(written)
     elif arguments[0] == "-m":
         sys.argv = arguments[1:]
@@ -90,26 +93,30 @@ def _run(arguments: list[str], folder: Path | None) -> None:
 
 
 def _fail(error: BaseException, folder: Path | None) -> None:
-    """Leave the exception for the agent and end with exit code 1, after what the script registered with atexit."""
+    """Write the exception for the agent and end with exit code 1. The script's atexit functions still run."""
     with suppress(AttributeError, ValueError):
-        # torch's handler raises when a data-loader worker has died, which may be the reason why we are here.
+        # torch's handler raises when a data-loader worker has ended. That may be the failure that is being written.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     trace = _users_part(error.__traceback__)
-    left = folder is not None and _leave(folder, error, _message(error), _text(error, trace))
+    written = folder is not None and _write_error(folder, error, _message(error), _text(error, trace))
     if folder is not None:
         _instruments().write_record(folder)
-    # The agent shows the culprit's traceback at the end. Rank 0 speaks to the same terminal: it would say it twice.
-    if not left or os.environ.get("RANK") != "0":
+    # At the end, the agent prints the traceback of the rank that failed first. Rank 0 writes to the same terminal: the
+    # traceback would appear twice.
+    if not written or os.environ.get("RANK") != "0":
         sys.excepthook(type(error), error, trace)
     sys.exit(1)
 
 
-def _leave(folder: Path, error: BaseException, message: str, trace: str) -> bool:
-    """`error.json`, whole or not there: the agent looks while we write. Gives whether there was space for it."""
+def _write_error(folder: Path, error: BaseException, message: str, trace: str) -> bool:
+    """Write `error.json` and `error.pickle`. Return False where the disk is full.
+
+    The agent may read at any time: `error.json` is renamed into place when it is complete.
+    """
     extra: dict[str, Any] = {"py_callstack": trace, "timestamp": str(int(time.time())), "type": type(error).__name__}
-    extra["before"] = [_message(one) for one in _before(error)]
+    extra["before"] = [_message(one) for one in _earlier(error)]
     if type(error).__name__ == "RankFailure":
-        extra["rank"] = getattr(error, "rank", -1)  # who failed first, as this rank was told
+        extra["rank"] = getattr(error, "rank", -1)  # the rank that failed first, according to the error
     partial = folder / "error.json.partial"
     try:
         partial.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
@@ -118,7 +125,7 @@ def _leave(folder: Path, error: BaseException, message: str, trace: str) -> bool
     try:
         (folder / "error.pickle").write_bytes(pickle.dumps(error))
     except Exception:
-        (folder / "error.pickle").unlink(missing_ok=True)  # the text tells the same
+        (folder / "error.pickle").unlink(missing_ok=True)  # the text in error.json says the same
     partial.rename(folder / "error.json")
     return True
 
@@ -127,14 +134,14 @@ def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _before(error: BaseException) -> list[BaseException]:
-    """The exceptions that led to this one, as its traceback tells them."""
+def _earlier(error: BaseException) -> list[BaseException]:
+    """Return the exceptions that led to this one, as its traceback shows them."""
     found = [error]
     while (last := found[-1]).__cause__ or not last.__suppress_context__:
-        before = last.__cause__ or last.__context__
-        if before is None or before in found:
+        earlier = last.__cause__ or last.__context__
+        if earlier is None or earlier in found:
             break
-        found.append(before)
+        found.append(earlier)
     return found[1:]
 
 
@@ -143,7 +150,7 @@ def _text(error: BaseException, trace: TracebackType | None) -> str:
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
-    """The traceback from the first frame on that is not what started the script, or our own command."""
+    """Return the traceback from the user's first frame on: without this file, runpy and ddparity's own command."""
     ours, rest = Path(__file__).parents[1], trace
     starters = (__file__, runpy.__file__, "<frozen runpy>", str(ours / "__main__.py"), str(ours / "cli.py"))
     while rest is not None:
@@ -154,11 +161,11 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
     return rest if rest is not None else trace
 
 
-def _die_with(agent: int) -> None:
-    """Have the kernel kill this process when the agent ends without a word. Linux only; the guardian does it, too."""
+def _end_with(agent: int) -> None:
+    """Have the kernel kill this process when the agent is killed. Linux only; the agent's guardian also does it."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != agent and not _is_alive(agent):  # it has ended before that call
+    if os.getppid() != agent and not _is_alive(agent):  # the agent ended before that call
         os._exit(128 + signal.SIGKILL)
 
 
@@ -168,21 +175,21 @@ def _is_alive(pid: int) -> bool:
     return False
 
 
-def _become(command: list[str], folder: Path | None) -> NoReturn:
+def _replace_process(command: list[str], folder: Path | None) -> NoReturn:
     """Run a program in this process, as if the agent had started it."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)  # Python ignores them, and the program would inherit that
+        signal.signal(number, signal.SIG_DFL)  # Python ignores these signals, and the program would inherit that
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        said = f"cannot start {command[0]!r}: {error.strerror}"
+        message = f"cannot start {command[0]!r}: {error.strerror}"
         if folder is not None:
-            _leave(folder, error, said, "")
-        sys.exit(said)
+            _write_error(folder, error, message, "")
+        sys.exit(message)
 
 
-def _standard_input() -> None:
-    """Rank 0 reads what the launcher was given; the others would take lines away from it."""
+def _close_standard_input() -> None:
+    """Give ranks other than 0 an empty standard input: they would take lines away from rank 0."""
     if os.environ.get("RANK") != "0":
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)

@@ -43,8 +43,8 @@ FORWARD = Cause(
     "docs/data.md",
 )
 SCALE = Cause(
-    "Weights sum to one over all ranks, because `replicate` sums gradients (with a DDP communication hook), where DDP "
-    "averages them. Do not divide or multiply the loss by the world size.",
+    "The weight is the share times the number of ranks, because gradients are averaged over the ranks, as DDP does. Do "
+    "not divide or multiply the loss by the world size.",
     "docs/accumulation.md",
 )
 GRADIENTS = Cause(
@@ -53,8 +53,8 @@ GRADIENTS = Cause(
     "docs/accumulation.md",
 )
 UNREDUCED = Cause(
-    "Gradients that differ between ranks after the loop were not reduced: DDP does not see parameters that are added, "
-    "or made trainable, after `replicate`.",
+    "Gradients that differ between ranks after the loop were not reduced: a backward ran after the loop, or the loop "
+    "was left early.",
     "docs/accumulation.md",
 )
 UPDATE = Cause(
