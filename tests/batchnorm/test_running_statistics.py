@@ -381,3 +381,81 @@ def test_a_compiled_layer_raises_an_error_or_logs_a_warning() -> None:
     for outcome in outcomes(_compiled, 2, "strict"):
         assert outcome.error.startswith("ValueError: accumulate(): the model is compiled")
         assert 'batchnorm_statistics="rank0"' in outcome.error
+
+
+# --- subclasses with a forward of their own ---
+
+
+class _AlwaysFrozen(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class _Manual(nn.BatchNorm2d):
+    """Replaces its buffers by new ones, as a widely copied forward does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        mean, var = input.mean((0, 2, 3)), input.var((0, 2, 3), unbiased=False)
+        if self.training:
+            self.num_batches_tracked += 1
+            correction = (input.numel() / input.shape[1]) / (input.numel() / input.shape[1] - 1)
+            with torch.no_grad():
+                self.running_mean = self.momentum * mean + (1 - self.momentum) * self.running_mean
+                self.running_var = self.momentum * var * correction + (1 - self.momentum) * self.running_var
+        return (input - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt() * self.weight[:, None, None]
+
+
+class _ReadsRunning(nn.BatchNorm2d):
+    """Normalises by the running statistics in training, then updates them in torch's own way."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        super().forward(input)
+        return (input - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt() * self.weight[:, None, None]
+
+
+def _momentum_0(channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels, momentum=0.0)
+
+
+SUBCLASSES = {"frozen": _AlwaysFrozen, "manual": _Manual, "reads": _ReadsRunning, "momentum 0": _momentum_0}
+PICTURES = torch.randn(8, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+
+
+def _with_norm(make: Callable[[int], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), make(4), nn.Flatten(), nn.Linear(16, 1)).double()
+    net[1].running_mean.fill_(0.3)
+    net[1].running_var.fill_(2.0)
+    return net
+
+
+def _of_one_step(net: nn.Module) -> list[torch.Tensor]:
+    gradients = [one.grad.clone() for one in net.parameters() if one.grad is not None]
+    return gradients + [buffer.clone().double() for buffer in net.buffers()]
+
+
+def _train_subclasses(reduction: str) -> dict[str, list[torch.Tensor]]:
+    found = {}
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = PICTURES[rank * 8 // world_size : (rank + 1) * 8 // world_size]
+    for name, make in SUBCLASSES.items():
+        net = _with_norm(make)
+        # The frozen layer's bias is used, the others' is not.
+        model = dp.replicate(net, reduction=reduction, find_unused_parameters=True)
+        for micro in dp.accumulate(model, list(own)):
+            (model(micro.data).square().mean() * micro.weight).backward()
+        found[name] = _of_one_step(net)
+    return found
+
+
+@pytest.mark.parametrize("reduction", ["fast", "strict"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_subclasses_are_as_on_one_process(world_size: int, reduction: str) -> None:
+    for found in run_ranks(_train_subclasses, world_size, reduction, timeout_s=30):
+        for name, make in SUBCLASSES.items():
+            net = _with_norm(make)
+            for x in PICTURES:
+                (net(x).square().mean() / len(PICTURES)).backward()
+            for ours, expected in zip(found[name], _of_one_step(net), strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14, msg=name)

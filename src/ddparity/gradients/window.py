@@ -16,6 +16,7 @@ from torch import nn
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
 from ..errors import DDParityError
+from .left import forget_left, note_left
 from .replica import NO_GRADIENT, Order, Replica, State, made_so_far, others_than
 from .strict import StrictReduction, deterministic
 
@@ -99,6 +100,7 @@ class Window:
                 replica.supersede()  # a loop that was left, or one of a zip(), which finds out when it goes on
             replica.warn_of_old_gradients()
         self._device = device
+        forget_left(self._parameters)
         with self._stack as stack:
             for replica in self._own:
                 if replica.holder is not None:  # a loop inside of another model's
@@ -132,6 +134,8 @@ class Window:
             self._reduction.restore()
             for replica in self._own:
                 replica.give_up()
+            if self.waits and not self._superseded:
+                note_left(self._parameters)
 
     def _make(self, named: Named) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
@@ -340,9 +344,9 @@ class Window:
         ]
         if not changed:
             return
-        # A process alone may write into some of its parameters in a forward; an optimizer writes into all of them.
+        # A fast process alone may write into some of its parameters in a forward; an optimizer writes into all.
         with_gradient = {name for name, parameter in self._named if parameter.grad is not None}
-        if self._group is None and (not with_gradient or not with_gradient <= set(changed)):
+        if self._group is None and not self._strict and (not with_gradient or not with_gradient <= set(changed)):
             return
         raise RuntimeError(
             f"accumulate(): {changed[0]} has changed inside of the loop over the micro-batches, before the step's "
