@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
 from ..comm.allreduce import gathers, mean_later, mean_over_ranks
-from ..compat import GradBucket, disarm, register_comm_hook, uncompiled, unwrapped
+from ..compat import GradBucket, broadcast_buffers, disarm, order_buckets, register_comm_hook, uncompiled, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,9 @@ class Replica:
         self.agreed: object = None
         self.overlapped: list[torch.Tensor] = []
         self._phase = Phase.AVERAGE
+        self._broadcasts = True
         self._versions: list[int] = []
+        self._before: list[tuple[torch.Tensor, tuple[int, int]]] = []
         self._steps = 0
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
         ddp = self.ddp
@@ -128,13 +130,25 @@ class Replica:
     def hold(self) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`."""
         ddp = self.ddp
-        if ddp is not None and ddp.require_forward_param_sync and (not self.ordered or ddp.find_unused_parameters):
-            disarm(ddp)  # a forward outside of the loop has armed DDP, perhaps on this rank only
+        if ddp is not None:
+            disarm(ddp)  # a forward outside of the loop may have armed DDP, perhaps on this rank only
+            if self._phase is Phase.AVERAGE:
+                self._broadcasts, ddp.broadcast_buffers = ddp.broadcast_buffers, False
         self._switch(Phase.KEEP, reduces=False)
 
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
         self._switch(Phase.AVERAGE, reduces=True)
+        if self.ddp is not None:
+            self.ddp.broadcast_buffers = self._broadcasts
+
+    def share_buffers(self) -> None:
+        """Broadcast the buffers, as DDP does in a forward, after `hold`."""
+        ddp = self.ddp
+        if ddp is not None and self._broadcasts:
+            ddp.broadcast_buffers = True
+            broadcast_buffers(ddp)
+            ddp.broadcast_buffers = ddp.require_forward_param_sync = False
 
     def _switch(self, phase: Phase, reduces: bool) -> None:
         self._phase = phase
@@ -145,6 +159,7 @@ class Replica:
     def overlap(self) -> None:
         """Let the next backward reduce."""
         self.overlapped, self.reduced, self._versions = [], False, []
+        self._before = [(one, _written_gradient(one)) for one in self.parameters()]
         self._switch(Phase.OVERLAP, reduces=True)
 
     def keep(self) -> None:
@@ -190,7 +205,19 @@ class Replica:
             ddp.reducer.prepare_for_backward([nothing])
             nothing.backward()
 
+    def complete_backward(self) -> None:
+        """Run a backward of zeros for the parameters that the last backward left out, after it has averaged some."""
+        left_out = [one for one, written in self._before if _written_gradient(one) == written]
+        if left_out:
+            with torch.enable_grad():
+                _Nothing.apply(*reversed(left_out)).backward()
+
     def _settled(self) -> None:
+        if not self.ordered:  # now, as a further forward on some ranks would do it
+            ddp = self.ddp
+            assert ddp is not None, "only DDP overlaps"
+            order_buckets(ddp)
+            self.ordered = True
         self._versions = _versions(self.overlapped)
 
 
@@ -209,6 +236,10 @@ class _Nothing(torch.autograd.Function):
 
 def _written(tensor: torch.Tensor) -> tuple[int, int]:
     return id(tensor), tensor._version
+
+
+def _written_gradient(parameter: torch.Tensor) -> tuple[int, int]:
+    return (0, 0) if parameter.grad is None else _written(parameter.grad)
 
 
 def _versions(parameters: Iterable[torch.Tensor]) -> list[int]:

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
-from ..compat import broadcast_buffers, order_buckets
 from ..errors import DDParityError
 from .replica import Replica, made_so_far, others_than
 from .strict import StrictReduction, deterministic
@@ -137,8 +136,7 @@ class Window:
             stay_equal = equal_buffers(replica.module, statistics is not None)
             self._stay_equal.append(stay_equal)
             if replica.ddp is not None and not (were_equal and stay_equal):
-                broadcast_buffers(replica.ddp)
-                replica.ddp.require_forward_param_sync = False
+                replica.share_buffers()
 
     def begin(self, last: bool) -> None:
         """Before a micro-batch."""
@@ -196,30 +194,33 @@ class Window:
         present = [parameter.grad is not None for parameter in self._parameters]
         if not (replica.reduced if replica.hooked else self._ran):
             if replica.overlapped:
+                replica.complete_backward()
+            else:
+                replica.backward_of_zeros()
+            if replica.hooked and not replica.reduced:
                 missing = [name for name, one in self._named if one.grad is None]
                 raise RuntimeError(
                     f"accumulate(): the last backward gave gradients to some parameters only, so that DDP reduced some "
                     f"(without a gradient: {', '.join(missing[:5]) or 'none in this step'}): pass "
                     f"find_unused_parameters=True to replicate()"
                 )
-            replica.backward_of_zeros()
         replica.keep()
         if not replica.hooked:  # we do not see what the user's hook did
             check_equal([(name, parameter.grad) for name, parameter in self._named], group)
             return
-        facts = torch.tensor([replica.changed(), any(present)], dtype=torch.float64, device=self._parameters[0].device)
-        changed, some = copies_of_ranks(facts, group).sum(0).tolist()
-        if not some:
-            for parameter in self._parameters:
-                parameter.grad = None
-            return
+        # A parameter that no rank has a gradient for keeps none: an optimizer decays one of zeros.
+        facts = torch.tensor([replica.changed(), *present], dtype=torch.uint8, device=self._parameters[0].device)
+        changed, *some = copies_of_ranks(facts, group).amax(0).tolist()
+        if not all(some):
+            for parameter, one in zip(self._parameters, some, strict=True):
+                if not one:
+                    parameter.grad = None
+            if not any(some):
+                return
         averaged = {id(parameter) for parameter in replica.overlapped}
         reduce_gradients([one for one in self._parameters if id(one) not in averaged], group, average=True)
         if changed:
             reduce_gradients(replica.overlapped, group, average=True)
-        if not replica.ordered:
-            order_buckets(ddp)
-            replica.ordered = True
 
     def _reduce_others(self, left: float) -> None:
         """Reduce the replicas that the losses have run besides those that the step is of."""
