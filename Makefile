@@ -1,9 +1,11 @@
 PYTHON ?= python3.11
 NPROC ?= 2
+PROGRAMS ?= 20000
+FIRST ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test test-matrix format docs-picture clean
+.PHONY: train verify test test-matrix programs format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -31,6 +33,11 @@ test-torch-%:
 	.venv-torch-$*/bin/pip install --quiet --upgrade $(if $(filter newest,$*),torch,'torch==$*.*') --editable '.[test]'
 	.venv-torch-$*/bin/pip list | grep -E '^(torch|numpy) '
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 .venv-torch-$*/bin/pytest -n 2 --dist loadfile $(FAST_TESTS)
+
+# Random training programs against one process by hand (tests/gradients/programs.py), seeds FIRST to FIRST + PROGRAMS. The
+# seeds that failed stand in the last line.
+programs: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -33,7 +35,7 @@ def failures(programs: Sequence[Program]) -> Iterator[tuple[Program, str | None]
     while left:
         crew = _Crew(left[0].world_size)
         try:
-            for program, problem in crew.run(left):
+            for program, problem in crew.run(tuple(left)):
                 left.pop(0)
                 yield program, problem
                 if crew.broken:
@@ -73,6 +75,10 @@ class _Crew:
             problem: str | None
             if errors or None in answers:
                 self.broken = True
+                for process, one in zip(self._processes, answers, strict=True):
+                    if one is None and process.pid is not None:
+                        os.kill(process.pid, signal.SIGUSR1)  # its stack goes to stderr
+                        time.sleep(0.2)
                 silent = [rank for rank, one in enumerate(answers) if one is None]
                 problem = "\n".join(errors) + (f"\nno answer from ranks {silent}" if silent else "")
             else:
@@ -105,6 +111,7 @@ class _Crew:
 
 def _serve(pipe: Connection, alone: bool) -> None:
     logging.disable(logging.WARNING)
+    faulthandler.register(signal.SIGUSR1)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     programs: list[Program] = pickle.loads(pipe.recv_bytes())
     gc.collect()

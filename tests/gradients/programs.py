@@ -125,7 +125,7 @@ class Program:
 # --- how one is drawn ---
 
 _BLOCKS = ("linear", "linear", "norm", "norm", "nested", "tied", "twice", "complex", "checkpoint", "checkpointed norm")
-_MAINS = ("twice", "retain", "grad", "grad in place", "inputs", "penalty", "halves")
+_MAINS = ("twice", "retain", "grad", "grad in place", "inputs", "halves", "penalty")
 
 
 def draw(seed: int) -> Program:
@@ -238,7 +238,7 @@ def _draw_loop(r: random.Random, world_size: int, models: tuple[Model, ...], pla
         planned = sum(map(len, sizes))
     # The positions of empty batches have no body; what is drawn for them is not used.
     reentrant = any("reentrant" in model.blocks for model in models)
-    known = ("twice", "halves") if reentrant else _MAINS
+    known = ("twice", "halves") if reentrant else _MAINS if not scaler else _MAINS[:-1]
     mains = tuple(r.choice(known) if r.random() < 0.5 else "backward" for _ in range(r.randint(1, 5)))
     if r.random() < 0.4:
         mains = ("backward",)
@@ -293,8 +293,9 @@ def _draw_strays(
         model = r.randrange(len(models))
         rank = r.randrange(world_size) if outside and not first and r.random() < 0.4 else None
         norms = any("norm" in block for block in models[model].blocks)
-        # On one rank only it must leave the buffers as they are.
-        strays.append(Stray(model, r.random() < 0.5 and (rank is None or not norms), r.random() < 0.6, rank))
+        if norms:  # DDP broadcasts buffers in a forward on all ranks
+            rank = None
+        strays.append(Stray(model, r.random() < 0.5, r.random() < 0.6, rank))
     return tuple(strays)
 
 
@@ -562,6 +563,7 @@ class _Run:
             self.program.reduction == "fast"
             and not any(step.change for step in self.program.steps[: number + 1])
             and not self.program.scaler
+            and all(stray.rank is None for step in self.program.steps for stray in (*step.before, *step.after))
             and (
                 {"branch", "unused"}.isdisjoint(self.program.models[0].blocks)
                 or "find_unused_parameters" in self.program.models[0].options
@@ -613,7 +615,7 @@ class _Run:
             self._strays(loop.strays.get((index, 1), ()))
             if index in loop.skips:
                 continue
-            self._backward(main, value, loss, x, loop)
+            self._backward(main, value, loss, x, factor, loop)
             self._strays(loop.strays.get((index, 2), ()))
 
     def _loss(
@@ -639,7 +641,13 @@ class _Run:
         return (out * part - 0.3).square().mean(1)
 
     def _backward(
-        self, main: str, value: torch.Tensor, loss: Callable[..., torch.Tensor], x: torch.Tensor, loop: Loop
+        self,
+        main: str,
+        value: torch.Tensor,
+        loss: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        factor: float,
+        loop: Loop,
     ) -> None:
         run = {"0": (0,), "1": (1,)}.get(loop.loss, range(len(self.nets)))
         trained = [p for position in run for p in self.nets[position].parameters() if p.requires_grad]
@@ -668,8 +676,8 @@ class _Run:
         elif main == "inputs":
             value.backward(inputs=trained[::2])
         else:
-            (slope,) = torch.autograd.grad(value, x, create_graph=True)
-            (value + slope.square().sum()).backward()
+            (slope,) = torch.autograd.grad(value / factor, x, create_graph=True)
+            (value + slope.square().sum() * factor).backward()
 
     def _optimize(self, step: Step) -> None:
         for position in step.stepped:

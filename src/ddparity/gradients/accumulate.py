@@ -45,10 +45,9 @@ def accumulate(
     strict mode, in a step that leaves a rank without a micro-batch, with `skipped="drop"`, and in a world of one.
 
     The loop may do more than one forward and one backward: a forward without a backward, several backwards, gradients
-    set by hand (`torch.autograd.grad`), a `continue`. Call `optimizer.step()` after the loop. A penalty belongs into the
-    loss of each micro-batch. A backward after the loop is plain DDP's: averaged where its forward went through the DDP
-    module; else it adds this rank's own gradients, which only the comparison of ranks notices if they differ. A loop
-    that was left has not reduced its gradients, and an `optimizer.step()` with these raises a RuntimeError.
+    set by hand (`torch.autograd.grad`), a `continue`. Call `optimizer.step()` after the loop; after a loop that was left
+    early it raises RuntimeError. Put a penalty into the loss of each micro-batch. A backward after the loop is that of
+    plain DDP: it averages if its forward went through the DDP module. If not, it adds this rank's gradients alone.
 
     With a `Step`, Python's, NumPy's and torch's streams are set to each micro-batch's key, and after the last to the
     step's, the same on every rank.
