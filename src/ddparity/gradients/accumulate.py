@@ -45,8 +45,8 @@ def accumulate(
     strict mode, in a step that leaves a rank without a micro-batch, with `skipped="drop"`, and in a world of one.
 
     The loop may do more than one forward and one backward: a forward without a backward, several backwards, gradients
-    set by hand (`torch.autograd.grad`), a `continue`. Call `optimizer.step()` after the loop; after a loop that was left
-    early it raises RuntimeError. Put a penalty into the loss of each micro-batch. A backward after the loop is that of
+    set by hand (`torch.autograd.grad`), a `continue`. Call `optimizer.step()` after the loop. It raises RuntimeError
+    after a loop that was left early. Put a penalty into the loss of each micro-batch. A backward after the loop is that of
     plain DDP: it averages if its forward went through the DDP module. If not, it adds this rank's gradients alone.
 
     With a `Step`, Python's, NumPy's and torch's streams are set to each micro-batch's key, and after the last to the
