@@ -238,7 +238,7 @@ def _draw_loop(r: random.Random, world_size: int, models: tuple[Model, ...], pla
         planned = sum(map(len, sizes))
     # The positions of empty batches have no body; what is drawn for them is not used.
     reentrant = any("reentrant" in model.blocks for model in models)
-    known = ("twice", "halves") if reentrant else _MAINS if not scaler else _MAINS[:-1]
+    known = ("twice",) if reentrant else _MAINS if not scaler else _MAINS[:-1]
     mains = tuple(r.choice(known) if r.random() < 0.5 else "backward" for _ in range(r.randint(1, 5)))
     if r.random() < 0.4:
         mains = ("backward",)
@@ -246,6 +246,9 @@ def _draw_loop(r: random.Random, world_size: int, models: tuple[Model, ...], pla
     if r.random() < 0.25:
         odds = r.choice((0.2, 0.5, 1.0))
         skips = {index: r.random() < 0.5 for index in range(planned) if r.random() < odds}
+    drops = r.random() < (0.5 if skips else 0.1)
+    if world_size == 1 and len(given) < len(models):
+        drops = False  # in a world of one nothing is known of a model that was not given
     strays = {}
     if r.random() < 0.5:
         for index in range(planned):
@@ -259,7 +262,7 @@ def _draw_loop(r: random.Random, world_size: int, models: tuple[Model, ...], pla
         mains=mains,
         counted=counted,
         equal_counts=equal,
-        skipped="drop" if r.random() < (0.5 if skips else 0.1) else "zero",
+        skipped="drop" if drops else "zero",
         skips=skips,
         strays=strays,
         infinite=(r.randrange(planned),) if scaler and r.random() < 0.15 else (),
