@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +119,53 @@ def _tokens(loader: bool) -> list:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_mean_may_be_over_tokens(world_size: int, loader: bool) -> None:
     run_ranks(_tokens, world_size, loader)
+
+
+class _CausalModel(nn.Module):
+    """A language model that shifts the labels inside, as those of transformers do, and returns the mean loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(11, 8, dtype=torch.float64), nn.Linear(8, 11, dtype=torch.float64)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        logits = self.head(self.embedding(input_ids))[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction=reduction)
+
+
+def _answers() -> list[dict[str, torch.Tensor]]:
+    """Short answers beside long ones; one has no target at all."""
+    generator, found = torch.Generator().manual_seed(1), []
+    for length in (2, 3, 2, 12, 4, 1, 9, 3):
+        ids = torch.randint(0, 11, (12,), generator=generator)
+        labels = ids.masked_fill(torch.arange(12) >= length, -100)
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def _recipe_of_the_page() -> Callable[[Any], Any]:
+    page = (Path(__file__).parents[2] / "docs" / "accumulation.md").read_text()
+    recipe = re.search(r'count=(lambda data: \(data\["labels"\]\[.*?\.sum\(\))\)', page)[1]
+    return eval(recipe)
+
+
+def _causal(micro_batch: int) -> None:
+    oracle, data = _CausalModel(), _answers()
+    ids, labels = (torch.stack([one[name] for one in data]) for name in ("input_ids", "labels"))
+    targets = sum(int(label != -100) for row in labels.tolist() for label in row[1:])
+    (oracle(ids, labels, "sum") / targets).backward()
+    model = dp.replicate(_CausalModel())
+    loader = dp.Loader(data, dp.BatchPlan(8, 8, micro_batch, shuffle=False))
+    for micro in dp.accumulate(model, next(loader.epoch(0)), count=_recipe_of_the_page()):
+        (model(**micro.data) * micro.weight).backward()
+    _assert_close(_gradients(model), _gradients(oracle))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_causal_language_model_counts_what_it_predicts(world_size: int) -> None:
+    run_ranks(_causal, world_size, 1)
+    run_ranks(_causal, world_size, 2)
 
 
 def _steps(make: Callable[[], nn.Module], options: dict) -> list:
