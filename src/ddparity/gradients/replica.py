@@ -46,10 +46,6 @@ CHECK_EVERY = 100  # steps
 ONE_BUCKET_BYTES = 2**20
 
 
-# In DDP's attribute require_forward_param_sync, until a forward writes a truth value there.
-_NO_FORWARD: Any = None
-
-
 class Phase(Enum):
     """What the communication hook does with a bucket."""
 
@@ -183,16 +179,6 @@ class Replica:
                 self._disarm()
             self._broadcasts, ddp.broadcast_buffers = ddp.broadcast_buffers, False
         self._switch(Phase.KEEP, reduces=False)
-        if ddp is None or not armed:
-            return
-        if not self.ordered or ddp.find_unused_parameters or list(map(id, self.parameters())) != self._known:
-            disarm(ddp)
-            return
-        # To disarm would forget the order of buckets, on this rank only.
-        without = [parameter for parameter in self.parameters() if parameter.grad is None]
-        self.backward_of_zeros()
-        for parameter in without:
-            parameter.grad = None
 
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
@@ -299,9 +285,6 @@ class Replica:
         """
         ddp, parameters = self.ddp, self.parameters()
         assert ddp is not None, "only DDP overlaps"
-        if ddp.find_unused_parameters:  # the others count as not used
-            dummy = torch.zeros((), requires_grad=True, device=parameters[0].device)
-            parameters = [dummy, *(one for one in parameters if one.grad is not None)]  # type: ignore[list-item]
         with torch.enable_grad():
             nothing = _Nothing.apply(*reversed(parameters))
             ddp.reducer.prepare_for_backward([nothing])
