@@ -46,8 +46,8 @@ def accumulate(
 
     The loop may do more than one forward and one backward: a forward without a backward, several backwards, gradients
     set by hand (`torch.autograd.grad`), a `continue`. Call `optimizer.step()` after the loop. It raises RuntimeError
-    after a loop that was left early. Put a penalty into the loss of each micro-batch. A backward after the loop is that of
-    plain DDP: it averages if its forward went through the DDP module. If not, it adds this rank's gradients alone.
+    after a loop that was left early. Put a penalty into the loss of each micro-batch. A backward after the loop is that
+    of plain DDP: it averages if its forward went through the DDP module. If not, it adds this rank's gradients alone.
 
     With a `Step`, Python's, NumPy's and torch's streams are set to each micro-batch's key, and after the last to the
     step's, the same on every rank.
