@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ddparity as dp
+from ddparity.gradients.replica import named_parameters
 from tests.ranks import run_ranks
 
 SEVERAL_BUCKETS = {"bucket_cap_mb": 1e-5}
@@ -265,3 +266,12 @@ def test_a_model_of_some_ranks_does_not_hang_the_others() -> None:
 
 def test_a_part_that_is_replicated_too_in_a_world_of_one() -> None:
     run_ranks(_a_part_replicated_too, 1, "strict", False)
+
+
+def test_parameters_have_the_names_and_the_order_of_torch() -> None:
+    shared, bare = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    tied = nn.Linear(2, 2)
+    tied.weight = shared.weight
+    model = nn.ModuleDict({"first": shared, "again": shared, "tied": nn.Sequential(tied, bare), "none": nn.Identity()})
+    expected = list(model.named_parameters())
+    assert [(name, id(one)) for name, one in named_parameters(model)] == [(name, id(one)) for name, one in expected]

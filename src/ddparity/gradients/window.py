@@ -17,7 +17,7 @@ from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
 from ..errors import DDParityError
 from .left import forget_left, note_left
-from .replica import NO_GRADIENT, Order, Replica, State, made_so_far, others_than
+from .replica import NO_GRADIENT, Order, Replica, State, made_so_far, named_parameters, others_than
 from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
@@ -492,7 +492,7 @@ def _trained(models: Sequence[nn.Module], replicas: Sequence[Replica | None]) ->
     found: dict[int, tuple[str, nn.Parameter]] = {}
     frozen: Named = []
     for position, (model, replica) in enumerate(zip(models, replicas, strict=True)):
-        for name, parameter in replica.all_parameters() if replica is not None else model.named_parameters():
+        for name, parameter in replica.all_parameters() if replica is not None else named_parameters(model):
             named = (f"model {position}: {name}" if position else name, parameter)
             if parameter.requires_grad or (replica is not None and replica.trains(parameter)):
                 found.setdefault(id(parameter), named)
