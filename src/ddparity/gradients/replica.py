@@ -89,7 +89,7 @@ class Replica:
         present: with find_unused_parameters, whether parameters had a gradient before DDP wrote averages, by their ids.
         had_gradients: ids of the parameters that had a gradient after the last step, the same on every rank. A loop
             that freezes and unfreezes parts of a model may give them one again, though frozen when the next begins.
-        told, told_compiled, told_old: a warning was given.
+        told_compiled, told_old: a warning was given.
     """
 
     def __init__(self, model: nn.Module, words: tuple[Reduction, Statistics, int], equal: bool) -> None:
@@ -101,7 +101,7 @@ class Replica:
         self.order = Order.DEFAULT
         self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
-        self.told = self.told_compiled = self.told_old = False
+        self.told_compiled = self.told_old = False
         self.agreed: object = None
         self.overlapped: list[torch.Tensor] = []
         self.present: dict[int, bool] = {}

@@ -215,8 +215,9 @@ class Window:
         for other in self._others.values():
             other.reduction.take()
         if not self._ran:
-            self._skipped.append(index)
             self._dropped.append(share)
+            if torch.is_grad_enabled():  # without, the loop is one of forwards alone, as for batch norms' statistics
+                self._skipped.append(index)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -355,14 +356,11 @@ class Window:
         )
 
     def _tell_skipped(self) -> None:
-        if self._skipped and torch.is_grad_enabled():
-            which = ", ".join(map(str, self._skipped[:5]))
-            if self._models[0] in _told:
-                return
+        if self._skipped and self._models[0] not in _told:
             _told.add(self._models[0])
             logger.warning(
                 "accumulate(): micro-batch %s had no backward: %s. This is said once",
-                which,
+                ", ".join(map(str, self._skipped[:5])),
                 "its weight is taken out of the step" if self._drops else "its gradient counts as zero",
             )
 
