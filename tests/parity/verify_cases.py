@@ -201,19 +201,6 @@ class Tracking(nn.Module):
         return self.inner(x)
 
 
-class LateTrainable(nn.Module):
-    """Its bias becomes trainable after DDP has wrapped it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = mlp()
-        self.bias = nn.Parameter(torch.zeros(3), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.bias.requires_grad_()
-        return self.inner(x) + self.bias
-
-
 # By name: the wrong part, the number of processes whose run diverges, the stage, and the name of the cause.
 FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "wrong scale of the loss": ({"loss": scaled_loss}, 2, "forward", "SCALE"),
@@ -235,7 +222,6 @@ FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "learning rate of the rank": ({"optimizer": rate_by_rank}, 2, "update", "UPDATE"),
     "learning rate of the world": ({"optimizer": rate_by_world}, 2, "update", "UPDATE"),
     "buffer of the rank": ({"model": Tracking}, 2, "buffers", "BUFFERS"),
-    "parameter that DDP does not see": ({"model": LateTrainable}, 2, "gradients", "UNREDUCED"),
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
@@ -119,7 +120,8 @@ class Window:
             stack.callback(self._restore)
             for replica in others_than(self._own) if self._own else ():
                 self._adopt(replica)
-            self._written = [parameter._version for parameter in self._parameters]
+            # A lazy layer writes its parameters in its first forward.
+            self._written = [-1 if is_lazy(parameter) else parameter._version for parameter in self._parameters]
             yield
 
     def _restore(self) -> None:
@@ -162,7 +164,8 @@ class Window:
         if self._strict or self._sums:  # what its gradients were before is put aside, where zero_grad() finds nothing
             raise RuntimeError(
                 f"accumulate() of a replicated model inside of another one's loop, which is "
-                f"{'strict' if self._strict else 'summed after the loop'}: give both to one, accumulate([a, b], step)"
+                f"{'strict' if self._strict else 'summed after the loop'}: give both to one, "
+                f"accumulate([first, second], …)"
             )
         other = self._others.pop((replica.ranks, replica.number))
         other.reduction.restore()
@@ -341,7 +344,9 @@ class Window:
 
     def _check_unchanged(self) -> None:
         changed = [
-            name for (name, one), before in zip(self._named, self._written, strict=True) if one._version != before
+            name
+            for (name, one), before in zip(self._named, self._written, strict=True)
+            if before not in (-1, one._version)
         ]
         if not changed:
             return
@@ -439,8 +444,8 @@ class _Reduction:
             return
         if self._group is not None:
             reduce_gradients(self._parameters, self._group, average=self._before is None)
-        if scale != 1.0:
-            torch._foreach_mul_([one.grad for one in self._parameters if one.grad is not None], scale)
+        if scale != 1.0 and (gradients := [one.grad for one in self._parameters if one.grad is not None]):
+            torch._foreach_mul_(gradients, scale)
         self.restore()
 
     def restore(self) -> None:

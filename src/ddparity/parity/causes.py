@@ -27,9 +27,9 @@ SAMPLES = Cause(
     "docs/data.md",
 )
 DATA = Cause(
-    "Streams that are not global (a `numpy.random.Generator` that the data set keeps, the state of an augmentation "
-    "library) belong to the user. Seed them inside `__getitem__` from `torch.initial_seed()`, which is the "
-    "micro-batch's seed.",
+    "Generators of your own (a `numpy.random.Generator`, a `torch.Generator`, an augmentation library's) are not "
+    "seeded by the loader. Seed them in `__getitem__` from `sample_seed()`, which is different for each sample and "
+    "epoch, and the same on any number of processes and workers and for any sizes of batches.",
     "docs/data.md",
 )
 STREAMS = Cause(
