@@ -229,7 +229,7 @@ def _a_strict_loop_inside_of_a_loop() -> None:
     g, d = dp.replicate(_Heads(), "strict"), dp.replicate(_Heads(), "strict")
     outer, inner = dp.accumulate(g, _own()), dp.accumulate(d, _own())
     next(outer)
-    with pytest.raises(RuntimeError, match=r"give both to one, accumulate\(\[a, b\], step\)"):
+    with pytest.raises(RuntimeError, match=r"give both to one, accumulate\(\[first, second\], …\)"):
         next(inner)
     outer.close()
 
