@@ -203,3 +203,21 @@ def _equal() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_that_agree_train(world_size: int) -> None:
     run_ranks(_equal, world_size)
+
+
+def _ignored_parameters_may_differ() -> float:
+    net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1))
+    net._ddp_params_and_buffers_to_ignore = ["1.bias"]
+    model = dp.replicate(net)
+    with torch.no_grad():
+        net[1].bias.fill_(float(dist.get_rank()))
+    loader = dp.Loader(list(torch.ones(8, 6)), dp.BatchPlan(8, 8, 2))
+    for epoch in range(3):
+        for step in loader.epoch(epoch):
+            for micro in dp.accumulate(model, step):
+                (model(micro.data).mean() * micro.weight).backward()
+    return net[1].bias.item()
+
+
+def test_parameters_that_ddp_is_told_to_ignore_are_not_compared() -> None:
+    assert run_ranks(_ignored_parameters_may_differ, 2) == [0.0, 1.0]

@@ -201,6 +201,19 @@ class Tracking(nn.Module):
         return self.inner(x)
 
 
+class Ignored(nn.Module):
+    """DDP is told to ignore its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+        self.bias = nn.Parameter(torch.zeros(3))
+        self._ddp_params_and_buffers_to_ignore = ["bias"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.bias
+
+
 # By name: the wrong part, the number of processes whose run diverges, the stage, and the name of the cause.
 FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "wrong scale of the loss": ({"loss": scaled_loss}, 2, "forward", "SCALE"),
@@ -222,6 +235,7 @@ FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "learning rate of the rank": ({"optimizer": rate_by_rank}, 2, "update", "UPDATE"),
     "learning rate of the world": ({"optimizer": rate_by_world}, 2, "update", "UPDATE"),
     "buffer of the rank": ({"model": Tracking}, 2, "buffers", "BUFFERS"),
+    "parameter that DDP ignores": ({"model": Ignored}, 2, "gradients", "UNREDUCED"),
 }
 
 

@@ -20,7 +20,7 @@ from ..compat import uncompiled
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
-from .replica import Replica, replica_of
+from .replica import Replica, refuse_nested, replica_of
 from .window import Window, bits_of
 
 logger = logging.getLogger(__name__)
@@ -111,12 +111,7 @@ def accumulate(
 def _check_replicated(model: nn.Module) -> None:
     inner = uncompiled(model)
     if isinstance(inner, DistributedDataParallel):
-        nested = [name for name, one in inner.module.named_modules() if isinstance(one, DistributedDataParallel)]
-        if nested:
-            raise TypeError(
-                f"accumulate() got a DistributedDataParallel that holds another one, {nested[0]}: replicate the whole "
-                f"module once, with plain modules inside (for a DDP module, its .module)"
-            )
+        refuse_nested(inner.module, "accumulate() got a DistributedDataParallel that holds another one")
     elif dist.is_initialized() and dist.get_world_size() > 1:
         raise TypeError(
             f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
@@ -141,9 +136,11 @@ def _accumulate(
             f"accumulate(): this step is shared among {len(step.shares)} ranks, but the model's process group has "
             f"{world_size}: a Loader shares a step among all ranks, so replicate the model over all of them"
         )
+    number = None
     if equal_counts:
-        batches = list(batches) if step is None else batches
-    _agree(models, replicas, step, len(batches) if equal_counts else None, count is not None, group)  # type: ignore[arg-type]  # listed above
+        batches = list(batches) if step is None else step
+        number = len(batches)
+    _agree(models, replicas, step, number, count is not None, group)
     micros: Iterator[LoadedMicroBatch]
     if step is not None and count is None:
         numbers = step.shares
@@ -165,7 +162,7 @@ def _accumulate(
                 yield LoadedMicroBatch(data, micro.share * window.scale, micro.index, micro.seed, micro.share)
                 window.take(micro.index, micro.share)
         except GeneratorExit:
-            if group is not None or window.waits or position < numbers[rank] - 1:
+            if window.waits or position < numbers[rank] - 1:
                 logger.warning(
                     "left accumulate() in micro-batch %d of %d: gradients are not reduced", position + 1, numbers[rank]
                 )
@@ -179,7 +176,7 @@ def _accumulate(
 def _common_group(replicas: Sequence[Replica | None]) -> dist.ProcessGroup | None:
     """Return the process group of all models of a step; None in a world of one."""
     given = [replica for replica in replicas if replica is not None]
-    ranks = {None if one.group is None else tuple(dist.get_process_group_ranks(one.group)) for one in given}
+    ranks = {one.ranks for one in given}
     kinds = sorted({one.reduction for one in given} | ({"fast"} if len(given) < len(replicas) else set()))
     if len(ranks) > 1 or len(kinds) > 1:
         what = f"reductions ({' and '.join(kinds)})" if len(kinds) > 1 else "process groups"
@@ -206,7 +203,8 @@ def _agree(
     if replica.agreed == key:
         return
     replica.agreed = key
-    trained = [one for model in models for one in model.parameters() if one.requires_grad]
+    # Without those that DDP was told to ignore, which may differ between ranks.
+    trained = [one for each in replicas if each is not None for one in each.parameters()]
     values: dict[str, object] = {
         "the number of models given to accumulate()": len(models),
         "accumulate(count=…), given or not": counted,
