@@ -400,6 +400,16 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(found.values())
 
 
+def refuse_nested(module: nn.Module, what: str) -> None:
+    """Raise TypeError if a module holds a DDP module, which would reduce in the middle of a step."""
+    for name, one in module.named_modules():
+        if isinstance(one, DistributedDataParallel):
+            raise TypeError(
+                f"{what}, {name}: replicate the whole module once, with plain modules inside (for a DDP module, its "
+                f".module)"
+            )
+
+
 def replica_of(model: nn.Module) -> Replica | None:
     """Return a model's replica; None for a plain module that `replicate` was not asked for, or asked "fast".
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import shared_layers
 from ..compat import uncompiled
 from ..runtime.agreement import agreed
-from .replica import CHECK_EVERY, Reduction, Statistics, asked, forget
+from .replica import CHECK_EVERY, Reduction, Statistics, asked, forget, refuse_nested
 from .strict import sparse_refusal
 
 logger = logging.getLogger(__name__)
@@ -68,12 +68,7 @@ def replicate(
         raise TypeError(f"replicate() got a {type(model).__name__}: give a torch.nn.Module")
     if isinstance(model, DistributedDataParallel):
         raise TypeError("replicate() got a DistributedDataParallel: give the module inside, model.module")
-    nested = [name for name, module in model.named_modules() if isinstance(module, DistributedDataParallel)]
-    if nested:
-        raise TypeError(
-            f"replicate() got a module that holds a DistributedDataParallel, {nested[0]}: replicate the whole module "
-            f"once, with plain modules inside (for a DDP module, its .module)"
-        )
+    refuse_nested(model, "replicate() got a module that holds a DistributedDataParallel")
     words = (reduction, batchnorm_statistics, operator.index(check_every))
     _agree(model, words, ddp_options.get("process_group"))
     if reduction == "strict":

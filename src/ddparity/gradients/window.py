@@ -336,10 +336,9 @@ class Window:
                 f"accumulate(): the losses run {len(touched)} replicated models besides those of the step, more than "
                 f"{_MOST_OTHERS}: give them in the list, accumulate([model, …], step)"
             )
-        device = self._parameters[0].device if self._parameters else None
         sent = torch.full((_MOST_OTHERS,), -1, dtype=torch.int64)
         sent[: len(touched)] = torch.tensor(touched, dtype=torch.int64)
-        found = copies_of_ranks(sent.to(device), group)
+        found = copies_of_ranks(sent.to(self._device), group)
         return sorted(set(found.flatten().tolist()) - {-1})
 
     def _check_unchanged(self) -> None:
