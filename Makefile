@@ -5,7 +5,7 @@ FIRST ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test test-matrix programs format docs-picture clean
+.PHONY: train verify test test-matrix programs damage format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -38,6 +38,10 @@ test-torch-%:
 # seeds that failed stand in the last line.
 programs: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
+
+# Random damage to directories of predictions, in full. The figures go to benchmarks/RESULTS.md.
+damage: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.inference.damage
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
