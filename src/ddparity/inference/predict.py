@@ -110,8 +110,8 @@ def predict(
 
     Raises:
         TypeError, ValueError: a bad argument, or one that differs between ranks; parameters, buffers that are saved, or
-            samples that differ between ranks; an output without one row a sample; a batch whose output has another structure
-            than the first one's; a directory that holds something else, or that needs `key` to be resumed.
+            samples that differ between ranks; an output without one row a sample; a batch whose output has another
+            structure than the first one's; a directory that holds something else, or that needs `key` to be resumed.
         DDParityError: the model fails; names the data-set indices of the batch. SampleError: the data set fails.
         RankFailure: on every other rank, if one fails.
 
