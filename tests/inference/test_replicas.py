@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
-from ddparity.inference.model import Checksums, check_words, parts
+from ddparity.comm.bits import check_words, parts
+from ddparity.inference.model import Checksums
 from tests.ranks import outcomes, run_ranks
 
 ONE_PASS = 8 * 1021  # bytes; a tensor of twice as many or more is compared by sums

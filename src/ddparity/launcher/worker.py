@@ -93,7 +93,7 @@ def _run(arguments: list[str], folder: Path | None) -> None:
 
 
 def _fail(error: BaseException, folder: Path | None) -> None:
-    """Write the exception for the agent and end with exit code 1. The script's atexit functions still run."""
+    """Write the exception for the agent, and end with its exit code, or 1. The script's atexit functions still run."""
     with suppress(AttributeError, ValueError):
         # torch's handler raises when a data-loader worker has ended. That may be the failure that is being written.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -105,7 +105,8 @@ def _fail(error: BaseException, folder: Path | None) -> None:
     # traceback would appear twice.
     if not written or os.environ.get("RANK") != "0":
         sys.excepthook(type(error), error, trace)
-    sys.exit(1)
+    code = getattr(error, "exit_code", 1)
+    sys.exit(code if isinstance(code, int) and 0 < code < 256 else 1)
 
 
 def _write_error(folder: Path, error: BaseException, message: str, trace: str) -> bool:
@@ -117,6 +118,8 @@ def _write_error(folder: Path, error: BaseException, message: str, trace: str) -
     extra["before"] = [_message(one) for one in _earlier(error)]
     if type(error).__name__ == "RankFailure":
         extra["rank"] = getattr(error, "rank", -1)  # the rank that failed first, according to the error
+    if type(error).__name__ == "WrongArithmetic":
+        extra["record"] = getattr(error, "record", None)
     partial = folder / "error.json.partial"
     try:
         partial.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
