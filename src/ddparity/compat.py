@@ -8,6 +8,7 @@ import functools
 import os
 import socket
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, get_worker_info
@@ -214,6 +216,12 @@ def in_transform() -> bool:
 def in_backward() -> bool:
     """Return True inside of a backward: a forward there recomputes what activation checkpointing did not keep."""
     return torch._C._current_graph_task_id() != -1
+
+
+def recomputation_ended() -> bool:
+    """Return True where activation checkpointing ends a forward, since all that it recomputes has been computed."""
+    stop: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
+    return stop is not None and isinstance(sys.exc_info()[1], stop)
 
 
 # Tensors and random generators.
