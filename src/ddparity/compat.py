@@ -8,6 +8,7 @@ import functools
 import os
 import socket
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributed.utils import _to_kwargs
 from torch.nn.parallel import DistributedDataParallel
@@ -241,6 +243,12 @@ def in_transform() -> bool:
 def in_backward() -> bool:
     """Return True inside of a backward: a forward there recomputes what activation checkpointing did not keep."""
     return torch._C._current_graph_task_id() != -1
+
+
+def recomputation_ended() -> bool:
+    """Return True where activation checkpointing ends a forward, since all that it recomputes has been computed."""
+    stop: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
+    return stop is not None and isinstance(sys.exc_info()[1], stop)
 
 
 # Tensors and random generators.
