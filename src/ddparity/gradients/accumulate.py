@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -151,16 +152,27 @@ def _accumulate(
     _check_shares(models, replicas, numbers, numbers[rank])
 
     window = Window(models, replicas, numbers, rank, drops)
+    rechecks = next((one.rechecks for one in replicas if one is not None and one.rechecks is not None), None)
+    recheck = window.recheck(rechecks, step, device) if rechecks is not None and rechecks.due(numbers) else None
     position = -1
-    with window.opened(device):
+    with window.opened(device), contextlib.ExitStack() as stack:
+        if recheck is not None:
+            stack.callback(recheck.close)
         try:
             for position, micro in enumerate(micros):
                 window.begin(last=position == numbers[rank] - 1)
                 if micro.seed is not None:
                     seed_streams(micro.seed)
                 data = micro.data if device is None or device.type == "cpu" else to_device(micro.data, device)
-                yield LoadedMicroBatch(data, micro.share * window.scale, micro.index, micro.seed, micro.share)
+                given = LoadedMicroBatch(data, micro.share * window.scale, micro.index, micro.seed, micro.share)
+                if recheck is not None and position == 0:
+                    recheck.begin(data)
+                yield given
+                if recheck is not None and step is not None and position == 0:
+                    recheck.keep(given, micro.index - sum(step.shares[:rank]))
                 window.take(micro.index, micro.share)
+            if recheck is not None:
+                yield from recheck.run()
         except GeneratorExit:
             if window.waits or position < numbers[rank] - 1:
                 logger.warning(

@@ -16,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import Room
 from ..compat import broadcast_buffers, disarm, has_built_in_hook, uncompiled, unwrapped
 from .early import CAP_BYTES, EarlyAverage, EarlyAverages
+from .recheck import Rechecks
 
 logger = logging.getLogger(__name__)
 
 Reduction = Literal["fast", "strict"]
 Statistics = Literal["all", "rank0"]
+Words = tuple[Reduction, Statistics, int, int]  # and check_every, and recheck_every, 0 for never
 
 # What `replicate` was asked for, as words in the model's attributes: they survive copy.deepcopy and torch.save, and a
 # pickle of the model needs no ddparity.
@@ -47,6 +49,7 @@ class Replica:
 
     Attributes:
         reduction, batchnorm_statistics: what `replicate` was asked for; of a foreign DDP, what DDP does.
+        rechecks: those of `replicate(recheck_every=…)`; None without.
         check_every: so often `accumulate` compares the ranks' parameters and gradients, in steps.
         ranks: of its group; None in a world of one.
         number: counts the replicas of these ranks; the same on every one of them, since making one is collective.
@@ -61,9 +64,9 @@ class Replica:
         told_compiled, told_old: a warning was given.
     """
 
-    def __init__(self, model: nn.Module, words: tuple[Reduction, Statistics, int], equal: bool) -> None:
+    def __init__(self, model: nn.Module, words: Words, equal: bool) -> None:
         self._model = weakref.ref(model)
-        self.reduction, self.batchnorm_statistics, self.check_every = words
+        self.reduction, self.batchnorm_statistics, self.check_every, recheck_every = words
         self.buffers_equal = equal
         self.room = Room()
         self.held = False
@@ -78,6 +81,7 @@ class Replica:
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
         ddp = self.ddp
         self.group = ddp.process_group if ddp is not None and ddp.process_group.size() > 1 else None
+        self.rechecks = Rechecks(recheck_every, self.group) if recheck_every and self.group is not None else None
         self.ranks = None if self.group is None else tuple(dist.get_process_group_ranks(self.group))
         self.number = _made[self.ranks]
         _made[self.ranks] += 1
@@ -269,11 +273,11 @@ def replica_of(model: nn.Module) -> Replica | None:
         return None
     replica = _replicas.get(model)
     if replica is None:
-        replica = _replicas[model] = Replica(model, words or ("fast", "rank0", CHECK_EVERY), equal=False)
+        replica = _replicas[model] = Replica(model, words or ("fast", "rank0", CHECK_EVERY, 0), equal=False)
     return replica
 
 
-def asked(model: nn.Module, words: tuple[Reduction, Statistics, int], equal: bool) -> None:
+def asked(model: nn.Module, words: Words, equal: bool) -> None:
     """Note on a model what `replicate` was asked for."""
     model.__dict__[_WORDS] = words
     _replicas[model] = Replica(model, words, equal)
