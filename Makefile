@@ -5,7 +5,7 @@ FIRST ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test test-matrix programs damage format docs-picture clean
+.PHONY: train verify test test-matrix programs damage rechecks format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -42,6 +42,11 @@ programs: $(VENV)/.installed-test
 # Random damage to directories of predictions, in full. The figures go to benchmarks/RESULTS.md.
 damage: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.inference.damage
+
+# Rechecks of healthy ranks, RECHECKS of them: none may give an alarm. The figures go to benchmarks/RESULTS.md.
+RECHECKS ?= 10000
+rechecks: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.faults $(RECHECKS)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -1,9 +1,14 @@
-"""A training on ranks of which one computes wrong numbers: one bit is flipped, in some phase of a step."""
+"""A training on ranks of which one computes wrong numbers: one bit is flipped, in some phase of a step.
+
+`make rechecks` runs many rechecks of healthy ranks, and writes the figures to benchmarks/RESULTS.md.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +19,8 @@ from torch import nn
 
 import ddparity as dp
 from ddparity.data.step import LoadedMicroBatch
+from ddparity.gradients.recheck import Rechecks
+from ddparity.gradients.replica import replica_of
 
 EVERY = 3  # steps between rechecks; the first is in step 0
 MICROS = 2  # micro-batches a rank
@@ -112,11 +119,11 @@ def _flipping(model: nn.Module, fault: Fault | None, state: dict[str, Any]) -> I
             hook.remove()
 
 
-def train(fault: Fault | None, reduction: str, steps: int = 10, every: int | None = EVERY, lr: float = 0.01) -> Any:
+def train(fault: Fault | None, reduction: str, steps: int = 10, every: int | None = EVERY, raises: bool = False) -> Any:
     """Train; return what happened: the step and the error if a fault was found, and the state at the end."""
     model = dp.replicate(Net(), reduction=reduction, check_every=0, recheck_every=every)
     net = model.module if hasattr(model, "module") else model
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     state: dict[str, Any] = {"step": 0, "micro": None, "flipped": False}
     seen: list[tuple[int, bool]] = []
     losses, shares = 0.0, 0.0
@@ -154,6 +161,8 @@ def train(fault: Fault | None, reduction: str, steps: int = 10, every: int | Non
                         place("backward")
                     losses, shares = losses + loss.item() * micro.share, shares + micro.share
             except dp.WrongArithmetic as error:
+                if raises:
+                    raise
                 found = {"step": step.number, "rank": error.rank, "ranks": error.ranks, "error": str(error)}
                 return {**found, "record": error.record, "taken": fault is None or dp.fingerprint(net) != before}
             finally:
@@ -170,3 +179,54 @@ def train(fault: Fault | None, reduction: str, steps: int = 10, every: int | Non
 def silent() -> None:
     """Let no log line of an expected failure reach the terminal."""
     logging.getLogger("ddparity").setLevel(logging.CRITICAL)
+
+
+def recheck_of(model: nn.Module) -> Rechecks:
+    """Return the rechecks of a model, which must not be off."""
+    replica = replica_of(model)
+    assert replica is not None and replica.rechecks is not None and not replica.rechecks.off
+    return replica.rechecks
+
+
+def healthy(rechecks: int) -> int:
+    """Return how many rechecks of healthy ranks were done, half of them in each mode, without an alarm."""
+    done = 0
+    for reduction in ("fast", "strict"):
+        model = dp.replicate(Net(), reduction=reduction, recheck_every=1, check_every=0)
+        optimizer = torch.optim.Adam(model.parameters())
+        for step in loader(dist.get_world_size(), steps=rechecks // 2, micros=1).epoch(0):
+            for micro in dp.accumulate(model, step):
+                (model(micro.data).square().mean() * micro.weight).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        done += recheck_of(model).done
+    return done
+
+
+def main() -> None:
+    from benchmarks.results import machine, table, write_section
+
+    from tests.ranks import run_ranks
+
+    rechecks, facts, rows = int(sys.argv[1]), machine(), []
+    for world_size in (2, 3):
+        start = time.monotonic()
+        done = set(run_ranks(healthy, world_size, rechecks // 2, timeout_s=3600))
+        assert done == {rechecks // 2}, done
+        rows.append([f"{world_size}", f"{rechecks // 2:,}", f"{world_size * rechecks // 2:,}", "0",
+                     f"{time.monotonic() - start:.0f}"])  # fmt: skip
+    text = "\n\n".join(
+        [
+            "## Rechecks",
+            facts,
+            "`make rechecks`: `replicate(recheck_every=1)`, healthy processes, a small network with batch norm and "
+            "dropout, half of the steps in the fast and half in the strict mode.",
+            table(["processes", "rechecks", "micro-batches compared", "false alarms", "seconds"], rows),
+        ]
+    )
+    print(text)
+    write_section("rechecks", text)
+
+
+if __name__ == "__main__":
+    main()

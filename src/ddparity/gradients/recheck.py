@@ -316,7 +316,7 @@ class Recheck:
         if self._rank == 0:
             logger.error("wrong arithmetic: %s", json.dumps(record))
         raise WrongArithmetic(
-            f"accumulate(): {who}. For micro-batch {index} of step {record['step']} of epoch {record['epoch']} {why}; "
+            f"accumulate(): {who}: {why}, for micro-batch {index} of step {record['step']} of epoch {record['epoch']}; "
             f"the first difference is in {record['differs'] or 'the result'}. The step is not taken. Take the device "
             f"out of the job and continue from a checkpoint. If that helps nothing, look for a loop, a data set or a "
             f"setting that differs on that rank",

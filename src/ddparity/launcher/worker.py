@@ -105,8 +105,12 @@ def _fail(error: BaseException, folder: Path | None) -> None:
     # traceback would appear twice.
     if not written or os.environ.get("RANK") != "0":
         sys.excepthook(type(error), error, trace)
+    sys.exit(_exit_code(error))
+
+
+def _exit_code(error: BaseException) -> int:
     code = getattr(error, "exit_code", 1)
-    sys.exit(code if isinstance(code, int) and 0 < code < 256 else 1)
+    return code if isinstance(code, int) and 0 < code < 256 else 1
 
 
 def _write_error(folder: Path, error: BaseException, message: str, trace: str) -> bool:
@@ -115,6 +119,7 @@ def _write_error(folder: Path, error: BaseException, message: str, trace: str) -
     The agent may read at any time: `error.json` is renamed into place when it is complete.
     """
     extra: dict[str, Any] = {"py_callstack": trace, "timestamp": str(int(time.time())), "type": type(error).__name__}
+    extra["exit_code"] = _exit_code(error)
     extra["before"] = [_message(one) for one in _earlier(error)]
     if type(error).__name__ == "RankFailure":
         extra["rank"] = getattr(error, "rank", -1)  # the rank that failed first, according to the error
