@@ -19,7 +19,7 @@ from torch import nn
 import ddparity as dp
 from ddparity.gradients import recheck
 from ddparity.gradients.verdict import verdict
-from tests.gradients.faults import EVERY, FAULTS, Fault, Net, healthy, loader, recheck_of, silent, train
+from tests.gradients.faults import EVERY, FAULTS, Fault, Net, flip, healthy, loader, recheck_of, silent, train
 from tests.ranks import run_ranks
 
 
@@ -53,6 +53,28 @@ def test_rechecks_change_nothing(world_size: int, reduction: str) -> None:
         assert seen == [index for index, _ in other.pop("seen")]
         assert one == other
     assert sum(one["shares"] for one in with_) == pytest.approx(10)
+
+
+def _between_epochs() -> Any:
+    """Flip a bit of a weight after the last step of an epoch, long before the next recheck."""
+    silent()
+    model = dp.replicate(nn.Linear(6, 1), recheck_every=1000)
+    data = loader(dist.get_world_size(), steps=2)
+    for epoch in range(2):
+        for step in data.epoch(epoch):
+            try:
+                for micro in dp.accumulate(model, step):
+                    (model(micro.data).square().mean() * micro.weight).backward()
+            except dp.WrongArithmetic as error:
+                return epoch, step.number, error.ranks, error.record["differs"]
+            model.zero_grad()
+        if dist.get_rank() == 2:
+            flip(model.module.weight)
+    return None
+
+
+def test_an_epoch_begins_with_a_recheck() -> None:
+    assert run_ranks(_between_epochs, 3) == [(1, 0, [2], "the weight weight")] * 3
 
 
 TWO = [

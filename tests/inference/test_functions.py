@@ -366,7 +366,7 @@ def test_a_forward_may_use_autograd() -> None:
     assert run_ranks(_forces, 2, True) == [alone] * 2
 
 
-def test_an_output_that_requires_grad_is_detached() -> None:
+def test_an_output_that_requires_grad_is_detached(tmp_path: Any) -> None:
     weight = nn.Parameter(torch.ones(1))
 
     def function(x: torch.Tensor) -> torch.Tensor:
@@ -374,6 +374,9 @@ def test_an_output_that_requires_grad_is_detached() -> None:
             return x * weight
 
     assert not dp.predict(function, torch.ones(4, 1), 2).requires_grad
+    dp.predict(lambda x: {"a": function(x), "b": list(function(x))}, torch.ones(4, 1), 2, tmp_path)
+    assert dp.read_predictions(tmp_path)["a"].tolist() == [[1.0]] * 4
+    assert dp.predict(function, torch.ones(4, 1), 2, metric=lambda output, batch: output.sum()) == 4.0
 
 
 # Data sets that differ between ranks

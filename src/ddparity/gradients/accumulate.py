@@ -222,9 +222,12 @@ def _agree(
         "accumulate(count=…), given or not": counted,
         "the batches with accumulate(equal_counts=True)": batches,
         "the number of trained parameters": sum(parameter.numel() for parameter in trained),
-        "the sum of the parameters' bits": sum(map(bits_of, trained)),
         "the number of synchronised batch norms in training": sum(map(_shared_in_training, models)),
     }
+    if replica.rechecks is None or replica.rechecks.off:
+        values["the sum of the parameters' bits"] = sum(map(bits_of, trained))
+    else:
+        replica.rechecks.soon()  # it compares them, too, and names the rank that is wrong
     if step is None:
         values["the kind of batches"] = "foreign batches"
     else:

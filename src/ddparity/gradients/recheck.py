@@ -75,6 +75,10 @@ class Rechecks:
         self._waits = self.every - 1
         return True
 
+    def soon(self) -> None:
+        """Let the next step have a recheck."""
+        self._waits = 0
+
     def offset(self) -> int:
         """Return how far the rank is whose micro-batch a rank runs: other pairs in each recheck."""
         return 1 + self.done % (self.group.size() - 1)

@@ -44,10 +44,10 @@ def replicate(
             micro-batches', in their order, as in one process; "rank0": rank 0's, as in DDP (`broadcast_buffers`).
         check_every: compare the ranks' parameters after every so many steps of `accumulate`; 0: never. It compares them
             at the start of each epoch, too.
-        recheck_every: in every so many steps of `accumulate`, and in the first, each rank also runs a micro-batch of
-            another rank, and the ranks compare the bits of both gradients, and of the weights. The device that is wrong
-            is named by `WrongArithmetic` on every rank, and the step is not taken. The loop gets one micro-batch more,
-            two in the first step, with `.recheck` True and a `.share` of 0. None: never.
+        recheck_every: in every so many steps of `accumulate`, and in an epoch's first, each rank also runs one of
+            another rank's micro-batches, and the ranks compare the bits of both gradients, and of the weights.
+            `WrongArithmetic` names the device that is wrong on every rank, and the step is not taken. The loop gets one
+            micro-batch more, two at the first use, with `.recheck` True and a `.share` of 0. None: never.
         ddp_options: of DistributedDataParallel: `find_unused_parameters`, `static_graph`, `process_group`, …
 
     Collectives: DDP's: at construction the parameters and buffers; a step the gradients once, and the buffers once in

@@ -109,7 +109,7 @@ def _record(path: Path, token: str, run: RunInfo, whole: Sequence[int]) -> None:
     if digests != recorded:
         _write(path / RUN, run_text(token, run, digests))
     for number in new:
-        digest_file_of(path, run, number).unlink()
+        digest_file_of(path, run, number).unlink(missing_ok=True)
 
 
 def _write_schema(path: Path, run: RunInfo, whole: Sequence[int]) -> None:
