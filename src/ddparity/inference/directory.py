@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -228,7 +229,7 @@ class Directory:
             self._draft.file.close()
             # First the digest: a part that has none, or that of another part, counts as missing. So after a crash it
             # does not matter what of the digest is on disk.
-            digest_file_of(self._path, self._run, number).write_text(self._draft.digest.hexdigest())
+            _write_digest(digest_file_of(self._path, self._run, number), self._draft.digest.hexdigest())
             publish(draft_of(self._file), self._file)
             self._file = None
 
@@ -256,6 +257,13 @@ class Directory:
         else:
             self._hear()
         return pq.read_schema(self._path / SCHEMA)
+
+
+def _write_digest(path: Path, digest: str) -> None:
+    """Write a digest to its file. A link in its place is an error: the directory may be one that others write to."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(digest)
 
 
 class _Digested:
