@@ -254,6 +254,14 @@ class Doubles(nn.Module):
         self.norm = dp.SyncBatchNorm(2)
 
 
+def _nested(outer: nn.Module, step: dp.Step) -> None:
+    inner = dp.replicate(nn.Linear(6, 1))
+    for micro in dp.accumulate(outer, step):
+        for own in dp.accumulate(inner, [micro.data]):
+            (inner(own.data).mean() * own.weight).backward()
+        (outer(micro.data).mean() * micro.weight).backward()
+
+
 def _refused() -> list[str]:
     errors = []
     model = dp.replicate(nn.Linear(6, 1), recheck_every=1)
@@ -264,20 +272,22 @@ def _refused() -> list[str]:
         lambda: dp.replicate(nn.Linear(1, 1), recheck_every=0),
         lambda: next(dp.accumulate(model, [torch.ones(2, 6)])),
         lambda: next(dp.accumulate(static, step)),
+        lambda: _nested(model, step),
         lambda: dp.replicate(nn.Linear(1, 1), recheck_every=1 + dist.get_rank()),
     ):
-        with pytest.raises((ValueError, dp.RankFailure)) as caught:
+        with pytest.raises((ValueError, RuntimeError)) as caught:
             refused()
         errors.append(str(caught.value))
     return errors
 
 
 def test_what_cannot_be_checked_is_refused() -> None:
-    for norm, number, foreign, by_ddp, differs in run_ranks(_refused, 2):
+    for norm, number, foreign, by_ddp, nested, differs in run_ranks(_refused, 2):
         assert "norm is a SyncBatchNorm, whose statistics" in norm
         assert "replicate(recheck_every=0): give a number of steps, at least 1" in number
         assert "got foreign batches for a model with replicate(recheck_every=…)" in foreign
         assert "DDP reduces them in the backward: leave one out" in by_ddp
+        assert "Skip it where micro.recheck is True" in nested
         assert "replicate(recheck_every=…) differs between ranks" in differs
 
 

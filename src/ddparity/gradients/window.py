@@ -86,7 +86,7 @@ class Window:
         self._skipped: list[int] = []
         self._dropped: list[float] = []
         self._ran = True
-        self._finished = self._superseded = False
+        self._finished = self._superseded = self._paused = False
         self._stack = contextlib.ExitStack()
 
     @property
@@ -168,6 +168,11 @@ class Window:
 
     def let_go(self, replica: Replica) -> None:
         """Leave a replica to a loop of its own, inside of this one. That loop reduces what this one did, too."""
+        if self._paused:
+            raise RuntimeError(
+                "accumulate() of a replicated model inside of the loop of one with recheck_every: it would take a step "
+                "more where the loop runs another rank's micro-batch. Skip it where micro.recheck is True"
+            )
         if self._strict or self._sums:  # what its gradients were before is put aside, where zero_grad() finds nothing
             raise RuntimeError(
                 f"accumulate() of a replicated model inside of another one's loop, which is "
@@ -237,9 +242,11 @@ class Window:
             for statistics in (*self._statistics, *(other.statistics for other in others)):
                 if statistics is not None:
                     stack.enter_context(statistics.forgetting())
+            self._paused = True
             try:
                 yield
             finally:
+                self._paused = False
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
 
