@@ -6,7 +6,7 @@ No user code runs: a property, for example, is searched as a function and not re
 from __future__ import annotations
 
 import functools
-import inspect
+import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +17,9 @@ from .metrics import is_metric
 
 _DEPTH = 8  # functions and containers inside of each other
 _ENTRIES = 1000  # of a list, tuple or dict; a larger one is data, not modules
-_LIBRARIES = ("torch", "numpy")  # their functions use no module of the user but those that they enclose
+# Functions of installed libraries name no module of the user; they may enclose one, or have one as an attribute.
+_LIBRARIES = ("/site-packages/", "/dist-packages/", sysconfig.get_path("stdlib"))
+_NOTHING = object()
 
 
 def modules_in(function: Callable[..., Any]) -> dict[str, nn.Module]:
@@ -25,8 +27,9 @@ def modules_in(function: Callable[..., Any]) -> dict[str, nn.Module]:
 
     Searched are: what the function encloses, its default values, the globals that its code names, the object of a bound
     method, the arguments of a partial, and `__call__` of another object; in these, lists, tuples and dicts of at most
-    1,000 entries, further functions, and attributes that the code names. A module is left out if another one contains
-    it, or if it is a metric, whose states are the user's.
+    1,000 entries, further functions, and attributes that the code names. Of a function of an installed library the
+    globals are not searched. A module is left out if another one contains it, or if it is a metric, whose states are
+    the user's.
     """
     found: dict[str, nn.Module] = {}
     _visit(function, _Place("", (), 0), found, {})
@@ -81,8 +84,8 @@ def _inside(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
         if len(value) <= _ENTRIES:
             yield from ((item, place.below(f"{place.path}[{key!r}]")) for key, item in dict.items(value))
     elif isinstance(value, types.ModuleType):
-        if value.__name__.partition(".")[0] not in _LIBRARIES:
-            held = vars(value)
+        held = vars(value)
+        if not _is_library(str(held.get("__file__", ""))):
             yield from ((held[name], place.attribute(name)) for name in place.names if name in held)
     elif not isinstance(value, type):
         yield from _of_object(value, place)
@@ -103,26 +106,38 @@ def _of_function(function: types.FunctionType, place: _Place) -> Iterator[tuple[
         for name, value in zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
     )
     yield from ((value, place.below(name, names)) for name, value in (function.__kwdefaults__ or {}).items())
-    if str(function.__module__).partition(".")[0] not in _LIBRARIES:
+    if not _is_library(code.co_filename):
         held = function.__globals__
         yield from ((held[name], place.below(name, names)) for name in names if name in held)
 
 
 def _of_object(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
-    if (wrapped := inspect.getattr_static(value, "__wrapped__", None)) is not None:  # functools.cache, for example
+    if (wrapped := _attribute(value, "__wrapped__")) is not _NOTHING:  # of functools.cache, for example
         yield wrapped, place.below(place.path)
     for name in (*place.names, "__call__"):
-        found = inspect.getattr_static(value, name, None)
-        if isinstance(found, property):
-            found = found.fget
-        if isinstance(found, (staticmethod, classmethod)):
-            found = found.__func__
-        elif isinstance(found, types.FunctionType) and name not in getattr(value, "__dict__", {}):
-            found = types.MethodType(found, value)
-        elif isinstance(found, types.MemberDescriptorType):  # of __slots__
-            found = getattr(value, name, None)
-        if found is not None:
+        if (found := _attribute(value, name)) is not _NOTHING:
             yield found, place.attribute(name)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """Return an attribute without running code of its type; a method is bound, a property is that of its function."""
+    held = getattr(value, "__dict__", {})
+    if name in held:
+        return held[name]
+    found = next((vars(cls)[name] for cls in type(value).__mro__ if name in vars(cls)), _NOTHING)
+    if isinstance(found, property):
+        found = found.fget
+    if isinstance(found, (staticmethod, classmethod)):
+        return found.__func__
+    if isinstance(found, types.FunctionType):
+        return types.MethodType(found, value)
+    if isinstance(found, types.MemberDescriptorType):  # of __slots__
+        return getattr(value, name, _NOTHING)
+    return found
+
+
+def _is_library(file: str) -> bool:
+    return any(part in file for part in _LIBRARIES)
 
 
 @functools.lru_cache(maxsize=1024)
