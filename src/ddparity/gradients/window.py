@@ -113,8 +113,9 @@ class Window:
             for replica in self._own:
                 stack.callback(replica.release)
                 replica.hold()
-                stack.callback(setattr, replica, "supersede", None)
-                replica.supersede = self.supersede
+                if self.waits:
+                    stack.callback(setattr, replica, "supersede", None)
+                    replica.supersede = self.supersede
             self._statistics = [
                 self._recorded(replica, buffered, stack)
                 for replica, buffered in zip(self._own, self._buffered, strict=True)
