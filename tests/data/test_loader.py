@@ -69,6 +69,42 @@ def test_augmentation_never_repeats(num_workers: int) -> None:
         assert len(np.unique(rows[:, column])) == 3 * 40
 
 
+class First(Noise):
+    """A sample is the first number of each stream."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index)[1:]
+
+
+def _forward(batch: torch.Tensor) -> torch.Tensor:
+    """Return the first numbers while the batch was loaded, and while it is in the forward."""
+    drawn = [np.random.rand(), random.random(), torch.rand(()).item()]
+    return torch.cat([batch, torch.tensor([drawn], dtype=torch.float64)], 1)
+
+
+class Streamed:
+    """A stream of the same, in two shards."""
+
+    num_shards = 2
+
+    def shard(self, num_shards: int, index: int):
+        return (First()[number] for number in range(4))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_augmentation_and_dropout_draw_different_numbers(num_workers: int) -> None:
+    """With one key for both, an image that was flipped would always lose the same units."""
+    plan = dp.BatchPlan(40, 4, 1)
+    rows = [_forward(micro.data) for step in dp.Loader(First(), plan, num_workers).epoch(0) for micro in step]
+    for numbers in (
+        torch.cat(rows),
+        dp.predict(_forward, First(), 1, num_workers=num_workers),
+        dp.predict(_forward, Streamed(), 1, num_workers=num_workers),
+    ):
+        assert len(numbers) in (40, 8)
+        assert len(numbers.unique()) == numbers.numel()
+
+
 def _direct_draws(num_workers: int) -> list[float]:
     loader = dp.Loader(Noise(), dp.BatchPlan(40, 12, 3), num_workers)
     return [torch.rand(()).item() + random.random() + np.random.rand() for step in loader.epoch(0) for _ in step]
@@ -90,10 +126,13 @@ def test_a_step_is_a_sequence() -> None:
     assert second[0].data.tolist() == [4, 5]
     assert [micro.data.tolist() for micro in second[:]] == [[4, 5], [6, 7]]
     assert second[-1].index == 1
+    assert second[-2].index == 0
     assert [(micro.data.tolist(), micro.weight) for micro in last] == [([8, 9], 1.0)]
     assert [micro.data.tolist() for micro in first] == [[0, 1], [2, 3]]
     with pytest.raises(IndexError, match="micro-batch 2 is out of range: the step has 2"):
         second[2]
+    with pytest.raises(IndexError, match="micro-batch -3 is out of range: the step has 2"):
+        second[-3]
 
 
 def test_start_step_seeks() -> None:
