@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import ddparity as dp
+from ddparity.data.loader import check_even_shares, check_world_size
 from tests.ranks import outcomes, run_ranks
 
 
@@ -117,8 +118,11 @@ def test_draws_outside_of_accumulate_do_not_depend_on_workers() -> None:
 
 
 def test_a_step_is_a_sequence() -> None:
-    loader = dp.Loader(range(10), dp.BatchPlan(10, 4, 2, shuffle=False))
-    first, second, last = loader.epoch(0)
+    plan = dp.BatchPlan(10, 4, 2, shuffle=False)
+    loader = dp.Loader(range(10), plan)
+    first, second, last = loader.epoch(3)
+    assert (second.epoch, second.number, second.shares, second.plan) == (3, 1, (2,), plan)
+    assert second.seed == plan.seed_after(3, 1)
     assert [len(step) for step in (first, second, last)] == [2, 2, 1]
     assert len(loader) == 3
     # In another order, and after the later steps were taken.
@@ -140,8 +144,9 @@ def test_start_step_seeks() -> None:
     whole = [[micro.data.tolist() for micro in step] for step in loader.epoch(1)]
     assert [[micro.data.tolist() for micro in step] for step in loader.epoch(1, start_step=2)] == whole[2:]
     assert list(loader.epoch(1, start_step=4)) == []
-    with pytest.raises(ValueError, match="start_step=5"):
-        loader.epoch(1, start_step=5)
+    for out_of_range in (5, -1):
+        with pytest.raises(ValueError, match=f"start_step={out_of_range}"):
+            loader.epoch(1, start_step=out_of_range)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -344,6 +349,41 @@ def test_more_ranks_than_micro_batches_are_refused_on_every_rank() -> None:
     for outcome in outcomes(_too_many_ranks, 3):
         assert "ValueError: there are 3 ranks but only 2 micro-batches" in outcome.error
         assert outcome.seconds < 10
+
+
+def test_ranks_that_would_never_have_work_are_refused() -> None:
+    plan = dp.BatchPlan(10, 4, 2)
+    check_world_size(plan, 2)
+    with pytest.raises(ValueError, match="3 ranks but only 2 micro-batches"):
+        check_world_size(plan, 3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "world_size", "uneven"),
+    [
+        (dp.BatchPlan(16, 8, 2), 2, None),
+        (dp.BatchPlan(16, 8, 2), 3, 0),
+        (dp.BatchPlan(18, 8, 2), 2, 2),  # the short last step
+        (dp.BatchPlan(18, 8, 2, drop_last=True), 2, None),
+        (dp.BatchPlan(4, 8, 2), 2, None),  # the only step is short
+        (dp.BatchPlan(14, 6, 2), 2, 0),  # the last step has 1 micro-batch, the others 3
+        (dp.BatchPlan(0, 8, 2), 3, None),
+    ],
+)
+def test_shares_that_are_not_even_are_refused(plan: dp.BatchPlan, world_size: int, uneven: int | None) -> None:
+    if uneven is None:
+        check_even_shares(plan, world_size)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"step {uneven} of an epoch has .* which {world_size} ranks cannot share"
+        ):
+            check_even_shares(plan, world_size)
+
+
+def test_the_data_loader_inside_has_the_first_epoch_of_one_process() -> None:
+    plan = dp.BatchPlan(10, 4, 2, seed=3)
+    inside = [batch.tolist() for batch in dp.Loader(range(10), plan).dataloader]
+    assert inside == [micro.samples.tolist() for step in plan.steps(0) for micro in step]
 
 
 def test_an_empty_data_set_has_no_steps() -> None:

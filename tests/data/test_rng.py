@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ddparity as dp
+from ddparity.data import rng
 from ddparity.data.rng import derive_seed, numbered_seed, preserve_streams, seed_streams
 from tests.ranks import run_ranks
 
@@ -177,6 +178,29 @@ def test_a_random_state_goes_on() -> None:
     seed_streams(6)
     dp.RandomState().load_state_dict(saved)
     assert [draw(), draw()] == expected
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_gpus_stream_is_set_where_both_have_one(there: bool, saved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: torch's functions are replaced by ones that note their calls."""
+    state = dp.RandomState().state_dict()
+    assert state["cuda"] is None
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", calls.append)
+    dp.RandomState().load_state_dict({**state, "cuda": "a state" if saved else None})
+    assert calls == ["a state"] * (there and saved)
+
+
+@pytest.mark.parametrize("initialized", [False, True])
+def test_the_current_gpu_is_seeded_if_it_is_in_use(initialized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(rng, "seed_cuda_generator", lambda *arguments: calls.append(arguments))
+    seed_streams(5)
+    assert calls == [(3, 5)] * initialized
 
 
 @pytest.mark.parametrize("fails", [False, True])

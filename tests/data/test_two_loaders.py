@@ -124,6 +124,8 @@ def test_a_step_without_micro_batches_is_done_with_the_other() -> None:
     assert len(empty) == 0 and empty[:] == []
     with pytest.raises(IndexError, match="micro-batch 0 is out of range: the step has 0"):
         empty[0]
+    Step(0, 0, 0, lambda: 1 / 0, (3, 0), 7).end()  # nobody asked to be told of its end
+    assert ended == ["empty"]
     list(first)
     assert ended == ["empty"]
     single[0]  # looked at, not taken
