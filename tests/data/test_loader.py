@@ -351,6 +351,17 @@ def test_more_ranks_than_micro_batches_are_refused_on_every_rank() -> None:
         assert outcome.seconds < 10
 
 
+@pytest.mark.parametrize(("epoch", "step"), [(0, 0), (0, 2), (3, 1), (2, 3)])
+def test_the_state_is_the_plan_and_the_position(epoch: int, step: int) -> None:
+    plan = dp.BatchPlan(10, 4, 2, seed=3)
+    state = {"plan": vars(plan), "epoch": epoch, "step": step}
+    loader = dp.Loader(range(10), plan)
+    loader.load_state_dict(state)
+    assert loader.state_dict() == state
+    assert loader.position == (epoch, step)
+    assert [one.number for one in loader.epoch(epoch)] == list(range(step, 3))
+
+
 def test_ranks_that_would_never_have_work_are_refused() -> None:
     plan = dp.BatchPlan(10, 4, 2)
     check_world_size(plan, 2)

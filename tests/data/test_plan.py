@@ -186,6 +186,14 @@ def test_bad_sizes_are_named(options: dict, error: type, message: str) -> None:
         dp.BatchPlan(**{"num_samples": 10, "global_batch": 4, "micro_batch": 2, **options})
 
 
+def test_sizes_become_integers_of_python() -> None:
+    """A checkpoint holds them."""
+    plan = dp.BatchPlan(np.int64(10), np.int32(4), np.uint8(2), np.int64(3))  # type: ignore[arg-type]
+    assert [type(value) for value in (plan.num_samples, plan.global_batch, plan.micro_batch, plan.seed)] == [int] * 4
+    assert plan == dp.BatchPlan(10, 4, 2, seed=3)
+    assert dp.BatchPlan(10, 4, 2) == dp.BatchPlan(10, 4, 2, seed=0, shuffle=True, drop_last=False)
+
+
 def test_some_of_the_steps() -> None:
     plan = dp.BatchPlan(10, 4, 2, shuffle=False)
     assert [step[0].samples.tolist() for step in plan.steps(0, 1, 2)] == [[4, 5]]
