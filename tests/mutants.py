@@ -14,6 +14,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import gc
 import hashlib
 import importlib.util
 import json
@@ -63,7 +64,10 @@ _OPERATORS = [
 ]  # fmt: skip
 
 # What tests import besides ddparity. ddparity itself is imported in each fork, with its mutant.
-_PRELOAD = ["torch._dynamo", "hypothesis", "pytest", "torchmetrics", "pyarrow.dataset", "pyarrow.parquet", "psutil"]
+_PRELOAD = [
+    *("torch._dynamo", "torch.distributed.run", "safetensors.torch", "rich.console", "typer", "cloudpickle"),
+    *("hypothesis", "torchmetrics", "pyarrow.dataset", "pyarrow.parquet", "psutil"),
+]
 
 
 class DeleteStatement(Operator):
@@ -340,6 +344,8 @@ def main() -> None:
     os.chdir(ROOT)
     for name in () if arguments.count else _PRELOAD:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else each fork would search these objects, and copy their memory
     reasons = {(one["module"], one["was"], one["becomes"]) for one in table.get("survivors", []) if one["reason"]}
     deselect = [f"--deselect={test}" for test in table["left_out"]]
     there: set[tuple[str, str, str]] = set()

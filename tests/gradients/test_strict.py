@@ -187,6 +187,36 @@ def test_gradients_keep_their_layout() -> None:
     assert run_ranks(_layout, 2) == [True, True]
 
 
+def _three(gradients: list[list[float | None]]) -> tuple[list[nn.Parameter], StrictReduction]:
+    """Return three parameters, of which the first has a gradient of 10, and the reduction that has taken these."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.full((2,), 10.0)
+    reduction = StrictReduction(zip("abc", parameters, strict=True), [len(gradients)])
+    for row in gradients:
+        assert all(parameter.grad is None for parameter in parameters)
+        for parameter, value in zip(parameters, row, strict=True):
+            parameter.grad = None if value is None else torch.full((2,), value)
+        assert reduction.take() == any(value is not None for value in row)
+    return parameters, reduction
+
+
+def test_a_sum_is_scaled_and_added_to_what_was_there() -> None:
+    gradients = [[1.0, None, None], [2.0, 4.0, None], [None, None, None], [3.0, None, None]]
+    for scale, expected in (({}, [16.0, 4.0]), ({"scale": 0.5}, [13.0, 2.0]), ({"scale": 0.0}, [10.0, 0.0])):
+        parameters, reduction = _three(gradients)
+        reduction.finish(**scale)
+        assert [parameter.grad.tolist() for parameter in parameters[:2]] == [[value] * 2 for value in expected]
+        assert parameters[2].grad is None
+    parameters, reduction = _three(gradients)
+    reduction.restore()
+    assert parameters[0].grad.tolist() == [10.0, 10.0]
+    assert parameters[1].grad is parameters[2].grad is None
+    parameters, reduction = _three([[None, None, 5.0]])
+    reduction.finish(2.0)
+    assert parameters[0].grad.tolist() == [10.0, 10.0]
+    assert parameters[1].grad is None and parameters[2].grad.tolist() == [10.0, 10.0]
+
+
 # -- memory and collectives --
 
 
@@ -313,7 +343,8 @@ def test_leaving_the_loop_in_its_last_micro_batch_is_told(caplog: pytest.LogCapt
 
 
 def test_deterministic_algorithms_are_on_inside() -> None:
-    threads = torch.get_num_threads()
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
     try:
         torch.set_num_threads(2)
         with deterministic(torch.device("cpu")):
@@ -322,10 +353,15 @@ def test_deterministic_algorithms_are_on_inside() -> None:
                 torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
         assert not torch.are_deterministic_algorithms_enabled()
         torch.set_num_threads(1)
-        with deterministic(torch.device("cpu")):
-            assert not torch.are_deterministic_algorithms_enabled()
+        for device in (torch.device("cpu"), None):
+            with deterministic(device):
+                assert not torch.are_deterministic_algorithms_enabled()
+        with deterministic(torch.device("meta")):
+            assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def _scaled() -> list[str]:
