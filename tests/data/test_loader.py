@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import ddparity as dp
+from ddparity.data.dataset import KeyedDataset, SeededIndices, load_batches
 from ddparity.data.loader import check_even_shares, check_world_size
 from tests.ranks import outcomes, run_ranks
 
@@ -303,6 +304,44 @@ def test_a_failing_sample_is_named(num_workers: int) -> None:
         list(together.epoch(0))
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_end_with_an_error(persistent: bool) -> None:
+    loader = dp.Loader(Broken(), dp.BatchPlan(40, 12, 3), 2, persistent_workers=persistent)
+    with pytest.raises(dp.SampleError, match="index 17") as kept:
+        list(loader.epoch(0))
+    assert not multiprocessing.active_children()
+    assert kept.value is not None  # its traceback holds the iterator, which would end the workers when it is freed
+
+
+def test_persistent_workers_stay_when_an_epoch_is_left() -> None:
+    loader = dp.Loader(range(40), dp.BatchPlan(40, 12, 3), 2, persistent_workers=True)
+    next(loader.epoch(0))[0]
+    before = {worker.pid for worker in multiprocessing.active_children()}
+    assert len(before) == 2
+    next(loader.epoch(1))[0]
+    assert {worker.pid for worker in multiprocessing.active_children()} == before
+
+
+@pytest.mark.parametrize(
+    ("raised", "waiting_for", "error", "message"),
+    [
+        (ValueError("no image"), None, ValueError, "^no image"),
+        (KeyboardInterrupt(), None, KeyboardInterrupt, "^$"),
+        (ValueError("no image"), lambda: "batch 1", dp.SampleError, "before it returned batch 1: ValueError: no image"),
+        (KeyboardInterrupt(), lambda: "batch 1", KeyboardInterrupt, "^$"),
+        (dp.RankFailure("rank 3 failed", 3), lambda: "batch 1", dp.RankFailure, "^rank 3 failed"),
+    ],
+)
+def test_what_a_collate_function_raises(raised, waiting_for, error: type, message: str) -> None:
+    def collate(items: list) -> None:
+        raise raised
+
+    batches = [SeededIndices([0, 1], 2, (3, 0))]
+    loader = torch.utils.data.DataLoader(KeyedDataset(range(4)), batch_sampler=batches, collate_fn=collate)
+    with pytest.raises(error, match=message):
+        list(load_batches(loader, waiting_for))
+
+
 class Killed(Noise):
     def __getitem__(self, index: int) -> torch.Tensor:
         if index == 17:
@@ -326,11 +365,29 @@ class Stream(IterableDataset):
         return iter(range(10))
 
 
+class Lengthless:
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Both(Stream):
+    """torch's DataLoader iterates it."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
 @pytest.mark.parametrize(
     ("dataset", "options", "error", "message"),
     [
         (Stream(), {}, TypeError, "Stream.*Give a map-style data set"),
         (iter([1]), {}, TypeError, "list_iterator.*Give a map-style data set"),
+        (set(range(10)), {}, TypeError, "set.*Give a map-style data set"),
+        (Lengthless(), {}, TypeError, "Lengthless.*Give a map-style data set"),
+        (Both(), {}, TypeError, "Both.*Give a map-style data set"),
         (range(9), {}, ValueError, r"9 samples and the plan 10.*BatchPlan\(len\(dataset\)"),
         (range(10), {"shuffle": True}, TypeError, "shuffle: the plan decides"),
         (range(10), {"batch_size": 3, "sampler": None}, TypeError, "batch_size, sampler: the plan decides"),

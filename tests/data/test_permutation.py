@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ddparity.data.plan import _factors, permute
@@ -73,10 +74,12 @@ def test_the_definition_stays_at_every_size(n: int, values: list[int]) -> None:
 
 
 @given(n=st.integers(1, 2**62))
+@example(40**2 - 1)
 def test_few_values_are_walked_over(n: int) -> None:
     """The network is a permutation of range(a * b). What is at least n of it is computed in vain."""
     a, b = _factors(n)
     assert n <= a * b <= n + max(a, b)
+    assert a <= math.isqrt(n - 1) + 1
     assert max(a, b) < 2**32  # in `_feistel`, a half and a word of 48 bits are added
 
 
