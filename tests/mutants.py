@@ -314,7 +314,7 @@ def try_module(module: str, tests: Sequence[str], mutants: Iterable[Mutant], ver
     print(f"{module}: its tests take {plain.seconds:.1f} s", flush=True)
     cost, ended = dict(plain.tests), []
     for mutant in mutants:
-        result = run_tests(mutant, tests, cost, timeout_s=60 + 5 * plain.seconds)
+        result = run_tests(mutant, tests, cost, timeout_s=30 + 5 * plain.seconds)
         if result.killed_by in cost:
             cost[result.killed_by] /= 2  # type: ignore[index]
         ended.append((mutant, result.killed_by or ""))

@@ -473,3 +473,9 @@ def test_rows_of_tensors_are_what_the_data_loader_collates(dtype: torch.dtype) -
             assert [one.dtype for one in micro.data] == [other.dtype for other in expected]
             micro.data[0].zero_()
     assert torch.equal(images, torch.arange(40 * 3).reshape(40, 3, 1).to(dtype))
+
+
+def test_what_torch_does_not_collate_is_refused_in_its_words() -> None:
+    sparse = torch.utils.data.TensorDataset(torch.eye(8).to_sparse())
+    with pytest.raises(RuntimeError, match="provide a custom collate_fn"):
+        list(dp.Loader(sparse, dp.BatchPlan(8, 4, 2)).epoch(0))
