@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -232,7 +233,11 @@ class Result:
 
 
 def run_tests(mutant: Mutant | None, tests: Sequence[str], cost: dict[str, float], timeout_s: float) -> Result:
-    """Run test files on a mutant (None: on the source as it is) in a fork of this process, until the first failure."""
+    """Run test files on a mutant (None: on the source as it is) in a fork of this process, until the first failure.
+
+    `cost`: the seconds of each test; the quickest run first, and a test ends that takes ten times as long as the
+    slowest. `timeout_s`: for all together.
+    """
     start = time.monotonic()
     ours, theirs = os.pipe()
     pid = os.fork()
@@ -269,13 +274,16 @@ def _test(mutant: Mutant | None, tests: Sequence[str], cost: dict[str, float], p
             output = os.open(os.devnull, os.O_WRONLY)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))  # a loop that does not end may fill the memory
             sys.meta_path.insert(0, _MutatedModule(mutant))  # type: ignore[arg-type]
         sys.modules["__main__"] = types.ModuleType("__main__")  # else each rank would import this module again
         importlib.import_module("tests.ranks")  # and ddparity
         _serve_forks()
         observer = _Observer(cost)
         preloaded = "ignore::pytest.PytestAssertRewriteWarning"  # of hypothesis, whose asserts need no rewriting
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", preloaded, *tests], plugins=[observer])
+        limit = 20 + 10 * max(cost.values(), default=60)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-W", preloaded, f"--timeout={limit}"]
+        code = pytest.main([*options, *tests], plugins=[observer])
         failed = observer.failed or (None if code == 0 else f"pytest: {code!r}")
         os.write(pipe, json.dumps([failed, observer.seconds]).encode())
     except BaseException:
@@ -314,7 +322,7 @@ def try_module(module: str, tests: Sequence[str], mutants: Iterable[Mutant], ver
     print(f"{module}: its tests take {plain.seconds:.1f} s", flush=True)
     cost, ended = dict(plain.tests), []
     for mutant in mutants:
-        result = run_tests(mutant, tests, cost, timeout_s=30 + 5 * plain.seconds)
+        result = run_tests(mutant, tests, cost, timeout_s=60 + 5 * plain.seconds)
         if result.killed_by in cost:
             cost[result.killed_by] /= 2  # type: ignore[index]
         ended.append((mutant, result.killed_by or ""))

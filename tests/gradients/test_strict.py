@@ -118,28 +118,39 @@ def _by_hand(leaves: list[torch.Tensor | None]) -> torch.Tensor | None:
         return leaves[0]
     half = 2 ** (math.ceil(math.log2(len(leaves))) - 1)
     left, right = _by_hand(leaves[:half]), _by_hand(leaves[half:])
-    return right if left is None else left if right is None else left + right
+    if left is None or right is None:
+        return right if left is None else left
+    if left.is_complex():  # by parts, since torch's sum of complex numbers does not keep -0.0
+        return torch.complex(left.real + right.real, left.imag + right.imag)
+    return left + right
 
 
-def _leaves(count: int, numel: int, present: Callable[[int], bool] = lambda number: True) -> list:
+def _leaves(
+    count: int,
+    numel: int,
+    present: Callable[[int], bool] = lambda number: True,
+    dtype: torch.dtype = torch.float32,
+) -> list:
     generator = torch.Generator().manual_seed(count)
-    leaves = [torch.randn(numel, generator=generator) for _ in range(count)]
+    leaves = [torch.randn(numel, generator=generator, dtype=dtype) for _ in range(count)]
     for leaf in leaves:
-        leaf[0] = -0.0  # a sum of these is -0.0, unless somebody adds a zero
+        # A sum of these is -0.0, unless somebody adds a zero.
+        (torch.view_as_real(leaf) if leaf.is_complex() else leaf)[0] = -0.0
     return [leaf if present(number) else None for number, leaf in enumerate(leaves)]
 
 
 def _reduced(numbers: list[int], numel: int) -> bool:
-    """For four parameters: always, sometimes, by one micro-batch and never with a gradient."""
+    """For five parameters: always, sometimes, by one micro-batch and never with a gradient; and a complex one."""
     rank, group = (dist.get_rank(), dist.group.WORLD) if dist.get_world_size() > 1 else (0, None)
     count, first = sum(numbers), sum(numbers[:rank])
     presence = [lambda n: True, lambda n: n % 3 == 1, lambda n: n == count - 1, lambda n: False]
-    leaves = [_leaves(count, numel, present) for present in presence]
-    parameters = [nn.Parameter(torch.zeros(numel)) for _ in presence]
+    dtypes = [torch.float32] * 4 + [torch.complex64]
+    leaves = [_leaves(count, numel, *kind) for kind in zip([*presence, presence[1]], dtypes, strict=True)]
+    parameters = [nn.Parameter(torch.zeros(numel, dtype=dtype)) for dtype in dtypes]
     found = []
     for held in (False, True):  # gradients that are there before the step
         for parameter in parameters:
-            parameter.grad = torch.full((numel,), 3.0) if held else None
+            parameter.grad = torch.full_like(parameter, 3.0) if held else None
         reduction = StrictReduction([(str(i), p) for i, p in enumerate(parameters)], numbers, rank, group)
         for number in range(first, first + numbers[rank]):
             for parameter, own in zip(parameters, leaves, strict=True):
@@ -149,7 +160,7 @@ def _reduced(numbers: list[int], numel: int) -> bool:
         for parameter, own in zip(parameters, leaves, strict=True):
             expected = _by_hand(own)
             if held:
-                expected = torch.full((numel,), 3.0) + (0 if expected is None else expected)
+                expected = torch.full_like(parameter, 3.0) + (0 if expected is None else expected)
             found.append(_same_bits(parameter.grad, expected))
     return all(found)
 
