@@ -3,7 +3,7 @@ NPROC ?= 2
 PROGRAMS ?= 20000
 FIRST ?= 0
 MODULES ?=
-SAMPLE ?= 40
+SAMPLE ?= 25
 VENV := .venv
 BIN := $(VENV)/bin
 

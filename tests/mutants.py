@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="only count the mutants")
     parser.add_argument("--verbose", action="store_true", help="print each mutant and the test that kills it")
     parser.add_argument("--match", default="", help="only mutants that have this text in their changed lines")
-    parser.add_argument("--sample", type=int, default=40, help="mutants of each module (default: 40)")
+    parser.add_argument("--sample", type=int, default=25, help="mutants of each module (default: 25)")
     arguments = parser.parse_args()
     chosen = {
         module: tests
