@@ -366,7 +366,7 @@ def main() -> None:
             print(f"{module}: {len(mutants)} mutants")
             continue
         chosen_ones = sampled([one for one in mutants if arguments.match in one.was + one.becomes], arguments.sample)
-        results = try_module(module, [*tests, *deselect], chosen_ones, arguments.verbose)
+        results = try_module(module, [*tests, f"src/ddparity/{module}", *deselect], chosen_ones, arguments.verbose)
         killed = sum(bool(by) for _, by in results)
         slow = sum(by == "time-out" for _, by in results)
         print(
