@@ -2,10 +2,12 @@ PYTHON ?= python3.11
 NPROC ?= 2
 PROGRAMS ?= 20000
 FIRST ?= 0
+MODULES ?=
+SAMPLE ?= 25
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test test-matrix programs format docs-picture clean
+.PHONY: train verify test test-matrix programs mutants format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -38,6 +40,11 @@ test-torch-%:
 # seeds that failed stand in the last line.
 programs: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
+
+# Whether a test fails if the core is changed: tests/mutants.py, for the modules of tests/mutants.toml, or for
+# MODULES=data/plan.py, or MODULES='data comm'. SAMPLE=1000 tries every mutant.
+mutants: $(VENV)/.installed-test $(VENV)/.installed-mutants
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -m tests.mutants $(MODULES) --sample $(SAMPLE)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
