@@ -85,6 +85,16 @@ def group_of_name(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
+def group_timeout_s(group: dist.ProcessGroup | None) -> float:
+    """Return the time-out of a group's collectives in seconds; torch's default where the group does not say."""
+    whole_group: Any = dist.group.WORLD if group is None else group
+    try:
+        limit = whole_group._get_backend(whole_group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):  # a wrapper, or a backend of another library
+        limit = dist.default_pg_timeout
+    return float(limit.total_seconds())
+
+
 def flight_record() -> bytes | None:
     """Return the process's last collectives as the worker server gives them; None where this torch has no record."""
     module = torch._C._distributed_c10d if dist.is_available() else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,9 @@ from ..compat import PrefixStore, forget_bootstrap_store
 from ..errors import RendezvousError
 from ..runtime.network import is_listening_at, limit_tcp_waits, split_endpoint
 from .diagnosis import messages
+from .diagnosis.absence import Notice
 from .diagnosis.exits import Cause, ExitReport, describe_exits, is_settled, mark_left_early, root_cause
-from .diagnosis.hang_report import HangReport, add_positions, describe_hang
+from .diagnosis.hang_report import HangReport, add_positions, describe_hang, describe_rows
 from .diagnosis.watch import Watch, WatchedRank
 from .ending import Guardian, RankProcesses, end, kill_sessions, send
 from .exchange import SILENT_S, Exchange, Node, plain_reason
@@ -33,6 +35,7 @@ from .signals import Signals
 
 _CAUSE_TIMEOUT_S = 3.0  # for the rank that failed first to end, when only ranks that failed because of it have ended
 _SAME_CAUSE_S = 0.4  # for other ranks that fail for the same reason
+_LINGER_S = 3.0  # a rank that has written its exception and runs for longer counts as ended
 _OUTPUT_TIMEOUT_S = 2.0  # for the last output, when a signal has come
 _PROGRESS_S = 60.0  # a rank that ran for this long counts as one that made progress
 _NODE_JOINED = "a machine has joined: all ranks start again with it"
@@ -47,7 +50,7 @@ class AgentOptions:
     """How an agent watches its ranks and ends them. `rendezvous`: HOST:PORT of the store; None: one machine alone."""
 
     grace_s: float = 3.0  # from a signal to SIGKILL
-    hang_timeout_s: float = 60.0
+    hang_timeout_s: float | None = None  # None: the time-out of the process group
     on_hang: Literal["end", "report"] = "end"
     rendezvous: str | None = None
 
@@ -170,8 +173,11 @@ class Agent(LocalElasticAgent):
             self._look()
             assert self._watch is not None
             hang = self._watch.look()
+            for notice in self._watch.take_notices():
+                self._notify(notice)
             if self._signals.asked:
                 self._signals.asked = False
+                self._tell(f"what the ranks do now:\n{describe_rows(self._watch.rows())}")
                 self._tell(self._watch.stragglers(always=True))
             if hang is not None and self._options.on_hang == "report":
                 self._tell(describe_hang(hang))
@@ -275,8 +281,7 @@ class Agent(LocalElasticAgent):
         return int(self._worker_group.workers[local_rank].global_rank)
 
     def _look(self) -> None:
-        linger_s = min(self._options.grace_s, self._options.hang_timeout_s / 2)
-        for rank, code in self._ranks.look(linger_s):
+        for rank, code in self._ranks.look(_LINGER_S):
             if self._watch is not None:
                 self._watch.ended(rank, code)
 
@@ -378,10 +383,20 @@ class Agent(LocalElasticAgent):
             say(self.failure_report())
         self._tell(f"all ranks start again: restart {number} of {worker_group.spec.max_restarts}")
 
+    def _notify(self, notice: Notice) -> None:
+        """Tell which ranks others wait for, in two lines; the whole table goes to the folder of the logs."""
+        for line in notice.lines:
+            self._tell(line)
+        if self._files.kept is not None:
+            with suppress(OSError), (self._files.kept / "waits.txt").open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe_hang(notice.report)}\n")
+            self._keep_stacks(notice.report, ends=False)
+
     def _keep_stacks(self, hang: HangReport, ends: bool) -> None:
         if self._files.kept is not None and self._watch is not None:
             self._watch.keep_stacks(hang, self._files.kept, ends)
-            self._tell(f"the stacks of all ranks are in {self._files.kept}")
+            if ends:
+                self._tell(f"the stacks of all ranks are in {self._files.kept}")
 
     def _close_files(self) -> None:
         self._files.close(hurry=self._signals.patience(_OUTPUT_TIMEOUT_S))

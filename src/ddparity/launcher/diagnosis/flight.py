@@ -1,4 +1,8 @@
-"""Read the last collectives of a rank from the flight recorder that torch keeps in each process."""
+"""Read the last collectives of a rank, and the agreements of ddparity that it waits in.
+
+The collectives come from the flight recorder that torch keeps in each process, the agreements from files that the rank
+writes while it waits (`runtime/waits.py`). Here an agreement is a collective in a group of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,17 @@ import selectors
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...runtime.waits import WAIT_FILES
 from .instruments import FLIGHT, SERVER
 
 DEFAULT_GROUP = "0"
+AGREEMENT = "agreement"  # the backend of an agreement
+_LARGEST = 1 << 20  # bytes of a file that a rank writes about an agreement
 _RECORDS_HANDLER = "fr_trace_json"
 _STACKS_HANDLER = "dump_traceback"
 _DTYPES = {
@@ -33,11 +41,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of a collective by one rank.
+    """One call of a collective by one rank, or one wait in an agreement.
 
     `sequence`: its number in its process group, the same on all ranks. `record`: its number in its process.
     `inputs`, `outputs`: number of elements of each tensor. `row`: number of elements of one row (an index of the first
-    dimension) of the first tensor. `created_s`: the time of the call, in seconds since 1970.
+    dimension) of the first tensor. `created_s`: the time of the call, in seconds since 1970. `timeout_s`: of its group;
+    None: unknown. `ranks`: of an agreement. `main`: the agreement is one that the main thread waits in.
     """
 
     group: str
@@ -52,6 +61,9 @@ class Operation:
     record: int
     created_s: float
     row: int
+    timeout_s: float | None = None
+    ranks: tuple[int, ...] = ()
+    main: bool = False
 
     def __str__(self) -> str:
         """Return a text like "all_reduce of 4 float32"."""
@@ -114,7 +126,37 @@ def _operation(entry: Mapping[str, Any]) -> Operation:
         record=int(entry["record_id"]),
         created_s=entry["time_created_ns"] / 1e9,
         row=math.prod(first[1:]),
+        timeout_s=entry["timeout_ms"] / 1e3 if entry.get("timeout_ms") else None,
     )
+
+
+def read_agreements(folder: Path) -> tuple[Operation, ...]:
+    """Return the agreements that threads of a rank wait in, from the files in its folder."""
+    found = []
+    for path in folder.glob(WAIT_FILES):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # the wait has just ended
+            with path.open() as file:
+                content = json.loads(file.read(_LARGEST))
+            since_s = float(content["since"])
+            operation = Operation(
+                group=str(content["key"]),
+                sequence=1,
+                name=str(content["what"]),
+                backend=AGREEMENT,
+                dtypes=(),
+                inputs=(),
+                outputs=(),
+                pending=True,
+                point_to_point=False,
+                record=int(since_s * 1e6),  # later than any collective's, and different for each wait
+                created_s=since_s,
+                row=1,
+                timeout_s=content["timeout"],
+                ranks=tuple(map(int, content["ranks"])),
+                main=bool(content["main"]),
+            )
+            found.append(operation)
+    return tuple(sorted(found, key=lambda one: one.record))
 
 
 def read_record_file(folder: Path) -> FlightRecord | None:
@@ -130,7 +172,8 @@ def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Flig
     found = {}
     for rank, text in _ask(folders, _RECORDS_HANDLER, timeout_s).items():
         try:
-            found[rank] = parse_record(text)
+            record = parse_record(text)
+            found[rank] = replace(record, operations=record.operations + read_agreements(folders[rank]))
         except (ValueError, KeyError, TypeError, IndexError):  # another torch may have other fields: treat as no answer
             continue
     return found

@@ -33,6 +33,7 @@ SERVER = "server.sock"
 FATAL = "fatal.txt"
 STACKS = "stacks.txt"
 FLIGHT = "flight.json"
+PROMPT = "prompt"  # there while the rank is at a debugger's prompt
 
 # Real-time signals, which no library uses. The first one has the process write its stacks, the second one only ends a
 # sleep.
