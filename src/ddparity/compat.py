@@ -120,6 +120,13 @@ def serve_flight_records(path: str) -> bool:
     return True
 
 
+def add_server_handler(name: str, handler: Callable[[Any, Any], None]) -> None:
+    """Let torch's worker server answer requests of this name by a function of (request, response), if it can."""
+    register: Any = getattr(torch._C._distributed_c10d, "_register_handler", None)
+    if register is not None:
+        register(name, handler)
+
+
 # Stores.
 
 

@@ -24,7 +24,16 @@ from ..errors import RendezvousError
 from ..runtime.network import is_listening_at, limit_tcp_waits, split_endpoint
 from .diagnosis import messages
 from .diagnosis.absence import Notice
-from .diagnosis.exits import Cause, ExitReport, describe_exits, is_settled, mark_left_early, root_cause
+from .diagnosis.desync import describe_ranks
+from .diagnosis.exits import (
+    Cause,
+    ExitReport,
+    add_exception,
+    describe_exits,
+    is_settled,
+    mark_left_early,
+    root_cause,
+)
 from .diagnosis.hang_report import HangReport, add_positions, describe_hang, describe_rows
 from .diagnosis.watch import Watch, WatchedRank
 from .ending import Guardian, RankProcesses, end, kill_sessions, send
@@ -86,6 +95,8 @@ class Agent(LocalElasticAgent):
         setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting_nodes)  # noqa: B010 - see above
         self._forwarded: set[int] = set()  # the scheduler's warnings that the current ranks have received
         self._from_nodes: set[int] = set()  # warnings that other machines passed on
+        self._later: HangReport | None = None  # a hang that waits until no rank is at a debugger's prompt
+        self._prompted = False  # it was told that the job waits for a debugger
         self._waits_for_nodes = False  # this machine's ranks have stopped on a warning; others may still save
 
     def folders(self) -> dict[int, Path]:
@@ -186,6 +197,9 @@ class Agent(LocalElasticAgent):
             self._forward_warnings()
             changes = self._exchange is not None and self._exchange.changes()
             failed_elsewhere = self._exchange is not None and self._exchange.failed()
+            if not (changes or failed_elsewhere) and self._waits_for_prompt(hang):
+                return RunResult(state=WorkerState.HEALTHY)
+            hang, self._later = hang or self._later, None
             if hang is not None or changes or failed_elsewhere or self._have_failed():
                 self._end_after_failure(worker_group, hang)
                 super()._monitor_workers(worker_group)  # collects the exit codes of the processes, which have ended
@@ -285,6 +299,18 @@ class Agent(LocalElasticAgent):
             if self._watch is not None:
                 self._watch.ended(rank, code)
 
+    def _waits_for_prompt(self, hang: HangReport | None) -> bool:
+        """Return whether the job goes on, despite a failure or a hang, since a person is at a debugger's prompt."""
+        if hang is None and self._later is None and not self._have_failed():
+            return False
+        assert self._watch is not None
+        prompts = self._watch.at_prompt()
+        if prompts and not self._prompted:
+            what = f"hang: {hang.headline}" if hang is not None else "a rank has failed"
+            self._tell(f"{what}. The job ends when {describe_ranks(prompts)} leaves the debugger")
+        self._later, self._prompted = hang or self._later, bool(prompts)
+        return bool(prompts)
+
     def _have_failed(self) -> bool:
         """Return whether ranks have failed. Ranks that stop on a scheduler's warning wait for all that still save."""
         codes = self._ranks.codes - {0}
@@ -328,12 +354,20 @@ class Agent(LocalElasticAgent):
                 hang = self._watch.explain()
             if hang is None and exchange is not None:
                 hang = messages.unpack_hang(exchange.announced() or "")
+        leaving = self._watch.exceptions() if hang is not None else {}
         if hang is not None:
             self._keep_stacks(hang, ends=True)
         ended_before = self._ranks.ended
         end(self._ranks.pids, signal.SIGTERM, self._options.grace_s, hurry=lambda: bool(self._signals.ending))
         self._look()
         reports = self._ranks.exit_reports(self._memory, ended_before)
+        if hang is not None:
+            reports = [
+                add_exception(one, leaving[one.rank].message, leaving[one.rank].traceback, hang.headline)
+                if one.rank in leaving
+                else one
+                for one in reports
+            ]
         if exchange is not None and exchange.changes() and all(one.cause > Cause.LOST for one in reports):
             self._remaining_restarts += 1  # torch's loop takes one, but this is no failure
             self._tell(_NODE_JOINED)
@@ -343,6 +377,8 @@ class Agent(LocalElasticAgent):
         if exchange is not None:
             reports = exchange.all_exit_reports(reports)
         self.exit_reports = mark_left_early(reports)
+        if any(one.interrupted for one in reports):
+            hang = None  # the exception is the cause
         self.hang = add_positions(hang, {one.rank: one.traceback for one in reports}) if hang is not None else None
         if exchange is not None and exchange.lost is not None:
             self._remaining_restarts = 0  # without the store there is no rendezvous

@@ -92,7 +92,9 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(folder: Path, body: str, nproc: int = 2, hang_timeout_s: float | None = 2.0, head: str = _HEAD) -> Iterator[Job]:
+def job(
+    folder: Path, body: str, nproc: int = 2, hang_timeout_s: float | None = 2.0, head: str = _HEAD
+) -> Iterator[Job]:
     """Start ranks that run `body`. At the end of the block they are killed, with all processes that they started."""
     script = folder / "script.py"
     script.write_text(head + textwrap.dedent(body))

@@ -52,6 +52,15 @@ def describe_absence(
     return first, f"the job goes on{_end(finding, hang_timeout_s)}. Ctrl-\\ (SIGQUIT) shows all ranks"
 
 
+def describe_unended(said: str, waited_s: float, hang_timeout_s: float | None) -> tuple[str, str]:
+    """Return two lines on a rank whose script has ended but whose process runs. `said`: what keeps it."""
+    limit = f" until --hang-timeout ({say_time(hang_timeout_s)})" if hang_timeout_s is not None else " until it ends"
+    return (
+        f"for {say_time(waited_s)}: {said}",
+        f"the job goes on{limit}. Python waits for threads without daemon=True, and for child processes",
+    )
+
+
 def _doing(row: Row) -> str:
     where = f"{short(row.where)}, in {row.function}" if row.where else ""
     return ", ".join(part for part in (where, row.activity, f"since then {row.used}" if row.used else "") if part)

@@ -170,7 +170,7 @@ def read_record_file(folder: Path) -> FlightRecord | None:
 def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, FlightRecord]:
     """Ask all ranks for their records at once; return the answers that come within `timeout_s`."""
     found = {}
-    for rank, text in _ask(folders, _RECORDS_HANDLER, timeout_s).items():
+    for rank, text in ask(folders, _RECORDS_HANDLER, timeout_s).items():
         try:
             record = parse_record(text)
             found[rank] = replace(record, operations=record.operations + read_agreements(folders[rank]))
@@ -181,10 +181,10 @@ def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Flig
 
 def ask_stacks(folders: Mapping[int, Path], timeout_s: float) -> dict[int, str]:
     """Ask all ranks for the Python frames of all their threads at once. A rank needs its GIL to answer."""
-    return {rank: text.decode(errors="replace") for rank, text in _ask(folders, _STACKS_HANDLER, timeout_s).items()}
+    return {rank: text.decode(errors="replace") for rank, text in ask(folders, _STACKS_HANDLER, timeout_s).items()}
 
 
-def _ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int, bytes]:
+def ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int, bytes]:
     """Return the bodies of the servers' answers. A rank without a whole answer is left out: stopped, dead, starting."""
     request = f"POST /handler/{handler} HTTP/1.1\r\nHost: ddparity\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     deadline = time.monotonic() + timeout_s

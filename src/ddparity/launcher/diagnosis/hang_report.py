@@ -134,7 +134,7 @@ def make_row(
     if state.exitcode is not None:
         activity = f"ended with exit code {state.exitcode}"
     elif not activity and waits is not None and stack is not None and stack.in_collective(agreement):
-        activity = f"in {waits.name}"
+        activity = f"in {waits.name}" if not agreement else "waiting for the others"
     elif not activity and stack is not None:
         activity = stack.activity()
     if operation is None:

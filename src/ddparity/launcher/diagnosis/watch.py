@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +18,15 @@ from typing import Literal
 from torch.distributed import DistError
 
 from . import desync, messages
-from .absence import REPORT_S, Notice, Schedule, describe_absence
+from .absence import REPORT_S, Notice, Schedule, describe_absence, describe_unended
 from .circle import find_circle
 from .desync import Finding
-from .hang_report import ABORTING, HangReport, Row, headline, make_row, write_stacks
-from .instruments import PROMPT
+from .hang_report import HangReport, Row, write_stacks
 from .known import Known, WatchedRank
+from .looks import asked_group, exceptions_of, has_prompt, report_on, rows_of, stacks_of, texts
 from .messages import AgentChannel, MachineState
-from .stacks import AT_PROMPT, SLOW_ACTIVITIES, Stack, read_stacks, signal_for_stacks
-from .usage import describe_usage
+from .stacks import AT_PROMPT, SLOW_ACTIVITIES, signal_for_stacks
+from .unended import Handled, read_ended
 
 __all__ = ["Watch", "WatchedRank"]
 
@@ -112,6 +112,7 @@ class Watch:
         else:
             with suppress(DistError):  # the machine that holds the store is gone: an agent reports that
                 report = self._look_with_others(self._channel, now)
+        report = report or self._find_unended()
         soon = self._known.aborting or self._candidate is not None
         pause_s = _SOON_S if soon else _CHECK_S if self._known.unchanged else _POLL_S
         self._next_poll = time.monotonic() + pause_s
@@ -134,7 +135,7 @@ class Watch:
             ranks = [rank for rank in known.ranks_of(group) if rank not in known.unrecorded]
             finding = desync.find_mismatch(known.states, group) or desync.find_left(known.states, group, ranks)
             if finding is not None:
-                return self._report(finding)
+                return report_on(known, self._host, finding)
         if self._kept is not None and known.now() - self._kept[0] < _KEPT_S:
             return self._kept[2]
         return None
@@ -145,29 +146,30 @@ class Watch:
 
     def rows(self) -> tuple[Row, ...]:
         """Return what each rank of this machine does now, and what it has used since progress stopped."""
-        return self._rows("", self._stacks(tuple(self._known.ranks)))
+        return rows_of(self._known, self._host, "", stacks_of(self._known, self._known.ranks))
 
     def at_prompt(self) -> list[int]:
         """Return the ranks of this machine that are at a debugger's prompt."""
-        return [rank for rank in self._known.ranks if self._known.alive(rank) and self._prompt_file(rank)]
+        return [rank for rank in self._known.ranks if has_prompt(self._known, rank)]
+
+    def exceptions(self) -> dict[int, Handled]:
+        """Return the exceptions of ranks of this machine that are on their way out, while the rank waits."""
+        return {rank: one for rank, one in exceptions_of(self._known, self._known.ranks).items() if one.leaves}
 
     def keep_stacks(self, report: HangReport, directory: Path, ends: bool = True) -> list[Path]:
         """Write the stacks of all ranks of this machine to files. Call it before any signal to the ranks.
 
         `ends`: the job ends after this. Then a rank whose stacks could not be read gets a signal to write them itself.
         """
-        texts = dict(report.stacks)
+        found = dict(report.stacks)
         for rank, watched in self._known.ranks.items():
-            if ends and rank not in texts and self._known.alive(rank):
-                texts[rank] = signal_for_stacks(watched.pid, watched.folder)
-        return write_stacks(texts, directory)
+            if ends and rank not in found and self._known.alive(rank):
+                found[rank] = signal_for_stacks(watched.pid, watched.folder)
+        return write_stacks(found, directory)
 
     def _poll(self, now: float) -> None:
         self._known.poll(now, now - self._polled_at)
         self._polled_at = now
-
-    def _prompt_file(self, rank: int) -> bool:
-        return rank in self._known.ranks and (self._known.ranks[rank].folder / PROMPT).exists()
 
     # Whether they hang.
 
@@ -225,7 +227,7 @@ class Watch:
         """Return what a rank that has not come is to be reported for; None: for nothing now."""
         known, ranks = self._known, self._known.ranks_of(finding.group)
         idle_s = known.idle_s(ranks, now)
-        if known.may_end(ranks) or any(self._prompt_file(rank) for rank in finding.blamed):
+        if known.may_end(ranks) or any(has_prompt(known, rank) for rank in finding.blamed):
             return None
         new = finding.key() not in self._reported
         limit_s, waited_s = finding.timeout_s(), time.time() - finding.waited_since_s() - known.lost_s
@@ -259,7 +261,7 @@ class Watch:
 
     def _may_take_long(self, finding: Finding, ranks: Sequence[int], now: float) -> bool:
         """Return whether a long wait is normal: in the first step, in a compiler, in a checkpoint, or if data moves."""
-        stacks = self._stacks(finding.blamed)
+        stacks = stacks_of(self._known, finding.blamed)
         if any(stack.state in "TtD" for stack in stacks.values()):
             return False
         if any((rank, finding.group) not in self._known.repeated for rank in ranks):
@@ -271,7 +273,7 @@ class Watch:
 
     def _judge(self, finding: Finding, purpose: _Purpose, now: float) -> HangReport | None:
         """Return the report of a hang; keep or tell what is none, or what the stacks do not confirm."""
-        report = self._report(finding)
+        report = report_on(self._known, self._host, finding)
         if not self._is_confirmed(finding, purpose, report.rows):
             return None
         waits = finding.waiting if finding.kind == "circle" else self._known.ranks_of(finding.group)
@@ -291,14 +293,39 @@ class Watch:
     def _act(self, finding: Finding, purpose: _Purpose, report: HangReport, now: float) -> HangReport | None:
         self._reported |= {finding.key()} if purpose == "end" else set()
         if purpose == "end":
-            return report
+            return replace(report, rows=tuple(replace(row, used="") for row in report.rows))
         if purpose == "keep":
             self._kept = now, finding.key(), report
             return None
         idle_s = self._known.idle_s(self._known.ranks_of(finding.group), now)
         self._schedule.reported(finding.key(), idle_s)
-        lines = describe_absence(finding, report.headline, report.rows, idle_s, self._timeout_s)
+        said = "".join(
+            f"{one.message.partition(chr(10))[0]} is on its way on rank {rank}, and "
+            for rank, one in self.exceptions().items()
+        )
+        lines = describe_absence(finding, said + report.headline, report.rows, idle_s, self._timeout_s)
         self._notices.append(Notice(lines, report))
+        return None
+
+    def _find_unended(self) -> HangReport | None:
+        """Tell of ranks whose script has ended and whose process runs; with a time of the user's, end them after it."""
+        known = self._known
+        for rank, watched in known.ranks.items():
+            ended = read_ended(watched.pid, watched.folder) if known.alive(rank) else None
+            waited_s = time.time() - ended.at_s - known.lost_s if ended is not None else 0.0
+            key = ("unended", rank)
+            too_long = waited_s >= self._own_timeout_s and key not in self._reported
+            if ended is None or not (too_long or self._schedule.due(key, waited_s)):
+                continue
+            said = f"the script of rank {rank} has ended, but its process still runs"
+            said += f": {ended.keeps} keeps it" if ended.keeps else ""
+            stacks = stacks_of(known, known.ranks)
+            report = HangReport("unended", "", (rank,), said, rows_of(known, self._host, "", stacks), texts(stacks))
+            if too_long:
+                self._reported.add(key)
+                return report
+            self._schedule.reported(key, waited_s)
+            self._notices.append(Notice(describe_unended(said, waited_s, self._timeout_s), report))
         return None
 
     # Several machines: all publish their states, the leading agent compares them, asks where all ranks are, and
@@ -311,10 +338,10 @@ class Watch:
             self._announced, self._answer = announced, ()
             report = messages.unpack_hang(announced)
             if report is not None and not channel.leads:
-                return replace(report, stacks=_texts(self._stacks(tuple(known.ranks))))
+                return replace(report, stacks=texts(stacks_of(known, known.ranks)))
             group = messages.asked_group(announced)
             if group is not None:
-                self._answer = self._rows(group, self._stacks(tuple(known.ranks)))
+                self._answer = rows_of(known, self._host, group, stacks_of(known, known.ranks))
         repeated = frozenset(one for one in known.repeated if one[0] in known.ranks)
         own = MachineState(self._host, known.local_states(), repeated, announced, self._answer)
         channel.publish(messages.pack(own))
@@ -331,7 +358,7 @@ class Watch:
         if found is not None:
             self._question += 1
             self._asked_at = now
-            channel.announce(messages.question(_asked(found[0]), self._question))
+            channel.announce(messages.question(asked_group(found[0]), self._question))
         return None
 
     def _decide(
@@ -344,7 +371,7 @@ class Watch:
     ) -> HangReport | None:
         """Return the report once all machines have answered where their ranks are; None if it is no hang after all."""
         known = self._known
-        question = messages.question(_asked(finding), self._question)
+        question = messages.question(asked_group(finding), self._question)
         rows = {row.rank: row for machine in machines if machine.answers == question for row in machine.rows}
         if rows.keys() < known.states.keys() and now - self._asked_at < _TOGETHER_S:
             return None
@@ -358,7 +385,7 @@ class Watch:
         confirmed = self._is_confirmed(finding, purpose, tuple(rows.values()))
         report = None
         if not (progressed or (answers and purpose == "end") or own) and confirmed:
-            report = self._report(finding)
+            report = report_on(self._known, self._host, finding)
             report = replace(report, rows=tuple(rows.get(row.rank, row) for row in report.rows))
             report = self._act(finding, purpose, report, now)
         elif purpose == "end":
@@ -367,45 +394,3 @@ class Watch:
         self._announced = messages.pack_hang(report, self._question) if report is not None else ""
         channel.announce(self._announced)
         return report
-
-    # The report.
-
-    def _report(self, finding: Finding) -> HangReport:
-        stacks = self._stacks(tuple(self._known.ranks))
-        rows = self._rows(_asked(finding), stacks, finding)
-        said = headline(finding, self._known.states)
-        return HangReport(finding.kind, finding.group, finding.blamed, said, rows, _texts(stacks))
-
-    def _rows(self, group: str, stacks: Mapping[int, Stack], finding: Finding | None = None) -> tuple[Row, ...]:
-        """Return the rows of this machine's ranks, or those of all ranks for a finding. `group`: "" for any."""
-        known, now = self._known, self._known.now()
-        operations = finding.operations if finding is not None else {}
-        used, idle = known.used(known.ranks, now), known.idle(known.ranks, now)
-        rows = []
-        for rank in sorted(known.states if finding is not None else known.ranks):
-            state, stack = known.states[rank], stacks.get(rank)
-            waits = state.pending(group) if group else state.waits()
-            operation = waits or operations.get(rank) or state.shown(group)
-            since_s, before, after = used.get(rank, (0.0, None, None))
-            said = describe_usage(before, after) if before is not None and after is not None and since_s > 1 else ""
-            activity = ABORTING if rank in known.aborts else AT_PROMPT if self._prompt_file(rank) else ""
-            row = make_row(self._host if rank in known.ranks else "", state, operation, stack, activity, said)
-            whole = waits is not None and stack is not None and stack.only_waits(bool(waits.ranks), rank in idle)
-            rows.append(replace(row, only_waits=whole))
-        return tuple(rows)
-
-    def _stacks(self, ranks: Sequence[int]) -> dict[int, Stack]:
-        """Return the stacks of those of the ranks that run on this machine."""
-        alive = {rank: self._known.ranks[rank] for rank in ranks if self._known.alive(rank)}
-        return read_stacks(
-            {rank: one.pid for rank, one in alive.items()}, {rank: one.folder for rank, one in alive.items()}
-        )
-
-
-def _asked(finding: Finding) -> str:
-    """Return the group in which all ranks are looked at; "" for what each waits in, of any group."""
-    return "" if finding.kind == "circle" else finding.group
-
-
-def _texts(stacks: Mapping[int, Stack]) -> dict[int, str]:
-    return {rank: stack.text for rank, stack in stacks.items() if stack.text}
