@@ -5,7 +5,9 @@ FIRST ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test test-matrix programs format docs-picture clean
+WAIT_S ?= 75
+
+.PHONY: train verify test test-matrix programs waits format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -38,6 +40,10 @@ test-torch-%:
 # seeds that failed stand in the last line.
 programs: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
+
+# Healthy waits of WAIT_S seconds, which the launcher may not end, and real hangs, which it must name: 15 minutes.
+waits: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -m tests.launcher.wait_matrix $(WAIT_S)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

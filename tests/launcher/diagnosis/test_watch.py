@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -173,6 +174,54 @@ def test_a_sub_group(tmp_path: Path) -> None:
         assert running.report is not None, running.endings
         assert running.report.blamed == (3,)
         assert "of group 2" in running.report.headline
+
+
+def test_a_rank_that_is_late_is_told_in_two_lines_and_goes_on(tmp_path: Path) -> None:
+    body = """
+        ready()
+        if rank == 0:
+            import subprocess
+            subprocess.run(["sleep", "4"])
+        dist.all_reduce(torch.ones(4))
+    """
+    with job(tmp_path, body, hang_timeout_s=None) as running:
+        running.watch = Watch(running.watched, report_s=1)
+        running.until_ready()
+        running.until(_ended)
+        assert running.report is None and running.endings == {0: 0, 1: 0}
+        (notice,) = running.watch.take_notices()
+        first, second = notice.lines
+        assert re.match(
+            r"for [12] s: rank 0 has not called all_reduce #4: rank 1 waits in all_reduce of 4 float32", first
+        )
+        assert re.search(
+            r"rank 0: .*script.py:\d+, in <module>, waiting for a child process, since then \d s of CPU", first
+        )
+        assert first.endswith("1 child process (sleep) with 0 s of CPU")
+        assert second.startswith("the job goes on until the time-out of its process group (30 min)")
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_the_time_out_of_the_group_ends_a_wait(tmp_path: Path, catches: bool) -> None:
+    """torch ends the rank that waits; the launcher then knows why. It ends a rank that does not end by itself."""
+    wait = "dist.all_reduce(torch.ones(4))"
+    if catches:  # another thread waits, and nothing looks at its end
+        wait = f"threading.Thread(target=lambda: {wait}, daemon=True).start(); time.sleep(600)"
+    head = f"""
+        ready()
+        dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(
+            __import__("datetime").timedelta(seconds=4))
+        if rank == 0: {wait}
+        time.sleep(600)
+    """
+    with job(tmp_path, head, hang_timeout_s=None) as running:
+        running.until_ready()
+        running.until(lambda job: bool(job.endings) or job.report is not None)
+        report = running.report or running.watch.explain()
+        assert report is not None, running.endings
+        assert (report.kind, report.blamed) == ("absent", (1,))
+        assert 3 < running.seconds < 20
+        assert report.rows[1].activity == "sleeping" and "script.py" in report.rows[1].where
 
 
 # Rank 1 is late by more than three time-outs. Then all ranks end by themselves.

@@ -60,6 +60,7 @@ class Job:
     watch: Watch
     processes: list[subprocess.Popen[str]]
     folders: list[Path]
+    watched: list[WatchedRank] = field(default_factory=list)
     report: HangReport | None = None
     seconds: float = 0.0  # from `ready` to the report
     longest_look_s: float = 0.0
@@ -116,7 +117,7 @@ def job(
             )
     watched = [WatchedRank(rank, process.pid, folders[rank]) for rank, process in enumerate(processes)]
     try:
-        yield Job(Watch(watched, hang_timeout_s), processes, folders)
+        yield Job(Watch(watched, hang_timeout_s), processes, folders, watched)
     finally:
         for process in processes:
             family = []
