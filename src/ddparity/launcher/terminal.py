@@ -75,20 +75,31 @@ class _Terminal:
             with suppress(OSError):
                 self._prompt.touch()
             try:
-                with self._lock_file.open("a+") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, too
-                    lock.seek(0)
-                    before = lock.read() or "0"
-                    lock.truncate(0)
-                    lock.write(self._rank)
-                    lock.flush()
-                    with self._as_streams():
-                        if before != self._rank:
-                            os.write(2, f"ddparity: rank {self._rank} has the terminal\n".encode())
-                        yield
+                with self._turn() as before, self._as_streams():
+                    if before != self._rank:
+                        os.write(2, f"ddparity: rank {self._rank} has the terminal\n".encode())
+                    yield
             finally:
                 self._depth -= 1
                 self._prompt.unlink(missing_ok=True)
+
+    @contextmanager
+    def _turn(self) -> Iterator[str]:
+        """Wait until no other rank has the terminal, and yield the rank that had it before. It begins with rank 0."""
+        try:
+            lock = self._lock_file.open("a+")
+        except OSError:  # the disk is full
+            yield self._rank
+            return
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, too
+            lock.seek(0)
+            before = lock.read() or "0"
+            with suppress(OSError):
+                lock.truncate(0)
+                lock.write(self._rank)
+                lock.flush()
+            yield before
 
     @contextmanager
     def _as_streams(self) -> Iterator[None]:

@@ -342,8 +342,19 @@ def test_of_several_pending_collectives_only_what_all_of_them_lack_counts() -> N
 def test_a_long_wait_is_told_after_a_minute_and_then_rarely() -> None:
     schedule, told = Schedule(60), []
     for second in range(0, 40_000, 10):
-        if schedule.due("wait", second):
+        if schedule.due("wait", "place", second):
             schedule.reported("wait", second)
             told.append(second)
     assert told[:6] == [60, 300, 1500, 5100, 8700, 12300]
-    assert schedule.due("another", 60)
+    assert schedule.due("another", "another place", 60)
+
+
+def test_a_wait_that_comes_again_is_told_where_it_lasts_longer_than_before() -> None:
+    schedule = Schedule(60)
+    told: dict[int, list[int]] = {}
+    for epoch, seconds in enumerate((90, 100, 80, 400)):
+        for second in range(0, seconds, 10):
+            if schedule.due(epoch, "evaluation", second):
+                schedule.reported(epoch, second)
+                told.setdefault(epoch, []).append(second)
+    assert told == {0: [60], 3: [140]}  # 1.5 times the longest before

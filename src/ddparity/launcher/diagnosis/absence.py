@@ -9,6 +9,7 @@ from .desync import Finding, describe_ranks
 from .hang_report import HangReport, Row, short
 
 REPORT_S = 60.0  # without progress, until the first report
+_LONGER = 1.5  # times an earlier wait at the same place
 _FACTOR, _LONGEST_S = 5.0, 3600.0  # each report comes after five times the time of the one before, or an hour later
 
 
@@ -21,18 +22,28 @@ class Notice:
 
 
 class Schedule:
-    """Tell when a wait is to be reported: after `first_s`, then rarely."""
+    """Tell when a wait is to be reported: after `first_s`, then rarely.
+
+    A wait at the same place as an earlier one is first reported when it lasts clearly longer than that one did: rank 0
+    may evaluate after each epoch.
+    """
 
     def __init__(self, first_s: float = REPORT_S) -> None:
         self._first_s = first_s
-        self._next: dict[object, float] = {}
+        self._next: dict[object, float] = {}  # by wait
+        self._longest: dict[object, float] = {}  # by place
 
-    def due(self, key: object, waited_s: float) -> bool:
-        """Return whether a wait of this length is to be reported now."""
-        return waited_s >= self._next.get(key, self._first_s)
+    def due(self, wait: object, place: object, waited_s: float) -> bool:
+        """Return whether a wait of this length is to be reported now. Called again and again while it lasts."""
+        if waited_s < self._first_s:
+            return False
+        due_s = self._next.setdefault(wait, max(self._first_s, _LONGER * self._longest.get(place, 0.0)))
+        self._longest[place] = max(waited_s, self._longest.get(place, 0.0))
+        return waited_s >= due_s
 
-    def reported(self, key: object, waited_s: float) -> None:
-        self._next[key] = min(waited_s * _FACTOR, waited_s + _LONGEST_S)
+    def reported(self, wait: object, waited_s: float) -> None:
+        """Note that a wait was reported when it had lasted for so long."""
+        self._next[wait] = min(waited_s * _FACTOR, waited_s + _LONGEST_S)
 
 
 def describe_absence(

@@ -100,6 +100,11 @@ class Finding:
         """Return what stays the same while the same hang lasts. In a stall, the silent ranks may change."""
         return self.kind, self.group, () if self.kind == "stalled" else self.blamed, self.sequence
 
+    def place(self) -> tuple[object, ...]:
+        """Return what is the same in waits that come again, as at the end of each epoch."""
+        names = {one.name for one in self._awaited_calls()}
+        return self.kind, self.group, self.blamed, *sorted(names)
+
     def waited_since_s(self) -> float:
         """Return when the first of the waiting ranks called the collective, in seconds since 1970."""
         return min((one.created_s for one in self._awaited_calls()), default=0.0)

@@ -189,18 +189,15 @@ class Known:
         began = {rank: self._used.setdefault(rank, (now, usage)) for rank, usage in usages.items()}
         return {rank: (now - began[rank][0], began[rank][1], usage) for rank, usage in usages.items()}
 
-    def idle(self, ranks: Iterable[int], now: float) -> set[int]:
-        """Return those of the ranks of this machine that have used no processor for some seconds."""
-        return {
-            rank
-            for rank, (seconds, before, after) in self.used(ranks, now).items()
-            if seconds >= _IDLE_S and after.cpu_s - before.cpu_s <= _IDLE_CPU * seconds
-        }
-
     def _usages(self, ranks: Iterable[int]) -> dict[int, Usage]:
         pids = {rank: self.ranks[rank].pid for rank in ranks if self.alive(rank)}
         found = read_usages(pids.values())
         return {rank: found[pid] for rank, pid in pids.items()}
+
+
+def is_idle(seconds: float, before: Usage, after: Usage) -> bool:
+    """Return whether a process has used no processor between two measurements, which are some seconds apart."""
+    return seconds >= _IDLE_S and after.cpu_s - before.cpu_s <= _IDLE_CPU * seconds
 
 
 def progress(operations: Sequence[Operation]) -> object:

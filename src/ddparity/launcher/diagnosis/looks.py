@@ -8,7 +8,7 @@ from dataclasses import replace
 from .desync import Finding
 from .hang_report import ABORTING, HangReport, Row, headline, make_row
 from .instruments import PROMPT
-from .known import Known
+from .known import Known, is_idle
 from .stacks import AT_PROMPT, Stack, read_stacks
 from .unended import Handled, ask_exceptions, read_ended
 from .usage import describe_usage
@@ -34,7 +34,7 @@ def rows_of(
     """Return the rows of this machine's ranks, or those of all ranks for a finding. `group`: "" for any."""
     now = known.now()
     operations = finding.operations if finding is not None else {}
-    used, idle = known.used(known.ranks, now), known.idle(known.ranks, now)
+    used = known.used(known.ranks, now)
     rows = []
     for rank in sorted(known.states if finding is not None else known.ranks):
         state, stack = known.states[rank], stacks.get(rank)
@@ -44,7 +44,11 @@ def rows_of(
             said = describe_usage(*used[rank][1:])
         shown = waits or operations.get(rank) or state.shown(group)
         row = make_row(host if rank in known.ranks else "", state, shown, stack, _activity(known, rank), said)
-        whole = waits is not None and stack is not None and stack.only_waits(bool(waits.ranks), rank in idle)
+        whole = (
+            waits is not None
+            and stack is not None
+            and stack.only_waits(bool(waits.ranks), rank in used and is_idle(*used[rank]))
+        )
         rows.append(replace(row, only_waits=whole))
     return tuple(rows)
 

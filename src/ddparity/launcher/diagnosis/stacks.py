@@ -61,6 +61,7 @@ def _is_below(file: str, *folders: str) -> bool:
 # A stack, and what the process does.
 
 AT_PROMPT = "at a debugger's prompt"
+DEBUGGED = (AT_PROMPT, "stopped by a debugger")  # a person thinks
 _AGREEMENTS = "ddparity/runtime/agreement.py"
 
 # The innermost frame that matches one of these tells the activity: (part of the path, functions or any, activity).
@@ -123,7 +124,7 @@ class Stack:
         if self.state == "T":
             return "stopped (SIGSTOP)"
         if self.state == "t":
-            return "stopped by a debugger"
+            return DEBUGGED[1]
         if self.state == "D":
             return "in uninterruptible sleep, probably in a file system"
         if self.state in "ZX":

@@ -22,10 +22,10 @@ from .absence import REPORT_S, Notice, Schedule, describe_absence, describe_unen
 from .circle import find_circle
 from .desync import Finding
 from .hang_report import HangReport, Row, write_stacks
-from .known import Known, WatchedRank
+from .known import Known, WatchedRank, is_idle
 from .looks import asked_group, exceptions_of, has_prompt, report_on, rows_of, stacks_of, texts
 from .messages import AgentChannel, MachineState
-from .stacks import AT_PROMPT, SLOW_ACTIVITIES, signal_for_stacks
+from .stacks import DEBUGGED, SLOW_ACTIVITIES, signal_for_stacks
 from .unended import Handled, read_ended
 
 __all__ = ["Watch", "WatchedRank"]
@@ -239,7 +239,7 @@ class Watch:
                 return "keep"
         if self._timeout_s is not None and new and idle_s >= self._timeout_s and self._is_too_long(finding, now):
             return "end"
-        if self._schedule.due(finding.key(), idle_s):
+        if self._schedule.due(finding.key(), finding.place(), idle_s):
             return "tell"
         return None
 
@@ -268,8 +268,7 @@ class Watch:
             return True
         if any(stack.activity() in SLOW_ACTIVITIES for stack in stacks.values()):
             return True
-        local = {rank for rank in ranks if self._known.alive(rank)}
-        return finding.kind == "stalled" and bool(local - self._known.idle(local, now))
+        return finding.kind == "stalled" and not all(is_idle(*one) for one in self._known.used(ranks, now).values())
 
     def _judge(self, finding: Finding, purpose: _Purpose, now: float) -> HangReport | None:
         """Return the report of a hang; keep or tell what is none, or what the stacks do not confirm."""
@@ -287,7 +286,7 @@ class Watch:
         if finding.kind == "circle":
             # Each of them waits in what the records say, and has no other thread that could call what is awaited.
             return all(rank in by_rank and by_rank[rank].only_waits for rank in finding.waiting)
-        prompt = any(by_rank[rank].activity == AT_PROMPT for rank in finding.blamed if rank in by_rank)
+        prompt = any(by_rank[rank].activity in DEBUGGED for rank in finding.blamed if rank in by_rank)
         return finding.proof or not prompt
 
     def _act(self, finding: Finding, purpose: _Purpose, report: HangReport, now: float) -> HangReport | None:
@@ -315,7 +314,7 @@ class Watch:
             waited_s = time.time() - ended.at_s - known.lost_s if ended is not None else 0.0
             key = ("unended", rank)
             too_long = waited_s >= self._own_timeout_s and key not in self._reported
-            if ended is None or not (too_long or self._schedule.due(key, waited_s)):
+            if ended is None or not (too_long or self._schedule.due(key, key, waited_s)):
                 continue
             said = f"the script of rank {rank} has ended, but its process still runs"
             said += f": {ended.keeps} keeps it" if ended.keeps else ""
