@@ -97,6 +97,15 @@ def group_timeout_s(group: dist.ProcessGroup | None) -> float:
     return float(limit.total_seconds())
 
 
+def ranks_of_groups() -> dict[str, list[int]]:
+    """Return the global ranks of the process groups that this process is in, by the groups' names."""
+    known: Any = getattr(dist.distributed_c10d, "_world", None)
+    if known is None:
+        return {}
+    names, ranks = known.pg_names, known.pg_group_ranks
+    return {str(names[group]): sorted(ranks[group]) for group in list(ranks) if group in names}
+
+
 def flight_record() -> bytes | None:
     """Return the process's last collectives as the worker server gives them; None where this torch has no record."""
     module = torch._C._distributed_c10d if dist.is_available() else None

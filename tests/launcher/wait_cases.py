@@ -194,7 +194,7 @@ HANGS = {
     "other shape": Hang("dist.all_reduce(torch.ones(4 + rank))", r"rank 1 calls all_reduce of 5 float32"),
     "other dtype": Hang("dist.all_reduce(torch.ones(4, dtype=torch.float64 if rank else torch.float32))", "4 float64"),
     "an additional collective": Hang(_ALONE + "dist.all_reduce(torch.ones(1))", r"do not agree on collective #"),
-    "other root's shape": Hang("dist.broadcast(torch.ones(4 + 4 * rank), 0)", r"broadcast of 8 float32", code=124),
+    "other root's shape": Hang("dist.broadcast(torch.ones(8 - 4 * rank), 0)", r"broadcast of 8 float32", code=124),
     "all_gather of other shapes": Hang(
         "dist.all_gather([torch.ones(3 + rank) for _ in range(2)], torch.ones(3 + rank))",
         r"do not agree on collective #4",
@@ -202,7 +202,10 @@ HANGS = {
     "reduce and all_reduce": Hang(
         "dist.all_reduce(torch.ones(4)) if rank else dist.reduce(torch.ones(4), 0)", r"calls reduce of 4"
     ),
-    "returns early": Hang("if rank == 1: os._exit(0)", r"rank 1 finished without calling all_reduce #4"),
+    "ends without a record": Hang(
+        "if rank == 1: os._exit(0)", r"rank 1 failed: ended with exit code 0 while the others waited for it", code=1
+    ),
+    "returns early": Hang("if rank == 1: sys.exit(0)", r"rank 1 finished without calling all_reduce #4"),
     "returns early, 3 ranks": Hang("if rank == 1: sys.exit(0)", r"rank 1 finished|rank 1 failed", nproc=3),
     "killed": Hang("if rank == 1: os.kill(os.getpid(), 9)", r"rank 1 failed: ended by SIGKILL", code=137),
     "raises": Hang("if rank == 1: raise ValueError('bad')", r"rank 1 failed: ValueError: bad", code=1),
@@ -250,6 +253,12 @@ HANGS = {
     "finally: barrier()": Hang(
         "try:\n    if rank == 0: raise KeyError('label')\n    steps()\nfinally:\n    dist.barrier()",
         r"rank 0 failed: KeyError: 'label'(?s:.*)was on its way",
+        code=1,
+    ),
+    "finally: barrier(), large tensors": Hang(
+        "try:\n    if rank == 1: raise KeyError('label')\n    dist.all_reduce(torch.ones(10**6))\n"
+        "finally:\n    dist.barrier()",
+        r"rank 1 failed: KeyError: 'label'(?s:.*)was on its way",
         code=1,
     ),
     "a context manager's end": Hang(

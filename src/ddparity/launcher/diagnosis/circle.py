@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from .desync import Finding, RankState
-from .flight import Operation
+from .flight import AGREEMENT, Operation
 
 
 def find_circle(states: Mapping[int, RankState], ranks_of: Callable[[str], Sequence[int]]) -> Finding | None:
@@ -43,7 +43,7 @@ def _waits(state: RankState) -> list[Operation]:
         return []
     pending = [one for one in state.operations if one.pending and not one.point_to_point]
     agreements = [one for one in pending if one.main]
-    return agreements[-1:] or [one for one in pending if not one.ranks]
+    return agreements[-1:] or [one for one in pending if one.backend != AGREEMENT]
 
 
 def _missing(states: Mapping[int, RankState], rank: int, operation: Operation, ranks: Sequence[int]) -> frozenset[int]:

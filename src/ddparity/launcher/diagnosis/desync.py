@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .flight import DEFAULT_GROUP, Operation
+from .flight import AGREEMENT, DEFAULT_GROUP, Operation
 
 Kind = Literal["mismatch", "circle", "absent", "finished", "stalled"]
 PROOFS = ("mismatch", "circle", "finished")  # such a hang cannot end by itself; the others may
@@ -54,6 +54,10 @@ class RankState:
             return None
         pending = [one for one in self.operations if one.pending and not one.point_to_point]
         return next((one for one in pending if one.main), pending[0] if pending else None)
+
+    def agrees(self, group: str) -> bool:
+        """Return whether a group of this name is an agreement in which the rank waits."""
+        return any(one.group == group and one.backend == AGREEMENT for one in self.operations)
 
     def shown(self, group: str = "") -> Operation | None:
         """Return the operation that a report shows: what the rank waits in, in a group or anywhere, or its last one."""
@@ -132,9 +136,10 @@ def default_last(groups: Iterable[str]) -> list[str]:
 
 def group_ranks(states: Mapping[int, RankState], group: str, known: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Return the ranks of a group: those that a rank named (`known`), or those that called a collective in it."""
-    agreed = next((one.ranks for state in states.values() for one in state.operations if one.group == group), ())
-    if agreed:
-        return tuple(rank for rank in agreed if rank in states)
+    operations = (one for state in states.values() for one in state.operations)
+    told = next((one.ranks for one in operations if one.ranks and one.group == group), ())
+    if told:
+        return tuple(rank for rank in told if rank in states)
     if group in known:
         return tuple(rank for rank in known[group] if rank in states)
     if group == DEFAULT_GROUP:

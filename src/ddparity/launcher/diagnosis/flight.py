@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.waits import WAIT_FILES
-from .instruments import FLIGHT, SERVER
+from .instruments import FLIGHT, SERVER, STATE_HANDLER
 
 DEFAULT_GROUP = "0"
 AGREEMENT = "agreement"  # the backend of an agreement
@@ -46,7 +46,8 @@ class Operation:
     `sequence`: its number in its process group, the same on all ranks. `record`: its number in its process.
     `inputs`, `outputs`: number of elements of each tensor. `row`: number of elements of one row (an index of the first
     dimension) of the first tensor. `created_s`: the time of the call, in seconds since 1970. `timeout_s`: of its group;
-    None: unknown. `ranks`: of an agreement. `main`: the agreement is one that the main thread waits in.
+    None: unknown. `ranks`: of its group, where they are known; always of an agreement. `main`: the agreement is one
+    that the main thread waits in.
     """
 
     group: str
@@ -176,6 +177,16 @@ def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Flig
             found[rank] = replace(record, operations=record.operations + read_agreements(folders[rank]))
         except (ValueError, KeyError, TypeError, IndexError):  # another torch may have other fields: treat as no answer
             continue
+    return found
+
+
+def ask_groups(folders: Mapping[int, Path], timeout_s: float) -> dict[str, tuple[int, ...]]:
+    """Ask ranks for the global ranks of their process groups, by name. A rank needs its GIL to answer."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in ask(folders, STATE_HANDLER, timeout_s).values():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            groups = json.loads(text)["groups"]
+            found |= {str(name): tuple(map(int, ranks)) for name, ranks in groups.items()}
     return found
 
 

@@ -1,10 +1,10 @@
 """Install in a rank's process what its agent needs to read the stacks and the collectives of that rank.
 
 The worker loads this file by its path and calls `install` before the user's script runs. While the script runs, nothing
-of this file runs: the server answers from its own thread, in C++, without the GIL. Only once a rank hangs, it is asked
-for the exception that it handles, which Python answers. Neither ddparity nor torch is
-imported, since a script that uses neither would wait for the import: the server starts after the script has imported
-torch.
+of this file runs: the server answers from its own thread, in C++, without the GIL. Only while a rank waits for
+others, it is asked for the exception that it handles and for its groups, which Python answers. Neither ddparity nor
+torch is imported, since a script that uses neither would wait for the import: the server starts after the script has
+imported torch.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ PROMPT = "prompt"  # there while the rank is at a debugger's prompt
 # sleep.
 STACK_SIGNAL: int | None = signal.SIGRTMIN + 7 if sys.platform == "linux" else None
 WAKE_SIGNAL: int | None = signal.SIGRTMIN + 8 if sys.platform == "linux" else None
-EXCEPTIONS_HANDLER = "ddparity_exceptions"  # of torch's worker server
+STATE_HANDLER = "ddparity_state"  # of torch's worker server
 _DEEPEST = 50  # frames of a thread that are written
-_LONGEST = 20_000  # characters of a traceback that are sent
+_LONGEST, _HALF = 20_000, 10_000  # characters of a traceback that are sent
 _PR_SET_PTRACER = 0x59616D61
 _ANY = ctypes.c_ulong(-1)
 
@@ -111,25 +111,30 @@ def _where(frame: FrameType | None) -> list[tuple[str, int, str]]:
     return found
 
 
-def _answer_exceptions(request: Any, response: Any) -> None:
-    """Answer with the exception that the main thread handles now: its `finally` or `except` block may wait."""
+def _answer(request: Any, response: Any) -> None:
+    """Answer with the exception that the main thread handles now, and the ranks of this process's groups."""
     content: dict[str, Any] = {}
     with contextlib.suppress(Exception):
-        found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
-        error = found[1] if isinstance(found, tuple) else found  # before Python 3.12 it is what exc_info() returns
-        if isinstance(error, BaseException) and error.__traceback__ is not None:
-            frame = error.__traceback__.tb_frame
-            trace = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
-            content = {
-                "message": f"{type(error).__name__}: {error}"[:_LONGEST],
-                "traceback": trace
-                if len(trace) <= _LONGEST
-                else f"{trace[: _LONGEST // 2]}\n…\n{trace[-_LONGEST // 2 :]}",
-                "file": frame.f_code.co_filename,
-                "line": frame.f_lineno,
-            }
+        content["exception"] = _handled_exception()
+        content["groups"] = _compat().ranks_of_groups()
     response.set_content(json.dumps(content), "application/json")
     response.set_status(200)
+
+
+def _handled_exception() -> dict[str, Any] | None:
+    """Return the exception that the main thread handles: its `finally` or `except` block may wait for other ranks."""
+    found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    error = found[1] if isinstance(found, tuple) else found  # before Python 3.12 it is what exc_info() returns
+    if not isinstance(error, BaseException) or error.__traceback__ is None:
+        return None
+    frame = error.__traceback__.tb_frame
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+    return {
+        "message": f"{type(error).__name__}: {error}"[:_LONGEST],
+        "traceback": trace if len(trace) <= _LONGEST else f"{trace[:_HALF]}\n…\n{trace[-_HALF:]}",
+        "file": frame.f_code.co_filename,
+        "line": frame.f_lineno,
+    }
 
 
 def end_held_abort(pid: int) -> None:
@@ -180,7 +185,7 @@ def _serve(folder: Path) -> None:
         path.unlink(missing_ok=True)
         with _quiet():
             if _compat().serve_flight_records(str(path)):
-                _compat().add_server_handler(EXCEPTIONS_HANDLER, _answer_exceptions)
+                _compat().add_server_handler(STATE_HANDLER, _answer)
 
 
 def _compat() -> ModuleType:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from . import desync
 from .desync import RankState, StragglerCount
-from .flight import AGREEMENT, Operation, ask_records, read_record_file
+from .flight import AGREEMENT, DEFAULT_GROUP, Operation, ask_groups, ask_records, read_record_file
 from .instruments import FATAL, end_held_abort
 from .usage import Usage, read_usages
 
 _ANSWER_S = 0.2
+_ASK_S = 10.0  # until a rank that has not told the ranks of a group is asked again
 _ABORT_S = 1.0  # how long an abort is held: the collectives of the other ranks are read meanwhile
 _SILENT_S = 2.0  # a rank that ends is gone after this
 _SUSPENDED_S = 10.0  # between two polls: this process was stopped
@@ -57,6 +58,7 @@ class Known:
         self._missed: dict[int, int] = {}  # polls without an answer since the last answer
         self._calls: dict[tuple[int, str], dict[object, int]] = {}
         self._pending: dict[tuple[int, str], int] = {}  # (rank, group): the record that was pending at the last poll
+        self._ask_at: dict[int, float] = {}  # by rank: when to ask next for the ranks of its groups
         self._used: dict[int, tuple[float, Usage]] = {}  # what each rank had used when progress stopped
 
     def now(self) -> float:
@@ -100,7 +102,8 @@ class Known:
         for rank, record in ask_records(folders, _ANSWER_S).items():
             self._groups.update(record.groups)
             self._answered_at[rank] = now
-            self.update(replace(self.states[rank], operations=record.operations), now)
+            operations = tuple(self._with_ranks(one) for one in record.operations)
+            self.update(replace(self.states[rank], operations=operations), now)
             self._note_repeats(rank, record.operations)
         for rank in folders:
             answered = self._answered_at.get(rank, now)
@@ -143,8 +146,32 @@ class Known:
         changed = {group for (rank, group), record in pending.items() if self._pending.get((rank, group)) != record}
         self.unchanged = {group for _, group in pending} - changed
         self._pending = pending
+        self._learn_groups(now)
         if self.unchanged and not self._used and self.idle_s(self.ranks, now) > _USED_AFTER_S:
             self._used = {rank: (now, usage) for rank, usage in self._usages(self.ranks).items()}
+
+    def _with_ranks(self, operation: Operation) -> Operation:
+        """Return an operation with the ranks of its group, if they are known: other machines may not know them."""
+        if operation.pending and not operation.ranks and operation.group in self._groups:
+            return replace(operation, ranks=self._groups[operation.group])
+        return operation
+
+    def _learn_groups(self, now: float) -> None:
+        """Ask ranks that wait in a group for its ranks, unless the flight record names them, as NCCL's does."""
+        folders = {
+            rank: self.ranks[rank].folder
+            for rank, group in self._pending
+            if self.alive(rank) and group in self.unchanged and group not in self._groups and group != DEFAULT_GROUP
+            if not self.states[rank].agrees(group) and now >= self._ask_at.get(rank, now)
+        }
+        if folders:
+            self.ask_for_groups(folders)
+            self._ask_at.update(dict.fromkeys(folders, now + _ASK_S))
+
+    def ask_for_groups(self, ranks: Iterable[int] | None = None) -> None:
+        """Ask ranks of this machine for the ranks of their groups; None: all of them. The next poll knows them."""
+        alive = [rank for rank in (self.ranks if ranks is None else ranks) if self.alive(rank)]
+        self._groups.update(ask_groups({rank: self.ranks[rank].folder for rank in alive}, _ANSWER_S))
 
     def _note_repeats(self, rank: int, operations: Sequence[Operation]) -> None:
         for one in operations:

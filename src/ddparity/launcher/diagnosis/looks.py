@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .desync import Finding
+from .flight import AGREEMENT
 from .hang_report import ABORTING, HangReport, Row, headline, make_row
 from .instruments import PROMPT
 from .known import Known, is_idle
@@ -44,11 +45,8 @@ def rows_of(
             said = describe_usage(*used[rank][1:])
         shown = waits or operations.get(rank) or state.shown(group)
         row = make_row(host if rank in known.ranks else "", state, shown, stack, _activity(known, rank), said)
-        whole = (
-            waits is not None
-            and stack is not None
-            and stack.only_waits(bool(waits.ranks), rank in used and is_idle(*used[rank]))
-        )
+        idle = rank in used and is_idle(*used[rank])
+        whole = waits is not None and stack is not None and stack.only_waits(waits.backend == AGREEMENT, idle)
         rows.append(replace(row, only_waits=whole))
     return tuple(rows)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .flight import ask
-from .instruments import ENDED, EXCEPTIONS_HANDLER
+from .instruments import ENDED, STATE_HANDLER
 from .stacks import Frame, is_users
 
 _LARGEST = 1 << 20  # bytes of a file of a rank that are read
@@ -66,10 +66,10 @@ class Handled:
 def ask_exceptions(folders: Mapping[int, Path]) -> dict[int, Handled]:
     """Return the exceptions that the main threads of ranks handle now. A rank that holds its GIL does not answer."""
     found = {}
-    for rank, text in ask(folders, EXCEPTIONS_HANDLER, _ANSWER_S).items():
+    for rank, text in ask(folders, STATE_HANDLER, _ANSWER_S).items():
         try:
-            content = json.loads(text)
-            if content:
+            content = json.loads(text)["exception"]
+            if content is not None:
                 leaves = _leaves(str(content["file"]), int(content["line"]))
                 found[rank] = Handled(str(content["message"]), str(content["traceback"]), leaves)
         except (ValueError, KeyError, TypeError):

@@ -37,7 +37,7 @@ _LONG_WAIT = (
     10  # times the user's time: for a rank that compiles, reads or writes a checkpoint, or is in its first step
 )
 _UNRECORDED_S = 3.0
-_CIRCLE_S = 4.0  # without progress, until ranks that wait for each other are looked at
+_CIRCLE_S = 3.0  # without progress, until ranks that wait for each other are looked at
 _TOGETHER_S = 3.0  # for the other machines to answer where their ranks are
 _AFTER_TIMEOUT_S = 5.0  # for torch to end the ranks itself
 _BEFORE_TIMEOUT_S = 5.0  # when the stacks are kept: after the time-out the ranks may have ended
@@ -79,6 +79,7 @@ class Watch:
         self._check_at: dict[str, float] = {}  # by group: when to read stacks next
         self._long_wait_at: dict[str, float] = {}  # by group: when there was last a reason for a long wait
         self._circle_at = 0.0  # when to look next at ranks that wait for each other
+        self._circle: tuple[object, ...] = ()  # those of the last look
         self._reported: set[tuple[object, ...]] = set()
         self._kept: tuple[float, tuple[object, ...], HangReport] | None = None  # when, of which finding
 
@@ -221,6 +222,10 @@ class Watch:
         if not groups <= self._known.unchanged or self._known.idle_s(finding.waiting, now) < _CIRCLE_S:
             return None
         self._circle_at = now + _POLL_S
+        if finding.key() != self._circle:  # groups may have been made again under their names, with other ranks
+            self._circle = finding.key()
+            self._known.ask_for_groups()
+            return None
         return finding
 
     def _purpose(self, finding: Finding, now: float) -> _Purpose | None:
