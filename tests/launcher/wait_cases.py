@@ -282,7 +282,7 @@ HANGS = {
         "if rank == 1: threading.Event().wait()", r"hang: rank 1 has not called all_reduce #4: ranks 0, 2", False, 3
     ),
     "a program": Hang("if rank == 1: subprocess.run(['sleep', '1000000'])", _ABSENT + "child", False),
-    "a socket": Hang("if rank == 1: socket.socketpair()[0].recv(1)", _ABSENT, False, ptrace=False),
+    "a socket": Hang("ends = socket.socketpair()\nif rank == 1: ends[0].recv(1)", _ABSENT, False, ptrace=False),
     "a queue": Hang("if rank == 1: queue.Queue().get()", _ABSENT + "lock", False),
     "a data loader": Hang(
         "list(DataLoader(Slow(FOREVER if rank == 1 else 0), num_workers=1))",

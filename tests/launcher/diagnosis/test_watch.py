@@ -181,18 +181,18 @@ def test_a_rank_that_is_late_is_told_in_two_lines_and_goes_on(tmp_path: Path) ->
         ready()
         if rank == 0:
             import subprocess
-            subprocess.run(["sleep", "4"])
+            subprocess.run(["sleep", "7"])
         dist.all_reduce(torch.ones(4))
     """
     with job(tmp_path, body, hang_timeout_s=None) as running:
-        running.watch = Watch(running.watched, report_s=1)
+        running.watch = Watch(running.watched, report_s=4)
         running.until_ready()
         running.until(_ended)
         assert running.report is None and running.endings == {0: 0, 1: 0}
         (notice,) = running.watch.take_notices()
         first, second = notice.lines
         assert re.match(
-            r"for [12] s: rank 0 has not called all_reduce #4: rank 1 waits in all_reduce of 4 float32", first
+            r"for [45] s: rank 0 has not called all_reduce #4: rank 1 waits in all_reduce of 4 float32", first
         )
         assert re.search(
             r"rank 0: .*script.py:\d+, in <module>, waiting for a child process, since then \d s of CPU", first
@@ -201,27 +201,39 @@ def test_a_rank_that_is_late_is_told_in_two_lines_and_goes_on(tmp_path: Path) ->
         assert second.startswith("the job goes on until the time-out of its process group (30 min)")
 
 
-@pytest.mark.parametrize("catches", [False, True])
-def test_the_time_out_of_the_group_ends_a_wait(tmp_path: Path, catches: bool) -> None:
-    """torch ends the rank that waits; the launcher then knows why. It ends a rank that does not end by itself."""
-    wait = "dist.all_reduce(torch.ones(4))"
-    if catches:  # another thread waits, and nothing looks at its end
-        wait = f"threading.Thread(target=lambda: {wait}, daemon=True).start(); time.sleep(600)"
-    head = f"""
+def test_when_torch_ends_a_wait_the_launcher_knows_for_whom_it_was(tmp_path: Path) -> None:
+    body = """
+        from datetime import timedelta
+        group = dist.new_group([0, 1], timeout=timedelta(seconds=6))
         ready()
-        dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))._set_default_timeout(
-            __import__("datetime").timedelta(seconds=4))
-        if rank == 0: {wait}
+        if rank == 0: dist.all_reduce(torch.ones(4), group=group)
         time.sleep(600)
     """
-    with job(tmp_path, head, hang_timeout_s=None) as running:
+    with job(tmp_path, body, hang_timeout_s=None) as running:
         running.until_ready()
-        running.until(lambda job: bool(job.endings) or job.report is not None)
-        report = running.report or running.watch.explain()
-        assert report is not None, running.endings
-        assert (report.kind, report.blamed) == ("absent", (1,))
-        assert 3 < running.seconds < 20
+        running.until(lambda job: bool(job.endings))
+        assert running.endings == {0: 1} and running.report is None
+        report = running.watch.explain()
+        assert report is not None and (report.kind, report.blamed) == ("absent", (1,))
+        assert report.headline.startswith("rank 1 has not called all_reduce #1 of group 1: rank 0 waits in")
         assert report.rows[1].activity == "sleeping" and "script.py" in report.rows[1].where
+
+
+def test_a_wait_that_outlives_the_time_out_of_its_group_is_ended(tmp_path: Path) -> None:
+    body = f"""
+        from ddparity.runtime.waits import note_wait
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"{tmp_path}/{{rank}}/error.json"
+        ready()
+        if rank == 0:
+            note_wait("first()", "first/1/before", [0, 1], time.time(), 2.0)
+        time.sleep(600)
+    """
+    with job(tmp_path, body, hang_timeout_s=None) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.report is not None, running.endings
+        assert running.report.headline == "rank 1 has not called first(): rank 0 waits in first()"
+        assert 5 < running.seconds < 20  # torch has some seconds to end it
 
 
 # Rank 1 is late by more than three time-outs. Then all ranks end by themselves.

@@ -20,8 +20,12 @@ def find_circle(states: Mapping[int, RankState], ranks_of: Callable[[str], Seque
         for rank, operations in waits.items()
     }
     circle = set(awaited)
-    while outside := {rank for rank in circle if not awaited[rank] & circle}:
-        circle -= outside
+    while True:
+        needed = frozenset[int]().union(*(awaited[rank] for rank in circle))
+        inside = {rank for rank in circle & needed if awaited[rank] & circle}
+        if inside == circle:
+            break
+        circle = inside
     if not circle:
         return None
     operations = {rank: waits[rank][0] for rank in sorted(circle)}

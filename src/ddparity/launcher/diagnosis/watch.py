@@ -240,7 +240,7 @@ class Watch:
             if waited_s > limit_s + _AFTER_TIMEOUT_S and idle_s > _AFTER_TIMEOUT_S:
                 return "end"
             kept = self._kept is not None and self._kept[1] == finding.key()
-            if waited_s > limit_s - min(_BEFORE_TIMEOUT_S, limit_s / 4) and not kept:
+            if waited_s > limit_s - min(_BEFORE_TIMEOUT_S, limit_s / 2) and not kept:
                 return "keep"
         if self._timeout_s is not None and new and idle_s >= self._timeout_s and self._is_too_long(finding, now):
             return "end"
