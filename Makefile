@@ -41,7 +41,7 @@ test-torch-%:
 programs: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
 
-# Healthy waits of WAIT_S seconds, which the launcher may not end, and real hangs, which it must name: 15 minutes.
+# Healthy waits of WAIT_S seconds, which the launcher may not end, and real hangs, which it must name: 12 minutes.
 waits: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -m tests.launcher.wait_matrix $(WAIT_S)
 

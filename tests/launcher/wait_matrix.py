@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.launcher.wait_cases import HANGS, WAITS, Outcome, problem_of_hang, problem_of_wait, run_hang, run_wait
 
-_AT_ONCE = 4
+_AT_ONCE = 8
 _OWN_TIME_S = 10.0  # --hang-timeout, for hangs that only look like long waits
 
 
