@@ -425,7 +425,9 @@ class Agent(LocalElasticAgent):
             self._tell(line)
         if self._files.kept is not None:
             with suppress(OSError), (self._files.kept / "waits.txt").open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe_hang(notice.report)}\n")
+                file.write(
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')} {notice.lines[0]}\n{describe_rows(notice.report.rows)}\n"
+                )
             self._keep_stacks(notice.report, ends=False)
 
     def _keep_stacks(self, hang: HangReport, ends: bool) -> None:

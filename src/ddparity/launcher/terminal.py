@@ -59,6 +59,8 @@ class _Terminal:
 
         @functools.wraps(interaction)
         def at_terminal(debugger: Any, *args: Any, **options: Any) -> Any:
+            if not debugger.use_rawinput:  # the script has given it other streams
+                return interaction(debugger, *args, **options)
             with self._held():
                 return interaction(debugger, *args, **options)
 

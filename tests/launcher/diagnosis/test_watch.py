@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddparity.launcher.diagnosis import stacks
+from ddparity.launcher.diagnosis.absence import Notice
 from ddparity.launcher.diagnosis.hang_report import HangReport, describe_hang
 from ddparity.launcher.diagnosis.instruments import FLIGHT, SERVER
 from ddparity.launcher.diagnosis.stacks import read_stacks, signal_for_stacks
@@ -367,3 +368,26 @@ def test_agents_of_two_machines_agree(tmp_path: Path, body: str, kind: str, said
         assert (following.headline, following.rows) == (leading.headline, leading.rows)
         assert [bool(row.host and "script.py" in row.where) for row in leading.rows] == [True] * 4
         assert set(leading.stacks) == {0, 1} and set(following.stacks) == {2, 3}
+
+
+def test_a_rank_of_another_machine_that_is_late_is_told_by_the_leading_agent(tmp_path: Path) -> None:
+    with job(tmp_path, "ready()\nif rank != 3: dist.all_reduce(torch.ones(4))\ntime.sleep(600)", 4) as running:
+        running.until_ready()
+        texts: dict[str, str] = {}
+        ranks = running.watched
+        watches = [Watch(ranks[2 * n : 2 * n + 2], None, Board(texts, n), report_s=3) for n in (0, 1)]
+        told: list[list[Notice]] = [[], []]
+
+        def both(job: Job) -> bool:
+            for node, watch in enumerate(watches):
+                assert watch.look() is None
+                told[node] += watch.take_notices()
+            return bool(told[0])
+
+        running.watch = Watch([])
+        running.until(both)
+        (notice,), following = told
+        assert following == []
+        assert notice.lines[0].startswith("for 3 s: rank 3 has not called all_reduce #4: ranks 0-2 wait in all_reduce")
+        assert re.search(r"rank 3: .*script.py:\d+, in <module>, sleeping", notice.lines[0])
+        assert [bool(row.host and "script.py" in row.where) for row in notice.report.rows] == [True] * 4
