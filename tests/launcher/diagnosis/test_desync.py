@@ -339,6 +339,13 @@ def test_of_several_pending_collectives_only_what_all_of_them_lack_counts() -> N
     assert _circle([*early, pending[0]], [*early, pending[1]]) != ""
 
 
+def test_a_collective_that_has_left_the_record_proves_nothing() -> None:
+    """Rank 1 may have called the group's collective before the oldest one that its record still has."""
+    one, two = _op(1, group="1", pending=True, ranks=(0, 1)), _op(1, group="2", pending=True, ranks=(0, 1))
+    assert _circle([_op(1), one], [_op(1), two]) != ""
+    assert _circle([_op(1), one], [_op(70), two]) == ""
+
+
 def test_a_long_wait_is_told_after_a_minute_and_then_rarely() -> None:
     schedule, told = Schedule(60), []
     for second in range(0, 40_000, 10):

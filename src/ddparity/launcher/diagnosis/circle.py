@@ -51,7 +51,14 @@ def _waits(state: RankState) -> list[Operation]:
 
 
 def _missing(states: Mapping[int, RankState], rank: int, operation: Operation, ranks: Sequence[int]) -> frozenset[int]:
-    """Return the ranks that have not called an operation which this rank waits in."""
-    return frozenset(
-        other for other in ranks if other != rank and states[other].reached(operation.group) < operation.sequence
-    )
+    """Return the ranks that have certainly not called an operation which this rank waits in."""
+    return frozenset(other for other in ranks if other != rank and _lacks(states[other], operation))
+
+
+def _lacks(state: RankState, operation: Operation) -> bool:
+    last = state.last(operation.group)
+    if last is not None:
+        return last.sequence < operation.sequence
+    collectives = [one for one in state.operations if one.backend != AGREEMENT]
+    # The record of a rank has its last collectives only: one that it called long ago may be missing there.
+    return operation.backend == AGREEMENT or not collectives or collectives[0].record <= 1
