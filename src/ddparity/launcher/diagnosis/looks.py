@@ -36,6 +36,7 @@ def rows_of(
     now = known.now()
     operations = finding.operations if finding is not None else {}
     used = known.used(known.ranks, now)
+    agreement = any(state.agrees(group) for state in known.states.values())
     rows = []
     for rank in sorted(known.states if finding is not None else known.ranks):
         state, stack = known.states[rank], stacks.get(rank)
@@ -43,7 +44,7 @@ def rows_of(
         said = ""
         if rank in used and used[rank][0] > _USED_S:
             said = describe_usage(*used[rank][1:])
-        shown = waits or operations.get(rank) or state.shown(group)
+        shown = waits or operations.get(rank) or state.shown("" if agreement else group)
         row = make_row(host if rank in known.ranks else "", state, shown, stack, _activity(known, rank), said)
         idle = rank in used and is_idle(*used[rank])
         whole = waits is not None and stack is not None and stack.only_waits(waits.backend == AGREEMENT, idle)

@@ -18,7 +18,7 @@ from typing import Literal
 from torch.distributed import DistError
 
 from . import desync, messages
-from .absence import REPORT_S, Notice, Schedule, describe_absence, describe_unended
+from .absence import REPORT_S, Notice, Schedule, describe_absence, describe_unended, say_time
 from .circle import find_circle
 from .desync import Finding
 from .hang_report import HangReport, Row, write_stacks
@@ -69,6 +69,7 @@ class Watch:
     ) -> None:
         self._known = Known(ranks)
         self._timeout_s = hang_timeout_s
+        self._own_timeout_s = hang_timeout_s if hang_timeout_s is not None else float("inf")
         self._channel = channel
         self._host = socket.gethostname().partition(".")[0]
         self._polled_at = self._known.now()
@@ -260,10 +261,6 @@ class Watch:
             self._long_wait_at[finding.group] = now
         return now - self._long_wait_at.get(finding.group, float("-inf")) >= self._own_timeout_s
 
-    @property
-    def _own_timeout_s(self) -> float:
-        return self._timeout_s if self._timeout_s is not None else float("inf")
-
     def _may_take_long(self, finding: Finding, ranks: Sequence[int], now: float) -> bool:
         """Return whether a long wait is normal: in the first step, in a compiler, in a checkpoint, or if data moves."""
         stacks = stacks_of(self._known, finding.blamed)
@@ -296,10 +293,12 @@ class Watch:
 
     def _act(self, finding: Finding, purpose: _Purpose, report: HangReport, now: float) -> HangReport | None:
         self._reported |= {finding.key()} if purpose == "end" else set()
+        final = replace(report, rows=tuple(replace(row, used="") for row in report.rows))
         if purpose == "end":
-            return replace(report, rows=tuple(replace(row, used="") for row in report.rows))
+            return final
         if purpose == "keep":
-            self._kept = now, finding.key(), report
+            said = f"{report.headline}; the time-out of its process group is {say_time(finding.timeout_s() or 0.0)}"
+            self._kept = now, finding.key(), replace(final, headline=said)
             return None
         idle_s = self._known.idle_s(self._known.ranks_of(finding.group), now)
         self._schedule.reported(finding.key(), idle_s)
