@@ -37,8 +37,8 @@ class Known:
 
     `ranks`: those of this machine. `states`: of all ranks that are known, also of other machines'. `repeated`: (rank,
     group) where the rank has called one collective twice. `unrecorded`: ranks that ended without a record, as by
-    os._exit. `unchanged`: groups in which the same collectives were pending at the last two polls. `lost_s`: seconds
-    during which this process or all ranks of this machine were stopped, as by a scheduler: no time counts there.
+    os._exit. `unchanged`: groups in which the same collectives were pending at the last two polls. No time counts
+    while this process or all ranks of this machine are stopped, as by a scheduler.
     """
 
     def __init__(self, ranks: Sequence[WatchedRank]) -> None:
@@ -49,7 +49,8 @@ class Known:
         self.unchanged: set[str] = set()
         self.aborts: dict[int, float] = {}  # when the abort of a rank was seen
         self.straggler_count = StragglerCount()
-        self.lost_s = 0.0
+        self._lost_s = 0.0
+        self._losses: list[tuple[float, float]] = []  # (until when, in seconds since 1970; seconds that were lost)
         self._looked_at = time.monotonic()
         self._released: set[int] = set()  # ranks whose abort is no longer held
         self._groups: dict[str, tuple[int, ...]] = {}  # the ranks of process groups, as far as ranks name them
@@ -63,15 +64,26 @@ class Known:
 
     def now(self) -> float:
         """Return a time in seconds that stands still while this process, or all ranks of this machine, are stopped."""
-        return time.monotonic() - self.lost_s
+        return time.monotonic() - self._lost_s
 
     def tick(self) -> float:
         """Return `now()`. Called several times a second: a long pause means that this process was stopped."""
         pause_s = time.monotonic() - self._looked_at
         self._looked_at = time.monotonic()
         if pause_s > _SUSPENDED_S:
-            self.lost_s += pause_s
+            self._lose(pause_s)
         return self.now()
+
+    def _lose(self, seconds: float) -> None:
+        self._lost_s += seconds
+        if self._losses and time.time() - self._losses[-1][0] < _SUSPENDED_S:  # a stop that lasts
+            seconds += self._losses.pop()[1]
+        self._losses.append((time.time(), seconds))
+
+    def since_s(self, at_s: float) -> float:
+        """Return how many seconds have passed since a time in seconds since 1970, without those that were lost."""
+        lost_s = sum(min(seconds, max(0.0, when - at_s)) for when, seconds in self._losses)
+        return time.time() - at_s - lost_s
 
     # Polls.
 
@@ -111,7 +123,7 @@ class Known:
             silent = self._missed[rank] > 1 and now - answered >= _SILENT_S
             self.states[rank] = replace(self.states[rank], silent=silent)
         if folders and all(self.states[rank].silent for rank in folders):
-            self.lost_s += pause_s
+            self._lose(pause_s)
         local = self.local_states()
         groups = {one.group for state in local.values() for one in state.operations}
         self.straggler_count.add(local, {group: desync.group_ranks(local, group, self._groups) for group in groups})

@@ -236,7 +236,7 @@ class Watch:
         if known.may_end(ranks) or any(has_prompt(known, rank) for rank in finding.blamed):
             return None
         new = finding.key() not in self._reported
-        limit_s, waited_s = finding.timeout_s(), time.time() - finding.waited_since_s() - known.lost_s
+        limit_s, waited_s = finding.timeout_s(), known.since_s(finding.waited_since_s())
         if limit_s is not None and new:
             if waited_s > limit_s + _AFTER_TIMEOUT_S and idle_s > _AFTER_TIMEOUT_S:
                 return "end"
@@ -315,7 +315,7 @@ class Watch:
         known = self._known
         for rank, watched in known.ranks.items():
             ended = read_ended(watched.pid, watched.folder) if known.alive(rank) else None
-            waited_s = time.time() - ended.at_s - known.lost_s if ended is not None else 0.0
+            waited_s = known.since_s(ended.at_s) if ended is not None else 0.0
             key = ("unended", rank)
             too_long = waited_s >= self._own_timeout_s and key not in self._reported
             if ended is None or not (too_long or self._schedule.due(key, key, waited_s)):
