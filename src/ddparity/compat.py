@@ -188,6 +188,16 @@ def broadcast_buffers(model: DistributedDataParallel) -> None:
         model._sync_buffers()
 
 
+def set_flags(model: DistributedDataParallel, reduces: bool, broadcasts: bool) -> None:
+    """Set whether the next backward reduces, and whether forwards broadcast buffers; the next one does not.
+
+    Not by assignment: `nn.Module.__setattr__` takes ten times as long.
+    """
+    model.__dict__["require_backward_grad_sync"] = reduces
+    model.__dict__["require_forward_param_sync"] = False
+    model.__dict__["broadcast_buffers"] = broadcasts
+
+
 def disarm(model: DistributedDataParallel) -> None:
     """Make the next backward reduce nothing, also after a forward that prepared DDP for it.
 
