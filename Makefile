@@ -2,10 +2,14 @@ PYTHON ?= python3.11
 NPROC ?= 2
 PROGRAMS ?= 20000
 FIRST ?= 0
+MODULES ?=
+SAMPLE ?= 25
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test test-matrix programs damage rechecks format docs-picture clean
+WAIT_S ?= 75
+
+.PHONY: train verify test test-matrix programs mutants damage rechecks format docs-picture clean waits
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -47,6 +51,15 @@ damage: $(VENV)/.installed-test
 RECHECKS ?= 10000
 rechecks: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.faults $(RECHECKS)
+
+# Whether a test fails if the core is changed: tests/mutants.py, for the modules of tests/mutants.toml, or for
+# MODULES=data/plan.py, or MODULES='data comm'. SAMPLE=1000 tries every mutant.
+mutants: $(VENV)/.installed-test $(VENV)/.installed-mutants
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -m tests.mutants $(MODULES) --sample $(SAMPLE)
+
+# Healthy waits of WAIT_S seconds, which the launcher may not end, and real hangs, which it must name: 12 minutes.
+waits: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -m tests.launcher.wait_matrix $(WAIT_S)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -41,7 +41,10 @@ Each row is one of {{count}} failures, in a job of two ranks. Each job runs twic
 `ddparity run`. The script is the same and has no code for either launcher. The seconds count from the failure until the
 launcher and all processes that it started have ended. If no rank starts, they count from the start of the launcher.
 "Above the end" counts the lines below the line that names the cause. torchrun is ended after {CAP_S} s if it prints
-nothing. `ddparity run` has `--hang-timeout {HANG_S}`; the default is 60.
+nothing. `ddparity run` has `--hang-timeout {HANG_S}`. It matters only for a rank that does not come to a collective and
+may still do so: without the option, the launcher reports such a rank after 60 s and ends the job at the time-out of
+its process group. A hang that cannot end by itself is reported within seconds
+([Launch](launch.md#hangs-and-long-waits)).
 
 `benchmarks/failures.py` writes this page. `tests/launcher/test_failures.py` checks `ddparity run`: the last 15 lines
 name the cause, its rank and its line; the exit code is right; the job ends within ten seconds; no process is left.

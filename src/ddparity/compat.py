@@ -89,6 +89,25 @@ def group_of_name(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
+def group_timeout_s(group: dist.ProcessGroup | None) -> float:
+    """Return the time-out of a group's collectives in seconds; torch's default where the group does not say."""
+    whole_group: Any = dist.group.WORLD if group is None else group
+    try:
+        limit = whole_group._get_backend(whole_group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):  # a wrapper, or a backend of another library
+        limit = dist.default_pg_timeout
+    return float(limit.total_seconds())
+
+
+def ranks_of_groups() -> dict[str, list[int]]:
+    """Return the global ranks of the process groups that this process is in, by the groups' names."""
+    known: Any = getattr(dist.distributed_c10d, "_world", None)
+    if known is None:
+        return {}
+    names, ranks = known.pg_names, known.pg_group_ranks
+    return {str(names[group]): sorted(ranks[group]) for group in list(ranks) if group in names}
+
+
 def flight_record() -> bytes | None:
     """Return the process's last collectives as the worker server gives them; None where this torch has no record."""
     module = torch._C._distributed_c10d if dist.is_available() else None
@@ -112,6 +131,13 @@ def serve_flight_records(path: str) -> bool:
     # Never destroy it: its destructor warns, and its shutdown may wait for ever for a server that has just started.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(server))
     return True
+
+
+def add_server_handler(name: str, handler: Callable[[Any, Any], None]) -> None:
+    """Let torch's worker server answer requests of this name by a function of (request, response), if it can."""
+    register: Any = getattr(torch._C._distributed_c10d, "_register_handler", None)
+    if register is not None:
+        register(name, handler)
 
 
 # Stores.
@@ -162,6 +188,16 @@ def broadcast_buffers(model: DistributedDataParallel) -> None:
     model.require_forward_param_sync = True
     if model.will_sync_module_buffers():
         model._sync_buffers()
+
+
+def set_flags(model: DistributedDataParallel, reduces: bool, broadcasts: bool) -> None:
+    """Set whether the next backward reduces, and whether forwards broadcast buffers; the next one does not.
+
+    Not by assignment: `nn.Module.__setattr__` takes ten times as long.
+    """
+    model.__dict__["require_backward_grad_sync"] = reduces
+    model.__dict__["require_forward_param_sync"] = False
+    model.__dict__["broadcast_buffers"] = broadcasts
 
 
 def disarm(model: DistributedDataParallel) -> None:

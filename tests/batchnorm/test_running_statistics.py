@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 import ddparity as dp
+from ddparity.batchnorm.running_statistics import _wrote
 from ddparity.compat import unwrapped
 from tests.gradients.strict_cases import (
     Case,
@@ -382,6 +383,44 @@ def test_a_compiled_layer_raises_an_error_or_logs_a_warning() -> None:
     for outcome in outcomes(_compiled, 2, "strict"):
         assert outcome.error.startswith("ValueError: accumulate(): the model is compiled")
         assert 'batchnorm_statistics="rank0"' in outcome.error
+
+
+# --- whether a forward wrote statistics ---
+
+
+@pytest.mark.parametrize(
+    ("changed", "counted", "failed", "wrote"),
+    [
+        ("", True, False, True),  # torch's batch norm: it changes the values without a new version of the tensors
+        ("", False, False, False),
+        ("", True, True, False),  # it counted the batch, and failed before the statistics
+        ("mean", True, True, True),
+        ("var", True, True, True),
+        ("", None, False, False),
+        ("mean", None, False, True),
+        ("var", None, False, True),
+        ("mean again", False, False, True),
+        ("var again", False, False, True),
+        ("mean replaced", False, False, True),
+        ("var replaced", False, False, True),
+    ],
+)
+def test_whether_a_forward_wrote(changed: str, counted: bool | None, failed: bool, wrote: bool) -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    after = {"mean": mean.clone(), "var": var.clone()}
+    copies = after["mean"], after["var"]
+    count = None if counted is None else torch.tensor(0)
+    if counted:
+        count.add_(1)
+    name, _, how = changed.partition(" ")
+    if how == "again":
+        after[name].copy_(after[name])  # the same values
+    elif how == "replaced":
+        after[name] = after[name].clone()
+    elif name:
+        after[name].data.add_(1)
+    before = (mean, var, count, 0.1), copies
+    assert _wrote(before, (after["mean"], after["var"]), count, failed) == wrote
 
 
 # --- subclasses with a forward of their own ---

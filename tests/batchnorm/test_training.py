@@ -625,6 +625,14 @@ def test_moments_in_half_precision_are_float32() -> None:
     assert mean.dtype == variance.dtype == torch.float32
 
 
+def test_moments_of_one_value_are_its_own() -> None:
+    x = torch.tensor([[3.0, 5.0]], requires_grad=True)
+    mean, variance, count = dp.sync_moments(x, 0)
+    (2 * mean + variance).sum().backward()
+    assert (mean.tolist(), variance.tolist(), count) == ([3.0, 5.0], [0.0, 0.0], 1)
+    assert x.grad.tolist() == [[2.0, 2.0]]
+
+
 def test_moments_of_nothing_are_zero() -> None:
     mean, variance, count = dp.sync_moments(torch.empty(0, 3), 0)
     assert torch.equal(mean, torch.zeros(3)) and torch.equal(variance, torch.zeros(3)) and count == 0

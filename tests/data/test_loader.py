@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import ddparity as dp
+from ddparity.data.dataset import KeyedDataset, SeededIndices, load_batches
+from ddparity.data.loader import check_even_shares, check_world_size
 from tests.ranks import outcomes, run_ranks
 
 
@@ -69,6 +71,42 @@ def test_augmentation_never_repeats(num_workers: int) -> None:
         assert len(np.unique(rows[:, column])) == 3 * 40
 
 
+class First(Noise):
+    """A sample is the first number of each stream."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index)[1:]
+
+
+def _forward(batch: torch.Tensor) -> torch.Tensor:
+    """Return the first numbers while the batch was loaded, and while it is in the forward."""
+    drawn = [np.random.rand(), random.random(), torch.rand(()).item()]
+    return torch.cat([batch, torch.tensor([drawn], dtype=torch.float64)], 1)
+
+
+class Streamed:
+    """A stream of the same, in two shards."""
+
+    num_shards = 2
+
+    def shard(self, num_shards: int, index: int):
+        return (First()[number] for number in range(4))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_augmentation_and_dropout_draw_different_numbers(num_workers: int) -> None:
+    """With one key for both, an image that was flipped would always lose the same units."""
+    plan = dp.BatchPlan(40, 4, 1)
+    rows = [_forward(micro.data) for step in dp.Loader(First(), plan, num_workers).epoch(0) for micro in step]
+    for numbers in (
+        torch.cat(rows),
+        dp.predict(_forward, First(), 1, num_workers=num_workers),
+        dp.predict(_forward, Streamed(), 1, num_workers=num_workers),
+    ):
+        assert len(numbers) in (40, 8)
+        assert len(numbers.unique()) == numbers.numel()
+
+
 def _direct_draws(num_workers: int) -> list[float]:
     loader = dp.Loader(Noise(), dp.BatchPlan(40, 12, 3), num_workers)
     return [torch.rand(()).item() + random.random() + np.random.rand() for step in loader.epoch(0) for _ in step]
@@ -81,8 +119,11 @@ def test_draws_outside_of_accumulate_do_not_depend_on_workers() -> None:
 
 
 def test_a_step_is_a_sequence() -> None:
-    loader = dp.Loader(range(10), dp.BatchPlan(10, 4, 2, shuffle=False))
-    first, second, last = loader.epoch(0)
+    plan = dp.BatchPlan(10, 4, 2, shuffle=False)
+    loader = dp.Loader(range(10), plan)
+    first, second, last = loader.epoch(3)
+    assert (second.epoch, second.number, second.shares, second.plan) == (3, 1, (2,), plan)
+    assert second.seed == plan.seed_after(3, 1)
     assert [len(step) for step in (first, second, last)] == [2, 2, 1]
     assert len(loader) == 3
     # In another order, and after the later steps were taken.
@@ -90,10 +131,13 @@ def test_a_step_is_a_sequence() -> None:
     assert second[0].data.tolist() == [4, 5]
     assert [micro.data.tolist() for micro in second[:]] == [[4, 5], [6, 7]]
     assert second[-1].index == 1
+    assert second[-2].index == 0
     assert [(micro.data.tolist(), micro.weight) for micro in last] == [([8, 9], 1.0)]
     assert [micro.data.tolist() for micro in first] == [[0, 1], [2, 3]]
     with pytest.raises(IndexError, match="micro-batch 2 is out of range: the step has 2"):
         second[2]
+    with pytest.raises(IndexError, match="micro-batch -3 is out of range: the step has 2"):
+        second[-3]
 
 
 def test_start_step_seeks() -> None:
@@ -101,8 +145,9 @@ def test_start_step_seeks() -> None:
     whole = [[micro.data.tolist() for micro in step] for step in loader.epoch(1)]
     assert [[micro.data.tolist() for micro in step] for step in loader.epoch(1, start_step=2)] == whole[2:]
     assert list(loader.epoch(1, start_step=4)) == []
-    with pytest.raises(ValueError, match="start_step=5"):
-        loader.epoch(1, start_step=5)
+    for out_of_range in (5, -1):
+        with pytest.raises(ValueError, match=f"start_step={out_of_range}"):
+            loader.epoch(1, start_step=out_of_range)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -259,6 +304,44 @@ def test_a_failing_sample_is_named(num_workers: int) -> None:
         list(together.epoch(0))
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_end_with_an_error(persistent: bool) -> None:
+    loader = dp.Loader(Broken(), dp.BatchPlan(40, 12, 3), 2, persistent_workers=persistent)
+    with pytest.raises(dp.SampleError, match="index 17") as kept:
+        list(loader.epoch(0))
+    assert not multiprocessing.active_children()
+    assert kept.value is not None  # its traceback holds the iterator, which would end the workers when it is freed
+
+
+def test_persistent_workers_stay_when_an_epoch_is_left() -> None:
+    loader = dp.Loader(range(40), dp.BatchPlan(40, 12, 3), 2, persistent_workers=True)
+    next(loader.epoch(0))[0]
+    before = {worker.pid for worker in multiprocessing.active_children()}
+    assert len(before) == 2
+    next(loader.epoch(1))[0]
+    assert {worker.pid for worker in multiprocessing.active_children()} == before
+
+
+@pytest.mark.parametrize(
+    ("raised", "waiting_for", "error", "message"),
+    [
+        (ValueError("no image"), None, ValueError, "^no image"),
+        (KeyboardInterrupt(), None, KeyboardInterrupt, "^$"),
+        (ValueError("no image"), lambda: "batch 1", dp.SampleError, "before it returned batch 1: ValueError: no image"),
+        (KeyboardInterrupt(), lambda: "batch 1", KeyboardInterrupt, "^$"),
+        (dp.RankFailure("rank 3 failed", 3), lambda: "batch 1", dp.RankFailure, "^rank 3 failed"),
+    ],
+)
+def test_what_a_collate_function_raises(raised, waiting_for, error: type, message: str) -> None:
+    def collate(items: list) -> None:
+        raise raised
+
+    batches = [SeededIndices([0, 1], 2, (3, 0))]
+    loader = torch.utils.data.DataLoader(KeyedDataset(range(4)), batch_sampler=batches, collate_fn=collate)
+    with pytest.raises(error, match=message):
+        list(load_batches(loader, waiting_for))
+
+
 class Killed(Noise):
     def __getitem__(self, index: int) -> torch.Tensor:
         if index == 17:
@@ -282,11 +365,29 @@ class Stream(IterableDataset):
         return iter(range(10))
 
 
+class Lengthless:
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Both(Stream):
+    """torch's DataLoader iterates it."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
 @pytest.mark.parametrize(
     ("dataset", "options", "error", "message"),
     [
         (Stream(), {}, TypeError, "Stream.*Give a map-style data set"),
         (iter([1]), {}, TypeError, "list_iterator.*Give a map-style data set"),
+        (set(range(10)), {}, TypeError, "set.*Give a map-style data set"),
+        (Lengthless(), {}, TypeError, "Lengthless.*Give a map-style data set"),
+        (Both(), {}, TypeError, "Both.*Give a map-style data set"),
         (range(9), {}, ValueError, r"9 samples and the plan 10.*BatchPlan\(len\(dataset\)"),
         (range(10), {"shuffle": True}, TypeError, "shuffle: the plan decides"),
         (range(10), {"batch_size": 3, "sampler": None}, TypeError, "batch_size, sampler: the plan decides"),
@@ -305,6 +406,52 @@ def test_more_ranks_than_micro_batches_are_refused_on_every_rank() -> None:
     for outcome in outcomes(_too_many_ranks, 3):
         assert "ValueError: there are 3 ranks but only 2 micro-batches" in outcome.error
         assert outcome.seconds < 10
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 0), (0, 2), (3, 1), (2, 3)])
+def test_the_state_is_the_plan_and_the_position(epoch: int, step: int) -> None:
+    plan = dp.BatchPlan(10, 4, 2, seed=3)
+    state = {"plan": vars(plan), "epoch": epoch, "step": step}
+    loader = dp.Loader(range(10), plan)
+    loader.load_state_dict(state)
+    assert loader.state_dict() == state
+    assert loader.position == (epoch, step)
+    assert [one.number for one in loader.epoch(epoch)] == list(range(step, 3))
+
+
+def test_ranks_that_would_never_have_work_are_refused() -> None:
+    plan = dp.BatchPlan(10, 4, 2)
+    check_world_size(plan, 2)
+    with pytest.raises(ValueError, match="3 ranks but only 2 micro-batches"):
+        check_world_size(plan, 3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "world_size", "uneven"),
+    [
+        (dp.BatchPlan(16, 8, 2), 2, None),
+        (dp.BatchPlan(16, 8, 2), 3, 0),
+        (dp.BatchPlan(18, 8, 2), 2, 2),  # the short last step
+        (dp.BatchPlan(18, 8, 2, drop_last=True), 2, None),
+        (dp.BatchPlan(4, 8, 2), 2, None),  # the only step is short
+        (dp.BatchPlan(14, 6, 2), 2, 0),  # the last step has 1 micro-batch, the others 3
+        (dp.BatchPlan(0, 8, 2), 3, None),
+    ],
+)
+def test_shares_that_are_not_even_are_refused(plan: dp.BatchPlan, world_size: int, uneven: int | None) -> None:
+    if uneven is None:
+        check_even_shares(plan, world_size)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"step {uneven} of an epoch has .* which {world_size} ranks cannot share"
+        ):
+            check_even_shares(plan, world_size)
+
+
+def test_the_data_loader_inside_has_the_first_epoch_of_one_process() -> None:
+    plan = dp.BatchPlan(10, 4, 2, seed=3)
+    inside = [batch.tolist() for batch in dp.Loader(range(10), plan).dataloader]
+    assert inside == [micro.samples.tolist() for step in plan.steps(0) for micro in step]
 
 
 def test_an_empty_data_set_has_no_steps() -> None:
@@ -326,3 +473,9 @@ def test_rows_of_tensors_are_what_the_data_loader_collates(dtype: torch.dtype) -
             assert [one.dtype for one in micro.data] == [other.dtype for other in expected]
             micro.data[0].zero_()
     assert torch.equal(images, torch.arange(40 * 3).reshape(40, 3, 1).to(dtype))
+
+
+def test_what_torch_does_not_collate_is_refused_in_its_words() -> None:
+    sparse = torch.utils.data.TensorDataset(torch.eye(8).to_sparse())
+    with pytest.raises(RuntimeError, match="provide a custom collate_fn"):
+        list(dp.Loader(sparse, dp.BatchPlan(8, 4, 2)).epoch(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -10,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ddparity.data.plan import permute
+from ddparity.data.plan import _factors, permute
 
 SIZES = (2, 3, 10, 257, 1024, 1025, 1500, 4099)
 
@@ -54,6 +55,32 @@ def test_the_definition_stays() -> None:
         355368440,
         589485445,
     ]
+
+
+@pytest.mark.parametrize(
+    ("n", "values"),
+    [
+        (1024, [522, 876, 466, 528]),  # the largest whose keys are sorted
+        (1025, [275, 485, 12, 679]),
+        (1500, [514, 914, 793, 733]),
+        (4099, [1798, 19, 307, 3229]),
+        (1_000_003, [503295, 689566, 179246, 916772]),
+        (2**40 + 1, [730214758884, 5027882603, 880110534485, 210273097756]),
+        (2**62, [797185202918814574, 3110279708649764098, 2459233347632416138, 1010967619460096260]),
+    ],
+)
+def test_the_definition_stays_at_every_size(n: int, values: list[int]) -> None:
+    assert permute(np.array([0, 1, n // 2, n - 1]), n, 7, "order", 3).tolist() == values
+
+
+@given(n=st.integers(1, 2**62))
+@example(40**2 - 1)
+def test_few_values_are_walked_over(n: int) -> None:
+    """The network is a permutation of range(a * b). What is at least n of it is computed in vain."""
+    a, b = _factors(n)
+    assert n <= a * b <= n + max(a, b)
+    assert a <= math.isqrt(n - 1) + 1
+    assert max(a, b) < 2**32  # in `_feistel`, a half and a word of 48 bits are added
 
 
 @BOTH

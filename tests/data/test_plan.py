@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
 import tracemalloc
@@ -115,6 +116,21 @@ def test_seeds_never_repeat() -> None:
     assert len(set(seeds)) == len(seeds) == 3 * 20 * 20 * 4
 
 
+def test_the_definition_of_seeds_stays() -> None:
+    """If these numbers change, every training changes: they are part of what a plan's seed means."""
+    plan = dp.BatchPlan(13, 4, 2, seed=9)
+    assert [[micro.seed for micro in step] for step in plan.steps(2)] == [
+        [3847232049610942128, 3847232049346069094],
+        [3847232050426352464, 3847232052180572064],
+        [3847232047969836416, 3847232051442523302],
+        [3847232049848974308],
+    ]
+    assert plan.seed_after(0, 0) == 3847232049042717308
+    assert plan.seed_after(2, 3) == 3847232049069604490
+    assert plan.sample_seeds(0, 0) == (474795707870219448, 0)
+    assert plan.sample_seeds(2, 3) == (474795707870219448, 2 * 13 + 3)
+
+
 def test_seeds_of_a_training_never_repeat_in_32_bits() -> None:
     """torch's CPU generator uses only 32 bits. Hashes of that size would repeat here, two times on average."""
     plan = dp.BatchPlan(13, 4, 1, seed=9)
@@ -170,8 +186,37 @@ def test_bad_sizes_are_named(options: dict, error: type, message: str) -> None:
         dp.BatchPlan(**{"num_samples": 10, "global_batch": 4, "micro_batch": 2, **options})
 
 
+def test_sizes_become_integers_of_python() -> None:
+    """A checkpoint holds them."""
+    plan = dp.BatchPlan(np.int64(10), np.int32(4), np.uint8(2), np.int64(3))  # type: ignore[arg-type]
+    assert [type(value) for value in (plan.num_samples, plan.global_batch, plan.micro_batch, plan.seed)] == [int] * 4
+    assert plan == dp.BatchPlan(10, 4, 2, seed=3)
+    assert dp.BatchPlan(10, 4, 2) == dp.BatchPlan(10, 4, 2, seed=0, shuffle=True, drop_last=False)
+
+
+def test_some_of_the_steps() -> None:
+    plan = dp.BatchPlan(10, 4, 2, shuffle=False)
+    assert [step[0].samples.tolist() for step in plan.steps(0, 1, 2)] == [[4, 5]]
+    assert [step[0].samples.tolist() for step in plan.steps(0, 1, 9)] == [[4, 5], [8, 9]]
+    assert list(plan.steps(0, 2, 2)) == []
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    plan = dp.BatchPlan(10, 4, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.seed = 1  # type: ignore[misc]
+    assert {plan: 1}[dp.BatchPlan(10, 4, 2)] == 1
+    assert len(set(plan.step(0, 0))) == 2  # a micro-batch is itself: comparing the arrays of two would have no result
+
+
 def test_bad_positions_are_named() -> None:
     plan = dp.BatchPlan(10, 4, 2)
+    with pytest.raises(IndexError, match=r"step -1 .* 3 steps"):
+        plan.step(0, -1)
+    with pytest.raises(ValueError, match=r"rank -1 .* world of 2"):
+        plan.step(0, 0, -1, 2)
+    with pytest.raises(ValueError, match=r"rank 0 .* world of 0"):
+        share(5, 0, 0)
     with pytest.raises(IndexError, match=r"step 3 .* 3 steps"):
         plan.step(0, 3)
     with pytest.raises(ValueError, match=r"rank 2 .* world of 2"):

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ddparity as dp
-from ddparity.data.rng import derive_seed, preserve_streams, seed_streams
+from ddparity.data import rng
+from ddparity.data.rng import derive_seed, numbered_seed, preserve_streams, seed_streams
 from tests.ranks import run_ranks
 
 WORDS = st.text("ab/'\",()1 ", max_size=4)
@@ -132,6 +133,74 @@ def test_derived_seeds_are_the_same_in_every_process_and_version() -> None:
     The expected digest is blake2b of "(0, 'data', 3)", computed by b2sum -l 64.
     """
     assert derive_seed(0, "data", 3) == int.from_bytes(bytes.fromhex(DIGEST), "little") >> 1
+
+
+def test_the_definition_of_numbered_seeds_stays() -> None:
+    key = derive_seed(3)
+    assert [numbered_seed(0, number) for number in (0, 1, 2**31 - 1, 2**31)] == [0, 1214877616, 4227042454, 0]
+    assert [numbered_seed(key, number) for number in (0, 1, 2**31 - 1, 2**31)] == [
+        363018755875875786,
+        363018755331076796,
+        363018755005070230,
+        363018755875875786,
+    ]
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
+def test_numbered_seeds_have_low_bits_of_their_own(key: int, one: int, other: int) -> None:
+    low = [numbered_seed(key, number) & 0xFFFFFFFF for number in (one, other)]
+    assert (low[0] == low[1]) == (one == other)
+    assert all(number % 2 == 0 for number in low)
+    assert numbered_seed(key, one) >> 32 == key >> 32
+
+
+def test_each_library_is_seeded_as_if_alone() -> None:
+    """NumPy takes 32 bits of a seed."""
+    for seed in (3, 2**32 + 5, 2**64 - 1):
+        dp.seed_everything(seed)
+        ours = _draw()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        assert ours == _draw()
+
+
+def test_a_random_state_goes_on() -> None:
+    """Also with the second number of a pair of normal numbers, which Python and NumPy keep for the next call."""
+
+    def draw() -> list[float]:
+        return [*_draw(), random.gauss(0, 1), float(np.random.standard_normal()), float(torch.randn(()))]
+
+    seed_streams(5)
+    draw()
+    saved = dp.RandomState().state_dict()
+    expected = [draw(), draw()]
+    seed_streams(6)
+    dp.RandomState().load_state_dict(saved)
+    assert [draw(), draw()] == expected
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_gpus_stream_is_set_where_both_have_one(there: bool, saved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: torch's functions are replaced by ones that note their calls."""
+    state = dp.RandomState().state_dict()
+    assert state["cuda"] is None
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", calls.append)
+    dp.RandomState().load_state_dict({**state, "cuda": "a state" if saved else None})
+    assert calls == ["a state"] * (there and saved)
+
+
+@pytest.mark.parametrize("initialized", [False, True])
+def test_the_current_gpu_is_seeded_if_it_is_in_use(initialized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(rng, "seed_cuda_generator", lambda *arguments: calls.append(arguments))
+    seed_streams(5)
+    assert calls == [(3, 5)] * initialized
 
 
 @pytest.mark.parametrize("fails", [False, True])

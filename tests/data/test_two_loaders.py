@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import ddparity as dp
+from ddparity.data.step import LoadedMicroBatch, Step
 from tests.ranks import run_ranks
 
 LABELLED = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -110,6 +111,34 @@ def test_a_step_that_was_not_taken_to_its_end_is_not_done() -> None:
     assert len(looked_at[1].data) == 4
     b.end()  # what a script calls that only indexes a step
     assert other.position == (0, 1)
+
+
+def test_a_step_without_micro_batches_is_done_with_the_other() -> None:
+    """A rank may have none in a short step. No loop takes the last of them."""
+    one, _ = _pair()
+    first, second = itertools.islice(one.epoch(0), 2)
+    ended: list[str] = []
+    empty = Step(0, 0, 0, lambda: 1 / 0, (3, 0), 7)
+    single = Step(0, 0, 1, lambda: LoadedMicroBatch(None, 1.0, 0, 4), (1, 0), 7)
+    empty.on_end, single.on_end = (lambda: ended.append("empty")), (lambda: ended.append("single"))
+    assert len(empty) == 0 and empty[:] == []
+    with pytest.raises(IndexError, match="micro-batch 0 is out of range: the step has 0"):
+        empty[0]
+    Step(0, 0, 0, lambda: 1 / 0, (3, 0), 7).end()  # nobody asked to be told of its end
+    assert ended == ["empty"]
+    list(first)
+    assert ended == ["empty"]
+    single[0]  # looked at, not taken
+    list(second)
+    assert ended == ["empty"]
+    next(iter(single))
+    first.end()
+    assert ended == ["empty", "single"]
+
+
+def test_a_share_is_the_weight_where_it_is_not_given() -> None:
+    assert LoadedMicroBatch(None, 0.75, 0).share == 0.75
+    assert LoadedMicroBatch(None, 0.75, 0, share=0.25).share == 0.25
 
 
 def test_a_step_that_is_in_the_middle_stays_so_when_another_ends() -> None:

@@ -118,28 +118,39 @@ def _by_hand(leaves: list[torch.Tensor | None]) -> torch.Tensor | None:
         return leaves[0]
     half = 2 ** (math.ceil(math.log2(len(leaves))) - 1)
     left, right = _by_hand(leaves[:half]), _by_hand(leaves[half:])
-    return right if left is None else left if right is None else left + right
+    if left is None or right is None:
+        return right if left is None else left
+    if left.is_complex():  # by parts, since torch's sum of complex numbers does not keep -0.0
+        return torch.complex(left.real + right.real, left.imag + right.imag)
+    return left + right
 
 
-def _leaves(count: int, numel: int, present: Callable[[int], bool] = lambda number: True) -> list:
+def _leaves(
+    count: int,
+    numel: int,
+    present: Callable[[int], bool] = lambda number: True,
+    dtype: torch.dtype = torch.float32,
+) -> list:
     generator = torch.Generator().manual_seed(count)
-    leaves = [torch.randn(numel, generator=generator) for _ in range(count)]
+    leaves = [torch.randn(numel, generator=generator, dtype=dtype) for _ in range(count)]
     for leaf in leaves:
-        leaf[0] = -0.0  # a sum of these is -0.0, unless somebody adds a zero
+        # A sum of these is -0.0, unless somebody adds a zero.
+        (torch.view_as_real(leaf) if leaf.is_complex() else leaf)[0] = -0.0
     return [leaf if present(number) else None for number, leaf in enumerate(leaves)]
 
 
 def _reduced(numbers: list[int], numel: int) -> bool:
-    """For four parameters: always, sometimes, by one micro-batch and never with a gradient."""
+    """For five parameters: always, sometimes, by one micro-batch and never with a gradient; and a complex one."""
     rank, group = (dist.get_rank(), dist.group.WORLD) if dist.get_world_size() > 1 else (0, None)
     count, first = sum(numbers), sum(numbers[:rank])
     presence = [lambda n: True, lambda n: n % 3 == 1, lambda n: n == count - 1, lambda n: False]
-    leaves = [_leaves(count, numel, present) for present in presence]
-    parameters = [nn.Parameter(torch.zeros(numel)) for _ in presence]
+    dtypes = [torch.float32] * 4 + [torch.complex64]
+    leaves = [_leaves(count, numel, *kind) for kind in zip([*presence, presence[1]], dtypes, strict=True)]
+    parameters = [nn.Parameter(torch.zeros(numel, dtype=dtype)) for dtype in dtypes]
     found = []
     for held in (False, True):  # gradients that are there before the step
         for parameter in parameters:
-            parameter.grad = torch.full((numel,), 3.0) if held else None
+            parameter.grad = torch.full_like(parameter, 3.0) if held else None
         reduction = StrictReduction([(str(i), p) for i, p in enumerate(parameters)], numbers, rank, group)
         for number in range(first, first + numbers[rank]):
             for parameter, own in zip(parameters, leaves, strict=True):
@@ -149,7 +160,7 @@ def _reduced(numbers: list[int], numel: int) -> bool:
         for parameter, own in zip(parameters, leaves, strict=True):
             expected = _by_hand(own)
             if held:
-                expected = torch.full((numel,), 3.0) + (0 if expected is None else expected)
+                expected = torch.full_like(parameter, 3.0) + (0 if expected is None else expected)
             found.append(_same_bits(parameter.grad, expected))
     return all(found)
 
@@ -185,6 +196,36 @@ def _layout() -> bool:
 
 def test_gradients_keep_their_layout() -> None:
     assert run_ranks(_layout, 2) == [True, True]
+
+
+def _three(gradients: list[list[float | None]]) -> tuple[list[nn.Parameter], StrictReduction]:
+    """Return three parameters, of which the first has a gradient of 10, and the reduction that has taken these."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.full((2,), 10.0)
+    reduction = StrictReduction(zip("abc", parameters, strict=True), [len(gradients)])
+    for row in gradients:
+        assert all(parameter.grad is None for parameter in parameters)
+        for parameter, value in zip(parameters, row, strict=True):
+            parameter.grad = None if value is None else torch.full((2,), value)
+        assert reduction.take() == any(value is not None for value in row)
+    return parameters, reduction
+
+
+def test_a_sum_is_scaled_and_added_to_what_was_there() -> None:
+    gradients = [[1.0, None, None], [2.0, 4.0, None], [None, None, None], [3.0, None, None]]
+    for scale, expected in (({}, [16.0, 4.0]), ({"scale": 0.5}, [13.0, 2.0]), ({"scale": 0.0}, [10.0, 0.0])):
+        parameters, reduction = _three(gradients)
+        reduction.finish(**scale)
+        assert [parameter.grad.tolist() for parameter in parameters[:2]] == [[value] * 2 for value in expected]
+        assert parameters[2].grad is None
+    parameters, reduction = _three(gradients)
+    reduction.restore()
+    assert parameters[0].grad.tolist() == [10.0, 10.0]
+    assert parameters[1].grad is parameters[2].grad is None
+    parameters, reduction = _three([[None, None, 5.0]])
+    reduction.finish(2.0)
+    assert parameters[0].grad.tolist() == [10.0, 10.0]
+    assert parameters[1].grad is None and parameters[2].grad.tolist() == [10.0, 10.0]
 
 
 # -- memory and collectives --
@@ -313,7 +354,8 @@ def test_leaving_the_loop_in_its_last_micro_batch_is_told(caplog: pytest.LogCapt
 
 
 def test_deterministic_algorithms_are_on_inside() -> None:
-    threads = torch.get_num_threads()
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
     try:
         torch.set_num_threads(2)
         with deterministic(torch.device("cpu")):
@@ -322,10 +364,15 @@ def test_deterministic_algorithms_are_on_inside() -> None:
                 torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
         assert not torch.are_deterministic_algorithms_enabled()
         torch.set_num_threads(1)
-        with deterministic(torch.device("cpu")):
-            assert not torch.are_deterministic_algorithms_enabled()
+        for device in (torch.device("cpu"), None):
+            with deterministic(device):
+                assert not torch.are_deterministic_algorithms_enabled()
+        with deterministic(torch.device("meta")):
+            assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def _scaled() -> list[str]:

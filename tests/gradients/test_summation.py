@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from ddparity.data.plan import share
-from ddparity.gradients.strict import TreeSum, subtrees
+from ddparity.gradients.strict import TreeSum, _aligned, subtrees
 
 
 def _tree(start: int, size: int, count: int) -> str | None:
@@ -67,6 +67,14 @@ def test_memory_is_that_of_a_binary_counter(count: int) -> None:
         whole.push((0, number), "")
         most = max(most, len(whole.nodes))
     assert most <= math.log2(count) + 1
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4, 8, 16]))
+def test_tensors_begin_where_allocations_begin(size: int, element_size: int) -> None:
+    """The kernels of a norm, and so its bits, depend on where a gradient begins: at 64 bytes on torch's CPU."""
+    padded = _aligned(size, element_size)
+    assert padded * element_size % 64 == 0
+    assert 0 <= (padded - size) * element_size < 64
 
 
 def test_an_empty_share_has_no_subtrees() -> None:

@@ -65,7 +65,7 @@ def test_no_option_is_needed_on_one_machine() -> None:
     config = launch.config
     assert (config.min_nodes, config.max_nodes, config.nproc_per_node) == (1, 1, 1)
     assert (config.rdzv_backend, config.rdzv_endpoint, config.local_addr) == ("c10d", "localhost:0", "127.0.0.1")
-    assert (config.max_restarts, launch.grace_s, launch.hang_timeout_s, launch.on_hang) == (0, 3, 60.0, "end")
+    assert (config.max_restarts, launch.grace_s, launch.hang_timeout_s, launch.on_hang) == (0, 3, None, "end")
     assert (launch.show, launch.logs, launch.python) == (frozenset({0}), None, True)
     assert launch.alone
     # Each launch is a job of its own.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -111,6 +112,36 @@ def test_a_rank_that_left_the_world_is_not_waited_for(rank: int, tmp_path: Path)
             assert f"RankFailure: rank {rank} failed in first" in outcome.error
             assert "it left the world before it reached this point" in outcome.error
             assert outcome.seconds < 10
+
+
+def _does_not_come(mine: int) -> str:
+    with dp.world(device="cpu", timeout=2):
+        if int(os.environ["RANK"]) == mine:
+            threading.Event().wait(8)
+            return ""
+        with pytest.raises(dp.RankFailure) as caught, dp.first():
+            pass
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_groups_time_out_holds_for_a_rank_that_does_not_come(rank: int) -> None:
+    ended = outcomes(_does_not_come, 2, rank, in_world=False)
+    said = 'waited 2 s, the group\'s time-out, in first("world") for rank'
+    assert ended[1 - rank].value.startswith(f"rank {1 - rank} {said} {rank}, which did not come to it")
+
+
+def _takes_long() -> float:
+    with dp.world(device="cpu", timeout=2):
+        begin = time.monotonic()
+        with dp.first() as leads:
+            if leads:
+                threading.Event().wait(5)  # a download: longer than the group's time-out
+        return time.monotonic() - begin
+
+
+def test_a_body_may_take_longer_than_the_groups_time_out() -> None:
+    assert all(outcome.value > 4 for outcome in outcomes(_takes_long, 2, in_world=False))
 
 
 def _nested(log: str) -> None:

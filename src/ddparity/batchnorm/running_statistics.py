@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -47,8 +47,8 @@ class RunningStatistics:
     layer, there is no collective.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
-        self.layers = [module for module in model.modules() if _is_tracked(module) and module.training]
+    def __init__(self, modules: Iterable[nn.Module], group: dist.ProcessGroup | None) -> None:
+        self.layers = [module for module in modules if _is_tracked(module) and module.training]
         self._group = group
         self._records: list[list[Moments]] = [[] for _ in self.layers]
 
@@ -138,15 +138,15 @@ class Room:
         self.forwards = 1
 
 
-def equal_buffers(model: nn.Module, tracked: bool) -> bool:
-    """Return True if all buffers of a model stay equal on all ranks without a broadcast.
+def equal_buffers(modules: Iterable[nn.Module], tracked: bool) -> bool:
+    """Return True if all buffers of a model's modules stay equal on all ranks without a broadcast.
 
     These are the running statistics of batch norms in training that are synchronised over all ranks. If `tracked`, they
     also include the running statistics that `RunningStatistics` updates.
     """
     return all(
         (_is_synchronised(module) or (tracked and _is_tracked(module))) and names <= _STATISTICS
-        for module in model.modules()
+        for module in modules
         # `module.buffers()` takes several times as long as `_buffers`.
         if (names := {name for name, buffer in module._buffers.items() if buffer is not None})
     )

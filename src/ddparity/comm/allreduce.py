@@ -29,7 +29,7 @@ def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     Collectives: one, of the tensor's bytes; all ranks call it.
     """
     if gathers(tensor.numel(), tensor, group):
-        return copies_of_ranks(tensor, group).sum(0)  # in rank order, the same bits on every rank
+        return _added(copies_of_ranks(tensor, group))
     dist.all_reduce(tensor, group=group)
     return tensor
 
@@ -40,9 +40,19 @@ def mean_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     As DDP does, a large tensor is divided before the sum, so that float16 does not overflow.
     """
     if gathers(tensor.numel(), tensor, group):
-        return copies_of_ranks(tensor, group).mean(0)
+        return _added(copies_of_ranks(tensor, group)).div_(_size(group))
     dist.all_reduce(tensor.div_(_size(group)), group=group)
     return tensor
+
+
+def _added(copies: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the first dimension; the same bits on every rank."""
+    if not 2 <= len(copies) <= 8:
+        return copies.sum(0)
+    total = copies[0] + copies[1]  # in half of the time of sum(0)
+    for copy in copies[2:]:
+        total += copy
+    return total
 
 
 def start_mean(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
@@ -158,16 +168,18 @@ T = TypeVar("T", bound=torch.Tensor)
 def cut(parameters: Sequence[T], part_bytes: int) -> list[list[T]]:
     """Cut parameters into parts of one dtype and device, of at most so many bytes but for a larger parameter."""
 
-    def kind(parameter: T) -> tuple[str, str]:
-        return str(parameter.dtype), str(parameter.device)
-
-    first = kind(parameters[0]) if parameters else ("", "")
-    if any(kind(parameter) != first for parameter in parameters):
-        parameters = sorted(parameters, key=kind)
+    if any((one.dtype, one.device) != (parameters[0].dtype, parameters[0].device) for one in parameters):
+        parameters = sorted(parameters, key=lambda one: (str(one.dtype), str(one.device)))
     parts: list[list[T]] = []
     size = 0
     for parameter in parameters:
-        if not parts or size + parameter.nbytes > part_bytes or kind(parameter) != kind(parts[-1][-1]):
+        last = parts[-1][-1] if parts else None
+        if (
+            last is None
+            or size + parameter.nbytes > part_bytes
+            or parameter.dtype != last.dtype
+            or parameter.device != last.device
+        ):
             parts.append([])
             size = 0
         parts[-1].append(parameter)
@@ -194,12 +206,14 @@ class FlatGradients:
                     f"a parameter of shape {tuple(parameter.shape)} has a {gradient.layout} gradient, but its module "
                     f"has no sparse=True that would tell so on every rank: use dense gradients"
                 )
-        present = torch.tensor([float(gradient is not None) for gradient in gradients])
+        present = parameters[0].new_ones(len(parameters))
+        if any(gradient is None for gradient in gradients):
+            present = torch.tensor([float(gradient is not None) for gradient in gradients]).to(present)
         pieces = [
             parameter.new_zeros(parameter.numel()) if gradient is None else gradient.reshape(-1)
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
-        self.tensor = torch.cat([present.to(pieces[0]), *pieces])
+        self.tensor = torch.cat([present, *pieces])
 
     def write(self, reduced: torch.Tensor) -> None:
         """Set the gradients to what `tensor` has become; None stays where no rank has a gradient."""

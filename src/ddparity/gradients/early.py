@@ -17,7 +17,7 @@ from .state import State, same_bits
 CAP_BYTES = 25 * 2**20  # of a part, as DDP's default
 SMALL_BYTES = 2**20  # up to here one exchange of all gradients after the loop is faster than several in its backward
 PARTS = 8  # of a model whose parts stay between these
-CAREFUL_STEPS = 3  # in which early averages are compared with the gradients after the loop, by their values
+CAREFUL_STEPS = 3  # with checks that take time: a loop that is wrong is mostly wrong in its first steps
 LATE_STEPS = 100  # without early averages, after one that was in vain
 
 

@@ -14,15 +14,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
-from ..compat import broadcast_buffers, disarm, has_built_in_hook, uncompiled, unwrapped
-from .early import CAP_BYTES, EarlyAverage, EarlyAverages
+from ..compat import broadcast_buffers, disarm, has_built_in_hook, set_flags, uncompiled, unwrapped
+from .early import CAP_BYTES, CAREFUL_STEPS, EarlyAverage, EarlyAverages
 from .recheck import Rechecks
 
 logger = logging.getLogger(__name__)
 
 Reduction = Literal["fast", "strict"]
 Statistics = Literal["all", "rank0"]
-Words = tuple[Reduction, Statistics, int, int]  # and check_every, and recheck_every, 0 for never
 
 # What `replicate` was asked for, as words in the model's attributes: they survive copy.deepcopy and torch.save, and a
 # pickle of the model needs no ddparity.
@@ -34,6 +33,9 @@ _replicas: weakref.WeakKeyDictionary[nn.Module, Replica] = weakref.WeakKeyDictio
 _made: collections.Counter[tuple[int, ...] | None] = collections.Counter()
 
 CHECK_EVERY = 100  # steps
+
+Words = tuple[Reduction, Statistics, int, int]  # and check_every, and recheck_every, 0 for never
+Walk = tuple[list[tuple[str, nn.Parameter]], list[nn.Module]]  # parameters by name, modules with buffers
 
 
 class Holder(Protocol):
@@ -61,7 +63,7 @@ class Replica:
         sparse: ids of the parameters with sparse gradients.
         had_gradients: ids of the parameters that had a gradient after the last step, the same on every rank. A loop
             that freezes and unfreezes parts of a model may give them one again, though frozen when the next begins.
-        told_compiled, told_old: a warning was given.
+        told_compiled, told_old, told_skipped: a warning was given.
     """
 
     def __init__(self, model: nn.Module, words: Words, equal: bool) -> None:
@@ -72,7 +74,7 @@ class Replica:
         self.held = False
         self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
-        self.told_compiled = self.told_old = False
+        self.told_compiled = self.told_old = self.told_skipped = False
         self.agreed: object = None
         self.had_gradients: set[int] = set()
         self._built_in_hook: bool | None = None
@@ -101,24 +103,31 @@ class Replica:
         return model if isinstance(model, DistributedDataParallel) else None
 
     @property
+    def alone(self) -> bool:
+        """A plain module in a world of one, whose gradients are complete without us."""
+        return self.group is None and self.reduction == "fast" and self.ddp is None
+
+    @property
     def module(self) -> nn.Module:
         """The user's module."""
         model = self._model()
         assert model is not None, "a replica does not outlive its model"
         return unwrapped(model)
 
-    def all_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters, those that are not trained, too, in an order that is the same on every rank."""
-        ignored = self.ddp.parameters_to_ignore if self.ddp is not None else ()
-        named = named_parameters(self.module)
-        return [(name, one) for name, one in named if name not in ignored] if ignored else named
+    def walk(self) -> Walk:
+        """Return the parameters, those that are not trained, too, and the modules with buffers, as on every rank."""
+        ddp = self.ddp
+        named, buffered = walk(self.module)
+        if ddp is not None and ddp.parameters_to_ignore:
+            named = [(name, one) for name, one in named if name not in ddp.parameters_to_ignore]
+        return named, buffered
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained now."""
-        return [parameter for _, parameter in self.all_parameters() if parameter.requires_grad]
+        return [parameter for _, parameter in self.walk()[0] if parameter.requires_grad]
 
     def trains(self, parameter: nn.Parameter) -> bool:
-        """Whether a step may give a parameter a gradient, as far as is known when it begins."""
+        """Return True if a step may give a parameter a gradient, as far as is known when it begins."""
         return parameter.requires_grad or id(parameter) in self.had_gradients
 
     def by_ddp(self, parameters: list[nn.Parameter]) -> bool:
@@ -141,7 +150,7 @@ class Replica:
 
     def early_average(self, parameters: list[nn.Parameter]) -> EarlyAverage | None:
         """Return what averages these parameters' gradients in the last backward; None where that does not pay."""
-        return None if self._early is None or self.sparse else self._early.next(parameters, self.compares(ahead=1))
+        return None if self._early is None or self.sparse else self._early.next(parameters, self.careful())
 
     def hold(self) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`."""
@@ -149,24 +158,26 @@ class Replica:
         ddp = self.ddp
         if ddp is not None:
             disarm(ddp)  # a forward outside of the loop may have armed it, perhaps on this rank only
-            self._broadcasts, ddp.broadcast_buffers = ddp.broadcast_buffers, False
-            self.let_reduce(False)
+            self._broadcasts = ddp.broadcast_buffers
+            set_flags(ddp, False, False)
 
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
         self.held = False
         ddp = self.ddp
         if ddp is not None:
-            ddp.broadcast_buffers = self._broadcasts
             if ddp.require_backward_grad_sync:  # a loop that was left after DDP began to reduce
                 disarm(ddp)
-            self.let_reduce(True)
+            set_flags(ddp, True, self._broadcasts)
 
     def let_reduce(self, reduces: bool) -> None:
         """Let DDP reduce in the next backward, or not."""
-        ddp = self.ddp
-        if ddp is not None:
-            ddp.require_backward_grad_sync, ddp.require_forward_param_sync = reduces, False
+        if self.ddp is not None:
+            set_flags(self.ddp, reduces, False)
+
+    def reduces(self) -> bool:
+        """Return True if DDP would reduce in the next backward."""
+        return self.ddp is not None and self.ddp.require_backward_grad_sync
 
     def share_buffers(self) -> None:
         """Broadcast the buffers, if the model has any to broadcast, as DDP does in a forward."""
@@ -174,11 +185,19 @@ class Replica:
         if ddp is not None:
             ddp.broadcast_buffers = self._broadcasts
             broadcast_buffers(ddp)
-            ddp.broadcast_buffers = ddp.require_forward_param_sync = False
+            set_flags(ddp, False, False)
+
+    def careful(self) -> bool:
+        """Return True if the next step makes the checks that take time: one of the first, and some later ones."""
+        return self._steps < CAREFUL_STEPS or self.compares(ahead=1)
+
+    def skip(self) -> None:
+        """Count a step that nothing was done for."""
+        self._steps += 1
 
     def finished(self, parameters: list[nn.Parameter], buffers_equal: bool) -> None:
         """Note what a step has left."""
-        self._steps += 1
+        self.skip()
         self.buffers_equal = buffers_equal
         self.note_gradients(parameters)
         probe = next((one for one in parameters if one.grad is not None), None)
@@ -209,7 +228,7 @@ class Replica:
         The other ranks' backwards wait for this rank's part of each bucket.
         """
         ddp, parameters = self.ddp, self.parameters()
-        assert ddp is not None, "only DDP overlaps"
+        assert ddp is not None, "only DDP reduces by itself"
         with torch.enable_grad():
             nothing = _Nothing.apply(*reversed(parameters))
             ddp.reducer.prepare_for_backward([nothing])
@@ -233,11 +252,10 @@ def _written(tensor: torch.Tensor) -> tuple[int, int]:
     return id(tensor), tensor._version
 
 
-def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return what `module.named_parameters()` yields, in a third of its time: a step of a small model takes as long."""
-    if type(module).named_parameters is not nn.Module.named_parameters:  # a model may name them otherwise
-        return list(module.named_parameters())
+def walk(module: nn.Module) -> Walk:
+    """Return what `module.named_parameters()` yields, in a third of its time, and the modules that have buffers."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
+    buffered: list[nn.Module] = []
     visited: set[int] = set()
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -247,12 +265,16 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in found:
                 found[id(parameter)] = (prefix + name, parameter)
+        if module._buffers:
+            buffered.append(module)
         for name, child in module._modules.items():
             if child is not None:
                 visit(child, f"{prefix}{name}.")
 
     visit(module, "")
-    return list(found.values())
+    if type(module).named_parameters is not nn.Module.named_parameters:  # a model may name them otherwise
+        return list(module.named_parameters()), buffered
+    return list(found.values()), buffered
 
 
 def refuse_nested(module: nn.Module, what: str) -> None:
@@ -265,15 +287,13 @@ def refuse_nested(module: nn.Module, what: str) -> None:
             )
 
 
-def replica_of(model: nn.Module) -> Replica | None:
-    """Return a model's replica; None for a plain module that `replicate` was not asked for, or asked "fast"."""
+def replica_of(model: nn.Module) -> Replica:
+    """Return a model's replica; of a model that `replicate` was not asked for, one that does what DDP does."""
     model = uncompiled(model)
-    words = model.__dict__.get(_WORDS)
-    if words is None and not isinstance(model, DistributedDataParallel):
-        return None
     replica = _replicas.get(model)
     if replica is None:
-        replica = _replicas[model] = Replica(model, words or ("fast", "rank0", CHECK_EVERY, 0), equal=False)
+        words: Words = model.__dict__.get(_WORDS) or ("fast", "rank0", CHECK_EVERY, 0)
+        replica = _replicas[model] = Replica(model, words, equal=False)
     return replica
 
 

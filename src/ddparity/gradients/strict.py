@@ -94,7 +94,8 @@ class StrictReduction:
             gradient = parameter.grad
             if gradient is not None and gradient.layout != torch.strided:
                 raise TypeError(sparse_refusal(name))
-            gradients.append(gradient)
+            # Parts of complex numbers are added, see `_parts`, which a conjugate view does not have.
+            gradients.append(gradient.resolve_conj() if gradient is not None and gradient.is_complex() else gradient)
             parameter.grad = None
         return gradients
 
@@ -174,14 +175,27 @@ class StrictReduction:
 
     def _tree_sum(self, rows: Iterable[Tensor]) -> Tensor:
         """Return the tree's sum of all ranks' subtrees, given in rank order; overwrites them."""
-        tree: TreeSum[Tensor] = TreeSum(Tensor.add_)
+        tree: TreeSum[Tensor] = TreeSum(_add)
         for node, row in zip(itertools.chain.from_iterable(self._nodes), rows, strict=True):
             tree.push(node, row)
         return tree.total()
 
 
+def _parts(value: Tensor) -> Tensor:
+    """Return a view of real numbers.
+
+    torch adds complex b as (1 + 0j) * b, which makes 0.0 of a real part of -0.0.
+    """
+    return torch.view_as_real(value) if value.is_complex() else value
+
+
+def _add(left: Tensor, right: Tensor) -> Tensor:
+    _parts(left).add_(_parts(right))
+    return left
+
+
 def _added(left: Gradients, right: Gradients) -> Gradients:
-    both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    both = [(_parts(a), _parts(b)) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
     if both:
         torch._foreach_add_([a for a, _ in both], [b for _, b in both])
     return [b if a is None else a for a, b in zip(left, right, strict=True)]

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
@@ -21,7 +20,7 @@ from ..errors import DDParityError
 from .early import EarlyAverage
 from .left import forget_left, note_left
 from .recheck import Recheck, Rechecks
-from .replica import Replica, made_so_far, named_parameters, others_than
+from .replica import Replica, Walk, made_so_far, others_than
 from .state import NO_GRADIENT, State, as_integers
 from .strict import StrictReduction, deterministic
 
@@ -30,8 +29,6 @@ logger = logging.getLogger(__name__)
 _MOST_OTHERS = 16  # replicas that a step's losses may run besides those that the step is of
 
 Named = list[tuple[str, nn.Parameter]]
-
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which a skipped micro-batch was told
 
 
 class Window:
@@ -50,28 +47,29 @@ class Window:
     gradients and batch norms is reduced after it, too.
 
     Args:
-        models: what the losses are of. replicas: theirs; None for a plain module in a world of one.
+        replicas: of the models that the losses are of.
         numbers: micro-batches of each rank. rank: this one.
         drops: the weights of micro-batches without a backward are taken out of the step.
+        careful: make the checks that take time.
     """
 
     def __init__(
         self,
-        models: Sequence[nn.Module],
-        replicas: Sequence[Replica | None],
+        replicas: Sequence[Replica],
         numbers: Sequence[int],
         rank: int,
         drops: bool,
+        careful: bool,
     ) -> None:
-        self._models = models
-        self._own = [replica for replica in replicas if replica is not None]
+        self._own = replicas
         self._numbers, self._rank, self._drops = numbers, rank, drops
-        self._group = next((replica.group for replica in self._own), None)
-        self._strict = any(replica.reduction == "strict" for replica in self._own)
+        self._group, self._ranks = replicas[0].group, replicas[0].ranks
+        self._strict = replicas[0].reduction == "strict"
         # A sum needs what the parameters had before to be put aside. An average leaves that as it is.
         self._sums = not self._strict and (drops or 0 in numbers)
-        self._ranks = next((replica.ranks for replica in self._own), None)
-        self._named, frozen = _trained(models, replicas)
+        walks = [replica.walk() for replica in replicas]
+        self._named, frozen = _trained(replicas, walks)
+        self._buffered = [buffered for _, buffered in walks]
         self._parameters = [parameter for _, parameter in self._named]
         self._by_ddp: Replica | None = None
         self._early: EarlyAverage | None = None
@@ -82,6 +80,7 @@ class Window:
             else:
                 self._early = replica.early_average(self._parameters)
         self._others: dict[tuple[tuple[int, ...] | None, int], _Other] = {}
+        self._careful = careful or drops or self._by_ddp is not None
         self._frozen = _Frozen(frozen)
         self._skipped: list[int] = []
         self._dropped: list[float] = []
@@ -116,18 +115,24 @@ class Window:
             for replica in self._own:
                 stack.callback(replica.release)
                 replica.hold()
-                stack.callback(setattr, replica, "supersede", None)
-                replica.supersede = self.supersede
-            self._statistics = [self._recorded(replica, stack) for replica in self._own]
+                if self.waits:
+                    stack.callback(setattr, replica, "supersede", None)
+                    replica.supersede = self.supersede
+            self._statistics = [
+                self._recorded(replica, buffered, stack)
+                for replica, buffered in zip(self._own, self._buffered, strict=True)
+            ]
             self._share_buffers()
             if self._strict:
                 stack.enter_context(deterministic(device))
             self._reduction = self._make(self._named)
             stack.callback(self._restore)
-            for replica in others_than(self._own) if self._own else ():
-                self._adopt(replica)
+            if self.waits:
+                for replica in others_than(self._own):
+                    self._adopt(replica)
+            watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
             # A lazy layer writes its parameters in its first forward.
-            self._written = [-1 if is_lazy(parameter) else parameter._version for parameter in self._parameters]
+            self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
             yield
 
     def _restore(self) -> None:
@@ -152,7 +157,8 @@ class Window:
 
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
-        named, frozen = _trained([replica.module], [replica])
+        walk = replica.walk()
+        named, frozen = _trained([replica], [walk])
         known = {id(parameter) for parameter in self._parameters}
         known.update(id(one) for other in self._others.values() for one in other.parameters)
         named = [(name, one) for name, one in named if id(one) not in known]  # a parameter is reduced once
@@ -161,9 +167,9 @@ class Window:
         with contextlib.ExitStack() as stack:
             stack.callback(replica.release)
             replica.hold()
-            statistics = self._recorded(replica, stack) if same_ranks else None
+            statistics = self._recorded(replica, walk[1], stack) if same_ranks else None
             reduction = self._make(named, replica) if same_ranks else _Reduction(parameters, None, None, False)
-            other = _Other(replica, parameters, _Frozen(frozen, known), reduction, statistics, stack.pop_all())
+            other = _Other(replica, parameters, walk[1], _Frozen(frozen, known), reduction, statistics, stack.pop_all())
         self._others[(replica.ranks, replica.number)], replica.holder = other, self
 
     def let_go(self, replica: Replica) -> None:
@@ -188,8 +194,10 @@ class Window:
         """Hold a replica again after a loop of its own."""
         self._adopt(replica)
 
-    def _recorded(self, replica: Replica, stack: contextlib.ExitStack) -> RunningStatistics | None:
-        statistics = _statistics(replica, self._strict)
+    def _recorded(
+        self, replica: Replica, buffered: list[nn.Module], stack: contextlib.ExitStack
+    ) -> RunningStatistics | None:
+        statistics = _statistics(replica, buffered, self._strict)
         if statistics is not None:
             stack.enter_context(statistics.recording())
         return statistics
@@ -197,9 +205,9 @@ class Window:
     def _share_buffers(self) -> None:
         """Broadcast buffers that may differ between ranks, as DDP does in a step's first forward."""
         self._stay_equal = []
-        for replica, statistics in zip(self._own, self._statistics, strict=True):
+        for replica, buffered, statistics in zip(self._own, self._buffered, self._statistics, strict=True):
             were_equal, replica.buffers_equal = replica.buffers_equal, False  # until the step is over
-            stay_equal = equal_buffers(replica.module, statistics is not None)
+            stay_equal = equal_buffers(buffered, statistics is not None)
             self._stay_equal.append(stay_equal)
             if replica.ddp is not None and not (were_equal and stay_equal):
                 replica.share_buffers()
@@ -223,7 +231,7 @@ class Window:
         weights = [
             (f"model {position}: {name}" if position else name, one)
             for position, replica in enumerate(self._own)
-            for name, one in replica.all_parameters()
+            for name, one in replica.walk()[0]
         ]
         modules = [replica.module for replica in self._own]
         return Recheck(rechecks, step, weights, self._named, modules, self.paused, device)
@@ -255,11 +263,11 @@ class Window:
         self._superseded = True
         self._stack.close()
 
-    def begin(self, last: bool) -> None:
-        """Before a micro-batch."""
-        if last and self._early is not None:
+    def begin_last(self) -> None:
+        """Let reductions start: the next micro-batch is this rank's last."""
+        if self._early is not None:
             self._early.begin()
-        if last and self._by_ddp is not None:
+        if self._by_ddp is not None:
             self._by_ddp.let_reduce(True)
 
     def take(self, index: int, share: float) -> None:
@@ -274,13 +282,21 @@ class Window:
                 "would reduce its gradients twice: loop over zip(accumulate(model, a), b), and take both losses "
                 "in one micro-batch"
             )
+        if self._by_ddp is None and any(replica.reduces() for replica in self._own):
+            raise RuntimeError(
+                "accumulate(): require_backward_grad_sync was set inside of the loop, which reduces by itself: leave "
+                "it out"
+            )
+        if not self._careful and not self._strict:
+            return
         self._ran = self._reduction.take()
-        for other in self._others.values():
-            other.reduction.take()
         if not self._ran:
             self._dropped.append(share)
             if torch.is_grad_enabled():  # without, the loop is one of forwards alone, as for batch norms' statistics
                 self._skipped.append(index)
+        for other in self._others.values():
+            if self._strict:
+                other.reduction.take()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -361,7 +377,7 @@ class Window:
             replica.note_gradients(other.parameters)
             if statistics is not None:
                 statistics.replay(max(self._numbers), replica.room)
-            replica.buffers_equal = replica.buffers_equal and equal_buffers(replica.module, statistics is not None)
+            replica.buffers_equal = replica.buffers_equal and equal_buffers(other.buffered, statistics is not None)
 
     def _touched_anywhere(self, group: dist.ProcessGroup, touched: list[int]) -> list[int]:
         if len(touched) > _MOST_OTHERS:
@@ -375,11 +391,7 @@ class Window:
         return sorted(set(found.flatten().tolist()) - {-1})
 
     def _check_unchanged(self) -> None:
-        changed = [
-            name
-            for (name, one), before in zip(self._named, self._written, strict=True)
-            if before not in (-1, one._version)
-        ]
+        changed = [name for name, one, before in self._written if before not in (-1, one._version)]
         if not changed:
             return
         # A fast process alone may write into some of its parameters in a forward; an optimizer writes into all.
@@ -393,8 +405,8 @@ class Window:
         )
 
     def _tell_skipped(self) -> None:
-        if self._skipped and self._models[0] not in _told:
-            _told.add(self._models[0])
+        if self._skipped and not self._own[0].told_skipped:
+            self._own[0].told_skipped = True
             logger.warning(
                 "accumulate(): micro-batch %s had no backward: %s. This is said once",
                 ", ".join(map(str, self._skipped[:5])),
@@ -408,6 +420,7 @@ class _Other:
 
     replica: Replica
     parameters: list[nn.Parameter]
+    buffered: list[nn.Module]
     frozen: _Frozen
     reduction: _Reduction
     statistics: RunningStatistics | None
@@ -415,7 +428,7 @@ class _Other:
 
     def touched(self) -> bool:
         """Whether this rank's losses have run it."""
-        return self.reduction.touched or (self.statistics is not None and self.statistics.moved())
+        return self.reduction.touched() or (self.statistics is not None and self.statistics.moved())
 
 
 class _Frozen:
@@ -438,10 +451,7 @@ class _Frozen:
 
 
 class _Reduction:
-    """The gradients of some parameters in one step, and how they are reduced after the loop.
-
-    `touched`: the loop has changed a gradient.
-    """
+    """The gradients of some parameters in one step, and how they are reduced after the loop."""
 
     def __init__(
         self,
@@ -452,23 +462,26 @@ class _Reduction:
         sparse: Container[int] = (),
     ) -> None:
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
-        self.touched = False
+        self._touched = False
         self._before: list[torch.Tensor | None] | None = None
         if sums:
             self._before = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
-        self._state = State(parameters)
+        self._first = self._last = State(parameters if tree is None else ())
 
     def take(self) -> bool:
-        """Return whether the micro-batch has changed a gradient."""
+        """Return True if the micro-batch has changed a gradient."""
         if self._tree is not None:
             changed = self._tree.take()
-        else:
-            state = State(self._parameters)
-            changed, self._state = state.marks != self._state.marks, state
-        self.touched = self.touched or changed
-        return changed
+            self._touched = self._touched or changed
+            return changed
+        last, self._last = self._last, State(self._parameters)
+        return self._last.marks != last.marks
+
+    def touched(self) -> bool:
+        """Return True if the loop has changed a gradient."""
+        return self._touched or (self._tree is None and State(self._parameters).marks != self._first.marks)
 
     def reduce(self, scale: float) -> None:
         """Leave the step's gradient, times `scale`, on top of what the parameters had before. Every rank calls it."""
@@ -521,25 +534,25 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return as_integers(tensor).sum(dtype=torch.int64)
 
 
-def _trained(models: Sequence[nn.Module], replicas: Sequence[Replica | None]) -> tuple[Named, Named]:
-    """The parameters of the models that a step may train, each once, and the others."""
+def _trained(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
+    """Return the parameters of the models that a step may train, each once, and the others."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     frozen: Named = []
-    for position, (model, replica) in enumerate(zip(models, replicas, strict=True)):
-        for name, parameter in replica.all_parameters() if replica is not None else named_parameters(model):
+    for position, (replica, (own, _)) in enumerate(zip(replicas, walks, strict=True)):
+        for name, parameter in own:
             named = (f"model {position}: {name}" if position else name, parameter)
-            if parameter.requires_grad or (replica is not None and replica.trains(parameter)):
+            if replica.trains(parameter):
                 found.setdefault(id(parameter), named)
-            elif replica is not None:
+            else:
                 frozen.append(named)
     return list(found.values()), frozen
 
 
-def _statistics(replica: Replica, strict: bool) -> RunningStatistics | None:
-    """What keeps a replica's running statistics in this step; None where every forward moves them itself."""
+def _statistics(replica: Replica, buffered: list[nn.Module], strict: bool) -> RunningStatistics | None:
+    """Return what keeps a replica's running statistics in this step; None where every forward moves them itself."""
     if replica.batchnorm_statistics == "rank0":
         return None
-    statistics = RunningStatistics(replica.module, replica.group)
+    statistics = RunningStatistics(buffered, replica.group)
     if not statistics.layers:
         return None
     if compiled_layers(replica.module):

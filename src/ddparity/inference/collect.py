@@ -269,7 +269,7 @@ def _pieces(held: deque[Packed | PackedRun]) -> deque[list[Packed | PackedRun]]:
         room -= packed.cost
         if not pieces or room < 0:
             pieces.append([])
-            room = _PIECE_BYTES
+            room = _PIECE_BYTES - packed.cost
         pieces[-1].append(packed)
     return pieces
 

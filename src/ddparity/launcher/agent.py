@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,18 @@ from ..compat import PrefixStore, forget_bootstrap_store
 from ..errors import RendezvousError
 from ..runtime.network import is_listening_at, limit_tcp_waits, split_endpoint
 from .diagnosis import messages
-from .diagnosis.exits import Cause, ExitReport, describe_exits, is_settled, mark_left_early, root_cause
-from .diagnosis.hang_report import HangReport, add_positions, describe_hang
+from .diagnosis.absence import Notice
+from .diagnosis.desync import describe_ranks
+from .diagnosis.exits import (
+    Cause,
+    ExitReport,
+    add_exception,
+    describe_exits,
+    is_settled,
+    mark_left_early,
+    root_cause,
+)
+from .diagnosis.hang_report import HangReport, add_positions, describe_hang, describe_rows
 from .diagnosis.watch import Watch, WatchedRank
 from .ending import Guardian, RankProcesses, end, kill_sessions, send
 from .exchange import SILENT_S, Exchange, Node, plain_reason
@@ -33,6 +44,7 @@ from .signals import Signals
 
 _CAUSE_TIMEOUT_S = 3.0  # for the rank that failed first to end, when only ranks that failed because of it have ended
 _SAME_CAUSE_S = 0.4  # for other ranks that fail for the same reason
+_LINGER_S = 3.0  # a rank that has written its exception and runs for longer counts as ended
 _OUTPUT_TIMEOUT_S = 2.0  # for the last output, when a signal has come
 _PROGRESS_S = 60.0  # a rank that ran for this long counts as one that made progress
 _NODE_JOINED = "a machine has joined: all ranks start again with it"
@@ -47,7 +59,7 @@ class AgentOptions:
     """How an agent watches its ranks and ends them. `rendezvous`: HOST:PORT of the store; None: one machine alone."""
 
     grace_s: float = 3.0  # from a signal to SIGKILL
-    hang_timeout_s: float = 60.0
+    hang_timeout_s: float | None = None  # None: the time-out of the process group
     on_hang: Literal["end", "report"] = "end"
     rendezvous: str | None = None
 
@@ -83,6 +95,8 @@ class Agent(LocalElasticAgent):
         setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting_nodes)  # noqa: B010 - see above
         self._forwarded: set[int] = set()  # the scheduler's warnings that the current ranks have received
         self._from_nodes: set[int] = set()  # warnings that other machines passed on
+        self._later: HangReport | None = None  # a hang that waits until no rank is at a debugger's prompt
+        self._prompted = False  # it was told that the job waits for a debugger
         self._waits_for_nodes = False  # this machine's ranks have stopped on a warning; others may still save
 
     def folders(self) -> dict[int, Path]:
@@ -170,8 +184,11 @@ class Agent(LocalElasticAgent):
             self._look()
             assert self._watch is not None
             hang = self._watch.look()
+            for notice in self._watch.take_notices():
+                self._notify(notice)
             if self._signals.asked:
                 self._signals.asked = False
+                self._tell(f"what the ranks do now:\n{describe_rows(self._watch.rows())}")
                 self._tell(self._watch.stragglers(always=True))
             if hang is not None and self._options.on_hang == "report":
                 self._tell(describe_hang(hang))
@@ -180,6 +197,9 @@ class Agent(LocalElasticAgent):
             self._forward_warnings()
             changes = self._exchange is not None and self._exchange.changes()
             failed_elsewhere = self._exchange is not None and self._exchange.failed()
+            if not (changes or failed_elsewhere) and self._waits_for_prompt(hang):
+                return RunResult(state=WorkerState.HEALTHY)
+            hang, self._later = hang or self._later, None
             if hang is not None or changes or failed_elsewhere or self._have_failed():
                 self._end_after_failure(worker_group, hang)
                 super()._monitor_workers(worker_group)  # collects the exit codes of the processes, which have ended
@@ -275,10 +295,21 @@ class Agent(LocalElasticAgent):
         return int(self._worker_group.workers[local_rank].global_rank)
 
     def _look(self) -> None:
-        linger_s = min(self._options.grace_s, self._options.hang_timeout_s / 2)
-        for rank, code in self._ranks.look(linger_s):
+        for rank, code in self._ranks.look(_LINGER_S):
             if self._watch is not None:
                 self._watch.ended(rank, code)
+
+    def _waits_for_prompt(self, hang: HangReport | None) -> bool:
+        """Return whether the job goes on, despite a failure or a hang, since a person is at a debugger's prompt."""
+        if hang is None and self._later is None and not self._have_failed():
+            return False
+        assert self._watch is not None
+        prompts = self._watch.at_prompt()
+        if prompts and not self._prompted:
+            what = f"hang: {hang.headline}" if hang is not None else "a rank has failed"
+            self._tell(f"{what}. The job ends when {describe_ranks(prompts)} leaves the debugger")
+        self._later, self._prompted = hang or self._later, bool(prompts)
+        return bool(prompts)
 
     def _have_failed(self) -> bool:
         """Return whether ranks have failed. Ranks that stop on a scheduler's warning wait for all that still save."""
@@ -323,12 +354,20 @@ class Agent(LocalElasticAgent):
                 hang = self._watch.explain()
             if hang is None and exchange is not None:
                 hang = messages.unpack_hang(exchange.announced() or "")
+        leaving = self._watch.exceptions() if hang is not None else {}
         if hang is not None:
             self._keep_stacks(hang, ends=True)
         ended_before = self._ranks.ended
         end(self._ranks.pids, signal.SIGTERM, self._options.grace_s, hurry=lambda: bool(self._signals.ending))
         self._look()
         reports = self._ranks.exit_reports(self._memory, ended_before)
+        if hang is not None:
+            reports = [
+                add_exception(one, leaving[one.rank].message, leaving[one.rank].traceback, hang.headline)
+                if one.rank in leaving
+                else one
+                for one in reports
+            ]
         if exchange is not None and exchange.changes() and all(one.cause > Cause.LOST for one in reports):
             self._remaining_restarts += 1  # torch's loop takes one, but this is no failure
             self._tell(_NODE_JOINED)
@@ -338,6 +377,8 @@ class Agent(LocalElasticAgent):
         if exchange is not None:
             reports = exchange.all_exit_reports(reports)
         self.exit_reports = mark_left_early(reports)
+        if any(one.interrupted for one in reports):
+            hang = None  # the exception is the cause
         self.hang = add_positions(hang, {one.rank: one.traceback for one in reports}) if hang is not None else None
         if exchange is not None and exchange.lost is not None:
             self._remaining_restarts = 0  # without the store there is no rendezvous
@@ -378,10 +419,22 @@ class Agent(LocalElasticAgent):
             say(self.failure_report())
         self._tell(f"all ranks start again: restart {number} of {worker_group.spec.max_restarts}")
 
+    def _notify(self, notice: Notice) -> None:
+        """Tell which ranks others wait for, in two lines; the whole table goes to the folder of the logs."""
+        for line in notice.lines:
+            self._tell(line)
+        if self._files.kept is not None:
+            with suppress(OSError), (self._files.kept / "waits.txt").open("a") as file:
+                file.write(
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')} {notice.lines[0]}\n{describe_rows(notice.report.rows)}\n"
+                )
+            self._keep_stacks(notice.report, ends=False)
+
     def _keep_stacks(self, hang: HangReport, ends: bool) -> None:
         if self._files.kept is not None and self._watch is not None:
             self._watch.keep_stacks(hang, self._files.kept, ends)
-            self._tell(f"the stacks of all ranks are in {self._files.kept}")
+            if ends:
+                self._tell(f"the stacks of all ranks are in {self._files.kept}")
 
     def _close_files(self) -> None:
         self._files.close(hurry=self._signals.patience(_OUTPUT_TIMEOUT_S))

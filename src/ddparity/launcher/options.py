@@ -45,7 +45,7 @@ class Launch:
     python: bool  # False: the command is a program
     logs: Path | None  # a folder for the ranks' output
     show: Literal["all"] | frozenset[int]  # ranks whose output goes to the terminal
-    hang_timeout_s: float
+    hang_timeout_s: float | None  # None: the time-out of the process group
     on_hang: Literal["end", "report"]
     grace_s: int
     node_rank: int | None  # None: the rendezvous decides
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str]) -> Launch:
         raise ValueError(f"--shutdown-timeout {grace_s}: give seconds, 0 or more")
     if given.max_restarts < 0:
         raise ValueError(f"--max-restarts {given.max_restarts}: give a number of restarts, 0 or more")
-    if not 0 < given.hang_timeout < math.inf:
+    if given.hang_timeout is not None and not 0 < given.hang_timeout < math.inf:
         raise ValueError(f"--hang-timeout {given.hang_timeout:g}: give seconds, more than 0")
     filled = argparse.Namespace(**vars(given))
     filled.nnodes, filled.nproc_per_node = f"{minimum}:{maximum}", str(nproc)
@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rendezvous")
     parser.add_argument("--logs")
     parser.add_argument("--show", default=None)
-    parser.add_argument("--hang-timeout", type=float, default=60.0)
+    parser.add_argument("--hang-timeout", type=float, default=None)
     parser.add_argument("--on-hang", choices=["end", "report"], default="end")
     parser.add_argument("--slurm", action="store_true")
     parser.add_argument("--kubernetes", metavar="IMAGE")
@@ -358,7 +358,7 @@ Run any script on N processes, on one machine or several, with torch's elastic a
   --no-python              SCRIPT is any program.
   --show 0|all|1,2         Ranks whose output goes to the terminal. Default: 0.
   --logs DIR               Write the output of each rank to files in DIR.
-  --hang-timeout SECONDS   Report a rank that the others wait for after SECONDS without progress. Default: 60.
+  --hang-timeout SECONDS   End the job if the others wait for a rank for SECONDS. Default: the time-out of its group.
   --on-hang end|report     End the job after a diagnosed hang, or only report it. Default: end.
   --max-restarts N         Start again after a failure, up to N times. Default: 0.
   --shutdown-timeout S     Seconds from a signal to SIGKILL. Default: 3.

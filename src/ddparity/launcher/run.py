@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import math
 import multiprocessing
 import operator
 import os
@@ -120,7 +121,7 @@ def run_command(arguments: Sequence[str], nproc: int) -> int:
 # A function.
 
 
-def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any]:
+def launch(function: Callable[..., Any], *args: Any, nproc: int = 2, hang_timeout: float | None = None) -> list[Any]:
     """Run a function on `nproc` local processes and return each rank's result, in rank order.
 
     cloudpickle carries the function, its arguments and its results, so that the function may be defined in a notebook
@@ -134,12 +135,15 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2) -> list[Any
     Example:
         results = launch(train, "config.toml", nproc=4)
     """
+    if hang_timeout is not None and not 0 < hang_timeout < math.inf:
+        raise ValueError(f"launch(hang_timeout={hang_timeout!r}): give seconds, more than 0")
     config, signals = _one_machine(nproc).config, Signals()
+    options = AgentOptions(hang_timeout_s=hang_timeout)
     with _raise_afterwards(signals), _temporary_folder() as folder:
         call = folder / "call.pickle"
         call.write_bytes(pickle.dumps(sys.path) + _dumps((function, args)))
         command = (worker.__file__, str(os.getpid()), "--call", str(call))
-        with _agent(config, sys.executable, command, AgentOptions(), Inherited, signals=signals) as agent:
+        with _agent(config, sys.executable, command, options, Inherited, signals=signals) as agent:
             agent.run()
             if agent.exit_reports:
                 raise _failure(agent, function)
@@ -241,7 +245,7 @@ def _one_machine(nproc: int, command: tuple[str, ...] = ()) -> Launch:
         max_restarts=0,
         monitor_interval=0.1,
     )
-    return Launch(config, command, True, None, frozenset({0}), 60.0, "end", GRACE_S, None, False, None)
+    return Launch(config, command, True, None, frozenset({0}), None, "end", GRACE_S, None, False, None)
 
 
 @contextmanager

@@ -43,6 +43,9 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C prints no traceback of this file
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the agent starts ranks with SIGINT blocked
     _end_with(int(agent))
+    if folder is not None and arguments[0] != "--exec":
+        instruments = _instruments()
+        _load("_ddparity_terminal", "terminal.py").follow(folder, instruments.PROMPT, instruments.after_import)
     _close_standard_input()
     if arguments[0] == "--exec":
         _replace_process(arguments[1:], folder)
@@ -54,7 +57,9 @@ def main() -> None:
     try:
         signal.signal(signal.SIGINT, interrupt)
         _run(arguments, folder)
+        _note_end(folder)
     except SystemExit as ending:
+        _note_end(folder)
         if folder is not None and ending.code is not None and not isinstance(ending.code, int):
             _write_error(folder, ending, str(ending.code), "")  # sys.exit("a message")
         raise
@@ -204,11 +209,20 @@ def _close_standard_input() -> None:
         os.close(nothing)
 
 
+def _note_end(folder: Path | None) -> None:
+    """Tell the agent that the script has ended, and what may still keep this process."""
+    if folder is not None:
+        _instruments().write_end(folder)
+
+
 def _instruments() -> ModuleType:
-    """Load `diagnosis/instruments.py` by its path, so that no `__init__` of ddparity runs. Load it once."""
-    name = "_ddparity_instruments"
+    return _load("_ddparity_instruments", "diagnosis/instruments.py")
+
+
+def _load(name: str, file: str) -> ModuleType:
+    """Load a file of this folder by its path, so that no `__init__` of ddparity runs. Load it once."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "diagnosis" / "instruments.py")
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / file)
         assert spec is not None and spec.loader is not None, "the file is installed with this one"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

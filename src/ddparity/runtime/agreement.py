@@ -1,9 +1,10 @@
 """Let ranks agree at a point of the program: all of them reach it, or all of them learn which rank failed.
 
 An agreement uses the process group's key-value store, and no collective. A store works for any subset of ranks and on
-any device, does not depend on the group's time-out for collectives, and can be polled between batches. It does not
+any device, and can be polled between batches. It does not
 notice a process that dies without a message. The processes of the same machine notice it by the process table; on
-other machines the launcher ends the job.
+other machines the launcher ends the job. A rank that does not come to an agreement within the group's time-out is an
+error on the ranks that wait. A rank that has come may take as long as it needs, for a download or a save.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
-from ..compat import PrefixStore, Store, append, default_store, group_name
+from ..compat import PrefixStore, Store, append, default_store, group_name, group_timeout_s
 from ..errors import RankFailure
+from .waits import end_wait, note_wait
 
 _POLL_S = (0.0005, 0.05)  # shortest and longest pause between two polls of the store
 _PATIENCE = 0.05  # a pause is this part of the time waited so far: polling adds at most this part to a wait
@@ -52,7 +55,8 @@ def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agree
         ranks, series = dist.get_process_group_ranks(group), f"{kind}/{group_name(group)}"
     with store_access(what):
         call = store.add(f"{series}/{rank}", 1)
-    agreement = Agreement(store, f"{series}/call{call}", rank, ranks, what)
+    calls = Calls(series, call, group)
+    agreement = Agreement(store, f"{series}/call{call}", rank, ranks, what, calls)
     try:
         yield agreement
     except BaseException as error:
@@ -62,8 +66,22 @@ def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agree
     agreement.wait()
 
 
+@dataclass(frozen=True)
+class Calls:
+    """The series of calls that an agreement belongs to: in the store, `series`/rank has the number of a rank's calls.
+
+    `call`: the agreement's number in the series. `group`: its process group, whose time-out holds; None: the default.
+    """
+
+    series: str
+    call: int
+    group: dist.ProcessGroup | None = None
+
+
 class Agreement:
     """One agreement of the ranks `ranks`, under a key that is the same on all of them.
+
+    `calls`: tells which ranks have come to the agreement. Those that have not after the group's time-out are an error.
 
     Each rank calls `arrive` or `fail`. `wait` returns when all ranks have arrived. It raises `RankFailure` as soon as
     one rank has failed, has died or has left the world. `poll` asks without waiting. Traffic: three short store
@@ -72,8 +90,12 @@ class Agreement:
     Each method raises `RankFailure` where the store cannot be reached.
     """
 
-    def __init__(self, store: Store, key: str, rank: int, ranks: Sequence[int], what: str) -> None:
+    def __init__(
+        self, store: Store, key: str, rank: int, ranks: Sequence[int], what: str, calls: Calls | None = None
+    ) -> None:
         self._root = store
+        self._key = key
+        self._calls = calls
         self._store = PrefixStore(key, store)
         self._rank = rank
         self._ranks = ranks
@@ -97,7 +119,8 @@ class Agreement:
         """Wait until all ranks have arrived.
 
         Raises:
-            RankFailure: a rank has failed, has died, or has not arrived after `timeout_s`.
+            RankFailure: a rank has failed, has died, has not arrived after `timeout_s`, or has not come to the
+                agreement after the group's time-out.
         """
         self._wait_until(self.poll, timeout_s)
 
@@ -178,17 +201,40 @@ class Agreement:
 
     def _wait_until(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
         start = searched = time.monotonic()
+        began_s, noted = time.time(), None
+        limit_s = group_timeout_s(self._calls.group) if timeout_s is None and self._calls is not None else timeout_s
         with store_access(self._what):
-            while not ready():
-                if self.while_waiting is not None:
-                    self.while_waiting()
-                now = time.monotonic()
-                if now - searched > _LIVENESS_S:
-                    searched = now
-                    self._report_dead_ranks()
-                if timeout_s is not None and now - start > timeout_s:
-                    raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s for the other ranks in {self._what}")
-                time.sleep(min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1]))
+            try:
+                while not ready():
+                    if self.while_waiting is not None:
+                        self.while_waiting()
+                    now = time.monotonic()
+                    if now - searched > _LIVENESS_S:
+                        searched = now
+                        noted = noted or note_wait(self._what, self._key, self._ranks, began_s, limit_s)
+                        self._report_dead_ranks()
+                    if limit_s is not None and now - start > limit_s:
+                        self._refuse_absent(limit_s)
+                        limit_s = None  # all have come: a body may take as long as it needs
+                    time.sleep(min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1]))
+            finally:
+                end_wait(noted)
+
+    def _refuse_absent(self, timeout_s: float) -> None:
+        """Raise `RankFailure` if ranks have not come to this agreement; without `calls`, if they have not arrived."""
+        waited = f"rank {self._rank} waited {timeout_s:g} s"
+        if self._calls is None:
+            raise RankFailure(f"{waited} for the other ranks in {self._what}")
+        series, call = self._calls.series, self._calls.call
+        absent = [rank for rank in self._ranks if self._root.add(f"{series}/{rank}", 0) < call]
+        if absent:
+            who = (
+                ("ranks " if len(absent) > 1 else "rank ") + ", ".join(map(str, absent[:8])) + " …" * (len(absent) > 8)
+            )
+            raise RankFailure(
+                f"{waited}, the group's time-out, in {self._what} for {who}, which did not come to it: every rank must "
+                f"call it, in the same order as the others"
+            )
 
     def _report(self, rank: int, message: str, text: str) -> None:
         with store_access(self._what):

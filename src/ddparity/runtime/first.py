@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from .agreement import Agreement, store_access, store_root
+from .agreement import Agreement, Calls, store_access, store_root
 from .members import members
 
 # Inside of a `first`: the key of its current turn, and the ranks that run at the same time.
@@ -22,15 +22,16 @@ def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
 
     Every rank of the default process group must call it. Yields True on a rank that runs first. Use it where one
     process prepares what all ranks then read: a download, a cache, a compiled extension. The other ranks wait as long
-    as the body takes and the first rank's process lives; the group's time-out does not apply. It may be nested. In a
-    world of one, or without a process group, the body runs at once.
+    as the body takes and the first rank's process lives. The group's time-out applies to a rank that does not call
+    `first`. It may be nested. In a world of one, or without a process group, the body runs at once.
 
     Collectives: none; two agreements through the group's store, six short requests a rank and a poll while it waits.
 
     Raises:
         ValueError: `scope` is neither "world" nor "node".
         RankFailure: on every other rank, if the body raised on one rank or that rank's process died. The error names
-            that rank, and has its traceback as a note. The rank itself raises its own exception.
+            that rank, and has its traceback as a note. The rank itself raises its own exception. Also if a rank has
+            not called `first` within the group's time-out.
 
     Example:
         >>> with first("node"):
@@ -56,8 +57,9 @@ def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
     firsts = tuple(sorted({nodes[other]: other for other in reversed(active)}.values()))  # the lowest rank of each node
     others = tuple(other for other in active if other not in firsts)
     key = f"{prefix}/{call}"
-    before = Agreement(store, f"{key}/before", rank, firsts, what)
-    after = Agreement(store, f"{key}/after", rank, active, what)
+    calls = Calls(f"{prefix}/calls", call)
+    before = Agreement(store, f"{key}/before", rank, firsts, what, calls)
+    after = Agreement(store, f"{key}/after", rank, active, what, calls)
 
     leads = rank in firsts
     if not leads:

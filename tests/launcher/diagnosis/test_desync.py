@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from ddparity.launcher.diagnosis.absence import Schedule
+from ddparity.launcher.diagnosis.circle import find_circle
 from ddparity.launcher.diagnosis.desync import (
     RankState,
     StragglerCount,
@@ -292,3 +294,74 @@ def test_straggler_shares() -> None:
     assert waits.describe() == "ranks 0, 2 waited for rank 1 in 38% of 100 samples"
     quiet = StragglerCount()
     assert quiet.describe() == "" and quiet.describe(always=True) == "no rank waited for another rank in 0 samples"
+
+
+def _agreement(name: str, ranks: tuple[int, ...], main: bool = True) -> Operation:
+    own = {"group": name, "backend": "agreement", "ranks": ranks, "main": main}
+    return _op(1, name, pending=True, **{**own, "record": 9})
+
+
+def _circle(*ranks: list[Operation]) -> str:
+    states = _states(*ranks)
+    found = find_circle(states, lambda group: group_ranks(states, group, {}))
+    return headline(found, states) if found is not None else ""
+
+
+def test_ranks_that_wait_for_each_other_are_found() -> None:
+    """Each rank of a circle waits for another one of it, in a group's collective or in an agreement."""
+    one, two = _op(1, group="1", pending=True), _op(1, group="2", pending=True)
+    both = {"1": [_op(1, group="1", pending=False)], "2": [_op(1, group="2", pending=False)]}
+    early = [replace(both["1"][0], sequence=0), replace(both["2"][0], sequence=0)]  # both ranks are in both groups
+    said = "the ranks wait for each other: "
+    assert _circle([*early, one], [*early, two]) == (
+        said
+        + "rank 0 waits in all_reduce #1 of group 1 for rank 1; rank 1 waits in all_reduce #1 of group 2 for rank 0"
+    )
+    assert _circle([*early, one], early) == ""  # rank 1 may compute
+    assert _circle([_agreement("first", (0, 1))], [_agreement("save", (0, 1))]) == (
+        said + "rank 0 waits in first for rank 1; rank 1 waits in save for rank 0"
+    )
+    assert _circle([_agreement("first", (0, 1))], [_agreement("first", (0, 1))]) == ""  # all have come
+    assert (
+        _circle([_agreement("first", (0, 1), main=False)], [_agreement("save", (0, 1))]) == ""
+    )  # another thread waits
+    assert _circle([_agreement("first", (0, 1))], [_op(1, pending=True)]) != ""
+    # A third rank that waits for the circle is not in it.
+    three = _circle([_agreement("a", (0, 1))], [_agreement("b", (0, 1))], [_agreement("c", (0, 1, 2))])
+    assert three == said + "rank 0 waits in a for rank 1; rank 1 waits in b for rank 0"
+
+
+def test_of_several_pending_collectives_only_what_all_of_them_lack_counts() -> None:
+    """The main thread may wait in any of them."""
+    early = [_op(0, group="1"), _op(0, group="2")]
+    pending = [_op(1, group="1", pending=True), _op(1, group="2", pending=True)]
+    assert _circle([*early, *pending], [*early, pending[0]]) == ""  # rank 1 lacks group 2's alone, and rank 0 nothing
+    assert _circle([*early, pending[0]], [*early, pending[1]]) != ""
+
+
+def test_a_collective_that_has_left_the_record_proves_nothing() -> None:
+    """Rank 1 may have called the group's collective before the oldest one that its record still has."""
+    one, two = _op(1, group="1", pending=True, ranks=(0, 1)), _op(1, group="2", pending=True, ranks=(0, 1))
+    assert _circle([_op(1), one], [_op(1), two]) != ""
+    assert _circle([_op(1), one], [_op(70), two]) == ""
+
+
+def test_a_long_wait_is_told_after_a_minute_and_then_rarely() -> None:
+    schedule, told = Schedule(60), []
+    for second in range(0, 40_000, 10):
+        if schedule.due("wait", "place", second):
+            schedule.reported("wait", second)
+            told.append(second)
+    assert told[:6] == [60, 300, 1500, 5100, 8700, 12300]
+    assert schedule.due("another", "another place", 60)
+
+
+def test_a_wait_that_comes_again_is_told_where_it_lasts_longer_than_before() -> None:
+    schedule = Schedule(60)
+    told: dict[int, list[int]] = {}
+    for epoch, seconds in enumerate((90, 100, 80, 400)):
+        for second in range(0, seconds, 10):
+            if schedule.due(epoch, "evaluation", second):
+                schedule.reported(epoch, second)
+                told.setdefault(epoch, []).append(second)
+    assert told == {0: [60], 3: [140]}  # 1.5 times the longest before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddparity.launcher.diagnosis import stacks
+from ddparity.launcher.diagnosis.absence import Notice
 from ddparity.launcher.diagnosis.hang_report import HangReport, describe_hang
 from ddparity.launcher.diagnosis.instruments import FLIGHT, SERVER
 from ddparity.launcher.diagnosis.stacks import read_stacks, signal_for_stacks
@@ -175,6 +177,65 @@ def test_a_sub_group(tmp_path: Path) -> None:
         assert "of group 2" in running.report.headline
 
 
+def test_a_rank_that_is_late_is_told_in_two_lines_and_goes_on(tmp_path: Path) -> None:
+    body = """
+        ready()
+        if rank == 0:
+            import subprocess
+            subprocess.run(["sleep", "7"])
+        dist.all_reduce(torch.ones(4))
+    """
+    with job(tmp_path, body, hang_timeout_s=None) as running:
+        running.watch = Watch(running.watched, report_s=4)
+        running.until_ready()
+        running.until(_ended)
+        assert running.report is None and running.endings == {0: 0, 1: 0}
+        (notice,) = running.watch.take_notices()
+        first, second = notice.lines
+        assert re.match(
+            r"for [45] s: rank 0 has not called all_reduce #4: rank 1 waits in all_reduce of 4 float32", first
+        )
+        assert re.search(
+            r"rank 0: .*script.py:\d+, in <module>, waiting for a child process, since then \d s of CPU", first
+        )
+        assert first.endswith("1 child process (sleep) with 0 s of CPU")
+        assert second.startswith("the job goes on until the time-out of its process group (30 min)")
+
+
+def test_when_torch_ends_a_wait_the_launcher_knows_for_whom_it_was(tmp_path: Path) -> None:
+    body = """
+        from datetime import timedelta
+        group = dist.new_group([0, 1], timeout=timedelta(seconds=6))
+        ready()
+        if rank == 0: dist.all_reduce(torch.ones(4), group=group)
+        time.sleep(600)
+    """
+    with job(tmp_path, body, hang_timeout_s=None) as running:
+        running.until_ready()
+        running.until(lambda job: bool(job.endings))
+        report = running.report or running.watch.explain()  # on a busy machine, a rank ends long after its time-out
+        assert report is not None and (report.kind, report.blamed) == ("absent", (1,))
+        assert report.headline.startswith("rank 1 has not called all_reduce #1 of group 1: rank 0 waits in")
+        assert report.rows[1].activity == "sleeping" and "script.py" in report.rows[1].where
+
+
+def test_a_wait_that_outlives_the_time_out_of_its_group_is_ended(tmp_path: Path) -> None:
+    body = f"""
+        from ddparity.runtime.waits import note_wait
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"{tmp_path}/{{rank}}/error.json"
+        ready()
+        if rank == 0:
+            note_wait("first()", "first/1/before", [0, 1], time.time(), 2.0)
+        time.sleep(600)
+    """
+    with job(tmp_path, body, hang_timeout_s=None) as running:
+        running.until_ready()
+        running.until(_ended)
+        assert running.report is not None, running.endings
+        assert running.report.headline == "rank 1 has not called first(): rank 0 waits in first()"
+        assert 5 < running.seconds < 20  # torch has some seconds to end it
+
+
 # Rank 1 is late by more than three time-outs. Then all ranks end by themselves.
 HARMLESS = {
     "a first step": "print('ready', flush=True)\nif rank: time.sleep(4)\ndist.all_reduce(torch.ones(4))",
@@ -306,3 +367,26 @@ def test_agents_of_two_machines_agree(tmp_path: Path, body: str, kind: str, said
         assert (following.headline, following.rows) == (leading.headline, leading.rows)
         assert [bool(row.host and "script.py" in row.where) for row in leading.rows] == [True] * 4
         assert set(leading.stacks) == {0, 1} and set(following.stacks) == {2, 3}
+
+
+def test_a_rank_of_another_machine_that_is_late_is_told_by_the_leading_agent(tmp_path: Path) -> None:
+    with job(tmp_path, "ready()\nif rank != 3: dist.all_reduce(torch.ones(4))\ntime.sleep(600)", 4) as running:
+        running.until_ready()
+        texts: dict[str, str] = {}
+        ranks = running.watched
+        watches = [Watch(ranks[2 * n : 2 * n + 2], None, Board(texts, n), report_s=3) for n in (0, 1)]
+        told: list[list[Notice]] = [[], []]
+
+        def both(job: Job) -> bool:
+            for node, watch in enumerate(watches):
+                assert watch.look() is None
+                told[node] += watch.take_notices()
+            return bool(told[0])
+
+        running.watch = Watch([])
+        running.until(both)
+        (notice,), following = told
+        assert following == []
+        assert re.match(r"for \d s: rank 3 has not called all_reduce #4: ranks 0-2 wait in all_reduce", notice.lines[0])
+        assert re.search(r"rank 3: .*script.py:\d+, in <module>, sleeping", notice.lines[0])
+        assert [bool(row.host and "script.py" in row.where) for row in notice.report.rows] == [True] * 4

@@ -60,6 +60,7 @@ class Job:
     watch: Watch
     processes: list[subprocess.Popen[str]]
     folders: list[Path]
+    watched: list[WatchedRank] = field(default_factory=list)
     report: HangReport | None = None
     seconds: float = 0.0  # from `ready` to the report
     longest_look_s: float = 0.0
@@ -92,7 +93,9 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(folder: Path, body: str, nproc: int = 2, hang_timeout_s: float = 2.0, head: str = _HEAD) -> Iterator[Job]:
+def job(
+    folder: Path, body: str, nproc: int = 2, hang_timeout_s: float | None = 2.0, head: str = _HEAD
+) -> Iterator[Job]:
     """Start ranks that run `body`. At the end of the block they are killed, with all processes that they started."""
     script = folder / "script.py"
     script.write_text(head + textwrap.dedent(body))
@@ -114,7 +117,7 @@ def job(folder: Path, body: str, nproc: int = 2, hang_timeout_s: float = 2.0, he
             )
     watched = [WatchedRank(rank, process.pid, folders[rank]) for rank, process in enumerate(processes)]
     try:
-        yield Job(Watch(watched, hang_timeout_s), processes, folders)
+        yield Job(Watch(watched, hang_timeout_s), processes, folders, watched)
     finally:
         for process in processes:
             family = []

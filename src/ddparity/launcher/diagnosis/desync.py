@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .flight import DEFAULT_GROUP, Operation
+from .flight import AGREEMENT, DEFAULT_GROUP, Operation
 
-Kind = Literal["mismatch", "absent", "finished", "stalled"]
+Kind = Literal["mismatch", "circle", "absent", "finished", "stalled"]
+PROOFS = ("mismatch", "circle", "finished")  # such a hang cannot end by itself; the others may
 
 # The number of elements must be the same on all ranks in these; in other collectives it may differ.
 _SAME_SIZES = ("all_reduce", "allreduce", "broadcast", "reduce", "all_reduce_coalesced", "allreduce_coalesced")
@@ -47,6 +48,24 @@ class RankState:
         last = self.last(group)
         return last.sequence if last is not None else 0
 
+    def waits(self) -> Operation | None:
+        """Return what the rank waits in: an agreement of its main thread, or else its first pending collective."""
+        if self.silent or self.exitcode is not None:
+            return None
+        pending = [one for one in self.operations if one.pending and not one.point_to_point]
+        return next((one for one in pending if one.main), pending[0] if pending else None)
+
+    def agrees(self, group: str) -> bool:
+        """Return whether a group of this name is an agreement in which the rank waits."""
+        return any(one.group == group and one.backend == AGREEMENT for one in self.operations)
+
+    def shown(self, group: str = "") -> Operation | None:
+        """Return the operation that a report shows: what the rank waits in, in a group or anywhere, or its last one."""
+        if group:
+            return self.pending(group) or self.last(group)
+        calls = [one for one in self.operations if not one.point_to_point]
+        return self.waits() or (calls[-1] if calls else None)
+
     def pending(self, group: str) -> Operation | None:
         """Return the first collective of a group that is not done, which is the one that the rank waits in."""
         if self.silent or self.exitcode is not None:
@@ -62,7 +81,8 @@ class Finding:
     `blamed`: the ranks that cause it, as far as is known. `waiting`: the ranks that wait for them. `sequence`: the
     number of the collective. `operations`: the call of each rank that a report shows.
 
-    `kind`: "mismatch": ranks called different collectives; "absent": the blamed ranks have not called the collective;
+    `kind`: "mismatch": ranks called different collectives; "circle": each of the waiting ranks waits for another one
+    of them, which `awaited` tells; "absent": the blamed ranks have not called the collective;
     "finished": they ended with exit code 0 and did not call it; "stalled": all ranks have called it, the blamed ranks
     do not answer.
     """
@@ -73,10 +93,33 @@ class Finding:
     waiting: tuple[int, ...]
     sequence: int
     operations: Mapping[int, Operation | None] = field(default_factory=dict)
+    awaited: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def proof(self) -> bool:
+        """Whether the hang cannot end by itself."""
+        return self.kind in PROOFS
 
     def key(self) -> tuple[object, ...]:
         """Return what stays the same while the same hang lasts. In a stall, the silent ranks may change."""
         return self.kind, self.group, () if self.kind == "stalled" else self.blamed, self.sequence
+
+    def place(self) -> tuple[object, ...]:
+        """Return what is the same in waits that come again, as at the end of each epoch."""
+        names = {one.name for one in self._awaited_calls()}
+        return self.kind, self.group, self.blamed, *sorted(names)
+
+    def waited_since_s(self) -> float:
+        """Return when the first of the waiting ranks called the collective, in seconds since 1970."""
+        return min((one.created_s for one in self._awaited_calls()), default=0.0)
+
+    def timeout_s(self) -> float | None:
+        """Return the time-out of the group; None if it is unknown."""
+        return min((one.timeout_s for one in self._awaited_calls() if one.timeout_s is not None), default=None)
+
+    def _awaited_calls(self) -> list[Operation]:
+        found = (self.operations.get(rank) for rank in self.waiting)
+        return [one for one in found if one is not None and one.pending]
 
 
 def stuck_groups(states: Mapping[int, RankState]) -> list[str]:
@@ -93,6 +136,10 @@ def default_last(groups: Iterable[str]) -> list[str]:
 
 def group_ranks(states: Mapping[int, RankState], group: str, known: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Return the ranks of a group: those that a rank named (`known`), or those that called a collective in it."""
+    operations = (one for state in states.values() for one in state.operations)
+    told = next((one.ranks for one in operations if one.ranks and one.group == group), ())
+    if told:
+        return tuple(rank for rank in told if rank in states)
     if group in known:
         return tuple(rank for rank in known[group] if rank in states)
     if group == DEFAULT_GROUP:

@@ -70,7 +70,7 @@ class ExitReport:
     failed first, as this rank was told. `evidence`: what else is known, such as full memory or the last lines of a
     crash. `left_early`: it ended with exit code 0 while other ranks waited for it. `lost`: why nothing is known of the
     rank. `progressed`: it had finished a step or saved a checkpoint. `consequence`: its exception was raised from one
-    that another rank's end had caused.
+    that another rank's end had caused. `interrupted`: its exception was on its way while it waited for other ranks.
     """
 
     rank: int
@@ -86,6 +86,7 @@ class ExitReport:
     lost: str = ""
     progressed: bool = False
     consequence: bool = False
+    interrupted: bool = False
 
     @property
     def cause(self) -> Cause:
@@ -186,6 +187,27 @@ def _read_crash(path: Path) -> str:
     frames = [line for line in current.splitlines() if line.startswith("  File ")]
     frames = [frame for frame in frames if "runpy" not in frame and "ddparity/launcher/worker.py" not in frame]
     return "\n".join(["Traceback (most recent call last):", *reversed(frames)]) if frames else ""
+
+
+def add_exception(report: ExitReport, message: str, traceback: str, waited: str) -> ExitReport:
+    """Return the report of a rank that was ended while its exception was on its way: that exception is the failure.
+
+    `waited`: the headline of the hang in which the rank waited.
+    """
+    evidence = (
+        f"this exception was on its way when the rank waited for others, in a finally block or the like: {waited}"
+    )
+    return replace(
+        report,
+        code=1,
+        ended_by_us=False,
+        left_early=False,
+        consequence=False,
+        message=message,
+        traceback=traceback,
+        evidence=evidence,
+        interrupted=True,
+    )
 
 
 def lost_reports(ranks: Iterable[int], host: str, reason: str, at: float) -> list[ExitReport]:

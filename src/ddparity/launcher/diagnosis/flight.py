@@ -1,4 +1,8 @@
-"""Read the last collectives of a rank from the flight recorder that torch keeps in each process."""
+"""Read the last collectives of a rank, and the agreements of ddparity that it waits in.
+
+The collectives come from the flight recorder that torch keeps in each process, the agreements from files that the rank
+writes while it waits (`runtime/waits.py`). Here an agreement is a collective in a group of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,17 @@ import selectors
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .instruments import FLIGHT, SERVER
+from ...runtime.waits import WAIT_FILES
+from .instruments import FLIGHT, SERVER, STATE_HANDLER
 
 DEFAULT_GROUP = "0"
+AGREEMENT = "agreement"  # the backend of an agreement
+_LARGEST = 1 << 20  # bytes of a file that a rank writes about an agreement
 _RECORDS_HANDLER = "fr_trace_json"
 _STACKS_HANDLER = "dump_traceback"
 _DTYPES = {
@@ -33,11 +41,13 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of a collective by one rank.
+    """One call of a collective by one rank, or one wait in an agreement.
 
     `sequence`: its number in its process group, the same on all ranks. `record`: its number in its process.
     `inputs`, `outputs`: number of elements of each tensor. `row`: number of elements of one row (an index of the first
-    dimension) of the first tensor. `created_s`: the time of the call, in seconds since 1970.
+    dimension) of the first tensor. `created_s`: the time of the call, in seconds since 1970. `timeout_s`: of its group;
+    None: unknown. `ranks`: of its group, where they are known; always of an agreement. `main`: the agreement is one
+    that the main thread waits in.
     """
 
     group: str
@@ -52,6 +62,9 @@ class Operation:
     record: int
     created_s: float
     row: int
+    timeout_s: float | None = None
+    ranks: tuple[int, ...] = ()
+    main: bool = False
 
     def __str__(self) -> str:
         """Return a text like "all_reduce of 4 float32"."""
@@ -114,7 +127,37 @@ def _operation(entry: Mapping[str, Any]) -> Operation:
         record=int(entry["record_id"]),
         created_s=entry["time_created_ns"] / 1e9,
         row=math.prod(first[1:]),
+        timeout_s=entry["timeout_ms"] / 1e3 if entry.get("timeout_ms") else None,
     )
+
+
+def read_agreements(folder: Path) -> tuple[Operation, ...]:
+    """Return the agreements that threads of a rank wait in, from the files in its folder."""
+    found = []
+    for path in folder.glob(WAIT_FILES):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # the wait has just ended
+            with path.open() as file:
+                content = json.loads(file.read(_LARGEST))
+            since_s = float(content["since"])
+            operation = Operation(
+                group=str(content["key"]),
+                sequence=1,
+                name=str(content["what"]),
+                backend=AGREEMENT,
+                dtypes=(),
+                inputs=(),
+                outputs=(),
+                pending=True,
+                point_to_point=False,
+                record=int(since_s * 1e6),  # later than any collective's, and different for each wait
+                created_s=since_s,
+                row=1,
+                timeout_s=content["timeout"],
+                ranks=tuple(map(int, content["ranks"])),
+                main=bool(content["main"]),
+            )
+            found.append(operation)
+    return tuple(sorted(found, key=lambda one: one.record))
 
 
 def read_record_file(folder: Path) -> FlightRecord | None:
@@ -128,20 +171,31 @@ def read_record_file(folder: Path) -> FlightRecord | None:
 def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, FlightRecord]:
     """Ask all ranks for their records at once; return the answers that come within `timeout_s`."""
     found = {}
-    for rank, text in _ask(folders, _RECORDS_HANDLER, timeout_s).items():
+    for rank, text in ask(folders, _RECORDS_HANDLER, timeout_s).items():
         try:
-            found[rank] = parse_record(text)
+            record = parse_record(text)
+            found[rank] = replace(record, operations=record.operations + read_agreements(folders[rank]))
         except (ValueError, KeyError, TypeError, IndexError):  # another torch may have other fields: treat as no answer
             continue
     return found
 
 
+def ask_groups(folders: Mapping[int, Path], timeout_s: float) -> dict[str, tuple[int, ...]]:
+    """Ask ranks for the global ranks of their process groups, by name. A rank needs its GIL to answer."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in ask(folders, STATE_HANDLER, timeout_s).values():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            groups = json.loads(text)["groups"]
+            found |= {str(name): tuple(map(int, ranks)) for name, ranks in groups.items()}
+    return found
+
+
 def ask_stacks(folders: Mapping[int, Path], timeout_s: float) -> dict[int, str]:
     """Ask all ranks for the Python frames of all their threads at once. A rank needs its GIL to answer."""
-    return {rank: text.decode(errors="replace") for rank, text in _ask(folders, _STACKS_HANDLER, timeout_s).items()}
+    return {rank: text.decode(errors="replace") for rank, text in ask(folders, _STACKS_HANDLER, timeout_s).items()}
 
 
-def _ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int, bytes]:
+def ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int, bytes]:
     """Return the bodies of the servers' answers. A rank without a whole answer is left out: stopped, dead, starting."""
     request = f"POST /handler/{handler} HTTP/1.1\r\nHost: ddparity\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     deadline = time.monotonic() + timeout_s

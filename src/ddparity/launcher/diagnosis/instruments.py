@@ -1,9 +1,10 @@
 """Install in a rank's process what its agent needs to read the stacks and the collectives of that rank.
 
 The worker loads this file by its path and calls `install` before the user's script runs. While the script runs, nothing
-of this file runs: the server answers from its own thread, in C++, without the GIL. Neither ddparity nor torch is
-imported, since a script that uses neither would wait for the import: the server starts after the script has imported
-torch.
+of this file runs: the server answers from its own thread, in C++, without the GIL. Only while a rank waits for
+others, it is asked for the exception that it handles and for its groups, which Python answers. Neither ddparity nor
+torch is imported, since a script that uses neither would wait for the import: the server starts after the script has
+imported torch.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import ctypes
 import faulthandler
 import importlib.abc
 import importlib.util
+import json
 import os
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 # How many collectives a rank remembers. The agent sets it for its workers unless the user has set it. One takes about
@@ -33,11 +37,16 @@ SERVER = "server.sock"
 FATAL = "fatal.txt"
 STACKS = "stacks.txt"
 FLIGHT = "flight.json"
+ENDED = "ended.json"  # there when the script has ended
+PROMPT = "prompt"  # there while the rank is at a debugger's prompt
 
 # Real-time signals, which no library uses. The first one has the process write its stacks, the second one only ends a
 # sleep.
 STACK_SIGNAL: int | None = signal.SIGRTMIN + 7 if sys.platform == "linux" else None
 WAKE_SIGNAL: int | None = signal.SIGRTMIN + 8 if sys.platform == "linux" else None
+STATE_HANDLER = "ddparity_state"  # of torch's worker server
+_DEEPEST = 50  # frames of a thread that are written
+_LONGEST, _HALF = 20_000, 10_000  # characters of a traceback that are sent
 _PR_SET_PTRACER = 0x59616D61
 _ANY = ctypes.c_ulong(-1)
 
@@ -57,7 +66,7 @@ def install(folder: Path) -> None:
     if sys.platform == "linux":
         _allow_tracing()
     os.register_at_fork(after_in_child=_uninstall)
-    _after_import("torch", lambda: _serve(folder))
+    after_import("torch", lambda: _serve(folder))
     atexit.register(_at_exit, folder, os.getpid())
 
 
@@ -72,6 +81,60 @@ def write_record(folder: Path) -> None:
             written = path.with_suffix(".tmp")
             written.write_bytes(record)
             written.replace(path)
+
+
+def write_end(folder: Path) -> None:
+    """Write to `ended.json` when the script has ended, and which threads and child processes Python waits for now."""
+    threads = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    frames = sys._current_frames() if threads else {}
+    content = {
+        "at": time.time(),
+        "threads": [[one.native_id, one.name, _where(frames.get(one.ident or 0))] for one in threads],
+        "children": [],
+    }
+    with contextlib.suppress(Exception):  # a script may have replaced what this needs
+        if "multiprocessing.process" in sys.modules:
+            children = sys.modules["multiprocessing.process"].active_children()
+            content["children"] = [[one.pid, one.name] for one in children if not one.daemon]
+    with contextlib.suppress(OSError):
+        partial = folder / f"{ENDED}.partial"
+        partial.write_text(json.dumps(content))
+        partial.replace(folder / ENDED)
+
+
+def _where(frame: FrameType | None) -> list[tuple[str, int, str]]:
+    """Return the frames of a stack as (file, line, function), innermost first."""
+    found: list[tuple[str, int, str]] = []
+    while frame is not None and len(found) < _DEEPEST:
+        found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    return found
+
+
+def _answer(request: Any, response: Any) -> None:
+    """Answer with the exception that the main thread handles now, and the ranks of this process's groups."""
+    content: dict[str, Any] = {}
+    with contextlib.suppress(Exception):
+        content["exception"] = _handled_exception()
+        content["groups"] = _compat().ranks_of_groups()
+    response.set_content(json.dumps(content), "application/json")
+    response.set_status(200)
+
+
+def _handled_exception() -> dict[str, Any] | None:
+    """Return the exception that the main thread handles: its `finally` or `except` block may wait for other ranks."""
+    found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    error = found[1] if isinstance(found, tuple) else found  # before Python 3.12 it is what exc_info() returns
+    if not isinstance(error, BaseException) or error.__traceback__ is None:
+        return None
+    frame = error.__traceback__.tb_frame
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+    return {
+        "message": f"{type(error).__name__}: {error}"[:_LONGEST],
+        "traceback": trace if len(trace) <= _LONGEST else f"{trace[:_HALF]}\n…\n{trace[-_HALF:]}",
+        "file": frame.f_code.co_filename,
+        "line": frame.f_lineno,
+    }
 
 
 def end_held_abort(pid: int) -> None:
@@ -121,7 +184,8 @@ def _serve(folder: Path) -> None:
     with contextlib.suppress(Exception):  # the script's import of torch must succeed, whatever torch has changed
         path.unlink(missing_ok=True)
         with _quiet():
-            _compat().serve_flight_records(str(path))
+            if _compat().serve_flight_records(str(path)):
+                _compat().add_server_handler(STATE_HANDLER, _answer)
 
 
 def _compat() -> ModuleType:
@@ -136,7 +200,7 @@ def _compat() -> ModuleType:
     return sys.modules[name]
 
 
-def _after_import(name: str, action: Callable[[], None]) -> None:
+def after_import(name: str, action: Callable[[], None]) -> None:
     """Run an action after a module has been imported, or now if it has been imported already."""
     if name in sys.modules:
         action()

@@ -60,8 +60,16 @@ def _is_below(file: str, *folders: str) -> bool:
 
 # A stack, and what the process does.
 
+AT_PROMPT = "at a debugger's prompt"
+DEBUGGED = (AT_PROMPT, "stopped by a debugger")  # a person thinks
+_AGREEMENTS = "ddparity/runtime/agreement.py"
+
 # The innermost frame that matches one of these tells the activity: (part of the path, functions or any, activity).
 _ACTIVITIES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("/pdb.py", ("interaction", "cmdloop", "_cmdloop"), AT_PROMPT),
+    ("/IPython/terminal/", (), AT_PROMPT),
+    ("/code.py", ("interact",), AT_PROMPT),
+    ("/pydevd", ("do_wait_suspend", "_do_wait_suspend"), AT_PROMPT),
     ("torch/_dynamo/eval_frame.py", (), ""),  # it is in the stack of every compiled function, also when none compiles
     ("torch/_dynamo/", (), "compiling"),
     ("torch/_inductor/", (), "compiling"),
@@ -73,13 +81,18 @@ _ACTIVITIES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("ddparity/checkpoint/format.py", (), "saving or loading a checkpoint"),
     ("torch/serialization.py", (), "saving or loading a checkpoint"),
     ("safetensors/", (), "saving or loading a checkpoint"),
-    ("ddparity/runtime/agreement.py", (), "waiting for other ranks in first() or world()"),
+    (_AGREEMENTS, (), "waiting for other ranks"),
     ("torch/utils/data/dataloader.py", ("_try_get_data", "_get_data"), "waiting for data-loader workers"),
     ("torch/utils/data/dataloader.py", (), "loading data"),
     ("torch/utils/data/_utils/", (), "loading data"),
 )
 SLOW_ACTIVITIES = ("compiling", "saving or loading a checkpoint")  # a rank that does this for long does not hang
 _IN_COLLECTIVE = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/distributed.py")
+# A collective waits in a function of the first file, or of ours. In the second one a backward waits, or computes.
+_COLLECTIVES = "torch/distributed/distributed_c10d.py"
+_BACKWARD = "torch/autograd/graph.py"
+_OURS = ("comm", "gradients", "batchnorm", "compat.py")
+_NO_COLLECTIVE = ("new_group", "_new_group_with_tag", "init_process_group", "_store_based_barrier", "monitored_barrier")
 _LOCKS = ("wait", "acquire", "join", "_wait_for_tstate_lock", "__enter__")
 _KERNEL_FILES = ("pipe_", "vfs_", "folio", "nfs", "fuse", "ext4", "xfs")
 _KERNEL_SOCKETS = ("sk_", "inet_", "tcp_", "unix_", "skb", "poll", "select")
@@ -90,7 +103,7 @@ class Stack:
     """The main thread of a rank, innermost frame first.
 
     `state`: the letter of /proc: R, S, D, T, Z. `waits_in`: the function of the kernel that the thread sleeps in.
-    `text`: the stacks of all threads, for a file.
+    `text`: the stacks of all threads, for a file. `others`: the frames of the other threads.
     """
 
     frames: tuple[Frame, ...] = ()
@@ -99,6 +112,7 @@ class Stack:
     state: str = "?"
     waits_in: str = ""
     text: str = field(default="", compare=False)
+    others: tuple[tuple[Frame, ...], ...] = ()
 
     def user_frame(self) -> Frame | None:
         """Return the innermost frame of the user's code. If there is none: of a library; if there is none: of any."""
@@ -107,8 +121,10 @@ class Stack:
 
     def activity(self) -> str:
         """Return in a few words what the rank does; "" if that is not known."""
-        if self.state in "Tt":
+        if self.state == "T":
             return "stopped (SIGSTOP)"
+        if self.state == "t":
+            return DEBUGGED[1]
         if self.state == "D":
             return "in uninterruptible sleep, probably in a file system"
         if self.state in "ZX":
@@ -123,10 +139,29 @@ class Stack:
                     break
         return self._waiting()
 
-    def in_collective(self) -> bool:
-        """Return whether the main thread is in torch.distributed or in a backward. Without frames, it is assumed."""
-        inside = any(part in frame.file for frame in self.frames for part in _IN_COLLECTIVE)
+    def in_collective(self, agreement: bool = False) -> bool:
+        """Return whether the main thread is in torch.distributed or in a backward. Without frames, it is assumed.
+
+        `agreement`: whether it is in an agreement.
+        """
+        parts = (_AGREEMENTS,) if agreement else _IN_COLLECTIVE
+        inside = any(part in frame.file for frame in self.frames for part in parts)
         return self.state not in "TtD" and (inside or not self.frames)
+
+    def only_waits(self, agreement: bool, idle: bool) -> bool:
+        """Return whether the main thread can do nothing but wait, and no other thread runs code that could help it.
+
+        `agreement`: it waits in one of ddparity's. `idle`: the process has used no processor for some seconds.
+        """
+        if not self.frames or self.running or self.state != "S" or any(map(_may_call, self.others)):
+            return False
+        if agreement:
+            return any(frame.file.endswith(_AGREEMENTS) for frame in self.frames)
+        if any(frame.function in _NO_COLLECTIVE for frame in self.frames):
+            return False
+        file = self.frames[0].file
+        ours = tuple(os.path.join(_DDPARITY, part) for part in _OURS)
+        return file.endswith(_COLLECTIVES) or file.startswith(ours) or (idle and file.endswith(_BACKWARD))
 
     def _waiting(self) -> str:
         """Return what the main thread waits for, from its innermost frame and the kernel's function."""
@@ -149,6 +184,13 @@ class Stack:
         return "running Python" if top is not None and (self.running or self.state == "R") else ""
 
 
+def _may_call(frames: tuple[Frame, ...]) -> bool:
+    """Return whether a thread may call a collective: it is in code of the user, of torch.distributed or of ddparity."""
+    return any(
+        is_users(frame) or "torch/distributed/" in frame.file or _is_below(frame.file, _DDPARITY) for frame in frames
+    )
+
+
 # The stacks of processes that run: from py-spy, from torch's server in the process, and from /proc.
 
 _SETTLED_S = 0.1  # a process that py-spy has paused runs for a moment before it waits again
@@ -168,7 +210,8 @@ def read_stacks(pids: Mapping[int, int], folders: Mapping[int, Path], timeout_s:
         if rank in dumps:
             found[rank] = _from_py_spy(dumps[rank], state, waits_in)
         elif rank in texts:
-            found[rank] = Stack(_from_faulthandler(texts[rank]), False, state == "R", state, waits_in, texts[rank])
+            main, others = _from_faulthandler(texts[rank])
+            found[rank] = Stack(main, False, state == "R", state, waits_in, texts[rank], others)
         else:
             found[rank] = Stack(state=state, waits_in=waits_in)
     return found
@@ -232,7 +275,9 @@ def _from_py_spy(threads: Sequence[Mapping[str, Any]], state: str, waits_in: str
         gil = " holds the GIL" if one["owns_gil"] else ""
         lines.append(f"Thread {one['thread_name']} ({'active' if one['active'] else 'idle'}){gil}")
         lines += [f"    {frame}" for frame in _frames(one)]
-    return Stack(_frames(main), bool(main.get("owns_gil")), bool(main.get("active")), state, waits_in, "\n".join(lines))
+    others = tuple(_frames(one) for one in threads if one is not main)
+    holds_gil, active = bool(main.get("owns_gil")), bool(main.get("active"))
+    return Stack(_frames(main), holds_gil, active, state, waits_in, "\n".join(lines), others)
 
 
 def _frames(thread: Mapping[str, Any]) -> tuple[Frame, ...]:
@@ -242,10 +287,16 @@ def _frames(thread: Mapping[str, Any]) -> tuple[Frame, ...]:
 _FAULTHANDLER_FRAME = re.compile(r'  File "(.+)", line (\d+|\?\?\?) in (.+)')
 
 
-def _from_faulthandler(text: str) -> tuple[Frame, ...]:
-    """Return the frames of the main thread. It is the last one: faulthandler writes the newest thread first."""
-    found = _FAULTHANDLER_FRAME.findall(text.rpartition("hread 0x")[2])
-    return tuple(Frame(file, int(line) if line.isdigit() else 0, name) for file, line, name in found)
+def _from_faulthandler(text: str) -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]:
+    """Return the frames of the main thread and of the others. The main one is last: the newest thread comes first."""
+    threads = [
+        tuple(
+            Frame(file, int(line) if line.isdigit() else 0, name)
+            for file, line, name in _FAULTHANDLER_FRAME.findall(part)
+        )
+        for part in text.split("hread 0x")[1:]
+    ]
+    return (threads[-1] if threads else ()), tuple(threads[:-1])
 
 
 def _process_states(pids: Mapping[int, int]) -> dict[int, tuple[str, str]]:
@@ -273,15 +324,6 @@ def _process_state(pid: int) -> tuple[str, str]:
     except OSError:
         waits_in = ""
     return state, "" if waits_in == "0" else waits_in
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds that a process has used; 0 if that cannot be read."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return 0.0
 
 
 # The text of a traceback.

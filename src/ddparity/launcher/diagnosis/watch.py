@@ -1,394 +1,399 @@
-"""Watch the ranks of one machine from its agent and report a hang: which rank causes it, where it is, and why."""
+"""Watch the ranks of one machine from its agent: report a hang, which ends the job, or ranks that others wait for.
+
+What cannot end by itself is a hang: ranks call different collectives, a rank has ended while others wait for it, or
+ranks wait for each other. A rank that has only not come yet may be healthy, however long it takes. It is reported, and
+it is a hang when the time-out of its process group or the user's own time is over.
+"""
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from torch.distributed import DistError
 
 from . import desync, messages
-from .desync import Finding, RankState, StragglerCount
-from .flight import Operation, ask_records, read_record_file
-from .hang_report import HangReport, Row, headline, make_row, write_stacks
-from .instruments import FATAL, end_held_abort
+from .absence import REPORT_S, Notice, Schedule, describe_absence, describe_unended, say_time
+from .circle import find_circle
+from .desync import Finding
+from .hang_report import HangReport, Row, write_stacks
+from .known import Known, WatchedRank, is_idle
+from .looks import asked_group, exceptions_of, has_prompt, report_on, rows_of, stacks_of, texts
 from .messages import AgentChannel, MachineState
-from .stacks import SLOW_ACTIVITIES, Stack, cpu_seconds, read_stacks, signal_for_stacks
+from .stacks import DEBUGGED, SLOW_ACTIVITIES, signal_for_stacks
+from .unended import Handled, read_ended
+
+__all__ = ["Watch", "WatchedRank"]
 
 _POLL_S = 1.0
 _CHECK_S = 0.5  # between polls while a rank waits in the same collective as at the last poll
 _SOON_S = 0.1  # between polls while a rank aborts, or other machines are asked
-_ANSWER_S = 0.2
-_ABORT_S = 1.0  # how long an abort is held: the collectives of the other ranks are read meanwhile
-_LONG_WAIT = 10  # times the time-out: for a rank that compiles, reads or writes a checkpoint, or is in its first step
-_SILENT_S = 2.0  # a rank that ends is gone after this
+_LONG_WAIT = (
+    10  # times the user's time: for a rank that compiles, reads or writes a checkpoint, or is in its first step
+)
 _UNRECORDED_S = 3.0
+_CIRCLE_S = 3.0  # without progress, until ranks that wait for each other are looked at
 _TOGETHER_S = 3.0  # for the other machines to answer where their ranks are
-_IDLE_CPU = 0.02  # a process that uses a smaller share of a core does nothing
+_AFTER_TIMEOUT_S = 5.0  # for torch to end the ranks itself
+_BEFORE_TIMEOUT_S = 5.0  # when the stacks are kept: after the time-out the ranks may have ended
+_KEPT_S = 30.0  # how long what was kept explains an end
 
-
-@dataclass(frozen=True)
-class WatchedRank:
-    """A rank of this machine. `folder`: the one that `instruments.install` was given in that process."""
-
-    rank: int
-    pid: int
-    folder: Path
+# The ranks may go on while stacks are read. The other kinds are certain from the records alone.
+_MAY_END = ("absent", "stalled", "circle")
+# What a finding is for: it ends the job; it is told and the job goes on; it is kept for the end of the ranks.
+_Purpose = Literal["end", "tell", "keep"]
 
 
 class Watch:
     """Poll the collectives of the ranks; `look` returns a report once a hang is certain.
 
-    `hang_timeout_s`: a rank that has not called a collective is reported if no rank has made progress for so long; 0:
-    never. A collective that ranks call differently, or that a rank has ended without, is reported within seconds.
-    `channel`: to the agents of the job's other machines, if there are any.
+    Args:
+        ranks: those of this machine.
+        hang_timeout_s: seconds without progress after which a rank that has not called a collective is a hang; None:
+            the time-out of the process group.
+        channel: to the agents of the job's other machines, if there are any.
+        report_s: seconds without progress after which such a rank is first reported.
     """
 
     def __init__(
-        self, ranks: Sequence[WatchedRank], hang_timeout_s: float, channel: AgentChannel | None = None
+        self,
+        ranks: Sequence[WatchedRank],
+        hang_timeout_s: float | None = None,
+        channel: AgentChannel | None = None,
+        report_s: float = REPORT_S,
     ) -> None:
-        self._ranks = {watched.rank: watched for watched in ranks}
+        self._known = Known(ranks)
         self._timeout_s = hang_timeout_s
+        self._own_timeout_s = hang_timeout_s if hang_timeout_s is not None else float("inf")
         self._channel = channel
         self._host = socket.gethostname().partition(".")[0]
+        self._polled_at = self._known.now()
         self._next_poll = time.monotonic() + _POLL_S
 
-        self._states = {rank: RankState(rank) for rank in self._ranks}  # also of other machines' ranks, if this leads
-        self._groups: dict[str, tuple[int, ...]] = {}  # the ranks of process groups, as far as ranks name them
-        self._progress_at: dict[int, float] = dict.fromkeys(self._ranks, time.monotonic())
-        self._answered_at: dict[int, float] = {}
-        self._missed: dict[int, int] = {}  # polls without an answer since the last answer
-        self._unrecorded: set[int] = set()  # ranks that ended without flight.json, as by os._exit
-        self._aborts: dict[int, float] = {}  # when the abort of a rank was seen
-        self._released: set[int] = set()  # ranks whose abort is no longer held
-        self._calls: dict[tuple[int, str], dict[object, int]] = {}
-        self._repeated: set[tuple[int, str]] = set()  # (rank, group): it has called one collective twice
-        self._straggler_count = StragglerCount()
-
-        self._pending: dict[tuple[int, str], int] = {}  # (rank, group): the record that was pending at the last poll
-        self._unchanged: set[str] = set()  # groups in which the same records were pending at the last poll
+        self._schedule = Schedule(report_s)
+        self._notices: list[Notice] = []
         self._check_at: dict[str, float] = {}  # by group: when to read stacks next
         self._long_wait_at: dict[str, float] = {}  # by group: when there was last a reason for a long wait
-        self._cpu: dict[int, tuple[float, float]] = {}  # (time, CPU seconds) when progress stopped
+        self._circle_at = 0.0  # when to look next at ranks that wait for each other
+        self._circle: tuple[object, ...] = ()  # those of the last look
         self._reported: set[tuple[object, ...]] = set()
+        self._kept: tuple[float, tuple[object, ...], HangReport] | None = None  # when, of which finding
 
-        self._candidate: Finding | None = None  # the finding that the other machines are asked about
+        self._candidate: tuple[Finding, _Purpose] | None = None  # the finding that the other machines are asked about
         self._question, self._asked_at = 0, 0.0
         self._announced = ""
         self._answer: tuple[Row, ...] = ()
 
     def ended(self, rank: int, exitcode: int) -> None:
         """Note that a rank of this machine has ended. The next look reports it if other ranks wait for it."""
-        state = self._states.get(rank, RankState(rank))
-        record = read_record_file(self._ranks[rank].folder) if rank in self._ranks else None
-        if record is not None:
-            self._note_repeats(rank, record.operations)
-            state = replace(state, operations=record.operations)
-        elif rank in self._ranks:
-            self._unrecorded.add(rank)
-        self._states[rank] = replace(state, exitcode=exitcode, silent=False)
+        self._known.ended(rank, exitcode)
         self._next_poll = min(self._next_poll, time.monotonic())
 
     @property
     def progressed(self) -> bool:
         """Whether a rank has called one collective twice, as in its second step."""
-        return bool(self._repeated)
+        return bool(self._known.repeated)
 
     def look(self) -> HangReport | None:
         """Poll the ranks if it is time to; return a report of a new hang. The agent calls it several times a second."""
-        now = time.monotonic()
-        self._check_aborts(now)
-        if now < self._next_poll:
+        now = self._known.tick()
+        if self._known.check_aborts(now):
+            self._next_poll = time.monotonic()
+        if time.monotonic() < self._next_poll:
             return None
         self._poll(now)
         report = None
         if self._channel is None:
-            finding = self._find_hang(now)
-            report = self._report(finding) if finding is not None else None
+            found = self._find_hang(now)
+            report = self._judge(*found, now) if found is not None else None
         else:
             with suppress(DistError):  # the machine that holds the store is gone: an agent reports that
                 report = self._look_with_others(self._channel, now)
-        soon = self._aborts.keys() - self._released or self._candidate is not None
-        self._next_poll = time.monotonic() + (_SOON_S if soon else _CHECK_S if self._unchanged else _POLL_S)
+        report = report or self._find_unended()
+        soon = self._known.aborting or self._candidate is not None
+        pause_s = _SOON_S if soon else _CHECK_S if self._known.unchanged else _POLL_S
+        self._next_poll = time.monotonic() + pause_s
         return report
 
+    def take_notices(self) -> list[Notice]:
+        """Return the reports since the last call on ranks that others wait for. The job goes on."""
+        taken, self._notices = self._notices, []
+        return taken
+
     def explain(self) -> HangReport | None:
-        """Return why ranks failed, if their last collectives show it: a mismatch, or a rank that ended too early.
+        """Return why ranks failed, if their last collectives show it: a mismatch, a rank that ended too early, or one
+        that had not called a collective when its time-out was over.
 
         The agent calls it after a rank has failed, before it ends the other ranks.
         """
-        self._poll(time.monotonic())
-        for group in desync.default_last(one.group for state in self._states.values() for one in state.operations):
-            ranks = [rank for rank in self._ranks_of(group) if rank not in self._unrecorded]
-            finding = desync.find_mismatch(self._states, group) or desync.find_left(self._states, group, ranks)
+        known = self._known
+        self._poll(known.now())
+        for group in desync.default_last(one.group for state in known.states.values() for one in state.operations):
+            ranks = [rank for rank in known.ranks_of(group) if rank not in known.unrecorded]
+            finding = desync.find_mismatch(known.states, group) or desync.find_left(known.states, group, ranks)
             if finding is not None:
-                return self._report(finding)
+                return report_on(known, self._host, finding)
+        if self._kept is not None and known.now() - self._kept[0] < _KEPT_S:
+            return self._kept[2]
         return None
 
     def stragglers(self, always: bool = False) -> str:
         """Return for which ranks the others waited; "" if no rank stands out, unless `always`."""
-        return self._straggler_count.describe(always)
+        return self._known.straggler_count.describe(always)
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return what each rank of this machine does now, and what it has used since progress stopped."""
+        return rows_of(self._known, self._host, "", stacks_of(self._known, self._known.ranks))
+
+    def at_prompt(self) -> list[int]:
+        """Return the ranks of this machine that are at a debugger's prompt."""
+        return [rank for rank in self._known.ranks if has_prompt(self._known, rank)]
+
+    def exceptions(self) -> dict[int, Handled]:
+        """Return the exceptions of ranks of this machine that are on their way out, while the rank waits."""
+        return {rank: one for rank, one in exceptions_of(self._known, self._known.ranks).items() if one.leaves}
 
     def keep_stacks(self, report: HangReport, directory: Path, ends: bool = True) -> list[Path]:
         """Write the stacks of all ranks of this machine to files. Call it before any signal to the ranks.
 
         `ends`: the job ends after this. Then a rank whose stacks could not be read gets a signal to write them itself.
         """
-        texts = dict(report.stacks)
-        for rank, watched in self._ranks.items():
-            if ends and rank not in texts and self._alive(rank):
-                texts[rank] = signal_for_stacks(watched.pid, watched.folder)
-        return write_stacks(texts, directory)
-
-    # What is known of the ranks.
-
-    def _check_aborts(self, now: float) -> None:
-        """Note which ranks hold an abort, and end an abort that was held for long enough."""
-        for rank, watched in self._ranks.items():
-            if rank in self._released or self._states[rank].exitcode is not None:
-                continue
-            if rank not in self._aborts:
-                if _is_empty(watched.folder / FATAL):
-                    continue
-                self._aborts[rank] = now
-                self._next_poll = now
-            elif now - self._aborts[rank] > _ABORT_S:
-                self._released.add(rank)
-                end_held_abort(watched.pid)  # the abort has no connection with the collectives of other ranks
+        found = dict(report.stacks)
+        for rank, watched in self._known.ranks.items():
+            if ends and rank not in found and self._known.alive(rank):
+                found[rank] = signal_for_stacks(watched.pid, watched.folder)
+        return write_stacks(found, directory)
 
     def _poll(self, now: float) -> None:
-        """Ask the ranks of this machine for their collectives."""
-        folders = {rank: one.folder for rank, one in self._ranks.items() if self._states[rank].exitcode is None}
-        for rank, record in ask_records(folders, _ANSWER_S).items():
-            self._groups.update(record.groups)
-            self._answered_at[rank] = now
-            self._update(replace(self._states[rank], operations=record.operations), now)
-            self._note_repeats(rank, record.operations)
-        for rank in folders:
-            answered = self._answered_at.get(rank, now)
-            self._missed[rank] = 0 if answered == now else self._missed.get(rank, 0) + 1
-            silent = self._missed[rank] > 1 and now - answered >= _SILENT_S
-            self._states[rank] = replace(self._states[rank], silent=silent)
-        local = self._local_states()
-        groups = {one.group for state in local.values() for one in state.operations}
-        self._straggler_count.add(local, {group: desync.group_ranks(local, group, self._groups) for group in groups})
-
-    def _update(self, state: RankState, now: float) -> None:
-        before = self._states.get(state.rank)
-        if before is None or _progress(before.operations) != _progress(state.operations):
-            self._progress_at[state.rank] = now
-            self._cpu.clear()
-        self._states[state.rank] = state
-
-    def _note_repeats(self, rank: int, operations: Sequence[Operation]) -> None:
-        for one in operations:
-            key = (rank, one.group)
-            if key not in self._repeated and not one.point_to_point:
-                calls = self._calls.setdefault(key, {})
-                if calls.setdefault((one.name, one.dtypes, one.inputs), one.record) != one.record:
-                    self._repeated.add(key)
-                    del self._calls[key]
-
-    def _note_unchanged(self) -> None:
-        """Note the groups in which the same collectives are pending as at the last poll."""
-        pending = {}
-        for rank, state in self._states.items():
-            if state.exitcode is None:
-                for group in {one.group for one in state.operations if one.pending}:
-                    if (one := state.pending(group)) is not None:
-                        pending[rank, group] = one.record
-        changed = {group for (rank, group), record in pending.items() if self._pending.get((rank, group)) != record}
-        self._unchanged = {group for _, group in pending} - changed
-        self._pending = pending
-
-    def _local_states(self) -> dict[int, RankState]:
-        return {rank: self._states[rank] for rank in self._ranks}
-
-    def _ranks_of(self, group: str) -> tuple[int, ...]:
-        return desync.group_ranks(self._states, group, self._groups)
-
-    def _alive(self, rank: int) -> bool:
-        return rank in self._ranks and self._states[rank].exitcode is None
-
-    def _idle_s(self, ranks: Sequence[int], now: float) -> float:
-        """Return for how many seconds no rank has made progress."""
-        return now - max(self._progress_at[rank] for rank in ranks)
+        self._known.poll(now, now - self._polled_at)
+        self._polled_at = now
 
     # Whether they hang.
 
-    def _find_hang(self, now: float) -> Finding | None:
-        """Return a hang that is certain and has not been reported."""
-        self._note_unchanged()
-        aborting = bool(self._aborts.keys() - self._released)
-        for group in desync.stuck_groups(self._states):
-            if group not in self._unchanged and not aborting:
+    def _find_hang(self, now: float) -> tuple[Finding, _Purpose] | None:
+        """Return a finding that has not been reported, and what it is for. The machines are not asked yet."""
+        known = self._known
+        known.note_unchanged(now)
+        for group in desync.stuck_groups(known.states):
+            if group not in known.unchanged and not known.aborting:
                 continue
-            finding = desync.find_mismatch(self._states, group)
-            if finding is None and group in self._unchanged:
-                finding = self._find_missing(group, now)
-            if finding is not None and finding.key() not in self._reported:
-                self._reported.add(finding.key())
-                return finding
+            finding = desync.find_mismatch(known.states, group)
+            if finding is None and group in known.unchanged:
+                missing = desync.find_missing(known.states, group, known.ranks_of(group))
+                finding = missing if missing is not None and missing.proof and self._is_recorded(missing, now) else None
+            if finding is not None and self._is_new(finding):
+                return finding, "end"
+        finding = self._find_circle(now)
+        if finding is not None:
+            return finding, "end"
+        for group in desync.stuck_groups(known.states):
+            finding = desync.find_missing(known.states, group, known.ranks_of(group))
+            if finding is not None and not finding.proof and group in known.unchanged:
+                purpose = self._purpose(finding, now)
+                if purpose is not None:
+                    return finding, purpose
         return None
 
-    def _find_missing(self, group: str, now: float) -> Finding | None:
-        """Return which ranks a group waits for, once it is certain that they will not call the collective."""
-        ranks = self._ranks_of(group)
-        finding = desync.find_missing(self._states, group, ranks)
-        if finding is None:
-            return None
-        idle_s = self._idle_s(ranks, now)
-        if finding.kind == "finished":
-            # If such a rank left no record at its end, its last collectives are known only up to the last poll.
-            return finding if idle_s > _UNRECORDED_S or not set(finding.blamed) & self._unrecorded else None
-        if self._timeout_s <= 0 or idle_s < self._timeout_s or finding.key() in self._reported:
-            return None
-        # A rank that does not answer may be about to end. If it is stopped, it becomes silent later.
-        if any(self._missed.get(rank) and self._alive(rank) and not self._states[rank].silent for rank in ranks):
-            return None
-        if idle_s < self._timeout_s * _LONG_WAIT:
-            if now < self._check_at.get(group, now):
-                return None
-            self._check_at[group] = now + min(1.0, self._timeout_s / 4)
-            if self._may_take_long(finding, ranks, now):
-                self._long_wait_at[group] = now
-            if now - self._long_wait_at.get(group, float("-inf")) < self._timeout_s:
-                return None
-        return finding if self._no_progress_since_poll(ranks) else None
+    def _is_new(self, finding: Finding) -> bool:
+        new = finding.key() not in self._reported
+        self._reported.add(finding.key())
+        return new
 
-    def _no_progress_since_poll(self, ranks: Sequence[int]) -> bool:
-        """Return whether no rank has made progress, or answers again, since the poll: reading stacks takes a while."""
-        folders = {rank: self._ranks[rank].folder for rank in ranks if self._alive(rank)}
-        return all(
-            not self._states[rank].silent and _progress(record.operations) == _progress(self._states[rank].operations)
-            for rank, record in ask_records(folders, _ANSWER_S).items()
-        )
+    def _is_recorded(self, finding: Finding, now: float) -> bool:
+        """Return whether the last collectives of ranks that finished are known.
+
+        If such a rank left no record at its end, they are known only up to the last poll.
+        """
+        idle_s = self._known.idle_s(self._known.ranks_of(finding.group), now)
+        return idle_s > _UNRECORDED_S or not set(finding.blamed) & self._known.unrecorded
+
+    def _find_circle(self, now: float) -> Finding | None:
+        """Return ranks that wait for each other, by their records."""
+        if now < self._circle_at:
+            return None
+        finding = find_circle(self._known.states, self._known.ranks_of)
+        if finding is None or finding.key() in self._reported:
+            return None
+        groups = {one.group for one in finding.operations.values() if one is not None}
+        if not groups <= self._known.unchanged or self._known.idle_s(finding.waiting, now) < _CIRCLE_S:
+            return None
+        self._circle_at = now + _POLL_S
+        if finding.key() != self._circle:  # groups may have been made again under their names, with other ranks
+            self._circle = finding.key()
+            self._known.ask_for_groups()
+            return None
+        return finding
+
+    def _purpose(self, finding: Finding, now: float) -> _Purpose | None:
+        """Return what a rank that has not come is to be reported for; None: for nothing now."""
+        known, ranks = self._known, self._known.ranks_of(finding.group)
+        idle_s = known.idle_s(ranks, now)
+        if known.may_end(ranks) or any(has_prompt(known, rank) for rank in finding.blamed):
+            return None
+        new = finding.key() not in self._reported
+        limit_s, waited_s = finding.timeout_s(), known.since_s(finding.waited_since_s())
+        if limit_s is not None and new:
+            if waited_s > limit_s + _AFTER_TIMEOUT_S and idle_s > _AFTER_TIMEOUT_S:
+                return "end"
+            kept = self._kept is not None and self._kept[1] == finding.key()
+            if waited_s > limit_s - min(_BEFORE_TIMEOUT_S, limit_s / 2) and not kept:
+                return "keep"
+        if self._timeout_s is not None and new and idle_s >= self._timeout_s and self._is_too_long(finding, now):
+            return "end"
+        if self._schedule.due(finding.key(), finding.place(), idle_s):
+            return "tell"
+        return None
+
+    def _is_too_long(self, finding: Finding, now: float) -> bool:
+        """Return whether a wait that is longer than the user's time is no normal one, as that for a compiler is."""
+        ranks = self._known.ranks_of(finding.group)
+        if self._known.idle_s(ranks, now) >= self._own_timeout_s * _LONG_WAIT:
+            return True
+        if now < self._check_at.get(finding.group, now):
+            return False
+        self._check_at[finding.group] = now + min(1.0, self._own_timeout_s / 4)
+        if self._may_take_long(finding, ranks, now):
+            self._long_wait_at[finding.group] = now
+        return now - self._long_wait_at.get(finding.group, float("-inf")) >= self._own_timeout_s
 
     def _may_take_long(self, finding: Finding, ranks: Sequence[int], now: float) -> bool:
         """Return whether a long wait is normal: in the first step, in a compiler, in a checkpoint, or if data moves."""
-        stacks = self._stacks(finding.blamed)
+        stacks = stacks_of(self._known, finding.blamed)
         if any(stack.state in "TtD" for stack in stacks.values()):
             return False
-        if any((rank, finding.group) not in self._repeated for rank in ranks):
+        if any((rank, finding.group) not in self._known.repeated for rank in ranks):
             return True
         if any(stack.activity() in SLOW_ACTIVITIES for stack in stacks.values()):
             return True
-        return finding.kind == "stalled" and self._use_cpu(ranks, now)
+        return finding.kind == "stalled" and not all(is_idle(*one) for one in self._known.used(ranks, now).values())
 
-    def _use_cpu(self, ranks: Sequence[int], now: float) -> bool:
-        """Return whether one of these processes has used its processor since progress stopped."""
-        used_any = False
-        for rank in ranks:
-            if rank in self._ranks:
-                used_s = cpu_seconds(self._ranks[rank].pid)
-                began, before_s = self._cpu.setdefault(rank, (now, used_s))
-                used_any |= now - began < 0.5 or used_s - before_s > _IDLE_CPU * (now - began)
-        return used_any
+    def _judge(self, finding: Finding, purpose: _Purpose, now: float) -> HangReport | None:
+        """Return the report of a hang; keep or tell what is none, or what the stacks do not confirm."""
+        report = report_on(self._known, self._host, finding)
+        if not self._is_confirmed(finding, purpose, report.rows):
+            return None
+        waits = finding.waiting if finding.kind == "circle" else self._known.ranks_of(finding.group)
+        if finding.kind in _MAY_END and not self._known.no_progress_since_poll(waits):
+            return None
+        return self._act(finding, purpose, report, now)
+
+    def _is_confirmed(self, finding: Finding, purpose: _Purpose, rows: Sequence[Row]) -> bool:
+        """Return whether what ranks do, of all machines, agrees with the finding."""
+        by_rank = {row.rank: row for row in rows}
+        if finding.kind == "circle":
+            # Each of them waits in what the records say, and has no other thread that could call what is awaited.
+            return all(rank in by_rank and by_rank[rank].only_waits for rank in finding.waiting)
+        prompt = any(by_rank[rank].activity in DEBUGGED for rank in finding.blamed if rank in by_rank)
+        return finding.proof or not prompt
+
+    def _act(self, finding: Finding, purpose: _Purpose, report: HangReport, now: float) -> HangReport | None:
+        self._reported |= {finding.key()} if purpose == "end" else set()
+        final = replace(report, rows=tuple(replace(row, used="") for row in report.rows))
+        if purpose == "end":
+            return final
+        if purpose == "keep":
+            said = f"{report.headline}; the time-out of its process group is {say_time(finding.timeout_s() or 0.0)}"
+            self._kept = now, finding.key(), replace(final, headline=said)
+            return None
+        idle_s = self._known.idle_s(self._known.ranks_of(finding.group), now)
+        self._schedule.reported(finding.key(), idle_s)
+        said = "".join(
+            f"{one.message.partition(chr(10))[0]} is on its way on rank {rank}, and "
+            for rank, one in self.exceptions().items()
+        )
+        lines = describe_absence(finding, said + report.headline, report.rows, idle_s, self._timeout_s)
+        self._notices.append(Notice(lines, report))
+        return None
+
+    def _find_unended(self) -> HangReport | None:
+        """Tell of ranks whose script has ended and whose process runs; with a time of the user's, end them after it."""
+        known = self._known
+        for rank, watched in known.ranks.items():
+            ended = read_ended(watched.pid, watched.folder) if known.alive(rank) else None
+            waited_s = known.since_s(ended.at_s) if ended is not None else 0.0
+            key = ("unended", rank)
+            too_long = waited_s >= self._own_timeout_s and key not in self._reported
+            if ended is None or not (too_long or self._schedule.due(key, key, waited_s)):
+                continue
+            said = f"the script of rank {rank} has ended, but its process still runs"
+            said += f": {ended.keeps} keeps it" if ended.keeps else ""
+            stacks = stacks_of(known, known.ranks)
+            report = HangReport("unended", "", (rank,), said, rows_of(known, self._host, "", stacks), texts(stacks))
+            if too_long:
+                self._reported.add(key)
+                return report
+            self._schedule.reported(key, waited_s)
+            self._notices.append(Notice(describe_unended(said, waited_s, self._timeout_s), report))
+        return None
 
     # Several machines: all publish their states, the leading agent compares them, asks where all ranks are, and
     # announces the report.
 
     def _look_with_others(self, channel: AgentChannel, now: float) -> HangReport | None:
+        known = self._known
         announced = channel.announced() or ""
         if announced != self._announced:
             self._announced, self._answer = announced, ()
             report = messages.unpack_hang(announced)
             if report is not None and not channel.leads:
-                return replace(report, stacks=_texts(self._stacks(tuple(self._ranks))))
+                return replace(report, stacks=texts(stacks_of(known, known.ranks)))
             group = messages.asked_group(announced)
             if group is not None:
-                self._answer = self._rows(group, self._stacks(tuple(self._ranks)))
-        repeated = frozenset(one for one in self._repeated if one[0] in self._ranks)
-        own = MachineState(self._host, self._local_states(), repeated, announced, self._answer)
+                self._answer = rows_of(known, self._host, group, stacks_of(known, known.ranks))
+        repeated = frozenset(one for one in known.repeated if one[0] in known.ranks)
+        own = MachineState(self._host, known.local_states(), repeated, announced, self._answer)
         channel.publish(messages.pack(own))
         if not channel.leads:
             return None
         machines = [messages.unpack(text) for text in channel.read()]
         for machine in machines:
-            self._repeated |= machine.repeated
-            for rank in machine.states.keys() - self._ranks.keys():
-                self._update(machine.states[rank], now)
+            known.repeated |= machine.repeated
+            for rank in machine.states.keys() - known.ranks.keys():
+                known.update(machine.states[rank], now)
         if self._candidate is not None:
-            return self._decide(channel, self._candidate, machines, now)
-        self._candidate = finding = self._find_hang(now)
-        if finding is not None:
+            return self._decide(channel, *self._candidate, machines, now)
+        self._candidate = found = self._find_hang(now)
+        if found is not None:
             self._question += 1
             self._asked_at = now
-            channel.announce(messages.question(finding.group, self._question))
+            channel.announce(messages.question(asked_group(found[0]), self._question))
         return None
 
     def _decide(
-        self, channel: AgentChannel, finding: Finding, machines: Sequence[MachineState], now: float
+        self,
+        channel: AgentChannel,
+        finding: Finding,
+        purpose: _Purpose,
+        machines: Sequence[MachineState],
+        now: float,
     ) -> HangReport | None:
         """Return the report once all machines have answered where their ranks are; None if it is no hang after all."""
-        question = messages.question(finding.group, self._question)
+        known = self._known
+        question = messages.question(asked_group(finding), self._question)
         rows = {row.rank: row for machine in machines if machine.answers == question for row in machine.rows}
-        if rows.keys() < self._states.keys() and now - self._asked_at < _TOGETHER_S:
+        if rows.keys() < known.states.keys() and now - self._asked_at < _TOGETHER_S:
             return None
         self._candidate = None
-        idle_s = self._idle_s(self._ranks_of(finding.group), now)
+        idle_s = known.idle_s(finding.waiting if finding.kind == "circle" else known.ranks_of(finding.group), now)
         slow = any(rows[rank].activity in SLOW_ACTIVITIES for rank in finding.blamed if rank in rows)
-        waits = finding.kind in ("absent", "stalled")
+        waits = finding.kind in _MAY_END
         progressed = waits and idle_s < now - self._asked_at
-        answers = finding.kind == "stalled" and not all(self._states[rank].silent for rank in finding.blamed)
-        if progressed or answers or (waits and slow and idle_s < self._timeout_s * _LONG_WAIT):
+        answers = finding.kind == "stalled" and not all(known.states[rank].silent for rank in finding.blamed)
+        own = purpose == "end" and not finding.proof and slow and idle_s < self._own_timeout_s * _LONG_WAIT
+        confirmed = self._is_confirmed(finding, purpose, tuple(rows.values()))
+        report = None
+        if not (progressed or (answers and purpose == "end") or own) and confirmed:
+            report = report_on(self._known, self._host, finding)
+            report = replace(report, rows=tuple(rows.get(row.rank, row) for row in report.rows))
+            report = self._act(finding, purpose, report, now)
+        elif purpose == "end":
             self._reported.discard(finding.key())
             self._long_wait_at[finding.group] = now
-            channel.announce("")
-            return None
-        report = self._report(finding)
-        report = replace(report, rows=tuple(rows.get(row.rank, row) for row in report.rows))
-        self._announced = messages.pack_hang(report, self._question)
+        self._announced = messages.pack_hang(report, self._question) if report is not None else ""
         channel.announce(self._announced)
         return report
-
-    # The report.
-
-    def _report(self, finding: Finding) -> HangReport:
-        stacks = self._stacks(tuple(self._ranks))
-        rows = self._rows(finding.group, stacks, finding)
-        said = headline(finding, self._states)
-        return HangReport(finding.kind, finding.group, finding.blamed, said, rows, _texts(stacks))
-
-    def _rows(self, group: str, stacks: Mapping[int, Stack], finding: Finding | None = None) -> tuple[Row, ...]:
-        """Return the rows of this machine's ranks, or those of all ranks for a finding."""
-        operations = finding.operations if finding is not None else {}
-        ranks = sorted(self._states if finding is not None else self._ranks)
-        return tuple(
-            make_row(
-                self._host if rank in self._ranks else "",
-                self._states[rank],
-                group,
-                stacks.get(rank),
-                operations.get(rank),
-                rank in self._aborts,
-            )
-            for rank in ranks
-        )
-
-    def _stacks(self, ranks: Sequence[int]) -> dict[int, Stack]:
-        """Return the stacks of those of the ranks that run on this machine."""
-        alive = {rank: self._ranks[rank] for rank in ranks if self._alive(rank)}
-        return read_stacks(
-            {rank: one.pid for rank, one in alive.items()}, {rank: one.folder for rank, one in alive.items()}
-        )
-
-
-def _texts(stacks: Mapping[int, Stack]) -> dict[int, str]:
-    return {rank: stack.text for rank, stack in stacks.items() if stack.text}
-
-
-def _progress(operations: Sequence[Operation]) -> object:
-    """Return a value that changes when a rank calls a collective or when one of its collectives is done."""
-    return operations[-1].record if operations else -1, tuple(one.record for one in operations if one.pending)
-
-
-def _is_empty(path: Path) -> bool:
-    try:
-        return path.stat().st_size == 0
-    except OSError:
-        return True

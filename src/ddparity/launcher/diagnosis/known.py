@@ -1,0 +1,251 @@
+"""What a watch knows of the ranks: it polls those of its machine, and is told of those of other machines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import desync
+from .desync import RankState, StragglerCount
+from .flight import AGREEMENT, DEFAULT_GROUP, Operation, ask_groups, ask_records, read_record_file
+from .instruments import FATAL, end_held_abort
+from .usage import Usage, read_usages
+
+_ANSWER_S = 0.2
+_ASK_S = 10.0  # until a rank that has not told the ranks of a group is asked again
+_ABORT_S = 1.0  # how long an abort is held: the collectives of the other ranks are read meanwhile
+_SILENT_S = 2.0  # a rank that ends is gone after this
+_SUSPENDED_S = 10.0  # between two polls: this process was stopped
+_IDLE_CPU = 0.02  # a process that uses a smaller share of a core does nothing
+_IDLE_S = 3.0  # over which that is measured
+_USED_AFTER_S = 2.0  # without progress, from when on it is measured what ranks use
+
+
+@dataclass(frozen=True)
+class WatchedRank:
+    """A rank of this machine. `folder`: the one that `instruments.install` was given in that process."""
+
+    rank: int
+    pid: int
+    folder: Path
+
+
+class Known:
+    """The states of the ranks, as of the last poll.
+
+    `ranks`: those of this machine. `states`: of all ranks that are known, also of other machines'. `repeated`: (rank,
+    group) where the rank has called one collective twice. `unrecorded`: ranks that ended without a record, as by
+    os._exit. `unchanged`: groups in which the same collectives were pending at the last two polls. No time counts
+    while this process or all ranks of this machine are stopped, as by a scheduler.
+    """
+
+    def __init__(self, ranks: Sequence[WatchedRank]) -> None:
+        self.ranks = {watched.rank: watched for watched in ranks}
+        self.states = {rank: RankState(rank) for rank in self.ranks}
+        self.repeated: set[tuple[int, str]] = set()
+        self.unrecorded: set[int] = set()
+        self.unchanged: set[str] = set()
+        self.aborts: dict[int, float] = {}  # when the abort of a rank was seen
+        self.straggler_count = StragglerCount()
+        self._lost_s = 0.0
+        self._losses: list[tuple[float, float]] = []  # (until when, in seconds since 1970; seconds that were lost)
+        self._looked_at = time.monotonic()
+        self._released: set[int] = set()  # ranks whose abort is no longer held
+        self._groups: dict[str, tuple[int, ...]] = {}  # the ranks of process groups, as far as ranks name them
+        self._progress_at: dict[int, float] = dict.fromkeys(self.ranks, self.now())
+        self._answered_at: dict[int, float] = {}
+        self._missed: dict[int, int] = {}  # polls without an answer since the last answer
+        self._calls: dict[tuple[int, str], dict[object, int]] = {}
+        self._pending: dict[tuple[int, str], int] = {}  # (rank, group): the record that was pending at the last poll
+        self._ask_at: dict[int, float] = {}  # by rank: when to ask next for the ranks of its groups
+        self._used: dict[int, tuple[float, Usage]] = {}  # what each rank had used when progress stopped
+
+    def now(self) -> float:
+        """Return a time in seconds that stands still while this process, or all ranks of this machine, are stopped."""
+        return time.monotonic() - self._lost_s
+
+    def tick(self) -> float:
+        """Return `now()`. Called several times a second: a long pause means that this process was stopped."""
+        pause_s = time.monotonic() - self._looked_at
+        self._looked_at = time.monotonic()
+        if pause_s > _SUSPENDED_S:
+            self._lose(pause_s)
+        return self.now()
+
+    def _lose(self, seconds: float) -> None:
+        self._lost_s += seconds
+        if self._losses and time.time() - self._losses[-1][0] < _SUSPENDED_S:  # a stop that lasts
+            seconds += self._losses.pop()[1]
+        self._losses.append((time.time(), seconds))
+
+    def since_s(self, at_s: float) -> float:
+        """Return how many seconds have passed since a time in seconds since 1970, without those that were lost."""
+        lost_s = sum(min(seconds, max(0.0, when - at_s)) for when, seconds in self._losses)
+        return time.time() - at_s - lost_s
+
+    # Polls.
+
+    def check_aborts(self, now: float) -> bool:
+        """Note which ranks hold an abort; return whether there is a new one. End an abort that was held long enough."""
+        new = False
+        for rank, watched in self.ranks.items():
+            if rank in self._released or self.states[rank].exitcode is not None:
+                continue
+            if rank not in self.aborts:
+                if _is_empty(watched.folder / FATAL):
+                    continue
+                self.aborts[rank] = now
+                new = True
+            elif now - self.aborts[rank] > _ABORT_S:
+                self._released.add(rank)
+                end_held_abort(watched.pid)  # the abort has no connection with the collectives of other ranks
+        return new
+
+    @property
+    def aborting(self) -> bool:
+        """Whether a rank's abort is held."""
+        return bool(self.aborts.keys() - self._released)
+
+    def poll(self, now: float, pause_s: float) -> None:
+        """Ask the ranks of this machine for their collectives. `pause_s`: since the last poll."""
+        folders = {rank: one.folder for rank, one in self.ranks.items() if self.states[rank].exitcode is None}
+        for rank, record in ask_records(folders, _ANSWER_S).items():
+            self._groups.update(record.groups)
+            self._answered_at[rank] = now
+            operations = tuple(self._with_ranks(one) for one in record.operations)
+            self.update(replace(self.states[rank], operations=operations), now)
+            self._note_repeats(rank, record.operations)
+        for rank in folders:
+            answered = self._answered_at.get(rank, now)
+            self._missed[rank] = 0 if answered == now else self._missed.get(rank, 0) + 1
+            silent = self._missed[rank] > 1 and now - answered >= _SILENT_S
+            self.states[rank] = replace(self.states[rank], silent=silent)
+        if folders and all(self.states[rank].silent for rank in folders):
+            self._lose(pause_s)
+        local = self.local_states()
+        groups = {one.group for state in local.values() for one in state.operations}
+        self.straggler_count.add(local, {group: desync.group_ranks(local, group, self._groups) for group in groups})
+
+    def update(self, state: RankState, now: float) -> None:
+        """Note the state of a rank, of any machine."""
+        before = self.states.get(state.rank)
+        if before is None or progress(before.operations) != progress(state.operations):
+            self._progress_at[state.rank] = now
+            self._used.clear()
+        self.states[state.rank] = state
+
+    def ended(self, rank: int, exitcode: int) -> None:
+        """Note that a rank of this machine has ended."""
+        state = self.states.get(rank, RankState(rank))
+        record = read_record_file(self.ranks[rank].folder) if rank in self.ranks else None
+        if record is not None:
+            self._note_repeats(rank, record.operations)
+            state = replace(state, operations=record.operations)
+        elif rank in self.ranks:
+            self.unrecorded.add(rank)
+        self.states[rank] = replace(state, exitcode=exitcode, silent=False)
+
+    def note_unchanged(self, now: float) -> None:
+        """Note the groups in which the same collectives are pending as at the last poll."""
+        pending = {}
+        for rank, state in self.states.items():
+            if state.exitcode is None:
+                for group in {one.group for one in state.operations if one.pending}:
+                    if (one := state.pending(group)) is not None:
+                        pending[rank, group] = one.record
+        changed = {group for (rank, group), record in pending.items() if self._pending.get((rank, group)) != record}
+        self.unchanged = {group for _, group in pending} - changed
+        self._pending = pending
+        self._learn_groups(now)
+        if self.unchanged and not self._used and self.idle_s(self.ranks, now) > _USED_AFTER_S:
+            self._used = {rank: (now, usage) for rank, usage in self._usages(self.ranks).items()}
+
+    def _with_ranks(self, operation: Operation) -> Operation:
+        """Return an operation with the ranks of its group, if they are known: other machines may not know them."""
+        if operation.pending and not operation.ranks and operation.group in self._groups:
+            return replace(operation, ranks=self._groups[operation.group])
+        return operation
+
+    def _learn_groups(self, now: float) -> None:
+        """Ask ranks that wait in a group for its ranks, unless the flight record names them, as NCCL's does."""
+        folders = {
+            rank: self.ranks[rank].folder
+            for rank, group in self._pending
+            if self.alive(rank) and group in self.unchanged and group not in self._groups and group != DEFAULT_GROUP
+            if not self.states[rank].agrees(group) and now >= self._ask_at.get(rank, now)
+        }
+        if folders:
+            self.ask_for_groups(folders)
+            self._ask_at.update(dict.fromkeys(folders, now + _ASK_S))
+
+    def ask_for_groups(self, ranks: Iterable[int] | None = None) -> None:
+        """Ask ranks of this machine for the ranks of their groups; None: all of them. The next poll knows them."""
+        alive = [rank for rank in (self.ranks if ranks is None else ranks) if self.alive(rank)]
+        self._groups.update(ask_groups({rank: self.ranks[rank].folder for rank in alive}, _ANSWER_S))
+
+    def _note_repeats(self, rank: int, operations: Sequence[Operation]) -> None:
+        for one in operations:
+            key = (rank, one.group)
+            if key not in self.repeated and not one.point_to_point and one.backend != AGREEMENT:
+                calls = self._calls.setdefault(key, {})
+                if calls.setdefault((one.name, one.dtypes, one.inputs), one.record) != one.record:
+                    self.repeated.add(key)
+                    del self._calls[key]
+
+    # Questions.
+
+    def local_states(self) -> dict[int, RankState]:
+        return {rank: self.states[rank] for rank in self.ranks}
+
+    def ranks_of(self, group: str) -> tuple[int, ...]:
+        return desync.group_ranks(self.states, group, self._groups)
+
+    def alive(self, rank: int) -> bool:
+        """Return whether a rank runs on this machine."""
+        return rank in self.ranks and self.states[rank].exitcode is None
+
+    def may_end(self, ranks: Iterable[int]) -> bool:
+        """Return whether a rank has just not answered: it may be about to end. If it is stopped, it is silent later."""
+        return any(self._missed.get(rank) and self.alive(rank) and not self.states[rank].silent for rank in ranks)
+
+    def idle_s(self, ranks: Collection[int], now: float) -> float:
+        """Return for how many seconds no rank has made progress."""
+        return now - max((self._progress_at[rank] for rank in ranks), default=now)
+
+    def no_progress_since_poll(self, ranks: Iterable[int]) -> bool:
+        """Return whether no rank has made progress, or answers again, since the poll: reading stacks takes a while."""
+        folders = {rank: self.ranks[rank].folder for rank in ranks if self.alive(rank)}
+        return all(
+            not self.states[rank].silent and progress(record.operations) == progress(self.states[rank].operations)
+            for rank, record in ask_records(folders, _ANSWER_S).items()
+        )
+
+    def used(self, ranks: Iterable[int], now: float) -> dict[int, tuple[float, Usage, Usage]]:
+        """Return what ranks of this machine have used since progress stopped: the seconds, then and now."""
+        usages = self._usages(ranks)
+        began = {rank: self._used.setdefault(rank, (now, usage)) for rank, usage in usages.items()}
+        return {rank: (now - began[rank][0], began[rank][1], usage) for rank, usage in usages.items()}
+
+    def _usages(self, ranks: Iterable[int]) -> dict[int, Usage]:
+        pids = {rank: self.ranks[rank].pid for rank in ranks if self.alive(rank)}
+        found = read_usages(pids.values())
+        return {rank: found[pid] for rank, pid in pids.items()}
+
+
+def is_idle(seconds: float, before: Usage, after: Usage) -> bool:
+    """Return whether a process has used no processor between two measurements, which are some seconds apart."""
+    return seconds >= _IDLE_S and after.cpu_s - before.cpu_s <= _IDLE_CPU * seconds
+
+
+def progress(operations: Sequence[Operation]) -> object:
+    """Return a value that changes when a rank calls a collective or when one of its collectives is done."""
+    return operations[-1].record if operations else -1, tuple(one.record for one in operations if one.pending)
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except OSError:
+        return True

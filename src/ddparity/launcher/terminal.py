@@ -1,0 +1,134 @@
+"""Let the terminal follow the rank that asks for it: a debugger's prompt works on every rank.
+
+The worker loads this file by its path. Where the job has a terminal, `pdb` takes it for as long as it shows a prompt,
+and gives it back: the standard streams of the rank are then those of the terminal. `breakpoint()`, `pdb.set_trace()`,
+`pdb.post_mortem()` and `torch.distributed.breakpoint()` all end in `pdb.Pdb.interaction`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_LOCK = "terminal"  # in the folder of the job: the rank that has the terminal holds its lock
+
+
+def follow(folder: Path, prompt: str, after_import: Callable[[str, Callable[[], None]], None]) -> None:
+    """Prepare this process. Call it before the standard input is replaced; without a terminal, nothing happens.
+
+    Args:
+        folder: the rank's own. The file `prompt` is in it while the rank has, or waits for, the terminal.
+        prompt: the name of that file.
+        after_import: runs a function after a module has been imported.
+    """
+    descriptor = _open_terminal()
+    if descriptor is not None:
+        terminal = _Terminal(descriptor, folder, prompt)
+        after_import("pdb", terminal.serve_pdb)
+
+
+def _open_terminal() -> int | None:
+    """Return a descriptor of the terminal that the job reads from, to read and write; None if there is none."""
+    with suppress(OSError):
+        if os.isatty(0):
+            if fcntl.fcntl(0, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                return os.dup(0)
+            return os.open(os.ttyname(0), os.O_RDWR | os.O_NOCTTY)
+    return None
+
+
+class _Terminal:
+    def __init__(self, descriptor: int, folder: Path, prompt: str) -> None:
+        self._descriptor, self._lock_file, self._prompt = descriptor, folder.parent / _LOCK, folder / prompt
+        self._rank = os.environ.get("RANK", "0")
+        self._threads = threading.RLock()
+        self._depth = 0
+
+    def serve_pdb(self) -> None:
+        """Give each prompt of pdb the terminal."""
+        import pdb
+
+        interaction = pdb.Pdb.interaction
+
+        @functools.wraps(interaction)
+        def at_terminal(debugger: Any, *args: Any, **options: Any) -> Any:
+            if not debugger.use_rawinput:  # the script has given it other streams
+                return interaction(debugger, *args, **options)
+            with self._held():
+                return interaction(debugger, *args, **options)
+
+        setattr(pdb.Pdb, "interaction", at_terminal)  # noqa: B010 - mypy refuses to assign to a method
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Have the terminal as standard streams in this block. Other ranks that ask wait."""
+        with self._threads:
+            if self._depth:  # a debugger inside of a debugger
+                yield
+                return
+            self._depth += 1
+            with suppress(OSError):
+                self._prompt.touch()
+            try:
+                with self._turn() as before, self._as_streams():
+                    if before != self._rank:
+                        os.write(2, f"ddparity: rank {self._rank} has the terminal\n".encode())
+                    yield
+            finally:
+                self._depth -= 1
+                self._prompt.unlink(missing_ok=True)
+
+    @contextmanager
+    def _turn(self) -> Iterator[str]:
+        """Wait until no other rank has the terminal, and yield the rank that had it before. It begins with rank 0."""
+        try:
+            lock = self._lock_file.open("a+")
+        except OSError:  # the disk is full
+            yield self._rank
+            return
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, too
+            lock.seek(0)
+            before = lock.read() or "0"
+            with suppress(OSError):
+                lock.truncate(0)
+                lock.write(self._rank)
+                lock.flush()
+            yield before
+
+    @contextmanager
+    def _as_streams(self) -> Iterator[None]:
+        _flush()
+        kept, stdin = [os.dup(number) for number in (0, 1, 2)], sys.stdin
+        for number in (0, 1, 2):
+            os.dup2(self._descriptor, number)
+        try:
+            sys.stdin = _standard_input()
+            yield
+        finally:
+            sys.stdin = stdin
+            _flush()
+            for number, descriptor in enumerate(kept):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # a script may replace or close them
+            stream.flush()
+
+
+def _standard_input() -> Any:
+    """Return Python's own file object of descriptor 0: with that one, input() edits lines."""
+    with suppress(Exception):
+        if sys.__stdin__ is not None and sys.__stdin__.fileno() == 0:
+            return sys.__stdin__
+    return open(0, closefd=False)
