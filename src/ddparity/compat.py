@@ -318,3 +318,11 @@ def forget_bootstrap_store(rendezvous: object) -> None:
     """
     if hasattr(rendezvous, "_bootstrap_store_info"):
         rendezvous._bootstrap_store_info = None
+
+
+def close_outputs(processes: Any) -> None:
+    """Close torch's own handles of the files that its processes write to. torch closes them late, or never."""
+    for handler in getattr(processes, "subprocess_handlers", {}).values():
+        for stream in (getattr(handler, "_stdout", None), getattr(handler, "_stderr", None)):
+            if stream is not None:
+                stream.close()
