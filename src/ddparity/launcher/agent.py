@@ -34,7 +34,7 @@ from .diagnosis.exits import (
     signal_name,
 )
 from .diagnosis.hang_report import HangReport, add_positions, describe_hang
-from .diagnosis.stacks import Stack, read_stacks
+from .diagnosis.stacks import Stack, complete_stacks, read_stacks
 from .diagnosis.watch import Watch, WatchedRank
 from .ending import Guardian, RankProcesses, end, end_left, send
 from .exchange import SILENT_S, Exchange, Node, plain_reason
@@ -376,9 +376,13 @@ class Agent(LocalElasticAgent):
 
         def slow(pids: list[int], left_s: float) -> bool:
             ranks = self._ranks.ranks_of(pids)
+            by_rank = {rank: pid for rank, (pid, _) in ranks.items()}
+            folders = {rank: folder for rank, (_, folder) in ranks.items()}
             stacks: dict[int, Stack] = {}
             if not hurry():
-                stacks = read_stacks({r: pid for r, (pid, _) in ranks.items()}, {r: f for r, (_, f) in ranks.items()})
+                stacks = read_stacks(by_rank, folders)
+                if not left_s:
+                    stacks = complete_stacks(stacks, by_rank, folders)
                 if not on and all(stack.frames and stack.in_collective() for stack in stacks.values()):
                     return False
             they = describe_doing(ranks, stacks)

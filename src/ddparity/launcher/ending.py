@@ -39,7 +39,8 @@ done
 [ "$all" ] || exit
 kill -9 $all
 for round in 1 2 3; do
-    found=$(grep -lsF -e "$mark" /proc/[0-9]*/environ) || exit
+    found=$(grep -lsF -e "$mark" /proc/[0-9]*/environ)
+    [ "$found" ] || exit
     for one in $found; do one=${one#/proc/}; kill -9 "${one%/environ}"; done
 done
 """

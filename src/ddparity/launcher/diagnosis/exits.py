@@ -178,7 +178,7 @@ def read_exit_report(
     if code == 1 and not report.message:  # the script has replaced its process, or the disk is full
         message, traceback = find_traceback(output)
         report = replace(report, message=message, traceback=traceback)
-    report = replace(report, said=last_lines(output, report.traceback))
+    report = replace(report, said=last_lines(output, f"{report.message}\n{report.traceback}"))
     if code < 0 and report.message:
         # The exception came first. The process crashed when it ended: threads of torch may run while Python shuts down.
         return replace(report, code=1)
@@ -209,9 +209,9 @@ def find_traceback(output: str) -> tuple[str, str]:
     return lines[end], shortened("\n".join(lines[begin:]), LONGEST_TRACEBACK)
 
 
-def last_lines(output: str, traceback: str) -> str:
-    """Return the last lines of an output without those of the traceback that the process has printed, too."""
-    known = {line.strip() for line in traceback.splitlines()}
+def last_lines(output: str, told: str) -> str:
+    """Return the last lines of an output without those that are told anyway: the process prints its traceback, too."""
+    known = {line.strip() for line in told.splitlines()}
     lines = [_RANK_PREFIX.sub("", line) for line in _shown_lines(output[-_LAST_OUTPUT:])]
     if len(output) >= _LAST_OUTPUT:
         del lines[:1]  # its begin may be missing

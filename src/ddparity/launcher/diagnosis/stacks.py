@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,16 @@ def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
             time.sleep(0.02)
         return path.read_text(errors="replace")[before:]
     return ""
+
+
+def complete_stacks(
+    found: Mapping[int, Stack], pids: Mapping[int, int], folders: Mapping[int, Path]
+) -> dict[int, Stack]:
+    """Return the stacks, with those that could not be read asked for by a signal. Call it just before a SIGKILL."""
+    texts = {
+        rank: "" if stack.frames else signal_for_stacks(pids[rank], folders[rank]) for rank, stack in found.items()
+    }
+    return {rank: replace(one, frames=one.frames or _from_faulthandler(texts[rank])) for rank, one in found.items()}
 
 
 def _py_spy(pids: Mapping[int, int], stopped: Set[int], timeout_s: float) -> dict[int, Any]:
