@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import multiprocessing.connection
 import os
+import signal
 import socket
 import struct
 import sys
@@ -261,6 +263,22 @@ def end_workers(dataloader: DataLoader[Any], iterator: Any) -> None:
         iterator._shutdown_workers()
     if getattr(dataloader, "_iterator", None) is iterator:  # persistent workers
         dataloader._iterator = None
+
+
+def ended_worker(iterator: Any, timeout_s: float) -> str:
+    """Return which worker of an iterator has ended and how, waiting `timeout_s` for one; "" if all of them run.
+
+    A worker's connections are closed some time before its end can be seen.
+    """
+    workers = {worker.sentinel: worker for worker in getattr(iterator, "_workers", ())}
+    for sentinel in multiprocessing.connection.wait(list(workers), timeout_s):
+        worker = workers[sentinel]
+        worker.join()
+        how = f"exit code {worker.exitcode}"
+        if worker.exitcode is not None and worker.exitcode < 0:
+            how = f"killed by signal: {signal.strsignal(-worker.exitcode)}"
+        return f"DataLoader worker (pid {worker.pid}) exited unexpectedly ({how})"
+    return ""
 
 
 def show_dataset(inner: Callable[[Any], Any]) -> None:

@@ -37,7 +37,7 @@ _MEANING: dict[int, str] = {
 # type may come from a file or a web server.
 _OF_THE_GROUP = re.compile(r"(RankFailure|RendezvousError|RuntimeError|Dist\w*Error):")
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
-_CLOSED = re.compile(r"(Connection(Reset|Refused)|BrokenPipe|EOF|FileNotFound)Error:")
+_CLOSED = re.compile(r"(Connection\w+|BrokenPipe|EOF|FileNotFound|Authentication)Error:")
 
 
 # What torch puts before each line of a traceback, what its C++ code logs, and what Python prints.
