@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,6 @@ from ..compat import PrefixStore, close_outputs, forget_bootstrap_store
 from ..errors import RendezvousError
 from ..runtime.network import is_listening_at, limit_tcp_waits, split_endpoint
 from .diagnosis import messages
-from .diagnosis.desync import describe_ranks
 from .diagnosis.exits import (
     Cause,
     ExitReport,
@@ -34,9 +33,9 @@ from .diagnosis.exits import (
     signal_name,
 )
 from .diagnosis.hang_report import HangReport, add_positions, describe_hang
-from .diagnosis.stacks import Stack, complete_stacks, read_stacks
+from .diagnosis.late import describe_doing, only_waits, stacks_of
 from .diagnosis.watch import Watch, WatchedRank
-from .ending import Guardian, RankProcesses, end, end_left, send
+from .ending import Guardian, RankProcesses, end, end_left, runs, send
 from .exchange import SILENT_S, Exchange, Node, plain_reason
 from .output import RankFiles, say, tell
 from .resources import MemoryWatch
@@ -376,15 +375,12 @@ class Agent(LocalElasticAgent):
 
         def slow(pids: list[int], left_s: float) -> bool:
             ranks = self._ranks.ranks_of(pids)
-            by_rank = {rank: pid for rank, (pid, _) in ranks.items()}
-            folders = {rank: folder for rank, (_, folder) in ranks.items()}
-            stacks: dict[int, Stack] = {}
-            if not hurry():
-                stacks = read_stacks(by_rank, folders)
-                if not left_s:
-                    stacks = complete_stacks(stacks, by_rank, folders)
-                if not on and all(stack.frames and stack.in_collective() for stack in stacks.values()):
-                    return False
+            stacks = {} if hurry() else stacks_of(ranks, before_kill=not left_s)
+            if stacks and not on and all(only_waits(stack) for stack in stacks.values()):
+                return False
+            ranks = {rank: one for rank, one in ranks.items() if runs(one[0])}  # reading stacks takes a moment
+            if not ranks:
+                return True
             they = describe_doing(ranks, stacks)
             if left_s:
                 cause = "" if on else f"{self._first_line(hang, ended_before)}; "
@@ -453,13 +449,3 @@ class Agent(LocalElasticAgent):
     def _tell(self, line: str) -> None:
         with self._signals.let_through():
             tell(line)
-
-
-def describe_doing(ranks: Iterable[int], stacks: Mapping[int, Stack]) -> str:
-    """Return the ranks with what each does, like "rank 0 (saving or loading a checkpoint, train.py:40, in save)"."""
-    groups: dict[str, list[int]] = {}
-    for rank in sorted(ranks):
-        stack = stacks.get(rank, Stack())
-        parts = [part for part in (stack.activity(), str(stack.user_frame() or "")) if part]
-        groups.setdefault(f" ({', '.join(parts)})" if parts else "", []).append(rank)
-    return ", ".join(f"{describe_ranks(some)}{doing}" for doing, some in groups.items())

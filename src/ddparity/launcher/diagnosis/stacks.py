@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def read_stacks(pids: Mapping[int, int], folders: Mapping[int, Path], timeout_s:
         if rank in dumps:
             found[rank] = _from_py_spy(dumps[rank], state, waits_in)
         elif rank in texts:
-            found[rank] = Stack(_from_faulthandler(texts[rank]), False, state == "R", state, waits_in, texts[rank])
+            found[rank] = Stack(stack_from_text(texts[rank]), False, state == "R", state, waits_in, texts[rank])
         else:
             found[rank] = Stack(state=state, waits_in=waits_in)
     return found
@@ -190,16 +190,6 @@ def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
             time.sleep(0.02)
         return path.read_text(errors="replace")[before:]
     return ""
-
-
-def complete_stacks(
-    found: Mapping[int, Stack], pids: Mapping[int, int], folders: Mapping[int, Path]
-) -> dict[int, Stack]:
-    """Return the stacks, with those that could not be read asked for by a signal. Call it just before a SIGKILL."""
-    texts = {
-        rank: "" if stack.frames else signal_for_stacks(pids[rank], folders[rank]) for rank, stack in found.items()
-    }
-    return {rank: replace(one, frames=one.frames or _from_faulthandler(texts[rank])) for rank, one in found.items()}
 
 
 def _py_spy(pids: Mapping[int, int], stopped: Set[int], timeout_s: float) -> dict[int, Any]:
@@ -252,8 +242,8 @@ def _frames(thread: Mapping[str, Any]) -> tuple[Frame, ...]:
 _FAULTHANDLER_FRAME = re.compile(r'  File "(.+)", line (\d+|\?\?\?) in (.+)')
 
 
-def _from_faulthandler(text: str) -> tuple[Frame, ...]:
-    """Return the frames of the main thread. It is the last one: faulthandler writes the newest thread first."""
+def stack_from_text(text: str) -> tuple[Frame, ...]:
+    """Return the frames of the main thread from faulthandler's text. It is the last: the newest thread is the first."""
     found = _FAULTHANDLER_FRAME.findall(text.rpartition("hread 0x")[2])
     return tuple(Frame(file, int(line) if line.isdigit() else 0, name) for file, line, name in found)
 
