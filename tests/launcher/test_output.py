@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 import ddparity as dp
-from ddparity.launcher.diagnosis.exits import ExitReport, find_traceback, last_lines, root_cause
+from ddparity.launcher.diagnosis.exits import ExitReport, find_traceback, last_lines, root_cause, shortened
 from ddparity.launcher.output import printable
 from ddparity.launcher.pipes import KEPT_BYTES, RankPipe
-from ddparity.launcher.worker import shortened
 
 from .test_launch import _run, _script
 

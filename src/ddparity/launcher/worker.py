@@ -34,8 +34,8 @@ from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
-LONGEST_MESSAGE = 4_000  # characters
-LONGEST_TRACEBACK = 20_000
+_LONGEST_MESSAGE = 4_000  # characters
+_LONGEST_TRACEBACK = 20_000
 _HEAD_OF_TRACEBACK = "Traceback (most recent call last):\n"
 
 
@@ -168,7 +168,7 @@ def _write_error(folder: Path, error: BaseException, message: str, trace: str) -
 
 
 def _message(error: BaseException) -> str:
-    return shortened(f"{type(error).__name__}: {_printed(error)}", LONGEST_MESSAGE)
+    return _shortened(f"{type(error).__name__}: {_printed(error)}", _LONGEST_MESSAGE)
 
 
 def _printed(value: object) -> str:
@@ -179,8 +179,8 @@ def _printed(value: object) -> str:
         return f"<its __str__ raised {type(error).__name__}>"
 
 
-def shortened(text: str, limit: int) -> str:
-    """Return a text without its middle if it has more characters than `limit`."""
+def _shortened(text: str, limit: int) -> str:
+    """Return a text without its middle if it has more characters than `limit`. The agent does the same."""
     if len(text) <= limit:
         return text
     half = limit // 2
@@ -203,7 +203,7 @@ def _text(error: BaseException, trace: TracebackType | None) -> str:
         text = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
     except Exception:  # such as MemoryError, or notes that are no strings
         text = "".join([_HEAD_OF_TRACEBACK, *traceback.format_tb(trace), _message(error)])
-    return shortened(text, LONGEST_TRACEBACK)
+    return _shortened(text, _LONGEST_TRACEBACK)
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:

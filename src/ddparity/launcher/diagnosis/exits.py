@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.progress import PROGRESS_MARKER
-from ..worker import LONGEST_MESSAGE, LONGEST_TRACEBACK, shortened
 from .desync import describe_ranks
 from .stacks import shorten_traceback
 
@@ -53,6 +52,8 @@ _LAST_OUTPUT = 1 << 14  # characters
 _LAST_LINES = 10
 _LONGEST_LINE = 300
 _LONGEST_HEAD = 300
+_LONGEST_MESSAGE = 4_000
+_LONGEST_TRACEBACK = 20_000
 _IN_HEAD = 3  # last lines of the output that stand in for a missing exception
 
 
@@ -164,8 +165,8 @@ def read_exit_report(
         blames = extra.get("rank")
         report = replace(
             report,
-            message=shortened(record["message"], LONGEST_MESSAGE),
-            traceback=shortened(extra["py_callstack"], LONGEST_TRACEBACK),
+            message=shortened(record["message"], _LONGEST_MESSAGE),
+            traceback=shortened(extra["py_callstack"], _LONGEST_TRACEBACK),
             blames=blames if blames != rank else None,
             consequence=any(
                 _OF_THE_GROUP.match(text) and _CONSEQUENCE.search(text) for text in extra.get("before", [])
@@ -206,7 +207,7 @@ def find_traceback(output: str) -> tuple[str, str]:
         return "", ""
     while begins and lines[begin - 1] in _CHAINED:  # blank lines are not among them
         begin = begins.pop()
-    return lines[end], shortened("\n".join(lines[begin:]), LONGEST_TRACEBACK)
+    return lines[end], shortened("\n".join(lines[begin:]), _LONGEST_TRACEBACK)
 
 
 def last_lines(output: str, told: str) -> str:
@@ -217,6 +218,14 @@ def last_lines(output: str, told: str) -> str:
         del lines[:1]  # its begin may be missing
     rest = [line for line in lines if line.strip() not in known and not _UNDERLINE.fullmatch(line)]
     return "\n".join(shortened(line, _LONGEST_LINE) for line in rest[-_LAST_LINES:])
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text without its middle if it has more characters than `limit`."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters are left out … {text[-half:]}"
 
 
 def _shown_lines(text: str) -> list[str]:
