@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .desync import describe_ranks
-from .stacks import SLOW_ACTIVITIES, Stack, is_users, read_stacks, signal_for_stacks, stack_from_text
+from .stacks import SLOW_ACTIVITIES, Stack, ask_by_signal, is_users, read_stacks
 
 
 def stacks_of(ranks: Mapping[int, tuple[int, Path]], before_kill: bool) -> dict[int, Stack]:
@@ -20,9 +20,7 @@ def stacks_of(ranks: Mapping[int, tuple[int, Path]], before_kill: bool) -> dict[
         {rank: pid for rank, (pid, _) in ranks.items()}, {r: folder for r, (_, folder) in ranks.items()}
     )
     if before_kill:
-        for rank, stack in found.items():
-            if not stack.frames:
-                found[rank] = replace(stack, frames=stack_from_text(signal_for_stacks(*ranks[rank])))
+        found = {rank: ask_by_signal(stack, *ranks[rank]) for rank, stack in found.items()}
     return found
 
 

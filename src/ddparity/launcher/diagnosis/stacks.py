@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def read_stacks(pids: Mapping[int, int], folders: Mapping[int, Path], timeout_s:
         if rank in dumps:
             found[rank] = _from_py_spy(dumps[rank], state, waits_in)
         elif rank in texts:
-            found[rank] = Stack(stack_from_text(texts[rank]), False, state == "R", state, waits_in, texts[rank])
+            found[rank] = Stack(_from_faulthandler(texts[rank]), False, state == "R", state, waits_in, texts[rank])
         else:
             found[rank] = Stack(state=state, waits_in=waits_in)
     return found
@@ -242,10 +242,15 @@ def _frames(thread: Mapping[str, Any]) -> tuple[Frame, ...]:
 _FAULTHANDLER_FRAME = re.compile(r'  File "(.+)", line (\d+|\?\?\?) in (.+)')
 
 
-def stack_from_text(text: str) -> tuple[Frame, ...]:
-    """Return the frames of the main thread from faulthandler's text. It is the last: the newest thread is the first."""
+def _from_faulthandler(text: str) -> tuple[Frame, ...]:
+    """Return the frames of the main thread. It is the last one: faulthandler writes the newest thread first."""
     found = _FAULTHANDLER_FRAME.findall(text.rpartition("hread 0x")[2])
     return tuple(Frame(file, int(line) if line.isdigit() else 0, name) for file, line, name in found)
+
+
+def ask_by_signal(stack: Stack, pid: int, folder: Path) -> Stack:
+    """Return a stack with the frames that faulthandler writes, if it has none. Call it as `signal_for_stacks`."""
+    return stack if stack.frames else replace(stack, frames=_from_faulthandler(signal_for_stacks(pid, folder)))
 
 
 def _process_states(pids: Mapping[int, int]) -> dict[int, tuple[str, str]]:
