@@ -43,8 +43,8 @@ from .signals import Signals
 
 _CAUSE_TIMEOUT_S = 3.0  # for the rank that failed first to end, when only ranks that failed because of it have ended
 _SAME_CAUSE_S = 0.4  # for other ranks that fail for the same reason
+_LINGER_S = 3.0  # a rank that has written its exception and runs for longer counts as ended
 _OUTPUT_TIMEOUT_S = 2.0  # for the last output, when a signal has come
-_LINGER_S = 3.0  # a rank that wrote its exception this long ago counts as ended: another thread keeps its process
 _PROGRESS_S = 60.0  # a rank that ran for this long counts as one that made progress
 _NODE_JOINED = "a machine has joined: all ranks start again with it"
 
@@ -296,8 +296,7 @@ class Agent(LocalElasticAgent):
         return int(self._worker_group.workers[local_rank].global_rank)
 
     def _look(self) -> None:
-        linger_s = min(_LINGER_S, self._options.hang_timeout_s / 2)
-        for rank, code in self._ranks.look(linger_s):
+        for rank, code in self._ranks.look(_LINGER_S):
             if self._watch is not None:
                 self._watch.ended(rank, code)
 
