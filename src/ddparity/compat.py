@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import multiprocessing.connection
 import os
+import signal
 import socket
 import struct
 import sys
@@ -299,6 +301,22 @@ def end_workers(dataloader: DataLoader[Any], iterator: Any) -> None:
         dataloader._iterator = None
 
 
+def ended_worker(iterator: Any, timeout_s: float) -> str:
+    """Return which worker of an iterator has ended and how, waiting `timeout_s` for one; "" if all of them run.
+
+    A worker's connections are closed some time before its end can be seen.
+    """
+    workers = {worker.sentinel: worker for worker in getattr(iterator, "_workers", ())}
+    for sentinel in multiprocessing.connection.wait(list(workers), timeout_s):
+        worker = workers[sentinel]
+        worker.join()
+        how = f"exit code {worker.exitcode}"
+        if worker.exitcode is not None and worker.exitcode < 0:
+            how = f"killed by signal: {signal.strsignal(-worker.exitcode)}"
+        return f"DataLoader worker (pid {worker.pid}) exited unexpectedly ({how})"
+    return ""
+
+
 def show_dataset(inner: Callable[[Any], Any]) -> None:
     """In a loader's worker, let `get_worker_info().dataset` be what `inner` returns for the DataLoader's data set.
 
@@ -340,3 +358,11 @@ def forget_bootstrap_store(rendezvous: object) -> None:
     """
     if hasattr(rendezvous, "_bootstrap_store_info"):
         rendezvous._bootstrap_store_info = None
+
+
+def close_outputs(processes: Any) -> None:
+    """Close torch's own handles of the files that its processes write to. torch closes them late, or never."""
+    for handler in getattr(processes, "subprocess_handlers", {}).values():
+        for stream in (getattr(handler, "_stdout", None), getattr(handler, "_stderr", None)):
+            if stream is not None:
+                stream.close()

@@ -119,9 +119,11 @@ LAUNCHER = "trap 'echo saved; exit 0' USR1; echo ready; while :; do sleep 0.1; d
 def cluster(tmp_path: Path) -> dict[str, str]:
     """Fake commands of Slurm. This srun forwards its signals, as Slurm's does."""
     options = r'while [ "${1#-}" != "$1" ]; do shift; done'
-    _program(
-        tmp_path, "srun", f'{options}; "$@" & child=$!\ntrap \'kill -USR1 "$child"\' USR1\nwait "$child"; wait "$child"'
-    )
+    # The launcher may be ready before this shell knows its process id: then the signal waits.
+    forward = """trap 'sent=yes; [ "$child" ] && kill -USR1 "$child"' USR1"""
+    start = '"$@" & child=$!\n[ "$sent" ] && kill -USR1 "$child"'
+    wait = 'while kill -0 "$child" 2>/dev/null; do wait "$child"; done; wait "$child"'
+    _program(tmp_path, "srun", f"{options}\nsent= child=\n{forward}\n{start}\n{wait}")
     _program(tmp_path, "scontrol", 'echo "scontrol $@"')
     return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
 

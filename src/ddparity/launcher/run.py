@@ -36,7 +36,7 @@ from .agent import Agent, AgentOptions, NodeLost
 from .diagnosis.exits import read_exit_report, root_cause, signal_name
 from .diagnosis.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
 from .options import GRACE_S, Launch
-from .output import Inherited, RankFiles, say, tell
+from .output import Inherited, RankFiles, printable, say, tell
 from .rendezvous import NodeInfo, RendezvousSetup, add_node_check, check_rendezvous, explain, node_info
 from .resources import decide_threads
 from .signals import Signals
@@ -86,7 +86,7 @@ def _run(launch: Launch, setup: RendezvousSetup) -> int:
     kind = () if launch.python else ("--exec",)
     arguments = (worker.__file__, str(os.getpid()), *kind, *launch.command)
     rendezvous = None if launch.alone else setup.config.rdzv_endpoint
-    options = AgentOptions(launch.grace_s, launch.hang_timeout_s, launch.on_hang, rendezvous)
+    options = AgentOptions(launch.grace_s, launch.hang_timeout_s, launch.on_hang, rendezvous, launch.children)
     files = partial(RankFiles, show=launch.show, logs=launch.logs)
     info = None if launch.alone else node_info(launch)
     with _agent(setup.config, sys.executable, arguments, options, files, variables=setup.variables, info=info) as agent:
@@ -200,9 +200,9 @@ def _failure(agent: Agent, function: Callable[..., Any]) -> RankFailure:
         blamed = min(agent.hang.blamed, default=-1)
         return RankFailure(f"{_name(function)} hangs:\n{agent.failure_report()}", blamed)
     found = root_cause(agent.exit_reports)
-    problem = RankFailure(f"rank {found.rank} failed in {_name(function)}: {found.ending()}", found.rank)
+    problem = RankFailure(printable(f"rank {found.rank} failed in {_name(function)}: {found.ending()}"), found.rank)
     if found.traceback:
-        problem.add_note(f"On rank {found.rank}:\n{found.traceback}")
+        problem.add_note(printable(f"On rank {found.rank}:\n{found.traceback}"))
     with suppress(Exception):  # this process may not be able to import the class, or its pickle may be broken
         problem.__cause__ = pickle.loads((agent.folders()[found.rank] / "error.pickle").read_bytes())
     return problem

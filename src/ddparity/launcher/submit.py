@@ -152,12 +152,12 @@ trap 'preempted=yes; kill -{signal} "$step"' {signal}
     {command} &
 step=$!
 
-# A signal ends `wait` before the step has ended.
-code=0
+# A signal ends `wait` before the step has ended. bash remembers the code of a step that has.
 while kill -0 "$step" 2>/dev/null; do
     wait "$step"
-    code=$?
 done
+wait "$step"
+code=$?
 
 # The ranks have saved their checkpoint and stopped: queue the job again, to continue later.
 if [ -n "$preempted" ]; then

@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +297,11 @@ def _from_faulthandler(text: str) -> tuple[tuple[Frame, ...], tuple[tuple[Frame,
         for part in text.split("hread 0x")[1:]
     ]
     return (threads[-1] if threads else ()), tuple(threads[:-1])
+
+
+def ask_by_signal(stack: Stack, pid: int, folder: Path) -> Stack:
+    """Return a stack with the frames that faulthandler writes, if it has none. Call it as `signal_for_stacks`."""
+    return stack if stack.frames else replace(stack, frames=_from_faulthandler(signal_for_stacks(pid, folder))[0])
 
 
 def _process_states(pids: Mapping[int, int]) -> dict[int, tuple[str, str]]:
