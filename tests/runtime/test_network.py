@@ -86,11 +86,13 @@ def test_interfaces_for_the_workers(
 
 
 def test_ports() -> None:
-    with socket.create_server(("", 0)) as server:
+    with network.listen_at("127.0.0.1", 0) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
         port = server.getsockname()[1]
-        assert not network.can_listen(port)
+        with pytest.raises(OSError, match="Address already in use"):
+            network.listen_at("127.0.0.1", port)
         assert network.process_at_port(port).startswith(f" by process {os.getpid()} (")
-    assert network.can_listen(port)
+    network.listen_at("127.0.0.1", port).close()
 
 
 def _info(host: str, **changed: object) -> NodeInfo:
@@ -214,12 +216,14 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         check_rendezvous(launch)
     # Without node ranks it may be the store of this job's other launcher.
     launch = _launch(tmp_path, f"--nnodes 2 --rendezvous 127.0.0.1:{store.port}")
-    assert check_rendezvous(launch).config.local_addr == "127.0.0.1"
+    setup = check_rendezvous(launch)
+    assert (setup.config.local_addr, setup.address, setup.listener) == ("127.0.0.1", "127.0.0.1", None)
 
 
 def test_torchs_errors_become_one_sentence(tmp_path: Path) -> None:
     launch = _launch(tmp_path, f"--nnodes 2 --node-rank 0 --rendezvous 127.0.0.1:{free_port()}")
     setup = check_rendezvous(launch)
+    setup.close()
     error = RuntimeError("Timed out after 11 seconds waiting for clients. 1/2 clients joined.\nException raised from x")
     text = str(explain(error, launch, setup, 11.0))
     assert "after 11.0 s: 1 of 2 machines came" in text and "Exception" not in text
@@ -228,7 +232,8 @@ def test_torchs_errors_become_one_sentence(tmp_path: Path) -> None:
 def test_one_machine_alone_needs_no_check(tmp_path: Path) -> None:
     launch = _launch(tmp_path, "--nproc 2")
     setup = check_rendezvous(launch)
-    assert (setup.variables, setup.route) == ({}, None)
+    assert (setup.alone, setup.route, setup.listener) == (True, None, None)
+    assert setup.variables == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
 
 
 # Two machines on one: two network namespaces, connected by a pair of virtual interfaces.

@@ -7,16 +7,19 @@ import math
 import selectors
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .instruments import FLIGHT, SERVER
+from .limits import ANSWER, read_file, read_json
 
 DEFAULT_GROUP = "0"
 _RECORDS_HANDLER = "fr_trace_json"
 _STACKS_HANDLER = "dump_traceback"
+_UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 _DTYPES = {
     "Float": "float32",
     "Double": "float64",
@@ -77,7 +80,7 @@ def parse_record(text: bytes) -> FlightRecord:
 
     A process group may be destroyed and created again under the same name: only the collectives of the new group stay.
     """
-    content = json.loads(text)
+    content = read_json(text, ANSWER)
     kept: dict[str, list[Operation]] = {}
     for entry in content.get("entries") or []:
         operation = _operation(entry)
@@ -120,8 +123,8 @@ def _operation(entry: Mapping[str, Any]) -> Operation:
 def read_record_file(folder: Path) -> FlightRecord | None:
     """Return the record that a rank wrote to its folder when it ended; None if there is none that can be read."""
     try:
-        return parse_record((folder / FLIGHT).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError):
+        return parse_record(read_file(folder / FLIGHT))
+    except (OSError, *_UNREADABLE):
         return None
 
 
@@ -131,7 +134,7 @@ def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Flig
     for rank, text in _ask(folders, _RECORDS_HANDLER, timeout_s).items():
         try:
             found[rank] = parse_record(text)
-        except (ValueError, KeyError, TypeError, IndexError):  # another torch may have other fields: treat as no answer
+        except _UNREADABLE:  # another torch may have other fields: treat as no answer
             continue
     return found
 
@@ -142,10 +145,14 @@ def ask_stacks(folders: Mapping[int, Path], timeout_s: float) -> dict[int, str]:
 
 
 def _ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int, bytes]:
-    """Return the bodies of the servers' answers. A rank without a whole answer is left out: stopped, dead, starting."""
+    """Return the bodies of the servers' answers. A rank without a whole answer is left out: stopped, dead, starting.
+
+    A rank that sends more than `limits.ANSWER` bytes is left out, too.
+    """
     request = f"POST /handler/{handler} HTTP/1.1\r\nHost: ddparity\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     deadline = time.monotonic() + timeout_s
     parts: dict[int, list[bytes]] = {}
+    sizes: Counter[int] = Counter()
     ended = set()
     with selectors.DefaultSelector() as selector:
         try:
@@ -168,8 +175,10 @@ def _ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[in
                     except OSError:
                         chunk = b""
                     parts[key.data].append(chunk)
-                    if not chunk:
-                        ended.add(key.data)
+                    sizes[key.data] += len(chunk)
+                    if not chunk or sizes[key.data] > ANSWER:
+                        if not chunk:
+                            ended.add(key.data)
                         selector.unregister(connection)
                         connection.close()
         finally:
@@ -186,7 +195,7 @@ def _body(answer: bytes) -> bytes | None:
         return None
     for line in lines[1:]:
         name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length" and int(value) != len(body):
+        if name.strip().lower() == b"content-length" and value.strip() != str(len(body)).encode():
             return None
     return body
 
