@@ -114,7 +114,7 @@ def test_options_of_sbatch() -> None:
     directives = _directives(script)
     assert (directives["--time"], directives["--partition"], directives["--gpus-per-node"]) == ("2:00:00", "gpu", "8")
     assert directives["--signal"] == "B:USR2@300"
-    assert "trap 'preempted=yes; kill -USR2 \"$step\"' USR2" in script
+    assert "trap 'preempted=yes; kill -USR2 \"$!\"' USR2" in script
     assert "--exclusive" not in directives
     assert _run_line(script)[:5] == ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none", "--cpus-per-task", "32"]
     assert "--time" not in " ".join(_run_line(script))

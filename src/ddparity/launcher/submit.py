@@ -193,7 +193,7 @@ _SCRIPT = """\
 {directives}
 
 preempted=
-trap 'preempted=yes; kill -{signal} "$step"' {signal}
+trap 'preempted=yes; kill -{signal} "$!"' {signal}
 
 {step} \\
     {command} &
