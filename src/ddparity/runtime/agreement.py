@@ -27,6 +27,7 @@ from ..errors import RankFailure
 _POLL_S = (0.0005, 0.05)  # shortest and longest pause between two polls of the store
 _PATIENCE = 0.05  # a pause is this part of the time waited so far: polling adds at most this part to a wait
 _LIVENESS_S = 0.5  # between two searches of the process table
+_MANY = 256  # with more ranks than this, each asks the store less often, so that together they ask no more
 _CAUSE_S = 2.0  # how long to wait for the cause of a broken connection
 
 
@@ -78,6 +79,7 @@ class Agreement:
         self._rank = rank
         self._ranks = ranks
         self._what = what
+        self._times = max(1.0, len(ranks) / _MANY)
         self.while_waiting: Callable[[], None] | None = None  # called between two polls
         with store_access(what):
             _register(store, rank)
@@ -183,12 +185,13 @@ class Agreement:
                 if self.while_waiting is not None:
                     self.while_waiting()
                 now = time.monotonic()
-                if now - searched > _LIVENESS_S:
+                if now - searched > _LIVENESS_S * self._times:
                     searched = now
                     self._report_dead_ranks()
                 if timeout_s is not None and now - start > timeout_s:
                     raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s for the other ranks in {self._what}")
-                time.sleep(min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1]))
+                pause_s = min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1])
+                time.sleep(pause_s * self._times)
 
     def _report(self, rank: int, message: str, text: str) -> None:
         with store_access(self._what):
