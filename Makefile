@@ -5,7 +5,7 @@ FIRST ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test test-matrix programs format docs-picture clean
+.PHONY: train verify test test-matrix programs scale format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -38,6 +38,11 @@ test-torch-%:
 # seeds that failed stand in the last line.
 programs: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
+
+# Jobs of up to 1,024 ranks, simulated, and what 200 launches of 32 processes leave behind: 20 minutes, into
+# benchmarks/RESULTS.md.
+scale: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python benchmarks/scale.py
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

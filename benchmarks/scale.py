@@ -33,9 +33,10 @@ import psutil
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.results import machine, spread, table, write_section
 from ddparity.compat import PrefixStore, TCPStore
 from ddparity.runtime.network import listen_at
-from results import machine, spread, table, write_section
 
 PROCESSES = 4  # that the threads are in
 RANKS_PER_MACHINE = 8
@@ -409,7 +410,8 @@ def simulate_size(simulation: Simulation, ranks: int) -> list[str]:
             seconds, _, _ = simulation.measure("failure", machines, per_machine)
             row.append(f"{seconds:.1f}")
         del store
-    return [*row[:-3], row[-1], *row[-3:-1]]
+    static, found, failed, c10d = row[-4:]
+    return [*row[:-4], c10d, static, found, failed]
 
 
 # What a launch leaves behind.
@@ -449,11 +451,12 @@ tempfile.NamedTemporaryFile(delete=True).close()
 """
 
 
-def launch_often(launches: int, nproc: int) -> str:
-    """Start and end jobs by the command and in this process, and return in a sentence what is left."""
+def launch_often(launches: int, nproc: int, often: int = 50) -> str:
+    """Start and end jobs and return in a sentence what is left. One in `often` has torch in each rank."""
     from ddparity.launcher.run import run_command
 
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        before_this = os.environ.get("TMPDIR")
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         script = Path(folder) / f"{MARK}.py"
         script.write_text(RANK)
@@ -464,7 +467,8 @@ def launch_often(launches: int, nproc: int) -> str:
         times = []
         for number in range(launches):
             began = time.monotonic()
-            if number % 20 == 10:  # with torch in each rank; the others only start and end
+            # A command starts and ends by itself; the others run in this process, where descriptors would stay open.
+            if number % often == min(10, often - 1):
                 command = [sys.executable, "-m", "ddparity", "run", "--nproc", str(nproc), str(script)]
                 subprocess.run(command, check=True, timeout=600, stderr=subprocess.DEVNULL)
             else:
@@ -475,19 +479,21 @@ def launch_often(launches: int, nproc: int) -> str:
         left["descriptors"] = [str(number) for number in range(descriptors, len(os.listdir("/proc/self/fd")))]
         left["threads"] = [str(number) for number in range(threads, threading.active_count())]
     tempfile.tempdir = None
-    del os.environ["TMPDIR"]
+    os.environ.pop("TMPDIR")
+    if before_this is not None:
+        os.environ["TMPDIR"] = before_this
     said = ", ".join(f"{len(found)} {what}" for what, found in left.items())
     assert not any(left.values()), left
     return (
-        f"{launches} launches of {nproc} processes, one in 20 with a group over Gloo, {spread(times, 1)} s each, left "
-        f"behind: {said}."
+        f"{launches} launches of {nproc} processes, one in {often} with a group over Gloo, {spread(times, 1)} s each, "
+        f"left behind: {said}."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="8,64,256,1024")
-    parser.add_argument("--launches", type=int, default=200)
+    parser.add_argument("--launches", type=int, default=200, help="0: none")
     parser.add_argument("--nproc", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="run small sizes, and only print the result")
     options = parser.parse_args()
@@ -496,46 +502,50 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each rank
     OWN.add(os.getpid())
     sizes = [int(size) for size in ("8,64" if options.quick else options.ranks).split(",") if size]
-    rows = []
     if sizes:
-        simulation = Simulation()
+        simulation, rows = Simulation(), []
         try:
             for ranks in sizes:
                 rows.append(simulate_size(simulation, ranks))
-                print(rows[-1], flush=True)
         finally:
             simulation.close()
-    left = launch_often(2 if options.quick else options.launches, 4 if options.quick else options.nproc)
-    head = [
-        "ranks",
-        "machines",
-        "requests a second",
-        "list of members, s",
-        'first("world")',
-        'first("node")',
-        "agreement",
-        "rendezvous, static",
-        "c10d",
-        "hang's verdict, s",
-        "failure's report, s",
-    ]
-    text = f"""
+        report("scale", _SIMULATED.format(facts=facts, processes=PROCESSES, table=table(HEAD, rows)), options.quick)
+    if launches := 2 if options.quick else options.launches:
+        left = launch_often(launches, 4 if options.quick else options.nproc)
+        report("launches", f"## What many launches leave behind\n\n{facts}\n\n`scale.py`: {left}", options.quick)
+
+
+def report(section: str, text: str, quick: bool) -> None:
+    print(text, flush=True)
+    if not quick:
+        write_section(section, text)
+
+
+HEAD = [
+    "ranks",
+    "machines",
+    "requests a second",
+    "list of members, s",
+    'first("world"), s',
+    'first("node"), s',
+    "agreement, s",
+    "rendezvous, c10d, s",
+    "static, s",
+    "hang's verdict, s",
+    "failure's report, s",
+]
+_SIMULATED = """\
 ## Large jobs, simulated
 
 {facts}
 
-`scale.py`: a rank or an agent is a thread with its own connection to one store, in {PROCESSES} processes on the cores
-of the store. Seconds until the last one is through; in brackets, the requests to the store that one makes on average. The
-verdict is that of a mismatch, from the moment at which the ranks wait; an agent looks every second. A failure's report
-is complete on all machines.
+`scale.py`: a rank or an agent is a thread with its own connection to one store, in {processes} processes. They share
+the cores with the store. Seconds until the last one is through; in brackets, the requests to the store that one makes
+on average. The verdict is that of a mismatch, from the moment at which the ranks wait; an agent looks every second. A
+failure's report is complete on all machines.
 
-{table(head, rows)}
-
-{left}
+{table}
 """
-    print(text)
-    if not options.quick:
-        write_section("scale", text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
+from benchmarks.scale import launch_often
+from torch._C._distributed_c10d import Store
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousStateError
 
 from ddparity.compat import PrefixStore, TCPStore
@@ -271,3 +273,56 @@ def test_garbage_of_another_machine_is_no_word_of_it(monkeypatch: pytest.MonkeyP
     assert json.loads(store.get("round/ddparity/fates"))["1"] == "\x80\x04planted"
     for one in exchanges:
         one.close()
+
+
+class _Counted:
+    """Counts the requests of one thread to torch's stores, without the questions of a poll."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._made = threading.local()
+        for name in ("add", "set", "get", "wait", "compare_set", "append", "multi_get"):
+            monkeypatch.setattr(Store, name, self._count(getattr(Store, name)))
+
+    def _count(self, method: Any) -> Any:
+        def request(*args: Any) -> Any:
+            self._made.count = self.made + 1
+            return method(*args)
+
+        return request
+
+    @property
+    def made(self) -> int:
+        return getattr(self._made, "count", 0)
+
+
+def test_the_requests_of_a_machine_do_not_grow_with_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.py").touch()
+    info = node_info(parse([str(tmp_path / "t.py")]))
+    counted, most = _Counted(monkeypatch), []
+    for size in (3, 12):
+        store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+        made: list[int] = []
+
+        def machine(number: int, size: int = size, port: int = store.port, made: list[int] = made) -> None:
+            own = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=20), wait_for_workers=False)
+            check_nodes(own, number, size, info, 20.0)
+            node = Node(f"node{number}", (number,), 0, False)
+            found = Exchange(own, number, size, node, 1.0, lambda: 0, ("127.0.0.1", 1), lambda _: lambda: False)
+            made.append(counted.made)
+            found.close()
+
+        threads = [threading.Thread(target=machine, args=(number,)) for number in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(made) == size
+        most.append(max(made))
+    assert most[0] >= most[1] - 1, most  # the last one to come compares: it may also be the one that collects
+
+
+def test_launches_leave_nothing_behind() -> None:
+    """Processes, ports, sockets, files, shared memory, descriptors, threads; in full by `make scale`."""
+    assert "0 descriptors, 0 threads" in launch_often(3, 4, often=2)

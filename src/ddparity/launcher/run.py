@@ -23,7 +23,7 @@ from typing import Any
 import cloudpickle
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.launcher.api import LaunchConfig
 
 from ..errors import RankFailure, RendezvousError
@@ -239,6 +239,7 @@ def _one_machine(nproc: int, command: tuple[str, ...] = ()) -> Launch:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(os.devnull),  # the default would create a folder, and leave it
     )
     return Launch(config, command, True, None, frozenset({0}), 60.0, "end", GRACE_S, None, False, None)
 
