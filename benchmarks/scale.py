@@ -35,6 +35,7 @@ from torch._C._distributed_c10d import Store
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.results import machine, spread, table, write_section
+
 from ddparity.compat import PrefixStore, TCPStore
 from ddparity.runtime.network import listen_at
 
