@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ..comm.allreduce import copies_of_ranks
-from ..compat import is_compiled
+from ..compat import is_compiled, recomputation_ended
 from .layer import SyncBatchNorm
 
 Moments = tuple[Tensor, Tensor]  # the mean and the unbiased variance of one batch
@@ -240,7 +240,7 @@ def _after_forward(
     after, count = _running(layer), layer.num_batches_tracked
     _restore(saved, layer)
     # Momentum 1 leaves exactly the batch's statistics. A frozen layer, and one that failed before, writes nothing.
-    if _wrote(before, after, count, failed=output is None):
+    if _wrote(before, after, count, failed=output is None and not recomputation_ended()):
         records.append(after)
 
 

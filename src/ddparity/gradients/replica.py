@@ -6,7 +6,6 @@ import collections
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,17 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
-from ..comm.allreduce import gathers, mean_later, mean_over_ranks
-from ..compat import (
-    GradBucket,
-    broadcast_buffers,
-    disarm,
-    order_buckets,
-    register_comm_hook,
-    uncompiled,
-    unwrapped,
-    used_anywhere,
-)
+from ..compat import broadcast_buffers, disarm, has_built_in_hook, uncompiled, unwrapped
+from .early import CAP_BYTES, EarlyAverage, EarlyAverages
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +32,6 @@ _replicas: weakref.WeakKeyDictionary[nn.Module, Replica] = weakref.WeakKeyDictio
 _made: collections.Counter[tuple[int, ...] | None] = collections.Counter()
 
 CHECK_EVERY = 100  # steps
-# DDP has one bucket for a model up to here, and so no backward to overlap its reduction with.
-ONE_BUCKET_BYTES = 2**20
-
-
-class Phase(Enum):
-    """What the communication hook does with a bucket."""
-
-    AVERAGE = "outside of accumulate: average it, as DDP does"
-    KEEP = "in accumulate, in all micro-batches but the last: keep this rank's gradients"
-    OVERLAP = "in the last micro-batch: average all buckets but the last one, which waits for the end of the loop"
-
-
-class Order(Enum):
-    """The order of DDP's buckets, which the ranks must change together."""
-
-    DEFAULT = "that of construction, as far as every rank knows: the next reduction finds a better one"
-    OWN = "that of a backward"
-    LOST = "this rank had to reset DDP: all find a new one after the next step, in which they learn of it"
 
 
 class Holder(Protocol):
@@ -78,15 +50,12 @@ class Replica:
         check_every: so often `accumulate` compares the ranks' parameters and gradients, in steps.
         ranks: of its group; None in a world of one.
         number: counts the replicas of these ranks; the same on every one of them, since making one is collective.
-        hooked: the DDP module has our hook; False where the user registered another one, and without DDP.
         buffers_equal: the last step left the same buffers on all ranks.
         room: see `RunningStatistics`.
         supersede: ends the hold of the step of `accumulate` that is at work on this model.
         agreed: what the ranks compared last, so that they do it once an epoch.
         held: a step of `accumulate` holds its reduction back, of this model or of another one. holder: of another one.
-        order: what this rank knows of DDP's order of buckets.
-        overlapped: parameters whose gradients the last backward has averaged. reduced: it has done so with all.
-        present: with find_unused_parameters, whether parameters had a gradient before DDP wrote averages, by their ids.
+        sparse: ids of the parameters with sparse gradients.
         had_gradients: ids of the parameters that had a gradient after the last step, the same on every rank. A loop
             that freezes and unfreezes parts of a model may give them one again, though frozen when the next begins.
         told_compiled, told_old: a warning was given.
@@ -97,18 +66,13 @@ class Replica:
         self.reduction, self.batchnorm_statistics, self.check_every = words
         self.buffers_equal = equal
         self.room = Room()
-        self.held = self.reduced = False
-        self.order = Order.DEFAULT
+        self.held = False
         self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
         self.told_compiled = self.told_old = False
         self.agreed: object = None
-        self.overlapped: list[torch.Tensor] = []
-        self.present: dict[int, bool] = {}
         self.had_gradients: set[int] = set()
-        self._phase = Phase.AVERAGE
-        self._averaged: State | None = None
-        self._kept: list[int] = []
+        self._built_in_hook: bool | None = None
         self._broadcasts = False
         self._steps = 0
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
@@ -117,11 +81,14 @@ class Replica:
         self.ranks = None if self.group is None else tuple(dist.get_process_group_ranks(self.group))
         self.number = _made[self.ranks]
         _made[self.ranks] += 1
-        self.hooked = ddp is not None and register_comm_hook(ddp, self, reduce_bucket)
-        known = self.parameters() if ddp is not None else []
-        self._known = [id(parameter) for parameter in known]
-        self._bytes = sum(parameter.nbytes for parameter in known)
-        self._sparse = any(getattr(module, "sparse", False) is True for module in self.module.modules())
+        cap = getattr(ddp, "bucket_bytes_cap", CAP_BYTES)
+        self._early = EarlyAverages(self.group, cap) if self.group is not None else None
+        self._known = [id(parameter) for parameter in self.parameters()]
+        self.sparse = {
+            id(module.weight)
+            for module in self.module.modules()
+            if getattr(module, "sparse", False) is True and isinstance(module.weight, torch.Tensor)
+        }
 
     @property
     def ddp(self) -> DistributedDataParallel | None:
@@ -150,42 +117,52 @@ class Replica:
         """Whether a step may give a parameter a gradient, as far as is known when it begins."""
         return parameter.requires_grad or id(parameter) in self.had_gradients
 
-    def overlaps(self, parameters: list[int], frozen: bool) -> bool:
-        """Whether DDP reduces in the last backward: there is something to overlap, and DDP knows what is trained now.
+    def by_ddp(self, parameters: list[nn.Parameter]) -> bool:
+        """Return True if DDP's own reduction is asked for by an option that no other serves, and it can reduce these.
 
-        `parameters`: the ids of those that the step may train; `frozen`: some of them are frozen now. A DDP module with
-        options that its own reduction serves (a communication hook, sparse gradients, static_graph, mixed_precision)
-        keeps it.
+        The options are a user's communication hook, static_graph and mixed_precision. DDP cannot reduce parameters that
+        were frozen when it was made.
         """
         ddp = self.ddp
-        if ddp is None or (not self.hooked and parameters == self._known):
-            return ddp is not None
-        if parameters != self._known or (frozen and not ddp.find_unused_parameters):
+        if ddp is None or not (ddp.static_graph or getattr(ddp, "mixed_precision", None) or self._has_hook(ddp)):
             return False
-        if self._sparse or ddp.static_graph or getattr(ddp, "mixed_precision", None) is not None:
+        return [id(one) for one in parameters if one.requires_grad] == self._known
+
+    def _has_hook(self, ddp: DistributedDataParallel) -> bool:
+        if getattr(ddp, "_comm_hooks", None):
             return True
-        cap = getattr(ddp, "bucket_bytes_cap", ONE_BUCKET_BYTES)
-        return len(parameters) > 1 and self._bytes > min(cap, ONE_BUCKET_BYTES)
+        if self._built_in_hook is None:
+            self._built_in_hook = has_built_in_hook(ddp)
+        return self._built_in_hook
+
+    def early_average(self, parameters: list[nn.Parameter]) -> EarlyAverage | None:
+        """Return what averages these parameters' gradients in the last backward; None where that does not pay."""
+        return None if self._early is None or self.sparse else self._early.next(parameters, self.compares(ahead=1))
 
     def hold(self) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`."""
-        ddp = self.ddp
         self.held = True
+        ddp = self.ddp
         if ddp is not None:
-            if ddp.require_forward_param_sync or ddp.find_unused_parameters or self.order is not Order.OWN:
-                # A forward outside of the loop may have armed DDP, perhaps on this rank only. DDP does not tell: its
-                # flag is False again after a forward without gradients. With find_unused_parameters DDP would also
-                # remember what the backwards of the last step used, if that step summed after the loop.
-                self._disarm()
+            disarm(ddp)  # a forward outside of the loop may have armed it, perhaps on this rank only
             self._broadcasts, ddp.broadcast_buffers = ddp.broadcast_buffers, False
-        self._switch(Phase.KEEP, reduces=False)
+            self.let_reduce(False)
 
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
         self.held = False
-        if self.ddp is not None:
-            self.ddp.broadcast_buffers = self._broadcasts
-        self._switch(Phase.AVERAGE, reduces=True)
+        ddp = self.ddp
+        if ddp is not None:
+            ddp.broadcast_buffers = self._broadcasts
+            if ddp.require_backward_grad_sync:  # a loop that was left after DDP began to reduce
+                disarm(ddp)
+            self.let_reduce(True)
+
+    def let_reduce(self, reduces: bool) -> None:
+        """Let DDP reduce in the next backward, or not."""
+        ddp = self.ddp
+        if ddp is not None:
+            ddp.require_backward_grad_sync, ddp.require_forward_param_sync = reduces, False
 
     def share_buffers(self) -> None:
         """Broadcast the buffers, if the model has any to broadcast, as DDP does in a forward."""
@@ -194,62 +171,6 @@ class Replica:
             ddp.broadcast_buffers = self._broadcasts
             broadcast_buffers(ddp)
             ddp.broadcast_buffers = ddp.require_forward_param_sync = False
-
-    def give_up(self) -> None:
-        """After a step that was left: forget what its last backward had begun to reduce."""
-        if self._phase is Phase.OVERLAP:
-            self._disarm()
-
-    def _disarm(self) -> None:
-        assert self.ddp is not None, "only DDP reduces"
-        disarm(self.ddp)
-        if self.order is Order.OWN:
-            self.order = Order.LOST
-
-    def _finds_order(self) -> bool:
-        ddp = self.ddp
-        return self.order is Order.DEFAULT and self.hooked and ddp is not None and not ddp.find_unused_parameters
-
-    def reorder(self) -> None:
-        """Let the next step find a new order of buckets. Every rank calls it."""
-        self._disarm()
-        self.order = Order.DEFAULT
-
-    def _switch(self, phase: Phase, reduces: bool) -> None:
-        self._phase = phase
-        ddp = self.ddp
-        if ddp is not None:
-            ddp.require_backward_grad_sync, ddp.require_forward_param_sync = reduces, False
-
-    def overlap(self) -> None:
-        """Let the next backward reduce."""
-        self.overlapped, self.reduced, self._averaged, self._kept, self.present = [], False, None, [], {}
-        if self._finds_order() and self.ddp is not None and not self.ddp.static_graph:
-            self._disarm()  # so that every rank finds a new order, also one that had some before
-        self._switch(Phase.OVERLAP, reduces=True)
-
-    def keep(self) -> None:
-        """Let no backward reduce any more."""
-        self._switch(Phase.KEEP, reduces=False)
-
-    def averaged(self) -> list[torch.Tensor]:
-        """Return the parameters whose gradients the last backward has averaged; the same on every rank.
-
-        With find_unused_parameters DDP leaves the gradient as it is where no rank's backward has used the parameter in
-        this step: one that the loop has set itself is still this rank's own.
-        """
-        ddp = self.ddp
-        assert ddp is not None, "only DDP overlaps"
-        if not ddp.find_unused_parameters:
-            return self.overlapped
-        used = used_anywhere(ddp)
-        by_ddp = {id(parameter) for parameter, some in zip(self.parameters(), used, strict=True) if some}
-        return [parameter for parameter in self.overlapped if id(parameter) in by_ddp]
-
-    def changed(self) -> bool:
-        """Whether gradients have changed since the last backward averaged them."""
-        averaged, self._averaged = self._averaged, None  # which keeps gradients alive
-        return bool(self.overlapped) and (averaged is None or averaged.marks != State(self.overlapped).marks)
 
     def finished(self, parameters: list[nn.Parameter], buffers_equal: bool) -> None:
         """Note what a step has left."""
@@ -262,9 +183,9 @@ class Replica:
     def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         self.had_gradients = {id(one) for one in parameters if one.grad is not None}
 
-    def compares(self) -> bool:
-        """Whether the ranks compare their parameters after this step."""
-        return self.check_every > 0 and self._steps % self.check_every == 0
+    def compares(self, ahead: int = 0) -> bool:
+        """Return True if the ranks compare their parameters after the last step, or after one so many steps ahead."""
+        return self.check_every > 0 and (self._steps + ahead) % self.check_every == 0
 
     def warn_of_old_gradients(self) -> None:
         """Warn, once, where an optimizer has stepped since the last step and its gradients are still there."""
@@ -290,22 +211,6 @@ class Replica:
             ddp.reducer.prepare_for_backward([nothing])
             nothing.backward()
 
-    def _settled(self) -> None:
-        """At the end of the backward that reduced, on every rank, after DDP has written the averages."""
-        ddp = self.ddp
-        assert ddp is not None, "only DDP overlaps"
-        if self.order is Order.LOST:
-            self._disarm()
-        elif self._finds_order():
-            # Here, since DDP would do it in the next forward, which not every rank need run.
-            order_buckets(ddp)
-            self.order = Order.OWN
-        self._averaged = State(self.overlapped)
-        if self._kept and any(
-            before == after[1] >= 0 for before, after in zip(self._kept, self._averaged.marks, strict=True)
-        ):
-            self._averaged = None  # DDP does not write to a gradient set by hand where no backward used the parameter
-
 
 class _Nothing(torch.autograd.Function):
     """A zero that depends on parameters, with a gradient of zeros."""
@@ -320,62 +225,8 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-NO_GRADIENT = (0, -1)
-
-
-class State:
-    """What changes when gradients do: which tensors they are, and how often they were written.
-
-    It keeps the gradients alive, so that a new one cannot have the identity of one that is gone.
-    """
-
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._gradients = [parameter.grad for parameter in parameters]
-        self.marks = [NO_GRADIENT if one is None else (id(one), one._version) for one in self._gradients]
-
-
 def _written(tensor: torch.Tensor) -> tuple[int, int]:
     return id(tensor), tensor._version
-
-
-def reduce_bucket(replica: Replica, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket of gradients over the ranks, or keep it: DDP's communication hook.
-
-    One collective a bucket, of its bytes. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
-    """
-    buffer = bucket.buffer()
-    if replica._phase is Phase.KEEP:
-        return _done(buffer)
-    group = replica.group
-    if replica._phase is Phase.OVERLAP:
-        ddp = replica.ddp
-        assert ddp is not None, "DDP calls this"
-        ddp.require_backward_grad_sync = False  # a further forward in this micro-batch must not reduce again
-        parameters = bucket.parameters()
-        if ddp.find_unused_parameters:
-            replica.present |= {id(one): one.grad is not None for one in parameters}
-        if bucket.is_last():
-            replica.reduced = True
-            # DDP queues a callback, after this one, that writes all averages into the gradients; then ours follows.
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(replica._settled))
-            if buffer.layout == torch.strided:
-                return _done(buffer)
-        replica.overlapped += parameters
-        if ddp.find_unused_parameters:
-            dense = buffer.layout == torch.strided
-            replica._kept += [one.grad._version if dense and one.grad is not None else -1 for one in parameters]
-    if bucket.is_last() or gathers(buffer.numel(), buffer, group):
-        # Waiting here costs less than a callback. The last bucket has no backward left to overlap with, and small ones
-        # are sooner sent than overlapped.
-        return _done(mean_over_ranks(buffer, group))
-    return mean_later(buffer, group)
-
-
-def _done(value: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(value)
-    return future
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -411,10 +262,7 @@ def refuse_nested(module: nn.Module, what: str) -> None:
 
 
 def replica_of(model: nn.Module) -> Replica | None:
-    """Return a model's replica; None for a plain module that `replicate` was not asked for, or asked "fast".
-
-    A DDP module that `replicate` did not make gets our communication hook here, unless it has one.
-    """
+    """Return a model's replica; None for a plain module that `replicate` was not asked for, or asked "fast"."""
     model = uncompiled(model)
     words = model.__dict__.get(_WORDS)
     if words is None and not isinstance(model, DistributedDataParallel):

@@ -17,8 +17,10 @@ from torch.nn.parameter import is_lazy
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
 from ..errors import DDParityError
+from .early import EarlyAverage
 from .left import forget_left, note_left
-from .replica import NO_GRADIENT, Order, Replica, State, made_so_far, named_parameters, others_than
+from .replica import Replica, made_so_far, named_parameters, others_than
+from .state import NO_GRADIENT, State, as_integers
 from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,9 @@ class Window:
     How gradients are reduced:
 
     - strict: each micro-batch's gradients are taken out, and summed along the tree after the loop.
-    - overlapped, for one fast model of several buckets: DDP averages its buckets in the last micro-batch's backward,
-      but for the last bucket, which has no backward left to overlap with; that one is averaged after the loop.
+    - early, for one large fast model: averages of copies start in the last micro-batch's backward (`EarlyAverage`).
+    - by DDP, for one model with options that only DDP's own reduction serves (a user's communication hook,
+      static_graph, mixed_precision): in the last micro-batch's backward, as in plain DDP.
     - after the loop, for all others: one average of what the loop left in the gradients, whatever it did; one sum where
       a rank has no micro-batch, or where weights are dropped.
 
@@ -68,7 +71,14 @@ class Window:
         self._ranks = next((replica.ranks for replica in self._own), None)
         self._named, frozen = _trained(models, replicas)
         self._parameters = [parameter for _, parameter in self._named]
-        self._overlapped = self._own[0] if len(self._own) == 1 and self._overlaps(self._own[0]) else None
+        self._by_ddp: Replica | None = None
+        self._early: EarlyAverage | None = None
+        if len(self._own) == 1 and self._group is not None and not self._strict and not self._sums:
+            replica = self._own[0]
+            if replica.by_ddp(self._parameters):
+                self._by_ddp = replica
+            else:
+                self._early = replica.early_average(self._parameters)
         self._others: dict[tuple[tuple[int, ...] | None, int], _Other] = {}
         self._frozen = _Frozen(frozen)
         self._skipped: list[int] = []
@@ -76,12 +86,6 @@ class Window:
         self._ran = True
         self._finished = self._superseded = False
         self._stack = contextlib.ExitStack()
-
-    def _overlaps(self, replica: Replica) -> bool:
-        if self._group is None or self._strict or self._sums:
-            return False
-        frozen = not all(parameter.requires_grad for parameter in self._parameters)
-        return replica.overlaps([id(parameter) for parameter in self._parameters], frozen)
 
     @property
     def scale(self) -> int:
@@ -132,16 +136,17 @@ class Window:
             other.stack.close()
             other.replica.holder = None
         self._others.clear()
+        if self._early is not None:
+            self._early.end()
         if not self._finished:
             self._reduction.restore()
-            for replica in self._own:
-                replica.give_up()
             if self.waits and not self._superseded:
                 note_left(self._parameters)
 
-    def _make(self, named: Named) -> _Reduction:
+    def _make(self, named: Named, *others: Replica) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
-        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums)
+        sparse = {one for replica in (*self._own, *others) for one in replica.sparse}
+        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse)
 
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
@@ -155,7 +160,7 @@ class Window:
             stack.callback(replica.release)
             replica.hold()
             statistics = self._recorded(replica, stack) if same_ranks else None
-            reduction = self._make(named) if same_ranks else _Reduction(parameters, None, None, False)
+            reduction = self._make(named, replica) if same_ranks else _Reduction(parameters, None, None, False)
             other = _Other(replica, parameters, _Frozen(frozen, known), reduction, statistics, stack.pop_all())
         self._others[(replica.ranks, replica.number)], replica.holder = other, self
 
@@ -199,8 +204,10 @@ class Window:
 
     def begin(self, last: bool) -> None:
         """Before a micro-batch."""
-        if last and self._overlapped is not None:
-            self._overlapped.overlap()
+        if last and self._early is not None:
+            self._early.begin()
+        if last and self._by_ddp is not None:
+            self._by_ddp.let_reduce(True)
 
     def take(self, index: int, share: float) -> None:
         """After a micro-batch.
@@ -235,8 +242,10 @@ class Window:
         self._tell_skipped()
         self._finished = True
         left = self._left()
-        if self._overlapped is not None:
-            self._complete(self._overlapped)
+        if self._by_ddp is not None:
+            self._complete(self._by_ddp)
+        elif self._early is not None:
+            self._early.finish()
         else:
             self._reduction.reduce(left)
         for replica, statistics in zip(self._own, self._statistics, strict=True):
@@ -260,41 +269,12 @@ class Window:
         return 1.0 / left if left > 1e-9 else 1.0
 
     def _complete(self, replica: Replica) -> None:
-        """Average what the last backward has not averaged, or not as it is now."""
-        group = self._group
-        assert group is not None, "only DDP overlaps"
-        present = [replica.present.get(id(one), one.grad is not None) for one in self._parameters]
-        zeros = not (replica.reduced if replica.hooked else self._ran)
-        if zeros:
-            if replica.overlapped:
-                missing = [name for name, one in self._named if one.grad is None]
-                way_out = "pass find_unused_parameters=True to replicate()"
-                if replica.ddp is not None and replica.ddp.find_unused_parameters:
-                    way_out = "leave inputs= out of the backward"
-                raise RuntimeError(
-                    f"accumulate(): the last backward gave gradients to some parameters only, so that DDP reduced some "
-                    f"(without a gradient: {', '.join(missing[:5]) or 'none in this step'}): {way_out}"
-                )
+        """Let DDP finish its reduction, which the other ranks' backwards wait for; see that it is complete."""
+        assert self._group is not None, "only DDP reduces by itself"
+        if not self._ran:
             replica.backward_of_zeros()
-        replica.keep()
-        if not replica.hooked:  # we do not see what the user's hook did
-            check_equal([(name, parameter.grad) for name, parameter in self._named], group)
-            return
-        lost = replica.order is Order.LOST
-        facts = torch.tensor([replica.changed(), zeros, lost], dtype=torch.float64, device=self._device)
-        changed, zeros_anywhere, lost_anywhere = copies_of_ranks(facts, group).sum(0).tolist()
-        if zeros_anywhere:  # no gradient is not one of zeros: an optimizer moves a parameter by the latter
-            there = torch.tensor(present, dtype=torch.float64, device=self._device)
-            for parameter, some in zip(self._parameters, copies_of_ranks(there, group).sum(0).tolist(), strict=True):
-                if not some:
-                    parameter.grad = None
-        if lost_anywhere:
-            replica.reorder()
-        averaged = replica.averaged()
-        known = set(map(id, averaged))
-        reduce_gradients([one for one in self._parameters if id(one) not in known], group, average=True)
-        if changed:
-            reduce_gradients(averaged, group, average=True)
+        replica.let_reduce(False)
+        check_equal([(name, parameter.grad) for name, parameter in self._named], self._group)
 
     def _reduce_others(self, left: float) -> None:
         """Reduce the replicas that the losses have run besides those that the step is of."""
@@ -416,8 +396,9 @@ class _Reduction:
         group: dist.ProcessGroup | None,
         tree: StrictReduction | None,
         sums: bool,
+        sparse: Container[int] = (),
     ) -> None:
-        self._parameters, self._group, self._tree = parameters, group, tree
+        self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self.touched = False
         self._before: list[torch.Tensor | None] | None = None
         if sums:
@@ -442,7 +423,7 @@ class _Reduction:
             self._tree.finish(scale)
             return
         if self._group is not None:
-            reduce_gradients(self._parameters, self._group, average=self._before is None)
+            reduce_gradients(self._parameters, self._group, self._before is None, self._sparse)
         if scale != 1.0 and (gradients := [one.grad for one in self._parameters if one.grad is not None]):
             torch._foreach_mul_(gradients, scale)
         self.restore()
@@ -484,9 +465,7 @@ def bits_of(tensor: torch.Tensor) -> int:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    return value.contiguous().view(width).sum(dtype=torch.int64)
+    return as_integers(tensor).sum(dtype=torch.int64)
 
 
 def _trained(models: Sequence[nn.Module], replicas: Sequence[Replica | None]) -> tuple[Named, Named]:
