@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import resource
@@ -267,6 +268,7 @@ def simulate(pipe: Connection, place: int) -> None:
     from ddparity.launcher.diagnosis import instruments
 
     assert instruments.SERVER == "server.sock", instruments.SERVER
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     count_requests()
     simulate_ranks()
     kept: dict[int, dict[str, Any]] = {}
@@ -276,6 +278,9 @@ def simulate(pipe: Connection, place: int) -> None:
             part, size, port, per_machine = job
             own = range(place * size // PROCESSES, (place + 1) * size // PROCESSES)
             if part == "connect":
+                for one in kept.values():
+                    if "handler" in one:
+                        one["handler"]._stop_heartbeats()  # they would miss the store
                 stores = [TCPStore("127.0.0.1", port, None, False, LIMIT, wait_for_workers=False) for _ in own]
                 kept = {number: {} for number in own}
                 pipe.send([])
@@ -341,6 +346,7 @@ class Simulation:
     """The processes in which the ranks and agents are threads, and the store, which this process holds."""
 
     def __init__(self) -> None:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # connections to a store that has ended
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for place in range(PROCESSES):

@@ -303,23 +303,23 @@ def worker_stores_at(rendezvous: object, listen: Callable[[], socket.socket]) ->
 
 
 def describe_state(state: Any) -> dict[str, Any]:
-    """Return the state of torch's c10d rendezvous as values that JSON can hold."""
+    """Return the state of torch's c10d rendezvous as values that JSON can hold.
+
+    Of each machine: its address, process and number there, its rank, whether it waits, whether it is a spare one, and
+    its last heartbeat.
+    """
     nodes = {*state.participants, *state.wait_list, *state.redundancy_list, *state.last_heartbeats}
+    rows = []
+    for node in nodes:
+        seen = state.last_heartbeats.get(node)
+        lists = [state.participants.get(node), node in state.wait_list, node in state.redundancy_list]
+        rows.append([node.addr, node.pid, node.local_id, *lists, seen and seen.isoformat()])
     return {
         "round": state.round,
         "complete": state.complete,
         "closed": state.closed,
         "deadline": state.deadline and state.deadline.isoformat(),
-        "nodes": [
-            {
-                "name": [node.addr, node.pid, node.local_id],
-                "rank": state.participants.get(node),
-                "waits": node in state.wait_list,
-                "spare": node in state.redundancy_list,
-                "seen": (seen := state.last_heartbeats.get(node)) and seen.isoformat(),
-            }
-            for node in sorted(nodes)
-        ],
+        "nodes": sorted(rows, key=lambda row: row[:3]),
     }
 
 
@@ -336,17 +336,16 @@ def build_state(values: Mapping[str, Any]) -> Any:
         _of_type(values[name], kind) for name, kind in (("round", int), ("complete", bool), ("closed", bool))
     )
     state.deadline = values["deadline"] and datetime.fromisoformat(values["deadline"])
-    for one in values["nodes"]:
-        address, pid, number = one["name"]
+    for address, pid, number, rank, waits, spare, seen in values["nodes"]:
         node = _NodeDesc(_of_type(address, str), _of_type(pid, int), _of_type(number, int))
-        if one["rank"] is not None:
-            state.participants[node] = _of_type(one["rank"], int)
-        if _of_type(one["waits"], bool):
+        if rank is not None:
+            state.participants[node] = _of_type(rank, int)
+        if _of_type(waits, bool):
             state.wait_list.add(node)
-        if _of_type(one["spare"], bool):
+        if _of_type(spare, bool):
             state.redundancy_list.add(node)
-        if one["seen"] is not None:
-            state.last_heartbeats[node] = datetime.fromisoformat(one["seen"])
+        if seen is not None:
+            state.last_heartbeats[node] = datetime.fromisoformat(seen)
     return state
 
 

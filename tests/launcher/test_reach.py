@@ -110,7 +110,7 @@ def _elastic(line: str, folder: Path) -> RendezvousHandler:
         "a pickle",
         b"not JSON",
         b'{"round": 0}',
-        b'{"round": 0, "complete": false, "closed": false, "deadline": null, "nodes": [{"name": ["a", 1]}]}',
+        b'{"round": 0, "complete": false, "closed": false, "deadline": null, "nodes": [["a", 1]]}',
         b'{"round": "0", "complete": false, "closed": false, "deadline": null, "nodes": []}',
         b'{"round": 0, "complete": false, "closed": false, "deadline": 5, "nodes": []}',
         b'{"round": 0, "complete": false, "closed": false, "deadline": null, "nodes": 7}',

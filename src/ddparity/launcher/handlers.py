@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
+import time
 import uuid
 from datetime import timedelta
 from typing import Any
@@ -37,6 +39,7 @@ from ..runtime.network import LOOPBACK, listen_at, split_endpoint
 from .diagnosis.limits import read_json
 from .rendezvous import RendezvousSetup
 
+_WRITE_S = 0.005  # for one machine to read the state and to write its own
 _RANKS_STORE_S = 300.0  # torch's default for a store
 
 
@@ -170,6 +173,11 @@ class StateAsJson(RendezvousBackend):
         if found is None:
             return None
         stored, new_token, is_ours = found
+        if not is_ours:
+            # Another machine was first, and torch tries again at once. Many machines come at the same moment: spread
+            # the tries over the time that all of them need.
+            machines = stored.count(b"],[") + 1
+            time.sleep(random.SystemRandom().random() * _WRITE_S * machines)
         return (state if is_ours else _as_pickle(stored)), new_token, is_ours
 
 
