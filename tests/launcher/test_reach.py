@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pickle
+import signal
 import socket
 import stat
 import threading
@@ -326,3 +327,15 @@ def test_the_requests_of_a_machine_do_not_grow_with_their_number(
 def test_launches_leave_nothing_behind() -> None:
     """Processes, ports, sockets, files, shared memory, descriptors, threads; in full by `make scale`."""
     assert "0 descriptors, 0 threads" in launch_often(3, 4, often=2)
+
+
+def test_another_machine_can_pass_on_no_signal_but_a_warning() -> None:
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+    (one,) = _meet(store.port, 1)
+    store.append("round/ddparity/signals", f"9 {int(signal.SIGUSR1)} 999 x ")  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 20
+    while not (found := one.signals([])) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found == [signal.SIGUSR1]
+    assert not one.failed()
+    one.close()

@@ -7,18 +7,20 @@ the last answers.
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from ..compat import PrefixStore, Store, append
+from ..errors import RendezvousError
 from .diagnosis.exits import ExitReport, lost_reports, pack_reports, unpack_reports
 from .diagnosis.limits import MESSAGE, read_json
 
@@ -32,6 +34,7 @@ _FIRST_WORD_S = 30.0  # from the rendezvous until each machine has described its
 _LEAVE_S = 3.0  # for the others to read before the store ends with the machine that holds it
 _HURRY_S = 1.0  # for the last messages to the others, when a signal has come
 _NOTHING = "-"
+_WARNINGS = [str(int(getattr(signal, name))) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 _SHARED_KEYS = ("verdict", "failed", "changes", "signals", "beat")
 
 
@@ -164,7 +167,8 @@ class Exchange:
             if number not in self._known_signals:
                 self._post(partial(append, self._store, "signals", f"{number} "))
                 self._known_signals.add(number)
-        new = [number for number in map(int, self._shared["signals"].split()) if number not in self._known_signals]
+        theirs = [int(word) for word in self._shared["signals"].split() if word in _WARNINGS]
+        new = [number for number in theirs if number not in self._known_signals]
         self._known_signals.update(new)
         return new
 
@@ -361,5 +365,11 @@ def plain_reason(error: BaseException) -> str:
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
-def _node(fields: dict[str, Any]) -> Node:
-    return Node(**{**fields, "ranks": tuple(fields["ranks"])})
+def _node(fields: Any) -> Node:
+    try:
+        node = Node(**{**fields, "ranks": tuple(map(int, fields["ranks"]))})
+        return replace(node, host=str(node.host), restarts=int(node.restarts), holds=bool(node.holds))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RendezvousError(
+            f"a machine described itself in a way that cannot be read ({error}): does another program use the port?"
+        ) from None

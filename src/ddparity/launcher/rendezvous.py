@@ -96,7 +96,7 @@ def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Rende
     deadline = start + _timeout_s(config)
     host, port = split_endpoint(config.rdzv_endpoint)
     wait = _Wait(launch, start, say)
-    if config.rdzv_backend == "static" and config.max_nodes == 1:
+    if config.max_nodes == 1 and (config.rdzv_backend == "static" or is_this_machine(host)):
         host = LOOPBACK
     wait.route = route = _find_route(host, deadline, wait)
     if config.max_nodes > 1 and not route.loopback and (problem := unreachable_interface()):
