@@ -458,7 +458,7 @@ tempfile.NamedTemporaryFile(delete=True).close()
 """
 
 
-def launch_often(launches: int, nproc: int, often: int = 50) -> str:
+def launch_often(launches: int, nproc: int, often: int = 200) -> str:
     """Start and end jobs and return in a sentence what is left. One in `often` has torch in each rank."""
     from ddparity.launcher.run import run_command
 
