@@ -40,6 +40,7 @@ from .diagnosis.limits import read_json
 from .rendezvous import RendezvousSetup
 
 _WRITE_S = 0.005  # for one machine to read the state and to write its own
+_DOUBLINGS = 7  # of the time in which a machine tries again, up to 0.6 s
 _RANKS_STORE_S = 300.0  # torch's default for a store
 
 
@@ -158,6 +159,7 @@ class StateAsJson(RendezvousBackend):
 
     def __init__(self, backend: RendezvousBackend) -> None:
         self._backend = backend
+        self._failed = 0  # tries to write, since the last one that succeeded
 
     @property
     def name(self) -> str:
@@ -173,12 +175,15 @@ class StateAsJson(RendezvousBackend):
         if found is None:
             return None
         stored, new_token, is_ours = found
-        if not is_ours:
-            # Another machine was first, and torch tries again at once. Many machines come at the same moment: spread
-            # the tries over the time that all of them need.
-            machines = stored.count(b"],[") + 1
-            time.sleep(random.SystemRandom().random() * _WRITE_S * machines)
-        return (state if is_ours else _as_pickle(stored)), new_token, is_ours
+        if is_ours:
+            self._failed = 0
+            return state, new_token, True
+        # Another machine was first, and torch tries again at once. Where many machines come at the same moment, their
+        # tries must spread. The state is read after the pause: one that was read before it would be out of date again.
+        self._failed = min(self._failed + 1, _DOUBLINGS)
+        time.sleep(random.SystemRandom().random() * _WRITE_S * 2**self._failed)
+        fresh = self.get_state()
+        return (*fresh, False) if fresh is not None else (_as_pickle(stored), new_token, False)
 
 
 def _as_pickle(text: bytes) -> bytes:
