@@ -96,32 +96,30 @@ def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Rende
     deadline = start + _timeout_s(config)
     host, port = split_endpoint(config.rdzv_endpoint)
     wait = _Wait(launch, start, say)
-    if config.max_nodes == 1 and (config.rdzv_backend == "static" or is_this_machine(host)):
+    one_machine = config.max_nodes == 1 and (config.rdzv_backend == "static" or is_this_machine(host))
+    if one_machine:
         host = LOOPBACK
     wait.route = route = _find_route(host, deadline, wait)
     if config.max_nodes > 1 and not route.loopback and (problem := unreachable_interface()):
         raise RendezvousError(f"{wait.who()}: {problem}")
+    here = is_this_machine(host)
     address = _store_address(host, route, config.local_addr)
-    conf = dict(config.rdzv_configs)
     if config.rdzv_backend == "static":
         opens, chosen = launch.node_rank == 0, True
     else:
-        is_host = conf.get("is_host")
+        is_host = config.rdzv_configs.get("is_host")
         chosen = is_host is not None
-        opens = str(is_host).lower() in ("1", "true", "t", "yes", "y") if chosen else is_this_machine(host)
+        opens = str(is_host).lower() in ("1", "true", "t", "yes", "y") if chosen else here
     listener = _listen(launch, host, address, port, chosen) if opens else None
-    if not is_this_machine(host) and listener is None:
-        address = host
     if listener is None:
+        address = address if here else host
         try:
             wait_for_store((address, port), deadline, wait)
         except TimeoutError as error:
             raise RendezvousError(wait.failure(str(error))) from None
-    local_addr = route.address if config.local_addr is None else _own_address(config.local_addr, route)
-    completed = dataclasses.replace(config, rdzv_configs=conf, local_addr=local_addr)
-    variables = interface_variables(route) if config.max_nodes > 1 else {}
-    if config.max_nodes == 1 and route.loopback:
-        variables = loopback_variables()
+    local_addr = _own_address(config.local_addr, route) if config.local_addr and not one_machine else route.address
+    completed = dataclasses.replace(config, local_addr=local_addr)
+    variables = loopback_variables() if one_machine else interface_variables(route) if config.max_nodes > 1 else {}
     return RendezvousSetup(completed, variables, False, route, address, listener)
 
 
