@@ -458,7 +458,7 @@ tempfile.NamedTemporaryFile(delete=True).close()
 """
 
 
-def launch_often(launches: int, nproc: int, often: int = 200) -> str:
+def launch_often(launches: int, nproc: int, often: int) -> str:
     """Start and end jobs and return in a sentence what is left. One in `often` has torch in each rank."""
     from ddparity.launcher.run import run_command
 
@@ -499,26 +499,29 @@ def launch_often(launches: int, nproc: int, often: int = 200) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="8,64,256,1024")
-    parser.add_argument("--launches", type=int, default=200, help="0: none")
-    parser.add_argument("--nproc", type=int, default=32)
-    parser.add_argument("--quick", action="store_true", help="run small sizes, and only print the result")
+    parser.add_argument("--ranks", help='default: 8,64,256,1024; "" for none')
+    parser.add_argument("--launches", type=int, help="default: 200; 0 for none")
+    parser.add_argument("--nproc", type=int, help="of each launch; default: 32")
+    parser.add_argument("--quick", action="store_true", help="run small sizes by default, and only print the result")
     options = parser.parse_args()
+    small = ("8,64", 3, 4) if options.quick else ("8,64,256,1024", 200, 32)
+    given = (options.ranks, options.launches, options.nproc)
+    ranks, launches, nproc = (one if one is not None else default for one, default in zip(given, small))
     facts = machine()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each rank
     OWN.add(os.getpid())
-    sizes = [int(size) for size in ("8,64" if options.quick else options.ranks).split(",") if size]
+    sizes = [int(size) for size in ranks.split(",") if size]
     if sizes:
         simulation, rows = Simulation(), []
         try:
-            for ranks in sizes:
-                rows.append(simulate_size(simulation, ranks))
+            for size in sizes:
+                rows.append(simulate_size(simulation, size))
         finally:
             simulation.close()
         report("scale", _SIMULATED.format(facts=facts, processes=PROCESSES, table=table(HEAD, rows)), options.quick)
-    if launches := 2 if options.quick else options.launches:
-        left = launch_often(launches, 4 if options.quick else options.nproc)
+    if launches:
+        left = launch_often(launches, nproc, often=200 if launches > 10 else 2)
         report("launches", f"## What many launches leave behind\n\n{facts}\n\n`scale.py`: {left}", options.quick)
 
 

@@ -79,7 +79,7 @@ class Agreement:
         self._rank = rank
         self._ranks = ranks
         self._what = what
-        self._times = max(1.0, len(ranks) / _MANY)
+        self.waiting = len(ranks)  # how many ranks may wait for it at the same time
         self.while_waiting: Callable[[], None] | None = None  # called between two polls
         with store_access(what):
             _register(store, rank)
@@ -180,18 +180,19 @@ class Agreement:
 
     def _wait_until(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
         start = searched = time.monotonic()
+        times = max(1.0, self.waiting / _MANY)
         with store_access(self._what):
             while not ready():
                 if self.while_waiting is not None:
                     self.while_waiting()
                 now = time.monotonic()
-                if now - searched > _LIVENESS_S * self._times:
+                if now - searched > _LIVENESS_S * times:
                     searched = now
                     self._report_dead_ranks()
                 if timeout_s is not None and now - start > timeout_s:
                     raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s for the other ranks in {self._what}")
                 pause_s = min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1])
-                time.sleep(pause_s * self._times)
+                time.sleep(pause_s * times)
 
     def _report(self, rank: int, message: str, text: str) -> None:
         with store_access(self._what):

@@ -57,6 +57,7 @@ def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
     others = tuple(other for other in active if other not in firsts)
     key = f"{prefix}/{call}"
     before = Agreement(store, f"{key}/before", rank, firsts, what)
+    before.waiting = len(active)  # also those that do not run first
     after = Agreement(store, f"{key}/after", rank, active, what)
 
     leads = rank in firsts
