@@ -436,10 +436,22 @@ def traces() -> dict[str, set[Any]]:
         for one in psutil.net_connections("tcp")
         if one.status == psutil.CONN_LISTEN and one.pid in OWN
     }
-    unix = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "/ddparity-" in line}
-    files = {path.name for path in Path(os.environ["TMPDIR"]).iterdir()}
-    shared = {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    folder = os.environ["TMPDIR"]
+    unix = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if f"{folder}/" in line}
+    files = {path.name for path in Path(folder).iterdir()}
+    shared = {path.name for path in Path("/dev/shm").glob("*") if not held(path)}
     return {"processes": processes, "ports": listening, "sockets": unix, "files": files, "shared memory": shared}
+
+
+def held(path: Path) -> bool:
+    """Return whether a process uses a file of shared memory: then another job has it."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(path) in (process / "maps").read_text():
+                return True
+            if any(os.readlink(number) == str(path) for number in (process / "fd").iterdir()):
+                return True
+    return False
 
 
 MARK = "scale_mark"
