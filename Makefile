@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 WAIT_S ?= 75
 
-.PHONY: train verify test test-matrix programs mutants format docs-picture clean waits
+.PHONY: train verify test test-matrix programs mutants waits scale format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -51,6 +51,11 @@ mutants: $(VENV)/.installed-test $(VENV)/.installed-mutants
 # Healthy waits of WAIT_S seconds, which the launcher may not end, and real hangs, which it must name: 12 minutes.
 waits: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -m tests.launcher.wait_matrix $(WAIT_S)
+
+# Jobs of up to 1,024 ranks, simulated, and what 200 launches of 32 processes leave behind: 20 minutes, into
+# benchmarks/RESULTS.md.
+scale: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python benchmarks/scale.py
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

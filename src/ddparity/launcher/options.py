@@ -312,13 +312,31 @@ _NONE_IF_ABSENT = (
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the arguments before the script that the parser does not know."""
-    given, unknown = _parser().parse_known_args(list(arguments))
+    parser = _parser()
+    known = {name for action in parser._actions for name in action.option_strings}
+    hidden = [_hide_spaces(argument) if argument.partition("=")[0] not in known else argument for argument in arguments]
+    given, unknown = parser.parse_known_args(hidden)
+    unknown = [_show_spaces(argument) for argument in unknown]
+    given.training_script = _show_spaces(given.training_script)
+    given.training_script_args = [_show_spaces(argument) for argument in given.training_script_args]
     given.last_dry_run = False
     # Users who repeat an earlier command add --dry-run at its end, behind the script's arguments.
     if (given.slurm or given.kubernetes) and given.training_script_args[-1:] == ["--dry-run"]:
         given.training_script_args = given.training_script_args[:-1]
         given.dry_run = given.last_dry_run = True
     return given, unknown
+
+
+_SPACE = "\U000f0020"  # of a private area of Unicode
+
+
+def _hide_spaces(argument: str) -> str:
+    """Return --name=value without spaces: argparse takes an unknown option with a space for the script."""
+    return argument.replace(" ", _SPACE) if re.match(r"--[a-z][a-z0-9_-]*=", argument) else argument
+
+
+def _show_spaces(argument: str) -> str:
+    return argument.replace(_SPACE, " ")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ from .waits import end_wait, note_wait
 _POLL_S = (0.0005, 0.05)  # shortest and longest pause between two polls of the store
 _PATIENCE = 0.05  # a pause is this part of the time waited so far: polling adds at most this part to a wait
 _LIVENESS_S = 0.5  # between two searches of the process table
+_MANY = 256  # with more ranks than this, each asks the store less often, so that together they ask no more
 _CAUSE_S = 2.0  # how long to wait for the cause of a broken connection
 
 
@@ -100,6 +101,7 @@ class Agreement:
         self._rank = rank
         self._ranks = ranks
         self._what = what
+        self.waiting = len(ranks)  # how many ranks may wait for it at the same time
         self.while_waiting: Callable[[], None] | None = None  # called between two polls
         with store_access(what):
             _register(store, rank)
@@ -203,20 +205,22 @@ class Agreement:
         start = searched = time.monotonic()
         began_s, noted = time.time(), None
         limit_s = group_timeout_s(self._calls.group) if timeout_s is None and self._calls is not None else timeout_s
+        times = max(1.0, self.waiting / _MANY)
         with store_access(self._what):
             try:
                 while not ready():
                     if self.while_waiting is not None:
                         self.while_waiting()
                     now = time.monotonic()
-                    if now - searched > _LIVENESS_S:
+                    if now - searched > _LIVENESS_S * times:
                         searched = now
                         noted = noted or note_wait(self._what, self._key, self._ranks, began_s, limit_s)
                         self._report_dead_ranks()
                     if limit_s is not None and now - start > limit_s:
                         self._refuse_absent(limit_s)
                         limit_s = None  # all have come: a body may take as long as it needs
-                    time.sleep(min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1]))
+                    pause_s = min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1])
+                    time.sleep(pause_s * times)
             finally:
                 end_wait(noted)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...runtime.progress import PROGRESS_MARKER
 from .desync import describe_ranks
+from .limits import FILE, MESSAGE, read_file, read_json
 from .stacks import shorten_traceback
 
 # What a rank reports if another rank failed, and it has no error of its own.
@@ -162,7 +163,7 @@ def read_exit_report(
     """Return how a rank ended, from the files in its folder and from the end of its output."""
     report = ExitReport(rank, host, code, at, ended_by_us, progressed=(folder / PROGRESS_MARKER).exists())
     try:
-        record = json.loads((folder / "error.json").read_text())["message"]
+        record = read_json(read_file(folder / "error.json"), FILE)["message"]
         extra: dict[str, Any] = record["extraInfo"]
         blames = extra.get("rank")
         report = replace(
@@ -239,7 +240,7 @@ def _shown_lines(text: str) -> list[str]:
 def _read_crash(path: Path) -> str:
     """Return the stack that faulthandler wrote of the thread that crashed, as a traceback: outermost frame first."""
     try:
-        text = path.read_text(errors="replace")
+        text = read_file(path).decode(errors="replace")
     except OSError:
         return ""
     parts = re.split(r"\n\s*\n", text)
@@ -385,10 +386,22 @@ def _is_alike(report: ExitReport, other: ExitReport) -> bool:
 
 
 def pack_reports(reports: Iterable[ExitReport]) -> str:
-    """Return the reports as JSON, for the agents of other machines; `unpack_reports` is the inverse."""
-    return json.dumps([asdict(report) for report in reports])
+    """Return the reports as JSON, for the agents of other machines; `unpack_reports` is the inverse.
+
+    Where they are longer than a store takes, only the ends of their texts stay.
+    """
+    reports = list(reports)
+    text = json.dumps([asdict(report) for report in reports])
+    if len(text) <= MESSAGE:
+        return text
+    length = MESSAGE // (20 * len(reports))  # a character may be six bytes in JSON
+    short = [replace(one, message=one.message[:length], traceback=one.traceback[-length:]) for one in reports]
+    return json.dumps([asdict(replace(one, evidence=one.evidence[-length:])) for one in short])
 
 
-def unpack_reports(text: str | bytes) -> list[ExitReport]:
-    """Return the reports that `pack_reports` wrote."""
-    return [ExitReport(**fields) for fields in json.loads(text)]
+def unpack_reports(text: str | bytes) -> list[ExitReport] | None:
+    """Return the reports that `pack_reports` wrote; None where the text is something else."""
+    try:
+        return [ExitReport(**fields) for fields in read_json(text)]
+    except (ValueError, TypeError):
+        return None

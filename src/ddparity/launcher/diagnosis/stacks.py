@@ -22,6 +22,7 @@ from typing import Any
 
 from .flight import ask_stacks
 from .instruments import STACK_SIGNAL, STACKS
+from .limits import read_file
 
 # Frames, and whose code they are.
 
@@ -231,7 +232,7 @@ def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
         deadline = time.monotonic() + timeout_s
         while path.stat().st_size == before and time.monotonic() < deadline:
             time.sleep(0.02)
-        return path.read_text(errors="replace")[before:]
+        return read_file(path)[before:].decode(errors="replace")
     return ""
 
 

@@ -350,7 +350,7 @@ class Watch:
         channel.publish(messages.pack(own))
         if not channel.leads:
             return None
-        machines = [messages.unpack(text) for text in channel.read()]
+        machines = messages.unpack_all(channel.read())
         for machine in machines:
             known.repeated |= machine.repeated
             for rank in machine.states.keys() - known.ranks.keys():
