@@ -252,6 +252,11 @@ def _read_crash(path: Path) -> str:
     return "\n".join(["Traceback (most recent call last):", *reversed(frames)]) if frames else ""
 
 
+def is_own_failure(message: str) -> bool:
+    """Return whether an exception, as "Type: text", is a rank's own failure: no end of another rank caused it."""
+    return not _CONSEQUENCE.search(message) and not message.startswith(("SystemExit:", "KeyboardInterrupt:"))
+
+
 def add_exception(report: ExitReport, message: str, traceback: str, waited: str) -> ExitReport:
     """Return the report of a rank that was ended while its exception was on its way: that exception is the failure.
 
