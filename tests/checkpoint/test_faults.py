@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ddparity as dp
-from ddparity.checkpoint.format import take_snapshot, write_states
+from ddparity.checkpoint.format import describe_states, write_states
 from tests.checkpoint.kills import Numbered, killed_at_each_call, killed_at_random, loaded
 from tests.ranks import outcomes
 
@@ -137,7 +137,8 @@ def _damaged_on_one_rank(folder: str, damage: str) -> None:
 
 
 def _save_alone(path: Path, model: nn.Module) -> None:
-    write_states(path, take_snapshot({"model": model.state_dict()}, {}, copy=False))
+    with open(path, "w+b") as file:
+        write_states(file, describe_states({"model": model.state_dict()}, {}))
 
 
 @pytest.mark.parametrize(
