@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import pickle
 import random
 import threading
 import time
@@ -389,7 +386,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"c is (not a complete checkpoint|damaged)"):
             dp.load_checkpoint(path, model=model)
     save_file({"0": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"not a ddparity checkpoint: its format is None"):
+    with pytest.raises(ValueError, match=r"not a ddparity checkpoint of this version: its format is None"):
         dp.load_checkpoint(path, model=model)
 
 
@@ -468,37 +465,3 @@ def test_more_than_a_file_can_describe_is_refused(tmp_path: Path, monkeypatch: p
     ):
         dp.save_checkpoint(tmp_path / "c", held=Held({"a": [torch.ones(1)] * 100}))
     assert os.listdir(tmp_path) == []
-
-
-class _NamedState:
-    def state_dict(self) -> dict:
-        return {"version": Version(1, 2)}
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-
-def test_a_state_of_named_types_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"state_dict has a tests.checkpoint.test_checkpoint:Version.*tensors, numbers"):
-        dp.save_checkpoint(tmp_path / "c", thing=_NamedState())
-
-
-class _Hostile:
-    """An object whose pickle runs code when it is loaded."""
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, ("hostile",)
-
-
-def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("c").write_bytes(pickle.dumps(_Hostile()))
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
-        dp.load_checkpoint("c", model=nn.Linear(1, 1))
-    # A record in the metadata names a type. A load builds only the types that a state dict has.
-    node = {"kind": "record", "type": "os:mkdir", "keys": 1, "items": []}
-    text = json.dumps({"nodes": {"model": node}, "versions": {}, "about": {}, "torch": "2.6.0", "sha256": {}})
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    save_file({}, "c", {"format": "ddparity 2", "states": text, "sha256": sha256})
-    with pytest.raises(ValueError, match="names the type os:mkdir"):
-        dp.load_checkpoint("c", model=nn.Linear(1, 1))
-    assert os.listdir(tmp_path) == ["c"]
