@@ -1,11 +1,12 @@
 PYTHON ?= python3.11
 NPROC ?= 2
 PROGRAMS ?= 20000
+FILES ?= 200000
 FIRST ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train verify test test-matrix programs format docs-picture clean
+.PHONY: train verify test test-matrix programs fuzz format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -38,6 +39,10 @@ test-torch-%:
 # seeds that failed stand in the last line.
 programs: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
+
+# Mutated checkpoints (tests/checkpoint/fuzz.py), seeds FIRST to FIRST + FILES.
+fuzz: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.checkpoint.fuzz $(FILES) $(FIRST)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -441,8 +441,9 @@ def _check_size(text: bytes | bytearray, size: int) -> None:
     The parser itself would find out too late, and recurses in C, as deeply as the program allows its own functions.
     """
     allowed = 2 * size + _HEADER_MEMORY
-    wide = not text.isascii() or b"\\u" in text  # a string with one such character takes 2 or 4 bytes for each
-    need = len(text) * (4 if wide else 1) + text.count(b'"') * _VALUE_BYTES // 2
+    wide = not text.isascii() or b"\\u" in text  # a string with one such character takes 4 bytes for each
+    # The bytes, the text, and the strings in it.
+    need = len(text) * (1 + 4 + 4 if wide else 1 + 1 + 1) + text.count(b'"') * _VALUE_BYTES // 2
     if need <= allowed:
         structure = _STRINGS.sub(b"", text)
         need += (structure.count(b",") + structure.count(b"[") + structure.count(b"{")) * _VALUE_BYTES

@@ -54,8 +54,9 @@ class Loading:
                 state = build(node, tensors, self.types.get(name, {}), name)
             except ValueError as error:
                 raise ValueError(f"{self.checkpoint.path}: {error}") from error
-            versions = self.checkpoint.versions.get(name)
-            states[name] = state if versions is None else with_layer_versions(state, versions)
+            if isinstance(state, dict) and name in self.checkpoint.versions:
+                state = with_layer_versions(state, self.checkpoint.versions[name])
+            states[name] = state
         return states
 
 

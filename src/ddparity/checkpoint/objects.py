@@ -82,6 +82,8 @@ def check_about(misfit: str, saved: Any, value: Any, stateful: dict[str, Any]) -
     own = about_of({"": value}, {}).get("")
     if own is None or type(saved) is not dict:
         return
+    if not _is_about(saved):
+        raise ValueError(f"{misfit}: the file does not say of what it is the state")
     if "class" in saved and saved["class"] != own["class"]:
         raise ValueError(
             f"{misfit}: it is the state of a {str(saved['class'])[:80]}, and here is a {own['class']}: make the same "
@@ -98,6 +100,17 @@ def check_about(misfit: str, saved: Any, value: Any, stateful: dict[str, Any]) -
                         f"{misfit}: parameter {number} of group {group} is {str(one)[:200]} in the file and {other} "
                         f"here: give the optimizer the parameters in the same order"
                     )
+
+
+def _is_about(saved: dict[str, Any]) -> bool:
+    """Return True if a file's entry has groups of shapes and of names, one for each parameter, where it has them."""
+    shapes, names = saved.get("shapes", []), saved.get("names")
+    for groups in (shapes, [] if names is None else names):
+        if type(groups) is not list or not all(type(group) is list for group in groups):
+            return False
+    if not all(type(shape) is list for group in shapes for shape in group):
+        return False
+    return names is None or [len(group) for group in names] == [len(group) for group in shapes]
 
 
 def _first_difference(saved: list[list[list[int]]], own: list[list[list[int]]]) -> str:

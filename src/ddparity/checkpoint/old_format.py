@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +12,11 @@ OLD_FORMAT = "ddparity 2"
 _KINDS = ("tensor", "array", "plain", "plain list", "list", "dict", "tuple")
 
 
-def from_old(saved: dict[str, Any], read: Callable[[str, str], bytes]) -> dict[str, Any]:
+def from_old(saved: dict[str, Any], read: Callable[[str, str], Any]) -> dict[str, Any]:
     """Return an old description in today's form.
 
     Args:
-        read: returns the bytes of a tensor, by its name and its SHA-256.
+        read: returns the JSON that a tensor has as its bytes, by its name and its SHA-256.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: it is not as that version wrote it.
@@ -30,18 +29,17 @@ def from_old(saved: dict[str, Any], read: Callable[[str, str], bytes]) -> dict[s
     return {**saved, "nodes": nodes, "about": about}
 
 
-def _node(node: Any, names: Iterator[str], sha256: dict[str, str], read: Callable[[str, str], bytes]) -> Node:
+def _node(node: Any, names: Iterator[str], sha256: dict[str, str], read: Callable[[str, str], Any]) -> Node:
     kind = node["kind"]
     if kind not in _KINDS:  # a named type never was in a checkpoint
         raise ValueError(f"it names the kind {str(kind)[:40]!r}, which no checkpoint has")
     if kind in ("tensor", "array"):
         shape = [] if node["scalar"] else node["shape"]
-        # An array without dimensions came back as a number of Python.
+        kind = "number" if kind == "array" and node["scalar"] else kind  # a NumPy number had become an array
         return {"kind": kind, "name": next(names), "dtype": node["dtype"], "shape": shape}
     if kind in ("plain", "plain list"):
         name = next(names)
-        values = json.loads(read(name, sha256[name]))
-        found = [_plain(value) for value in values]
+        found = [_plain(value) for value in read(name, sha256[name])]
         return {"kind": "list", "items": found} if kind == "plain list" else found[0]
     items = [_node(item, names, sha256, read) for item in node["items"]]
     return {"kind": kind, "items": items, **({"keys": node["keys"]} if kind == "dict" else {})}
