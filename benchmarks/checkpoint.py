@@ -4,9 +4,9 @@ PYTHONPATH=. python benchmarks/checkpoint.py [--instants 200] [--folder FOLDER]
 
 `save_checkpoint` and the functions of torch and safetensors write a model of 8 million parameters and AdamW's two
 moments, 96 MB, to FOLDER. Each write is flushed to disk. `returns`: the time until the call returns. `written`: the
-time until the file is on disk. `copied`: the time of a copy of the same tensors in main memory, which a save in the
-background cannot do without. The sharded rows are of two processes with `fully_shard`. After that, a process that saves in a loop is killed at random instants and at each
-system call.
+time until the file is on disk. A copy of the tensors in main memory is what a save in the background cannot do without.
+The sharded rows are of two processes with `fully_shard`. After that, a process that saves in a loop is killed at random
+instants and at each system call.
 """
 
 from __future__ import annotations
