@@ -119,7 +119,7 @@ def save_checkpoint(
 
     Example:
         >>> import tempfile
-        >>> model = nn.Linear(2, 1)
+        >>> model = torch.nn.Linear(2, 1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_checkpoint(f"{folder}/last.safetensors", model=model, epoch=3)
         ...     load_checkpoint(f"{folder}/last.safetensors", model=model)

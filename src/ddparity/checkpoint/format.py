@@ -34,7 +34,7 @@ FORMAT = "ddparity 3"
 SHARD_FILE = re.compile(r"shard-[0-9a-f]{16}-[0-9]{1,9}\.safetensors")
 _ALIGNMENT = 8  # bytes; safetensors' own writer aligns the tensors in the same way
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' reader refuses a larger one
-_CHUNK = 1 << 20  # bytes that are read or written and hashed at a time: they stay in the processor's cache
+_CHUNK = 1 << 24  # bytes that are read, written or hashed at a time: each time, threads wait for one another
 _THREADS = min(4, len(os.sched_getaffinity(0)))  # hashlib and the reads of a file let other threads run
 # Memory that reading a header may take beyond twice the file's size, as estimated by `_check_size`.
 _HEADER_MEMORY = 1 << 28
