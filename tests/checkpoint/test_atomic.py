@@ -168,7 +168,7 @@ print(count)
 
 def _beside(folder: str, count: int) -> list[float]:
     """Load until `count` loads are done, and check that each has the values of one save."""
-    path, found, deadline = Path(folder) / "c", [], time.monotonic() + 40
+    path, found, deadline = Path(folder) / "c", [], time.monotonic() + 120
     while not path.exists():
         assert time.monotonic() < deadline, "no file was saved"
         time.sleep(0.01)
@@ -194,8 +194,8 @@ def test_readers_beside_two_jobs_with_equal_process_ids(tmp_path: Path) -> None:
     try:
         for writer in writers:
             assert writer.stdout.readline() == "started\n", writer.stderr.read()
-        readers = run_ranks(_beside, 2, str(tmp_path), 60)
-        ended = [writer.communicate(timeout=60) for writer in writers]
+        readers = run_ranks(_beside, 2, str(tmp_path), 60, timeout_s=240)
+        ended = [writer.communicate(timeout=120) for writer in writers]
     finally:
         (tmp_path / "stop").touch()
         for writer in writers:

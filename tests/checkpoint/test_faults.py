@@ -36,13 +36,13 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(("keep", "background"), [(None, False), (3, False), (None, True)])
 def test_a_kill_at_a_random_instant_loses_nothing(keep: int | None, background: bool, tmp_path: Path) -> None:
     """The benchmark kills at 200 instants of each kind."""
-    (outcome,) = outcomes(killed_at_random, 1, str(tmp_path), 20, keep, background, in_world=False)
+    (outcome,) = outcomes(killed_at_random, 1, str(tmp_path), 20, keep, background, in_world=False, timeout_s=240)
     assert outcome.error is None, outcome.trace
 
 
 @pytest.mark.parametrize("keep", [None, 3])
 def test_a_kill_at_each_system_call_loses_nothing(keep: int | None, folder: Path) -> None:
-    (outcome,) = outcomes(killed_at_each_call, 1, str(folder), keep, in_world=False)
+    (outcome,) = outcomes(killed_at_each_call, 1, str(folder), keep, in_world=False, timeout_s=240)
     assert outcome.error is None, outcome.trace
     new = outcome.value
     assert len(new) > 40
