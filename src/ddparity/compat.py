@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, get_worker_info
 
 if TYPE_CHECKING:  # torch.distributed exports these in a way that type checkers do not see
-    from torch._C._distributed_c10d import AllgatherOptions, GradBucket, PrefixStore, Store, TCPStore
+    from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, Store, TCPStore
 else:
-    from torch.distributed import GradBucket, PrefixStore, Store, TCPStore
+    from torch.distributed import PrefixStore, Store, TCPStore
     from torch.distributed.distributed_c10d import AllgatherOptions
 
-__all__ = ["GradBucket", "PrefixStore", "Store", "TCPStore"]
+__all__ = ["PrefixStore", "Store", "TCPStore"]
 
 
 # Process groups and collectives.
@@ -149,18 +150,9 @@ def recognises_stores() -> bool:
 
 
 # DDP and modules.
-def register_comm_hook(model: DistributedDataParallel, state: object, hook: Callable[..., Any]) -> bool:
-    """Register a DDP communication hook; return False if the module has one already.
-
-    Not by the method of that name: it keeps the state in the module's attributes, and so in its copies and pickles.
-    """
-    if getattr(model, "_comm_hooks", None):
-        return False
-    try:
-        dist._register_comm_hook(model.reducer, state, hook)  # type: ignore[attr-defined]  # not in torch's stubs
-    except RuntimeError:  # a built-in one, which leaves no trace in Python
-        return False
-    return True
+def has_built_in_hook(model: DistributedDataParallel) -> bool:
+    """Return True if the module has a communication hook of torch's C++, which leaves no other trace in Python."""
+    return bool(model._get_ddp_logging_data().get("comm_hook"))
 
 
 def broadcast_buffers(model: DistributedDataParallel) -> None:
@@ -170,9 +162,14 @@ def broadcast_buffers(model: DistributedDataParallel) -> None:
         model._sync_buffers()
 
 
-def order_buckets(model: DistributedDataParallel) -> None:
-    """Run the broadcast of a new bucket order that DDP runs in the forward after its first reduction."""
-    model.reducer._rebuild_buckets()
+def set_flags(model: DistributedDataParallel, reduces: bool, broadcasts: bool) -> None:
+    """Set whether the next backward reduces, and whether forwards broadcast buffers; the next one does not.
+
+    Not by assignment: `nn.Module.__setattr__` takes ten times as long.
+    """
+    model.__dict__["require_backward_grad_sync"] = reduces
+    model.__dict__["require_forward_param_sync"] = False
+    model.__dict__["broadcast_buffers"] = broadcasts
 
 
 def disarm(model: DistributedDataParallel) -> None:
@@ -181,14 +178,6 @@ def disarm(model: DistributedDataParallel) -> None:
     DDP forgets its order of buckets.
     """
     model.reducer._reset_state()
-
-
-def used_anywhere(model: DistributedDataParallel) -> list[bool]:
-    """Return for each parameter that DDP reduces whether a backward of any rank used it, with find_unused_parameters.
-
-    The parameters are in DDP's order, that of the module. The answer is that of the last reduction.
-    """
-    return [number > 0 for number in model.reducer._get_local_used_map().tolist()]
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -237,6 +226,12 @@ def in_transform() -> bool:
 def in_backward() -> bool:
     """Return True inside of a backward: a forward there recomputes what activation checkpointing did not keep."""
     return torch._C._current_graph_task_id() != -1
+
+
+def recomputation_ended() -> bool:
+    """Return True where activation checkpointing ends a forward, since all that it recomputes has been computed."""
+    stop: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
+    return stop is not None and isinstance(sys.exc_info()[1], stop)
 
 
 # Tensors and random generators.

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import ddparity as dp
@@ -450,3 +451,25 @@ def test_subclasses_are_as_on_one_process(world_size: int, reduction: str) -> No
                 (net(x).square().mean() / len(PICTURES)).backward()
             for ours, expected in zip(found[name], _of_one_step(net), strict=True):
                 torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def _same_batch_again() -> tuple[torch.Tensor, torch.Tensor]:
+    """A checkpointed norm sees a batch whose statistics are its running statistics already, on the last rank."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, momentum=None)).double()
+    model = dp.replicate(inner)
+    x = torch.arange(12, dtype=torch.float64).view(4, 3).square()
+    for _ in range(2):
+        for micro in dp.accumulate(model, [x] if dist.get_rank() == dist.get_world_size() - 1 else []):
+            out = torch.utils.checkpoint.checkpoint(model, micro.data, use_reentrant=False)
+            (out.square().mean() * micro.weight).backward()
+    norm = inner[1]
+    return norm.num_batches_tracked, norm.running_mean
+
+
+def test_a_recomputed_batch_counts_where_its_statistics_are_the_running_ones() -> None:
+    ((counted, mean),) = run_ranks(_same_batch_again, 1)
+    assert counted == 4  # torch counts a recomputed forward, too
+    for other, its_mean in run_ranks(_same_batch_again, 2):
+        assert other == counted
+        torch.testing.assert_close(its_mean, mean, rtol=1e-12, atol=0)

@@ -145,6 +145,16 @@ def _two_backwards(models: Models, accumulate: Accumulate) -> None:
         (second * micro.weight).backward()
 
 
+def _edited_through_data(models: Models, accumulate: Accumulate) -> None:
+    """What is written through `.data` leaves no trace but the values."""
+    for micro in accumulate(models[0]):
+        first, _ = losses(models[0], micro.data)
+        (first * micro.weight).backward()
+        for parameter in models[0].parameters():
+            if parameter.grad is not None:
+                parameter.grad.data.add_(micro.weight)
+
+
 def _two_loops(models: Models, accumulate: Accumulate) -> None:
     for number in range(2):
         for micro in accumulate(models[0]):
@@ -424,6 +434,7 @@ WRAPPERS = {
     "a foreign DDP": Loop(plain, wrap=_foreign, reductions=FAST),
     "a foreign DDP, two backwards": Loop(_two_backwards, wrap=_foreign, reductions=FAST),
     "a user's hook": Loop(plain, wrap=_hooked, reductions=FAST),
+    "a user's hook after replicate": Loop(plain, wrap=_compressed, reductions=FAST, rtol=1e-2),
 }
 
 
@@ -509,7 +520,9 @@ PARAMETERS = {
     "two dtypes": Loop(plain, lambda: [_MixedDtypes()], rtol=1e-6),
     "ignored parameters": Loop(plain, lambda: [_seeded(_Ignoring)]),
     "several buckets": Loop(plain, lambda: _wide(4_000)),
-    "backward(inputs=some)": Loop(_some_inputs, options=UNUSED, reductions=WITHOUT_LIMIT),
+    "backward(inputs=some)": Loop(_some_inputs, options=UNUSED),
+    "sparse": Loop(plain, lambda: [_seeded(_Sparse).double()], reductions=FAST),
+    "edited through .data": Loop(_edited_through_data),
 }
 
 

@@ -197,8 +197,8 @@ def _smaller_values(value: Any, usual: Any) -> Iterator[Any]:
                 yield replace(value, **{one.name: {k: v for k, v in held.items() if k != key}})
 
 
-def main(count: int, first: int = 0) -> int:
-    """Run the programs `first` to `first + count`; print progress, and every seed that failed at the end."""
+def main(count: int, first: int = 0, workers: int = 2) -> int:
+    """Run the programs `first` to `first + count`, `workers` at a time; print progress, and at the end what failed."""
     by_size: dict[int, list[Program]] = {}
     for seed in range(first, first + count):
         program = draw(seed)
@@ -222,7 +222,7 @@ def main(count: int, first: int = 0) -> int:
         for _, programs in sorted(by_size.items(), reverse=True)
         for begin in range(0, len(programs), 500)
     ]
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(workers) as threads:
         list(threads.map(one, chunks))
     print(f"{count} programs in {time.monotonic() - start:.0f} s, {len(failed)} failed: {sorted(failed)}")
     return 1 if failed else 0

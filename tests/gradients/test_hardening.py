@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ddparity as dp
-from ddparity.gradients.replica import named_parameters
+from ddparity.gradients.replica import walk
 from tests.ranks import run_ranks
 
 SEVERAL_BUCKETS = {"bucket_cap_mb": 1e-5}
@@ -274,4 +274,4 @@ def test_parameters_have_the_names_and_the_order_of_torch() -> None:
     tied.weight = shared.weight
     model = nn.ModuleDict({"first": shared, "again": shared, "tied": nn.Sequential(tied, bare), "none": nn.Identity()})
     expected = list(model.named_parameters())
-    assert [(name, id(one)) for name, one in named_parameters(model)] == [(name, id(one)) for name, one in expected]
+    assert [(name, id(one)) for name, one in walk(model)[0]] == [(name, id(one)) for name, one in expected]

@@ -300,22 +300,3 @@ def _local_penalty(reduction: str) -> str:
 def test_the_comparison_of_ranks_finds_a_local_backward_after_the_loop(reduction: str) -> None:
     for message in run_ranks(_local_penalty, 2, reduction, timeout_s=30):
         assert "0.weight differs between rank 1 and rank 0" in message
-
-
-def _some_inputs_overlapped() -> str:
-    model = dp.replicate(net(), bucket_cap_mb=1e-5, find_unused_parameters=True)
-
-    def step() -> None:
-        for micro in dp.accumulate(model, _batches(), equal_counts=True):
-            loss = model(micro.data).mean() * micro.weight
-            loss.backward(inputs=list(model.parameters())[2:])
-
-    with pytest.raises(RuntimeError) as error:
-        step()
-    return str(error.value)
-
-
-def test_a_partial_backward_of_an_overlapped_model_is_refused() -> None:
-    for message in run_ranks(_some_inputs_overlapped, 2, timeout_s=30):
-        assert "without a gradient: 0.weight, 0.bias" in message
-        assert "leave inputs= out of the backward" in message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ..comm.allreduce import copies_of_ranks
-from ..compat import is_compiled
+from ..compat import is_compiled, recomputation_ended
 from .layer import SyncBatchNorm
 
 Moments = tuple[Tensor, Tensor]  # the mean and the unbiased variance of one batch
@@ -47,8 +47,8 @@ class RunningStatistics:
     layer, there is no collective.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
-        self.layers = [module for module in model.modules() if _is_tracked(module) and module.training]
+    def __init__(self, modules: Iterable[nn.Module], group: dist.ProcessGroup | None) -> None:
+        self.layers = [module for module in modules if _is_tracked(module) and module.training]
         self._group = group
         self._records: list[list[Moments]] = [[] for _ in self.layers]
 
@@ -128,15 +128,15 @@ class Room:
         self.forwards = 1
 
 
-def equal_buffers(model: nn.Module, tracked: bool) -> bool:
-    """Return True if all buffers of a model stay equal on all ranks without a broadcast.
+def equal_buffers(modules: Iterable[nn.Module], tracked: bool) -> bool:
+    """Return True if all buffers of a model's modules stay equal on all ranks without a broadcast.
 
     These are the running statistics of batch norms in training that are synchronised over all ranks. If `tracked`, they
     also include the running statistics that `RunningStatistics` updates.
     """
     return all(
         (_is_synchronised(module) or (tracked and _is_tracked(module))) and names <= _STATISTICS
-        for module in model.modules()
+        for module in modules
         # `module.buffers()` takes several times as long as `_buffers`.
         if (names := {name for name, buffer in module._buffers.items() if buffer is not None})
     )
@@ -240,7 +240,7 @@ def _after_forward(
     after, count = _running(layer), layer.num_batches_tracked
     _restore(saved, layer)
     # Momentum 1 leaves exactly the batch's statistics. A frozen layer, and one that failed before, writes nothing.
-    if _wrote(before, after, count, failed=output is None):
+    if _wrote(before, after, count, failed=output is None and not recomputation_ended()):
         records.append(after)
 
 

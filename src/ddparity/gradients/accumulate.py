@@ -73,9 +73,9 @@ def accumulate(
     Yields:
         Micro-batches with `.data` (on the model's device), `.weight`, `.share` and `.index`.
 
-    Collectives: the gradients once: for a model of several buckets DDP's, overlapped with the last backward, and one of
-    16 bytes; else, and where a rank has no micro-batch or several models are given, flat after the loop, at most 32 MiB
-    in one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
+    Collectives: the gradients once: of a large model in parts that start in the last backward, and one of 4 bytes a
+    part; else, and where a rank has no micro-batch or several models are given, flat after the loop, at most 32 MiB in
+    one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
     foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
     Where this process has replicated several models, one of 128 bytes. In some steps (`replicate(check_every=…)`) one
     of 8 bytes a parameter. In the first step of an epoch, requests to the group's store. Every rank must run the loop.
@@ -103,33 +103,33 @@ def accumulate(
         raise ValueError(f'accumulate(skipped={skipped!r}) is unknown: use "zero" or "drop"')
     if not models:
         raise ValueError("accumulate() got an empty list of models")
-    for one in models:
-        _check_replicated(one)
-    return _accumulate(models, batches, count, equal_counts, skipped == "drop")
+    return _accumulate(models, list(map(_replica, models)), batches, count, equal_counts, skipped == "drop")
 
 
-def _check_replicated(model: nn.Module) -> None:
+def _replica(model: nn.Module) -> Replica:
     inner = uncompiled(model)
-    if isinstance(inner, DistributedDataParallel):
-        refuse_nested(inner.module, "accumulate() got a DistributedDataParallel that holds another one")
-    elif dist.is_initialized() and dist.get_world_size() > 1:
+    if not isinstance(inner, DistributedDataParallel) and dist.is_initialized() and dist.get_world_size() > 1:
         raise TypeError(
             f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
             f"gradients nobody would reduce: wrap the model in ddparity.replicate(model) first"
         )
+    replica = replica_of(inner)
+    if replica.careful() and inner is not replica.module:
+        refuse_nested(replica.module, "accumulate() got a DistributedDataParallel that holds another one")
+    return replica
 
 
 def _accumulate(
     models: list[nn.Module],
+    replicas: list[Replica],
     batches: Iterable[Any],
     count: Callable[[Any], float] | None,
     equal_counts: bool,
     drops: bool,
 ) -> Iterator[LoadedMicroBatch]:
-    replicas = [replica_of(model) for model in models]
     group = _common_group(replicas)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    device = next((parameter.device for parameter in models[0].parameters()), None)
+    device = _device(models[0])
     step = batches if isinstance(batches, Step) else None
     if step is not None and len(step.shares) != world_size:
         raise ValueError(
@@ -150,45 +150,68 @@ def _accumulate(
         micros = iter(weighted)
     _check_shares(models, replicas, numbers, numbers[rank])
 
-    window = Window(models, replicas, numbers, rank, drops)
-    position = -1
-    with window.opened(device):
-        try:
-            for position, micro in enumerate(micros):
-                window.begin(last=position == numbers[rank] - 1)
-                if micro.seed is not None:
-                    seed_streams(micro.seed)
-                data = micro.data if device is None or device.type == "cpu" else to_device(micro.data, device)
-                yield LoadedMicroBatch(data, micro.share * window.scale, micro.index, micro.seed, micro.share)
-                window.take(micro.index, micro.share)
-        except GeneratorExit:
-            if window.waits or position < numbers[rank] - 1:
-                logger.warning(
-                    "left accumulate() in micro-batch %d of %d: gradients are not reduced", position + 1, numbers[rank]
-                )
-            raise
-        window.finish()
+    careful = any(replica.careful() for replica in replicas)
+    if not careful and not drops and all(replica.alone for replica in replicas):
+        yield from _loaded(micros, 1, device)  # nothing to reduce
+        for replica in replicas:
+            replica.skip()
+    else:
+        window = Window(replicas, numbers, rank, drops, careful)
+        position, last = -1, numbers[rank] - 1
+        with window.opened(device):
+            try:
+                if last == 0:
+                    window.begin_last()
+                for position, micro in enumerate(_loaded(micros, window.scale, device)):
+                    yield micro
+                    window.take(micro.index, micro.share)
+                    if position + 1 == last:
+                        window.begin_last()
+            except GeneratorExit:
+                if window.waits or position < last:
+                    logger.warning(
+                        "left accumulate() in micro-batch %d of %d: gradients are not reduced", position + 1, last + 1
+                    )
+                raise
+            window.finish()
     if step is not None:
         seed_streams(step.seed)
         step.end()
 
 
-def _common_group(replicas: Sequence[Replica | None]) -> dist.ProcessGroup | None:
+def _device(model: nn.Module) -> torch.device | None:
+    """Return the first parameter's device; `next(model.parameters())` takes several times as long."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter.device
+    return None
+
+
+def _loaded(micros: Iterable[LoadedMicroBatch], scale: int, device: torch.device | None) -> Iterator[LoadedMicroBatch]:
+    """Yield micro-batches on their device, with their weights, each after its random streams are set."""
+    for micro in micros:
+        if micro.seed is not None:
+            seed_streams(micro.seed)
+        data = micro.data if device is None or device.type == "cpu" else to_device(micro.data, device)
+        yield LoadedMicroBatch(data, micro.share * scale, micro.index, micro.seed, micro.share)
+
+
+def _common_group(replicas: Sequence[Replica]) -> dist.ProcessGroup | None:
     """Return the process group of all models of a step; None in a world of one."""
-    given = [replica for replica in replicas if replica is not None]
-    ranks = {one.ranks for one in given}
-    kinds = sorted({one.reduction for one in given} | ({"fast"} if len(given) < len(replicas) else set()))
+    ranks = {one.ranks for one in replicas}
+    kinds = sorted({one.reduction for one in replicas})
     if len(ranks) > 1 or len(kinds) > 1:
         what = f"reductions ({' and '.join(kinds)})" if len(kinds) > 1 else "process groups"
         raise ValueError(
             f"accumulate() got models of different {what}: replicate the models of one loop with the same arguments"
         )
-    return given[0].group if given else None
+    return replicas[0].group
 
 
 def _agree(
     models: Sequence[nn.Module],
-    replicas: Sequence[Replica | None],
+    replicas: Sequence[Replica],
     step: Step | None,
     batches: int | None,
     counted: bool,
@@ -196,7 +219,7 @@ def _agree(
 ) -> None:
     """Compare with the other ranks, once an epoch, what a step depends on."""
     replica = replicas[0]
-    if group is None or replica is None:
+    if group is None:
         return
     about = None if step is None else (step.plan, step.epoch)
     key = (about, batches is None, counted)
@@ -204,7 +227,7 @@ def _agree(
         return
     replica.agreed = key
     # Without those that DDP was told to ignore, which may differ between ranks.
-    trained = [one for each in replicas if each is not None for one in each.parameters()]
+    trained = [one for each in replicas for one in each.parameters()]
     values: dict[str, object] = {
         "the number of models given to accumulate()": len(models),
         "accumulate(count=…), given or not": counted,
@@ -229,11 +252,9 @@ def _shared_in_training(model: nn.Module) -> int:
     return sum(layer.training for _, layer in shared_layers(model))
 
 
-def _check_shares(
-    models: Sequence[nn.Module], replicas: Sequence[Replica | None], numbers: Sequence[int], size: int
-) -> None:
+def _check_shares(models: Sequence[nn.Module], replicas: Sequence[Replica], numbers: Sequence[int], size: int) -> None:
     """Refuse what cannot run these numbers of micro-batches; every rank with models of this kind does."""
-    static = [one for one in replicas if one is not None and one.ddp is not None and one.ddp.static_graph]
+    static = [one for one in replicas if one.ddp is not None and one.ddp.static_graph]
     if static and (size > 1 or 0 in numbers):
         raise ValueError(
             f"accumulate() got {size} micro-batches for a DDP module with static_graph=True, whose backwards must "

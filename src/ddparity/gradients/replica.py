@@ -6,7 +6,6 @@ import collections
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,17 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
-from ..comm.allreduce import gathers, mean_later, mean_over_ranks
-from ..compat import (
-    GradBucket,
-    broadcast_buffers,
-    disarm,
-    order_buckets,
-    register_comm_hook,
-    uncompiled,
-    unwrapped,
-    used_anywhere,
-)
+from ..compat import broadcast_buffers, disarm, has_built_in_hook, set_flags, uncompiled, unwrapped
+from .early import CAP_BYTES, CAREFUL_STEPS, EarlyAverage, EarlyAverages
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +32,9 @@ _replicas: weakref.WeakKeyDictionary[nn.Module, Replica] = weakref.WeakKeyDictio
 _made: collections.Counter[tuple[int, ...] | None] = collections.Counter()
 
 CHECK_EVERY = 100  # steps
-# DDP has one bucket for a model up to here, and so no backward to overlap its reduction with.
-ONE_BUCKET_BYTES = 2**20
 
-
-class Phase(Enum):
-    """What the communication hook does with a bucket."""
-
-    AVERAGE = "outside of accumulate: average it, as DDP does"
-    KEEP = "in accumulate, in all micro-batches but the last: keep this rank's gradients"
-    OVERLAP = "in the last micro-batch: average all buckets but the last one, which waits for the end of the loop"
-
-
-class Order(Enum):
-    """The order of DDP's buckets, which the ranks must change together."""
-
-    DEFAULT = "that of construction, as far as every rank knows: the next reduction finds a better one"
-    OWN = "that of a backward"
-    LOST = "this rank had to reset DDP: all find a new one after the next step, in which they learn of it"
+Words = tuple[Reduction, Statistics, int]
+Walk = tuple[list[tuple[str, nn.Parameter]], list[nn.Module]]  # parameters by name, modules with buffers
 
 
 class Holder(Protocol):
@@ -78,37 +53,29 @@ class Replica:
         check_every: so often `accumulate` compares the ranks' parameters and gradients, in steps.
         ranks: of its group; None in a world of one.
         number: counts the replicas of these ranks; the same on every one of them, since making one is collective.
-        hooked: the DDP module has our hook; False where the user registered another one, and without DDP.
         buffers_equal: the last step left the same buffers on all ranks.
         room: see `RunningStatistics`.
         supersede: ends the hold of the step of `accumulate` that is at work on this model.
         agreed: what the ranks compared last, so that they do it once an epoch.
         held: a step of `accumulate` holds its reduction back, of this model or of another one. holder: of another one.
-        order: what this rank knows of DDP's order of buckets.
-        overlapped: parameters whose gradients the last backward has averaged. reduced: it has done so with all.
-        present: with find_unused_parameters, whether parameters had a gradient before DDP wrote averages, by their ids.
+        sparse: ids of the parameters with sparse gradients.
         had_gradients: ids of the parameters that had a gradient after the last step, the same on every rank. A loop
             that freezes and unfreezes parts of a model may give them one again, though frozen when the next begins.
-        told_compiled, told_old: a warning was given.
+        told_compiled, told_old, told_skipped: a warning was given.
     """
 
-    def __init__(self, model: nn.Module, words: tuple[Reduction, Statistics, int], equal: bool) -> None:
+    def __init__(self, model: nn.Module, words: Words, equal: bool) -> None:
         self._model = weakref.ref(model)
         self.reduction, self.batchnorm_statistics, self.check_every = words
         self.buffers_equal = equal
         self.room = Room()
-        self.held = self.reduced = False
-        self.order = Order.DEFAULT
+        self.held = False
         self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
-        self.told_compiled = self.told_old = False
+        self.told_compiled = self.told_old = self.told_skipped = False
         self.agreed: object = None
-        self.overlapped: list[torch.Tensor] = []
-        self.present: dict[int, bool] = {}
         self.had_gradients: set[int] = set()
-        self._phase = Phase.AVERAGE
-        self._averaged: State | None = None
-        self._kept: list[int] = []
+        self._built_in_hook: bool | None = None
         self._broadcasts = False
         self._steps = 0
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
@@ -117,11 +84,14 @@ class Replica:
         self.ranks = None if self.group is None else tuple(dist.get_process_group_ranks(self.group))
         self.number = _made[self.ranks]
         _made[self.ranks] += 1
-        self.hooked = ddp is not None and register_comm_hook(ddp, self, reduce_bucket)
-        known = self.parameters() if ddp is not None else []
-        self._known = [id(parameter) for parameter in known]
-        self._bytes = sum(parameter.nbytes for parameter in known)
-        self._sparse = any(getattr(module, "sparse", False) is True for module in self.module.modules())
+        cap = getattr(ddp, "bucket_bytes_cap", CAP_BYTES)
+        self._early = EarlyAverages(self.group, cap) if self.group is not None else None
+        self._known = [id(parameter) for parameter in self.parameters()]
+        self.sparse = {
+            id(module.weight)
+            for module in self.module.modules()
+            if getattr(module, "sparse", False) is True and isinstance(module.weight, torch.Tensor)
+        }
 
     @property
     def ddp(self) -> DistributedDataParallel | None:
@@ -130,62 +100,81 @@ class Replica:
         return model if isinstance(model, DistributedDataParallel) else None
 
     @property
+    def alone(self) -> bool:
+        """A plain module in a world of one, whose gradients are complete without us."""
+        return self.group is None and self.reduction == "fast" and self.ddp is None
+
+    @property
     def module(self) -> nn.Module:
         """The user's module."""
         model = self._model()
         assert model is not None, "a replica does not outlive its model"
         return unwrapped(model)
 
-    def all_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters, those that are not trained, too, in an order that is the same on every rank."""
-        ignored = self.ddp.parameters_to_ignore if self.ddp is not None else ()
-        named = named_parameters(self.module)
-        return [(name, one) for name, one in named if name not in ignored] if ignored else named
+    def walk(self) -> Walk:
+        """Return the parameters, those that are not trained, too, and the modules with buffers, as on every rank."""
+        ddp = self.ddp
+        named, buffered = walk(self.module)
+        if ddp is not None and ddp.parameters_to_ignore:
+            named = [(name, one) for name, one in named if name not in ddp.parameters_to_ignore]
+        return named, buffered
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained now."""
-        return [parameter for _, parameter in self.all_parameters() if parameter.requires_grad]
+        return [parameter for _, parameter in self.walk()[0] if parameter.requires_grad]
 
     def trains(self, parameter: nn.Parameter) -> bool:
-        """Whether a step may give a parameter a gradient, as far as is known when it begins."""
+        """Return True if a step may give a parameter a gradient, as far as is known when it begins."""
         return parameter.requires_grad or id(parameter) in self.had_gradients
 
-    def overlaps(self, parameters: list[int], frozen: bool) -> bool:
-        """Whether DDP reduces in the last backward: there is something to overlap, and DDP knows what is trained now.
+    def by_ddp(self, parameters: list[nn.Parameter]) -> bool:
+        """Return True if DDP's own reduction is asked for by an option that no other serves, and it can reduce these.
 
-        `parameters`: the ids of those that the step may train; `frozen`: some of them are frozen now. A DDP module with
-        options that its own reduction serves (a communication hook, sparse gradients, static_graph, mixed_precision)
-        keeps it.
+        The options are a user's communication hook, static_graph and mixed_precision. DDP cannot reduce parameters that
+        were frozen when it was made.
         """
         ddp = self.ddp
-        if ddp is None or (not self.hooked and parameters == self._known):
-            return ddp is not None
-        if parameters != self._known or (frozen and not ddp.find_unused_parameters):
+        if ddp is None or not (ddp.static_graph or getattr(ddp, "mixed_precision", None) or self._has_hook(ddp)):
             return False
-        if self._sparse or ddp.static_graph or getattr(ddp, "mixed_precision", None) is not None:
+        return [id(one) for one in parameters if one.requires_grad] == self._known
+
+    def _has_hook(self, ddp: DistributedDataParallel) -> bool:
+        if getattr(ddp, "_comm_hooks", None):
             return True
-        cap = getattr(ddp, "bucket_bytes_cap", ONE_BUCKET_BYTES)
-        return len(parameters) > 1 and self._bytes > min(cap, ONE_BUCKET_BYTES)
+        if self._built_in_hook is None:
+            self._built_in_hook = has_built_in_hook(ddp)
+        return self._built_in_hook
+
+    def early_average(self, parameters: list[nn.Parameter]) -> EarlyAverage | None:
+        """Return what averages these parameters' gradients in the last backward; None where that does not pay."""
+        return None if self._early is None or self.sparse else self._early.next(parameters, self.careful())
 
     def hold(self) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`."""
-        ddp = self.ddp
         self.held = True
+        ddp = self.ddp
         if ddp is not None:
-            if ddp.require_forward_param_sync or ddp.find_unused_parameters or self.order is not Order.OWN:
-                # A forward outside of the loop may have armed DDP, perhaps on this rank only. DDP does not tell: its
-                # flag is False again after a forward without gradients. With find_unused_parameters DDP would also
-                # remember what the backwards of the last step used, if that step summed after the loop.
-                self._disarm()
-            self._broadcasts, ddp.broadcast_buffers = ddp.broadcast_buffers, False
-        self._switch(Phase.KEEP, reduces=False)
+            disarm(ddp)  # a forward outside of the loop may have armed it, perhaps on this rank only
+            self._broadcasts = ddp.broadcast_buffers
+            set_flags(ddp, False, False)
 
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
         self.held = False
+        ddp = self.ddp
+        if ddp is not None:
+            if ddp.require_backward_grad_sync:  # a loop that was left after DDP began to reduce
+                disarm(ddp)
+            set_flags(ddp, True, self._broadcasts)
+
+    def let_reduce(self, reduces: bool) -> None:
+        """Let DDP reduce in the next backward, or not."""
         if self.ddp is not None:
-            self.ddp.broadcast_buffers = self._broadcasts
-        self._switch(Phase.AVERAGE, reduces=True)
+            set_flags(self.ddp, reduces, False)
+
+    def reduces(self) -> bool:
+        """Return True if DDP would reduce in the next backward."""
+        return self.ddp is not None and self.ddp.require_backward_grad_sync
 
     def share_buffers(self) -> None:
         """Broadcast the buffers, if the model has any to broadcast, as DDP does in a forward."""
@@ -193,67 +182,19 @@ class Replica:
         if ddp is not None:
             ddp.broadcast_buffers = self._broadcasts
             broadcast_buffers(ddp)
-            ddp.broadcast_buffers = ddp.require_forward_param_sync = False
+            set_flags(ddp, False, False)
 
-    def give_up(self) -> None:
-        """After a step that was left: forget what its last backward had begun to reduce."""
-        if self._phase is Phase.OVERLAP:
-            self._disarm()
+    def careful(self) -> bool:
+        """Return True if the next step makes the checks that take time: one of the first, and some later ones."""
+        return self._steps < CAREFUL_STEPS or self.compares(ahead=1)
 
-    def _disarm(self) -> None:
-        assert self.ddp is not None, "only DDP reduces"
-        disarm(self.ddp)
-        if self.order is Order.OWN:
-            self.order = Order.LOST
-
-    def _finds_order(self) -> bool:
-        ddp = self.ddp
-        return self.order is Order.DEFAULT and self.hooked and ddp is not None and not ddp.find_unused_parameters
-
-    def reorder(self) -> None:
-        """Let the next step find a new order of buckets. Every rank calls it."""
-        self._disarm()
-        self.order = Order.DEFAULT
-
-    def _switch(self, phase: Phase, reduces: bool) -> None:
-        self._phase = phase
-        ddp = self.ddp
-        if ddp is not None:
-            ddp.require_backward_grad_sync, ddp.require_forward_param_sync = reduces, False
-
-    def overlap(self) -> None:
-        """Let the next backward reduce."""
-        self.overlapped, self.reduced, self._averaged, self._kept, self.present = [], False, None, [], {}
-        if self._finds_order() and self.ddp is not None and not self.ddp.static_graph:
-            self._disarm()  # so that every rank finds a new order, also one that had some before
-        self._switch(Phase.OVERLAP, reduces=True)
-
-    def keep(self) -> None:
-        """Let no backward reduce any more."""
-        self._switch(Phase.KEEP, reduces=False)
-
-    def averaged(self) -> list[torch.Tensor]:
-        """Return the parameters whose gradients the last backward has averaged; the same on every rank.
-
-        With find_unused_parameters DDP leaves the gradient as it is where no rank's backward has used the parameter in
-        this step: one that the loop has set itself is still this rank's own.
-        """
-        ddp = self.ddp
-        assert ddp is not None, "only DDP overlaps"
-        if not ddp.find_unused_parameters:
-            return self.overlapped
-        used = used_anywhere(ddp)
-        by_ddp = {id(parameter) for parameter, some in zip(self.parameters(), used, strict=True) if some}
-        return [parameter for parameter in self.overlapped if id(parameter) in by_ddp]
-
-    def changed(self) -> bool:
-        """Whether gradients have changed since the last backward averaged them."""
-        averaged, self._averaged = self._averaged, None  # which keeps gradients alive
-        return bool(self.overlapped) and (averaged is None or averaged.marks != State(self.overlapped).marks)
+    def skip(self) -> None:
+        """Count a step that nothing was done for."""
+        self._steps += 1
 
     def finished(self, parameters: list[nn.Parameter], buffers_equal: bool) -> None:
         """Note what a step has left."""
-        self._steps += 1
+        self.skip()
         self.buffers_equal = buffers_equal
         self.note_gradients(parameters)
         probe = next((one for one in parameters if one.grad is not None), None)
@@ -262,9 +203,9 @@ class Replica:
     def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         self.had_gradients = {id(one) for one in parameters if one.grad is not None}
 
-    def compares(self) -> bool:
-        """Whether the ranks compare their parameters after this step."""
-        return self.check_every > 0 and self._steps % self.check_every == 0
+    def compares(self, ahead: int = 0) -> bool:
+        """Return True if the ranks compare their parameters after the last step, or after one so many steps ahead."""
+        return self.check_every > 0 and (self._steps + ahead) % self.check_every == 0
 
     def warn_of_old_gradients(self) -> None:
         """Warn, once, where an optimizer has stepped since the last step and its gradients are still there."""
@@ -284,27 +225,11 @@ class Replica:
         The other ranks' backwards wait for this rank's part of each bucket.
         """
         ddp, parameters = self.ddp, self.parameters()
-        assert ddp is not None, "only DDP overlaps"
+        assert ddp is not None, "only DDP reduces by itself"
         with torch.enable_grad():
             nothing = _Nothing.apply(*reversed(parameters))
             ddp.reducer.prepare_for_backward([nothing])
             nothing.backward()
-
-    def _settled(self) -> None:
-        """At the end of the backward that reduced, on every rank, after DDP has written the averages."""
-        ddp = self.ddp
-        assert ddp is not None, "only DDP overlaps"
-        if self.order is Order.LOST:
-            self._disarm()
-        elif self._finds_order():
-            # Here, since DDP would do it in the next forward, which not every rank need run.
-            order_buckets(ddp)
-            self.order = Order.OWN
-        self._averaged = State(self.overlapped)
-        if self._kept and any(
-            before == after[1] >= 0 for before, after in zip(self._kept, self._averaged.marks, strict=True)
-        ):
-            self._averaged = None  # DDP does not write to a gradient set by hand where no backward used the parameter
 
 
 class _Nothing(torch.autograd.Function):
@@ -320,69 +245,14 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-NO_GRADIENT = (0, -1)
-
-
-class State:
-    """What changes when gradients do: which tensors they are, and how often they were written.
-
-    It keeps the gradients alive, so that a new one cannot have the identity of one that is gone.
-    """
-
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._gradients = [parameter.grad for parameter in parameters]
-        self.marks = [NO_GRADIENT if one is None else (id(one), one._version) for one in self._gradients]
-
-
 def _written(tensor: torch.Tensor) -> tuple[int, int]:
     return id(tensor), tensor._version
 
 
-def reduce_bucket(replica: Replica, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket of gradients over the ranks, or keep it: DDP's communication hook.
-
-    One collective a bucket, of its bytes. Source: https://pytorch.org/docs/stable/ddp_comm_hooks.html
-    """
-    buffer = bucket.buffer()
-    if replica._phase is Phase.KEEP:
-        return _done(buffer)
-    group = replica.group
-    if replica._phase is Phase.OVERLAP:
-        ddp = replica.ddp
-        assert ddp is not None, "DDP calls this"
-        ddp.require_backward_grad_sync = False  # a further forward in this micro-batch must not reduce again
-        parameters = bucket.parameters()
-        if ddp.find_unused_parameters:
-            replica.present |= {id(one): one.grad is not None for one in parameters}
-        if bucket.is_last():
-            replica.reduced = True
-            # DDP queues a callback, after this one, that writes all averages into the gradients; then ours follows.
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(replica._settled))
-            if buffer.layout == torch.strided:
-                return _done(buffer)
-        replica.overlapped += parameters
-        if ddp.find_unused_parameters:
-            dense = buffer.layout == torch.strided
-            replica._kept += [one.grad._version if dense and one.grad is not None else -1 for one in parameters]
-    if bucket.is_last() or gathers(buffer.numel(), buffer, group):
-        # Waiting here costs less than a callback. The last bucket has no backward left to overlap with, and small ones
-        # are sooner sent than overlapped.
-        return _done(mean_over_ranks(buffer, group))
-    return mean_later(buffer, group)
-
-
-def _done(value: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(value)
-    return future
-
-
-def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return what `module.named_parameters()` yields, in a third of its time: a step of a small model takes as long."""
-    if type(module).named_parameters is not nn.Module.named_parameters:  # a model may name them otherwise
-        return list(module.named_parameters())
+def walk(module: nn.Module) -> Walk:
+    """Return what `module.named_parameters()` yields, in a third of its time, and the modules that have buffers."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
+    buffered: list[nn.Module] = []
     visited: set[int] = set()
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -392,12 +262,16 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in found:
                 found[id(parameter)] = (prefix + name, parameter)
+        if module._buffers:
+            buffered.append(module)
         for name, child in module._modules.items():
             if child is not None:
                 visit(child, f"{prefix}{name}.")
 
     visit(module, "")
-    return list(found.values())
+    if type(module).named_parameters is not nn.Module.named_parameters:  # a model may name them otherwise
+        return list(module.named_parameters()), buffered
+    return list(found.values()), buffered
 
 
 def refuse_nested(module: nn.Module, what: str) -> None:
@@ -410,22 +284,17 @@ def refuse_nested(module: nn.Module, what: str) -> None:
             )
 
 
-def replica_of(model: nn.Module) -> Replica | None:
-    """Return a model's replica; None for a plain module that `replicate` was not asked for, or asked "fast".
-
-    A DDP module that `replicate` did not make gets our communication hook here, unless it has one.
-    """
+def replica_of(model: nn.Module) -> Replica:
+    """Return a model's replica; of a model that `replicate` was not asked for, one that does what DDP does."""
     model = uncompiled(model)
-    words = model.__dict__.get(_WORDS)
-    if words is None and not isinstance(model, DistributedDataParallel):
-        return None
     replica = _replicas.get(model)
     if replica is None:
-        replica = _replicas[model] = Replica(model, words or ("fast", "rank0", CHECK_EVERY), equal=False)
+        words: Words = model.__dict__.get(_WORDS) or ("fast", "rank0", CHECK_EVERY)
+        replica = _replicas[model] = Replica(model, words, equal=False)
     return replica
 
 
-def asked(model: nn.Module, words: tuple[Reduction, Statistics, int], equal: bool) -> None:
+def asked(model: nn.Module, words: Words, equal: bool) -> None:
     """Note on a model what `replicate` was asked for."""
     model.__dict__[_WORDS] = words
     _replicas[model] = Replica(model, words, equal)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
@@ -17,8 +16,10 @@ from torch.nn.parameter import is_lazy
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
 from ..errors import DDParityError
+from .early import EarlyAverage
 from .left import forget_left, note_left
-from .replica import NO_GRADIENT, Order, Replica, State, made_so_far, named_parameters, others_than
+from .replica import Replica, Walk, made_so_far, others_than
+from .state import NO_GRADIENT, State, as_integers
 from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,6 @@ _MOST_OTHERS = 16  # replicas that a step's losses may run besides those that th
 
 Named = list[tuple[str, nn.Parameter]]
 
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which a skipped micro-batch was told
-
 
 class Window:
     """One step over some models. Every rank opens it, takes its micro-batches, and finishes it.
@@ -36,8 +35,9 @@ class Window:
     How gradients are reduced:
 
     - strict: each micro-batch's gradients are taken out, and summed along the tree after the loop.
-    - overlapped, for one fast model of several buckets: DDP averages its buckets in the last micro-batch's backward,
-      but for the last bucket, which has no backward left to overlap with; that one is averaged after the loop.
+    - early, for one large fast model: averages of copies start in the last micro-batch's backward (`EarlyAverage`).
+    - by DDP, for one model with options that only DDP's own reduction serves (a user's communication hook,
+      static_graph, mixed_precision): in the last micro-batch's backward, as in plain DDP.
     - after the loop, for all others: one average of what the loop left in the gradients, whatever it did; one sum where
       a rank has no micro-batch, or where weights are dropped.
 
@@ -45,43 +45,46 @@ class Window:
     gradients and batch norms is reduced after it, too.
 
     Args:
-        models: what the losses are of. replicas: theirs; None for a plain module in a world of one.
+        replicas: of the models that the losses are of.
         numbers: micro-batches of each rank. rank: this one.
         drops: the weights of micro-batches without a backward are taken out of the step.
+        careful: make the checks that take time.
     """
 
     def __init__(
         self,
-        models: Sequence[nn.Module],
-        replicas: Sequence[Replica | None],
+        replicas: Sequence[Replica],
         numbers: Sequence[int],
         rank: int,
         drops: bool,
+        careful: bool,
     ) -> None:
-        self._models = models
-        self._own = [replica for replica in replicas if replica is not None]
+        self._own = replicas
         self._numbers, self._rank, self._drops = numbers, rank, drops
-        self._group = next((replica.group for replica in self._own), None)
-        self._strict = any(replica.reduction == "strict" for replica in self._own)
+        self._group, self._ranks = replicas[0].group, replicas[0].ranks
+        self._strict = replicas[0].reduction == "strict"
         # A sum needs what the parameters had before to be put aside. An average leaves that as it is.
         self._sums = not self._strict and (drops or 0 in numbers)
-        self._ranks = next((replica.ranks for replica in self._own), None)
-        self._named, frozen = _trained(models, replicas)
+        walks = [replica.walk() for replica in replicas]
+        self._named, frozen = _trained(replicas, walks)
+        self._buffered = [buffered for _, buffered in walks]
         self._parameters = [parameter for _, parameter in self._named]
-        self._overlapped = self._own[0] if len(self._own) == 1 and self._overlaps(self._own[0]) else None
+        self._by_ddp: Replica | None = None
+        self._early: EarlyAverage | None = None
+        if len(self._own) == 1 and self._group is not None and not self._strict and not self._sums:
+            replica = self._own[0]
+            if replica.by_ddp(self._parameters):
+                self._by_ddp = replica
+            else:
+                self._early = replica.early_average(self._parameters)
         self._others: dict[tuple[tuple[int, ...] | None, int], _Other] = {}
+        self._careful = careful or drops or self._by_ddp is not None
         self._frozen = _Frozen(frozen)
         self._skipped: list[int] = []
         self._dropped: list[float] = []
         self._ran = True
         self._finished = self._superseded = False
         self._stack = contextlib.ExitStack()
-
-    def _overlaps(self, replica: Replica) -> bool:
-        if self._group is None or self._strict or self._sums:
-            return False
-        frozen = not all(parameter.requires_grad for parameter in self._parameters)
-        return replica.overlaps([id(parameter) for parameter in self._parameters], frozen)
 
     @property
     def scale(self) -> int:
@@ -112,16 +115,21 @@ class Window:
                 replica.hold()
                 stack.callback(setattr, replica, "supersede", None)
                 replica.supersede = self.supersede
-            self._statistics = [self._recorded(replica, stack) for replica in self._own]
+            self._statistics = [
+                self._recorded(replica, buffered, stack)
+                for replica, buffered in zip(self._own, self._buffered, strict=True)
+            ]
             self._share_buffers()
             if self._strict:
                 stack.enter_context(deterministic(device))
             self._reduction = self._make(self._named)
             stack.callback(self._restore)
-            for replica in others_than(self._own) if self._own else ():
-                self._adopt(replica)
+            if self.waits:
+                for replica in others_than(self._own):
+                    self._adopt(replica)
+            watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
             # A lazy layer writes its parameters in its first forward.
-            self._written = [-1 if is_lazy(parameter) else parameter._version for parameter in self._parameters]
+            self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
             yield
 
     def _restore(self) -> None:
@@ -132,20 +140,22 @@ class Window:
             other.stack.close()
             other.replica.holder = None
         self._others.clear()
+        if self._early is not None:
+            self._early.end()
         if not self._finished:
             self._reduction.restore()
-            for replica in self._own:
-                replica.give_up()
             if self.waits and not self._superseded:
                 note_left(self._parameters)
 
-    def _make(self, named: Named) -> _Reduction:
+    def _make(self, named: Named, *others: Replica) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
-        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums)
+        sparse = {one for replica in (*self._own, *others) for one in replica.sparse}
+        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse)
 
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
-        named, frozen = _trained([replica.module], [replica])
+        walk = replica.walk()
+        named, frozen = _trained([replica], [walk])
         known = {id(parameter) for parameter in self._parameters}
         known.update(id(one) for other in self._others.values() for one in other.parameters)
         named = [(name, one) for name, one in named if id(one) not in known]  # a parameter is reduced once
@@ -154,9 +164,9 @@ class Window:
         with contextlib.ExitStack() as stack:
             stack.callback(replica.release)
             replica.hold()
-            statistics = self._recorded(replica, stack) if same_ranks else None
-            reduction = self._make(named) if same_ranks else _Reduction(parameters, None, None, False)
-            other = _Other(replica, parameters, _Frozen(frozen, known), reduction, statistics, stack.pop_all())
+            statistics = self._recorded(replica, walk[1], stack) if same_ranks else None
+            reduction = self._make(named, replica) if same_ranks else _Reduction(parameters, None, None, False)
+            other = _Other(replica, parameters, walk[1], _Frozen(frozen, known), reduction, statistics, stack.pop_all())
         self._others[(replica.ranks, replica.number)], replica.holder = other, self
 
     def let_go(self, replica: Replica) -> None:
@@ -176,8 +186,10 @@ class Window:
         """Hold a replica again after a loop of its own."""
         self._adopt(replica)
 
-    def _recorded(self, replica: Replica, stack: contextlib.ExitStack) -> RunningStatistics | None:
-        statistics = _statistics(replica, self._strict)
+    def _recorded(
+        self, replica: Replica, buffered: list[nn.Module], stack: contextlib.ExitStack
+    ) -> RunningStatistics | None:
+        statistics = _statistics(replica, buffered, self._strict)
         if statistics is not None:
             stack.enter_context(statistics.recording())
         return statistics
@@ -185,9 +197,9 @@ class Window:
     def _share_buffers(self) -> None:
         """Broadcast buffers that may differ between ranks, as DDP does in a step's first forward."""
         self._stay_equal = []
-        for replica, statistics in zip(self._own, self._statistics, strict=True):
+        for replica, buffered, statistics in zip(self._own, self._buffered, self._statistics, strict=True):
             were_equal, replica.buffers_equal = replica.buffers_equal, False  # until the step is over
-            stay_equal = equal_buffers(replica.module, statistics is not None)
+            stay_equal = equal_buffers(buffered, statistics is not None)
             self._stay_equal.append(stay_equal)
             if replica.ddp is not None and not (were_equal and stay_equal):
                 replica.share_buffers()
@@ -197,10 +209,12 @@ class Window:
         self._superseded = True
         self._stack.close()
 
-    def begin(self, last: bool) -> None:
-        """Before a micro-batch."""
-        if last and self._overlapped is not None:
-            self._overlapped.overlap()
+    def begin_last(self) -> None:
+        """Let reductions start: the next micro-batch is this rank's last."""
+        if self._early is not None:
+            self._early.begin()
+        if self._by_ddp is not None:
+            self._by_ddp.let_reduce(True)
 
     def take(self, index: int, share: float) -> None:
         """After a micro-batch.
@@ -214,13 +228,21 @@ class Window:
                 "would reduce its gradients twice: loop over zip(accumulate(model, a), b), and take both losses "
                 "in one micro-batch"
             )
+        if self._by_ddp is None and any(replica.reduces() for replica in self._own):
+            raise RuntimeError(
+                "accumulate(): require_backward_grad_sync was set inside of the loop, which reduces by itself: leave "
+                "it out"
+            )
+        if not self._careful and not self._strict:
+            return
         self._ran = self._reduction.take()
-        for other in self._others.values():
-            other.reduction.take()
         if not self._ran:
             self._dropped.append(share)
             if torch.is_grad_enabled():  # without, the loop is one of forwards alone, as for batch norms' statistics
                 self._skipped.append(index)
+        for other in self._others.values():
+            if self._strict:
+                other.reduction.take()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -235,8 +257,10 @@ class Window:
         self._tell_skipped()
         self._finished = True
         left = self._left()
-        if self._overlapped is not None:
-            self._complete(self._overlapped)
+        if self._by_ddp is not None:
+            self._complete(self._by_ddp)
+        elif self._early is not None:
+            self._early.finish()
         else:
             self._reduction.reduce(left)
         for replica, statistics in zip(self._own, self._statistics, strict=True):
@@ -260,41 +284,12 @@ class Window:
         return 1.0 / left if left > 1e-9 else 1.0
 
     def _complete(self, replica: Replica) -> None:
-        """Average what the last backward has not averaged, or not as it is now."""
-        group = self._group
-        assert group is not None, "only DDP overlaps"
-        present = [replica.present.get(id(one), one.grad is not None) for one in self._parameters]
-        zeros = not (replica.reduced if replica.hooked else self._ran)
-        if zeros:
-            if replica.overlapped:
-                missing = [name for name, one in self._named if one.grad is None]
-                way_out = "pass find_unused_parameters=True to replicate()"
-                if replica.ddp is not None and replica.ddp.find_unused_parameters:
-                    way_out = "leave inputs= out of the backward"
-                raise RuntimeError(
-                    f"accumulate(): the last backward gave gradients to some parameters only, so that DDP reduced some "
-                    f"(without a gradient: {', '.join(missing[:5]) or 'none in this step'}): {way_out}"
-                )
+        """Let DDP finish its reduction, which the other ranks' backwards wait for; see that it is complete."""
+        assert self._group is not None, "only DDP reduces by itself"
+        if not self._ran:
             replica.backward_of_zeros()
-        replica.keep()
-        if not replica.hooked:  # we do not see what the user's hook did
-            check_equal([(name, parameter.grad) for name, parameter in self._named], group)
-            return
-        lost = replica.order is Order.LOST
-        facts = torch.tensor([replica.changed(), zeros, lost], dtype=torch.float64, device=self._device)
-        changed, zeros_anywhere, lost_anywhere = copies_of_ranks(facts, group).sum(0).tolist()
-        if zeros_anywhere:  # no gradient is not one of zeros: an optimizer moves a parameter by the latter
-            there = torch.tensor(present, dtype=torch.float64, device=self._device)
-            for parameter, some in zip(self._parameters, copies_of_ranks(there, group).sum(0).tolist(), strict=True):
-                if not some:
-                    parameter.grad = None
-        if lost_anywhere:
-            replica.reorder()
-        averaged = replica.averaged()
-        known = set(map(id, averaged))
-        reduce_gradients([one for one in self._parameters if id(one) not in known], group, average=True)
-        if changed:
-            reduce_gradients(averaged, group, average=True)
+        replica.let_reduce(False)
+        check_equal([(name, parameter.grad) for name, parameter in self._named], self._group)
 
     def _reduce_others(self, left: float) -> None:
         """Reduce the replicas that the losses have run besides those that the step is of."""
@@ -328,7 +323,7 @@ class Window:
             replica.note_gradients(other.parameters)
             if statistics is not None:
                 statistics.replay(max(self._numbers), replica.room)
-            replica.buffers_equal = replica.buffers_equal and equal_buffers(replica.module, statistics is not None)
+            replica.buffers_equal = replica.buffers_equal and equal_buffers(other.buffered, statistics is not None)
 
     def _touched_anywhere(self, group: dist.ProcessGroup, touched: list[int]) -> list[int]:
         if len(touched) > _MOST_OTHERS:
@@ -342,11 +337,7 @@ class Window:
         return sorted(set(found.flatten().tolist()) - {-1})
 
     def _check_unchanged(self) -> None:
-        changed = [
-            name
-            for (name, one), before in zip(self._named, self._written, strict=True)
-            if before not in (-1, one._version)
-        ]
+        changed = [name for name, one, before in self._written if before not in (-1, one._version)]
         if not changed:
             return
         # A fast process alone may write into some of its parameters in a forward; an optimizer writes into all.
@@ -360,8 +351,8 @@ class Window:
         )
 
     def _tell_skipped(self) -> None:
-        if self._skipped and self._models[0] not in _told:
-            _told.add(self._models[0])
+        if self._skipped and not self._own[0].told_skipped:
+            self._own[0].told_skipped = True
             logger.warning(
                 "accumulate(): micro-batch %s had no backward: %s. This is said once",
                 ", ".join(map(str, self._skipped[:5])),
@@ -375,6 +366,7 @@ class _Other:
 
     replica: Replica
     parameters: list[nn.Parameter]
+    buffered: list[nn.Module]
     frozen: _Frozen
     reduction: _Reduction
     statistics: RunningStatistics | None
@@ -382,7 +374,7 @@ class _Other:
 
     def touched(self) -> bool:
         """Whether this rank's losses have run it."""
-        return self.reduction.touched or (self.statistics is not None and self.statistics.moved())
+        return self.reduction.touched() or (self.statistics is not None and self.statistics.moved())
 
 
 class _Frozen:
@@ -405,10 +397,7 @@ class _Frozen:
 
 
 class _Reduction:
-    """The gradients of some parameters in one step, and how they are reduced after the loop.
-
-    `touched`: the loop has changed a gradient.
-    """
+    """The gradients of some parameters in one step, and how they are reduced after the loop."""
 
     def __init__(
         self,
@@ -416,25 +405,29 @@ class _Reduction:
         group: dist.ProcessGroup | None,
         tree: StrictReduction | None,
         sums: bool,
+        sparse: Container[int] = (),
     ) -> None:
-        self._parameters, self._group, self._tree = parameters, group, tree
-        self.touched = False
+        self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
+        self._touched = False
         self._before: list[torch.Tensor | None] | None = None
         if sums:
             self._before = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
-        self._state = State(parameters)
+        self._first = self._last = State(parameters if tree is None else ())
 
     def take(self) -> bool:
-        """Return whether the micro-batch has changed a gradient."""
+        """Return True if the micro-batch has changed a gradient."""
         if self._tree is not None:
             changed = self._tree.take()
-        else:
-            state = State(self._parameters)
-            changed, self._state = state.marks != self._state.marks, state
-        self.touched = self.touched or changed
-        return changed
+            self._touched = self._touched or changed
+            return changed
+        last, self._last = self._last, State(self._parameters)
+        return self._last.marks != last.marks
+
+    def touched(self) -> bool:
+        """Return True if the loop has changed a gradient."""
+        return self._touched or (self._tree is None and State(self._parameters).marks != self._first.marks)
 
     def reduce(self, scale: float) -> None:
         """Leave the step's gradient, times `scale`, on top of what the parameters had before. Every rank calls it."""
@@ -442,7 +435,7 @@ class _Reduction:
             self._tree.finish(scale)
             return
         if self._group is not None:
-            reduce_gradients(self._parameters, self._group, average=self._before is None)
+            reduce_gradients(self._parameters, self._group, self._before is None, self._sparse)
         if scale != 1.0 and (gradients := [one.grad for one in self._parameters if one.grad is not None]):
             torch._foreach_mul_(gradients, scale)
         self.restore()
@@ -484,30 +477,28 @@ def bits_of(tensor: torch.Tensor) -> int:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    return value.contiguous().view(width).sum(dtype=torch.int64)
+    return as_integers(tensor).sum(dtype=torch.int64)
 
 
-def _trained(models: Sequence[nn.Module], replicas: Sequence[Replica | None]) -> tuple[Named, Named]:
-    """The parameters of the models that a step may train, each once, and the others."""
+def _trained(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
+    """Return the parameters of the models that a step may train, each once, and the others."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     frozen: Named = []
-    for position, (model, replica) in enumerate(zip(models, replicas, strict=True)):
-        for name, parameter in replica.all_parameters() if replica is not None else named_parameters(model):
+    for position, (replica, (own, _)) in enumerate(zip(replicas, walks, strict=True)):
+        for name, parameter in own:
             named = (f"model {position}: {name}" if position else name, parameter)
-            if parameter.requires_grad or (replica is not None and replica.trains(parameter)):
+            if replica.trains(parameter):
                 found.setdefault(id(parameter), named)
-            elif replica is not None:
+            else:
                 frozen.append(named)
     return list(found.values()), frozen
 
 
-def _statistics(replica: Replica, strict: bool) -> RunningStatistics | None:
-    """What keeps a replica's running statistics in this step; None where every forward moves them itself."""
+def _statistics(replica: Replica, buffered: list[nn.Module], strict: bool) -> RunningStatistics | None:
+    """Return what keeps a replica's running statistics in this step; None where every forward moves them itself."""
     if replica.batchnorm_statistics == "rank0":
         return None
-    statistics = RunningStatistics(replica.module, replica.group)
+    statistics = RunningStatistics(buffered, replica.group)
     if not statistics.layers:
         return None
     if compiled_layers(replica.module):
