@@ -127,6 +127,12 @@ def test_a_replaced_checkpoint_leaves_no_shards(tmp_path: Path) -> None:
     path = tmp_path / "c"
     run_ranks(_save_thrice, 2, str(path), None)
     assert len(os.listdir(path)) == 3
+    for left in (
+        ".shard-0123456789abcdef-1.safetensors.01234567-0123456789abcdef",
+        "shard-0123456789abcdef-0.safetensors",
+    ):
+        (path / left).touch()  # of a save that was killed a day ago
+        os.utime(path / left, (0, 0))
     run_ranks(_save_thrice, 2, str(path), 2)
     assert sorted(name for name in os.listdir(path) if "shard" not in name) == [sharded.MAIN, f"{sharded.MAIN}.1"]
     assert len(os.listdir(path)) == 2 + 2 * 2
