@@ -156,8 +156,8 @@ def _publish(folder: Path, shards: Shards, keep: int | None, parts: list[Any]) -
         write_states(draft, replace(shards.snapshot, nodes=nodes, files=files))
     named = _named(main)
     for found in folder.iterdir():
-        draft = found.name.startswith(".shard-")  # of a rank that was killed
-        if draft or (SHARD_FILE.fullmatch(found.name) and found.name not in named):
+        unfinished = found.name.startswith(".shard-")  # of a rank that was killed
+        if unfinished or (SHARD_FILE.fullmatch(found.name) and found.name not in named):
             with suppress(FileNotFoundError):
                 if found.name in before or time.time() - found.stat().st_mtime > _ORPHANED_S:
                     found.unlink(missing_ok=True)
