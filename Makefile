@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 NPROC ?= 2
 PROGRAMS ?= 20000
+FILES ?= 200000
 FIRST ?= 0
 MODULES ?=
 SAMPLE ?= 25
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 
 WAIT_S ?= 75
 
-.PHONY: train verify test test-matrix programs mutants waits scale format docs-picture clean
+.PHONY: train verify test test-matrix programs mutants waits scale fuzz format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -56,6 +57,10 @@ waits: $(VENV)/.installed-test
 # benchmarks/RESULTS.md.
 scale: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python benchmarks/scale.py
+
+# Mutated checkpoints (tests/checkpoint/fuzz.py), seeds FIRST to FIRST + FILES.
+fuzz: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.checkpoint.fuzz $(FILES) $(FIRST)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -281,6 +281,18 @@ def is_plain_tensor(x: torch.Tensor) -> bool:
     return plain and not is_functorch_wrapped_tensor(x)
 
 
+def is_dtensor(value: object) -> bool:
+    """Return True if the value is a DTensor, such as a parameter of `fully_shard`, without an import of DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # its import takes a second, and no DTensor is without it
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def zero_redundancy(value: object) -> Any:
+    """Return a ZeroRedundancyOptimizer, None for any other value, without an import of it."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return value if module is not None and isinstance(value, module.ZeroRedundancyOptimizer) else None
+
+
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which batch statistics are kept: float64 if the device has it, else float32."""
     return torch.float32 if device.type == "mps" else torch.float64

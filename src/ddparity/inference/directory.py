@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..checkpoint.atomic import draft_of, publish, replacing
+from ..checkpoint.atomic import Draft, discard, new_draft, publish, replacing
 from ..comm.nesting import difference
 from ..data.plan import checked_integer
 from .columns import schema_of, to_table
@@ -23,7 +23,8 @@ from .reading import DESCRIPTION, RUN, SCHEMA, RunInfo, file_of, files_of, is_wh
 from .source import Batches
 
 _EMPTY = "part-empty.parquet"  # the only file of a data set without samples
-_DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.\d+")  # see checkpoint.atomic.draft_of
+# See checkpoint.atomic.new_draft; a process id is that of earlier versions.
+_DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.(\d+|[0-9a-f]{8}-[0-9a-f]{16})")
 _FILES = 128  # files of a data set, as a default; more if a file would have more than `_ROWS` rows
 _ROWS = 65_536
 _ROW_GROUP_BYTES = 16 * 2**20
@@ -73,9 +74,9 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
     else:
         token = uuid.uuid4().hex
         with replacing(path / RUN) as draft:
-            draft.write_text(json.dumps({"token": token, "run": run}, indent=1))
-    for draft in drafts:  # a rank that was killed leaves one
-        draft.unlink()
+            draft.write(json.dumps({"token": token, "run": run}, indent=1).encode())
+    for left in drafts:  # a rank that was killed leaves one
+        left.unlink()
     if not run["length"]:
         with replacing(path / _EMPTY) as draft:
             pq.write_table(pa.table({INDEX: pa.array([], pa.int64())}), draft)
@@ -145,6 +146,7 @@ class Directory:
         self.chunks = [range(n * per_file, min((n + 1) * per_file, len(batches))) for n in missing]
         self._schema: Any = pq.read_schema(path / SCHEMA) if said["schema"] else None
         self._file: Path | None = None  # that is being written
+        self._draft: Draft | None = None
         self._writer: Any = None
         self._held: list[pa.Table] = []
 
@@ -170,14 +172,17 @@ class Directory:
         number = samples.start // self._run["rows_per_file"]
         if self._file is None:
             self._file = file_of(self._path, self._run, number)
-            self._writer = pq.ParquetWriter(draft_of(self._file), self._schema)
+            self._draft = new_draft(self._file)
+            self._writer = pq.ParquetWriter(self._draft.file, self._schema)
         ends = samples.stop == rows_of(self._run, number).stop
         if ends or sum(table.nbytes for table in self._held) >= _ROW_GROUP_BYTES:
             self._writer.write_table(pa.concat_tables(self._held).combine_chunks())
             self._held = []
         if ends:
             self._writer.close()
-            publish(draft_of(self._file), self._file)
+            assert self._draft is not None, "a file that is written has a draft"
+            publish(self._draft, self._file)
+            discard(self._draft)
             self._file = None
 
     def finish(self) -> Path:
@@ -187,7 +192,8 @@ class Directory:
         """Delete the file that is not complete."""
         if self._file is not None:
             self._writer.close()
-            draft_of(self._file).unlink(missing_ok=True)
+            assert self._draft is not None, "a file that is written has a draft"
+            discard(self._draft)
 
     def _types(self, description: Any, samples: range) -> pa.Schema:
         """Return the types of all files. The data set's first batch decides; the rank that runs it writes them."""

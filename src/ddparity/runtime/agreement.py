@@ -46,18 +46,10 @@ def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agree
         group: the process group; None is the default group.
         kind: the name of the series in which entries are counted.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    agreement = begun(what, group, kind)
+    if agreement is None:
         yield None
         return
-    rank, store = dist.get_rank(), store_root()
-    ranks: Sequence[int] = range(dist.get_world_size())
-    series = kind
-    if group is not None:
-        ranks, series = dist.get_process_group_ranks(group), f"{kind}/{group_name(group)}"
-    with store_access(what):
-        call = store.add(f"{series}/{rank}", 1)
-    calls = Calls(series, call, group)
-    agreement = Agreement(store, f"{series}/call{call}", rank, ranks, what, calls)
     try:
         yield agreement
     except BaseException as error:
@@ -65,6 +57,23 @@ def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agree
         raise
     agreement.arrive()
     agreement.wait()
+
+
+def begun(what: str, group: dist.ProcessGroup | None = None, kind: str = "agreed") -> Agreement | None:
+    """Return the next agreement of a series, as `agreed` enters it, without a wait; None in a world of one.
+
+    A thread can then arrive at it and wait for it, also after the rank has left the world.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return None
+    rank, store = dist.get_rank(), store_root()
+    ranks: Sequence[int] = range(dist.get_world_size())
+    series = kind
+    if group is not None:
+        ranks, series = dist.get_process_group_ranks(group), f"{kind}/{group_name(group)}"
+    with store_access(what):
+        call = store.add(f"{series}/{rank}", 1)
+    return Agreement(store, f"{series}/call{call}", rank, ranks, what, Calls(series, call, group))
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class Agreement:
         self._what = what
         self.waiting = len(ranks)  # how many ranks may wait for it at the same time
         self.while_waiting: Callable[[], None] | None = None  # called between two polls
+        self.may_leave = False  # whether a rank may arrive after it has left the world, from a thread
         with store_access(what):
             _register(store, rank)
 
@@ -248,7 +258,7 @@ class Agreement:
     def _report_dead_ranks(self) -> None:
         others = set(self._ranks) - {self._rank}
         # A rank that has arrived leaves only after all have: "done" was set before it left, so "done" is read last.
-        for rank in _left_ranks(self._root):
+        for rank in [] if self.may_leave else _left_ranks(self._root):
             if rank in others and not self._store.check(["done"]):
                 self._report(rank, "it left the world before it reached this point", "")
         for rank, pid in _local_processes(self._root):
