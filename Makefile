@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 WAIT_S ?= 75
 
-.PHONY: train verify test test-matrix programs mutants waits scale fuzz format docs-picture clean
+.PHONY: train verify test test-matrix programs mutants waits scale fuzz damage rechecks format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -61,6 +61,15 @@ scale: $(VENV)/.installed-test
 # Mutated checkpoints (tests/checkpoint/fuzz.py), seeds FIRST to FIRST + FILES.
 fuzz: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.checkpoint.fuzz $(FILES) $(FIRST)
+
+# Random damage to directories of predictions, in full. The figures go to benchmarks/RESULTS.md.
+damage: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.inference.damage
+
+# Rechecks of healthy ranks, RECHECKS of them: none may give an alarm. The figures go to benchmarks/RESULTS.md.
+RECHECKS ?= 10000
+rechecks: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.faults $(RECHECKS)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

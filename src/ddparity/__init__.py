@@ -9,7 +9,7 @@ from .data.loader import Loader, ShardSampler
 from .data.plan import BatchPlan, MicroBatch
 from .data.rng import RandomState, seed_everything
 from .data.step import LoadedMicroBatch, Step
-from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError
+from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError, WrongArithmetic
 from .gradients.accumulate import accumulate
 from .gradients.replicate import replicate
 from .inference.predict import Predictor, predict
@@ -42,6 +42,7 @@ __all__ = [
     "SyncBatchNorm",
     "Task",
     "World",
+    "WrongArithmetic",
     "accumulate",
     "convert_sync_batchnorm",
     "fingerprint",

@@ -12,7 +12,8 @@ import socket
 import struct
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.distributed.utils import _to_kwargs
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -221,6 +223,31 @@ def disarm(model: DistributedDataParallel) -> None:
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """Return the module inside of DDP, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextmanager
+def without_ddp(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let each DDP module among these run the module inside of it alone, until the end of the body.
+
+    DDP's own forward broadcasts buffers and prepares a reduction, so it would wait for ranks that call it less often.
+    It also moves its inputs to its device. This is kept.
+    """
+    wrapped = [one for one in modules if isinstance(one, DistributedDataParallel) and "forward" not in vars(one)]
+    try:
+        for one in wrapped:
+            vars(one)["forward"] = functools.partial(_forward_inside, one)
+        yield
+    finally:
+        for one in wrapped:
+            del vars(one)["forward"]
+
+
+def _forward_inside(model: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+    if model.device_ids:
+        device = torch.device(model.device_type, model.device_ids[0])
+        moved, moved_kwargs = _to_kwargs(inputs, kwargs, device, model.use_side_stream_for_tensor_copies)
+        inputs, kwargs = moved[0], moved_kwargs[0]
+    return model.module(*inputs, **kwargs)
 
 
 def layer_versions(state: Any) -> dict[str, Any] | None:

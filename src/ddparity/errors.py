@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class DDParityError(RuntimeError):
     """The base class of the errors of a run."""
@@ -32,3 +34,21 @@ class ParityError(DDParityError):
     def __init__(self, message: str, comparison: object = None) -> None:
         super().__init__(message)
         self.comparison = comparison
+
+
+class WrongArithmetic(DDParityError):
+    """A device computed other numbers than the other ranks' devices did for the same micro-batch.
+
+    `rank`: the rank of the device; -1 if several could be. `ranks`: all that could be. `host`, `device`: where it is.
+    `record`: these and what was compared, in values that JSON has. `exit_code`: of a process that this error ends.
+    """
+
+    exit_code = 123
+
+    def __init__(self, message: str, record: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.record = record or {}
+        self.ranks: list[int] = self.record.get("ranks", [])
+        self.rank: int = self.ranks[0] if len(self.ranks) == 1 else -1
+        self.host: str = self.record.get("host", "")
+        self.device: str = self.record.get("device", "")

@@ -155,7 +155,7 @@ class Keeps(nn.Module):
             self.row[1] = self.row[1] if self.row[1] is not None else torch.ones(2)
             mask = self.row[1]
         elif self.how == "window":
-            if not self.row[-1:] or self.row[-1] is None or not self.row[-1].is_inference():
+            if not self.row[-1:] or self.row[-1] is None or self.row[-1] is self.first:
                 self.row.pop(0)
                 self.row.append(torch.ones(2))
             mask = self.row[-1]

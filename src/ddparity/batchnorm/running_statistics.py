@@ -72,6 +72,16 @@ class RunningStatistics:
             for layer in list(saved):  # KeyboardInterrupt ends a forward without the hook
                 _restore(saved, layer)
 
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Forget the forwards inside the context, within `recording`."""
+        lengths = [len(records) for records in self._records]
+        try:
+            yield
+        finally:
+            for records, length in zip(self._records, lengths, strict=True):
+                del records[length:]
+
     def moved(self) -> bool:
         """Return True if a layer has run on this rank since the recording began."""
         return any(self._records)

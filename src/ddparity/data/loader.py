@@ -201,7 +201,8 @@ class Loader:
         for number in range(start_step, len(self)):
             shares = _shares(plan.micro_batches_in(number), world_size)
             size = shares[rank]
-            step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number), plan)
+            again = functools.partial(self._load_again, epoch, number, world_size)
+            step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number), plan, again)
             step.on_end = functools.partial(advance, epoch, number + 1)
             yield step
             mark_progress()
@@ -210,6 +211,30 @@ class Loader:
                 step.load(size - 1)  # so that micro-batches that the script did not take do not go to the next step
         advance(epoch + 1, 0)
         batches.close()  # a step that the script keeps would keep the workers alive
+
+    def _load_again(self, epoch: int, step: int, world_size: int, rank: int, number: int) -> LoadedMicroBatch:
+        """Return a micro-batch of any rank, loaded beside the others: the position and the workers do not change.
+
+        If the loader has workers, one more loads it and ends. What a data set opens at its first sample, for example a
+        file, must not be open in this process when it forks the next workers.
+        """
+        micro = self.plan.step(epoch, step, rank, world_size)[number]
+        indices = _seeded(self.plan, epoch, micro)
+        like = self.dataloader
+        dataloader: DataLoader[Any] = DataLoader(
+            like.dataset,
+            batch_sampler=[indices],
+            num_workers=min(like.num_workers, 1),
+            collate_fn=like.collate_fn,
+            timeout=like.timeout,
+            worker_init_fn=like.worker_init_fn,
+            multiprocessing_context=like.multiprocessing_context,
+            generator=torch.Generator(),
+        )
+        batches = load_batches(dataloader)
+        data = next(batches)
+        batches.close()
+        return LoadedMicroBatch(data, micro.weight, micro.index, micro.seed)
 
 
 class ShardSampler(Sampler[int]):
@@ -314,8 +339,11 @@ class _MicroBatchSampler:
         for step in self._plan.steps(epoch, start_step, None, rank, world_size):
             for micro in step:
                 issued.append(micro)
-                sample_seeds = self._plan.sample_seeds(epoch, micro.position)
-                yield SeededIndices(micro.samples.tolist(), micro.seed + 1, sample_seeds)
+                yield _seeded(self._plan, epoch, micro)
+
+
+def _seeded(plan: BatchPlan, epoch: int, micro: MicroBatch) -> SeededIndices:
+    return SeededIndices(micro.samples.tolist(), micro.seed + 1, plan.sample_seeds(epoch, micro.position))
 
 
 def _closing(batches: Generator[Any]) -> Callable[[], None]:

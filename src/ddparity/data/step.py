@@ -21,6 +21,8 @@ class LoadedMicroBatch:
         index: its number in the step, over all ranks; or in the list of batches that it comes from.
         seed: the seed of its random streams; None if it has none of its own.
         share: its part of the step's units. The shares of a step sum to one over all ranks.
+        recheck: it is a micro-batch of another rank, or one that has run already, and its gradient is only compared.
+            Its share is 0. See `replicate(recheck_every=…)`.
     """
 
     data: Any
@@ -28,6 +30,7 @@ class LoadedMicroBatch:
     index: int
     seed: int | None = None
     share: float = math.nan
+    recheck: bool = False
 
     def __post_init__(self) -> None:
         if math.isnan(self.share):
@@ -49,6 +52,8 @@ class Step(Sequence[LoadedMicroBatch]):
         shares: how many micro-batches each rank has.
         seed: the seed of the random streams after the step.
         plan: what cuts the data set into steps.
+        load_again: loads a micro-batch of any rank, given the rank and the number in its share, beside the loader's own
+            order; None if that is not possible.
     """
 
     def __init__(
@@ -60,12 +65,14 @@ class Step(Sequence[LoadedMicroBatch]):
         shares: tuple[int, ...],
         seed: int,
         plan: object = None,
+        load_again: Callable[[int, int], LoadedMicroBatch] | None = None,
     ) -> None:
         self.epoch = epoch
         self.number = number
         self.shares = shares
         self.seed = seed
         self.plan = plan
+        self.load_again = load_again
         self._size = size
         self._load_next = load_next
         self._loaded: list[LoadedMicroBatch] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -157,16 +158,26 @@ def _accumulate(
             replica.skip()
     else:
         window = Window(replicas, numbers, rank, drops, careful)
+        rechecks = next((one.rechecks for one in replicas if one.rechecks is not None), None)
+        recheck = window.recheck(rechecks, step, device) if rechecks is not None and rechecks.due(numbers) else None
         position, last = -1, numbers[rank] - 1
-        with window.opened(device):
+        with window.opened(device), contextlib.ExitStack() as stack:
+            if recheck is not None:
+                stack.callback(recheck.close)
             try:
                 if last == 0:
                     window.begin_last()
                 for position, micro in enumerate(_loaded(micros, window.scale, device)):
+                    if recheck is not None and position == 0:
+                        recheck.begin(micro.data)
                     yield micro
+                    if recheck is not None and step is not None and position == 0:
+                        recheck.keep(micro, micro.index - sum(step.shares[:rank]))
                     window.take(micro.index, micro.share)
                     if position + 1 == last:
                         window.begin_last()
+                if recheck is not None:
+                    yield from recheck.run()
             except GeneratorExit:
                 if window.waits or position < last:
                     logger.warning(
@@ -233,9 +244,12 @@ def _agree(
         "accumulate(count=…), given or not": counted,
         "the batches with accumulate(equal_counts=True)": batches,
         "the number of trained parameters": sum(parameter.numel() for parameter in trained),
-        "the sum of the parameters' bits": sum(map(bits_of, trained)),
         "the number of synchronised batch norms in training": sum(map(_shared_in_training, models)),
     }
+    if replica.rechecks is None or replica.rechecks.off:
+        values["the sum of the parameters' bits"] = sum(map(bits_of, trained))
+    else:
+        replica.rechecks.soon()  # it compares them, too, and names the rank that is wrong
     if step is None:
         values["the kind of batches"] = "foreign batches"
     else:

@@ -16,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import Room
 from ..compat import broadcast_buffers, disarm, has_built_in_hook, set_flags, uncompiled, unwrapped
 from .early import CAP_BYTES, CAREFUL_STEPS, EarlyAverage, EarlyAverages
+from .recheck import Rechecks
 
 logger = logging.getLogger(__name__)
 
 Reduction = Literal["fast", "strict"]
 Statistics = Literal["all", "rank0"]
+Words = tuple[Reduction, Statistics, int, int]  # and check_every, and recheck_every, 0 for never
 
 # What `replicate` was asked for, as words in the model's attributes: they survive copy.deepcopy and torch.save, and a
 # pickle of the model needs no ddparity.
@@ -32,8 +34,6 @@ _replicas: weakref.WeakKeyDictionary[nn.Module, Replica] = weakref.WeakKeyDictio
 _made: collections.Counter[tuple[int, ...] | None] = collections.Counter()
 
 CHECK_EVERY = 100  # steps
-
-Words = tuple[Reduction, Statistics, int]
 Walk = tuple[list[tuple[str, nn.Parameter]], list[nn.Module]]  # parameters by name, modules with buffers
 
 
@@ -50,6 +50,7 @@ class Replica:
 
     Attributes:
         reduction, batchnorm_statistics: what `replicate` was asked for; of a foreign DDP, what DDP does.
+        rechecks: those of `replicate(recheck_every=…)`; None without.
         check_every: so often `accumulate` compares the ranks' parameters and gradients, in steps.
         ranks: of its group; None in a world of one.
         number: counts the replicas of these ranks; the same on every one of them, since making one is collective.
@@ -66,7 +67,7 @@ class Replica:
 
     def __init__(self, model: nn.Module, words: Words, equal: bool) -> None:
         self._model = weakref.ref(model)
-        self.reduction, self.batchnorm_statistics, self.check_every = words
+        self.reduction, self.batchnorm_statistics, self.check_every, recheck_every = words
         self.buffers_equal = equal
         self.room = Room()
         self.held = False
@@ -81,6 +82,7 @@ class Replica:
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
         ddp = self.ddp
         self.group = ddp.process_group if ddp is not None and ddp.process_group.size() > 1 else None
+        self.rechecks = Rechecks(recheck_every, self.group) if recheck_every and self.group is not None else None
         self.ranks = None if self.group is None else tuple(dist.get_process_group_ranks(self.group))
         self.number = _made[self.ranks]
         _made[self.ranks] += 1
@@ -289,7 +291,7 @@ def replica_of(model: nn.Module) -> Replica:
     model = uncompiled(model)
     replica = _replicas.get(model)
     if replica is None:
-        words: Words = model.__dict__.get(_WORDS) or ("fast", "rank0", CHECK_EVERY)
+        words: Words = model.__dict__.get(_WORDS) or ("fast", "rank0", CHECK_EVERY, 0)
         replica = _replicas[model] = Replica(model, words, equal=False)
     return replica
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import shared_layers
 from ..compat import uncompiled
 from ..runtime.agreement import agreed
-from .replica import CHECK_EVERY, Reduction, Statistics, asked, forget, refuse_nested
+from .replica import CHECK_EVERY, Reduction, Statistics, Words, asked, forget, refuse_nested
 from .strict import sparse_refusal
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ def replicate(
     reduction: Reduction = "fast",
     batchnorm_statistics: Statistics = "all",
     check_every: int = CHECK_EVERY,
+    recheck_every: int | None = None,
     **ddp_options: Any,
 ) -> DistributedDataParallel | nn.Module:
     """Wrap a model in torch's DistributedDataParallel, for the steps of `accumulate`.
@@ -43,6 +44,10 @@ def replicate(
             micro-batches', in their order, as in one process; "rank0": rank 0's, as in DDP (`broadcast_buffers`).
         check_every: compare the ranks' parameters after every so many steps of `accumulate`; 0: never. It compares them
             at the start of each epoch, too.
+        recheck_every: in every so many steps of `accumulate`, and in an epoch's first, each rank also runs one of
+            another rank's micro-batches, and the ranks compare the bits of both gradients, and of the weights.
+            `WrongArithmetic` names the device that is wrong on every rank, and the step is not taken. The loop gets one
+            micro-batch more, two at the first use, with `.recheck` True and a `.share` of 0. None: never.
         ddp_options: of DistributedDataParallel: `find_unused_parameters`, `static_graph`, `process_group`, …
 
     Collectives: DDP's: at construction the parameters and buffers; a step the gradients once, and the buffers once in
@@ -69,7 +74,7 @@ def replicate(
     if isinstance(model, DistributedDataParallel):
         raise TypeError("replicate() got a DistributedDataParallel: give the module inside, model.module")
     refuse_nested(model, "replicate() got a module that holds a DistributedDataParallel")
-    words = (reduction, batchnorm_statistics, operator.index(check_every))
+    words = (reduction, batchnorm_statistics, operator.index(check_every), _checked_recheck(model, recheck_every))
     _agree(model, words, ddp_options.get("process_group"))
     if reduction == "strict":
         _check_strict(model, ddp_options)
@@ -88,7 +93,22 @@ def replicate(
     return replicated
 
 
-def _agree(model: nn.Module, words: tuple[Reduction, Statistics, int], group: dist.ProcessGroup | None) -> None:
+def _checked_recheck(model: nn.Module, every: int | None) -> int:
+    if every is None:
+        return 0
+    steps = operator.index(every)
+    if steps < 1:
+        raise ValueError(f"replicate(recheck_every={every}): give a number of steps, at least 1, or None")
+    if synchronised := [name for name, _ in shared_layers(model)]:
+        raise ValueError(
+            f"replicate(recheck_every={every}): {synchronised[0]} is a SyncBatchNorm, whose statistics are those of "
+            f"the micro-batches that run at the same time, so no rank can run one of them again alone: leave "
+            f"recheck_every out, or use plain batch norms (revert_sync_batchnorm(model))"
+        )
+    return steps
+
+
+def _agree(model: nn.Module, words: Words, group: dist.ProcessGroup | None) -> None:
     """Compare what the ranks ask for, before DDP's collectives would hang where it differs."""
     with agreed("replicate()", group) as agreement:
         if agreement is not None:
@@ -97,6 +117,7 @@ def _agree(model: nn.Module, words: tuple[Reduction, Statistics, int], group: di
                     "replicate(reduction=…)": words[0],
                     "replicate(batchnorm_statistics=…)": words[1],
                     "replicate(check_every=…)": words[2],
+                    "replicate(recheck_every=…)": words[3],
                     "the number of synchronised batch norms": len(shared_layers(model)),
                 }
             )

@@ -15,9 +15,11 @@ from torch.nn.parameter import is_lazy
 
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
+from ..data.step import Step
 from ..errors import DDParityError
 from .early import EarlyAverage
 from .left import forget_left, note_left
+from .recheck import Recheck, Rechecks
 from .replica import Replica, Walk, made_so_far, others_than
 from .state import NO_GRADIENT, State, as_integers
 from .strict import StrictReduction, deterministic
@@ -83,7 +85,7 @@ class Window:
         self._skipped: list[int] = []
         self._dropped: list[float] = []
         self._ran = True
-        self._finished = self._superseded = False
+        self._finished = self._superseded = self._paused = False
         self._stack = contextlib.ExitStack()
 
     @property
@@ -172,6 +174,11 @@ class Window:
 
     def let_go(self, replica: Replica) -> None:
         """Leave a replica to a loop of its own, inside of this one. That loop reduces what this one did, too."""
+        if self._paused:
+            raise RuntimeError(
+                "accumulate() of a replicated model inside of the loop of one with recheck_every: it would take a step "
+                "more where the loop runs another rank's micro-batch. Skip it where micro.recheck is True"
+            )
         if self._strict or self._sums:  # what its gradients were before is put aside, where zero_grad() finds nothing
             raise RuntimeError(
                 f"accumulate() of a replicated model inside of another one's loop, which is "
@@ -204,6 +211,52 @@ class Window:
             self._stay_equal.append(stay_equal)
             if replica.ddp is not None and not (were_equal and stay_equal):
                 replica.share_buffers()
+
+    def recheck(self, rechecks: Rechecks, step: Step | None, device: torch.device | None) -> Recheck:
+        """Return the recheck of this step. Every rank calls it.
+
+        Raises:
+            ValueError: nobody else can run this step's micro-batches, or their gradients are not to be had alone.
+        """
+        if step is None or step.load_again is None:
+            raise ValueError(
+                "accumulate() got foreign batches for a model with replicate(recheck_every=…), and another rank cannot "
+                "load them again: give it the steps of a Loader, or leave recheck_every out"
+            )
+        if self._by_ddp is not None:
+            raise ValueError(
+                "accumulate(): replicate(recheck_every=…) compares the gradients of one micro-batch, and with a "
+                "communication hook, static_graph or mixed_precision DDP reduces them in the backward: leave one out"
+            )
+        weights = [
+            (f"model {position}: {name}" if position else name, one)
+            for position, replica in enumerate(self._own)
+            for name, one in replica.walk()[0]
+        ]
+        modules = [replica.module for replica in self._own]
+        return Recheck(rechecks, step, weights, self._named, modules, self.paused, device)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let what the body does to gradients and batch statistics not count, and put gradients back at its end."""
+        others = list(self._others.values())
+        if self._early is not None:
+            self._early.end()
+        parameters = [*self._parameters, *(one for other in others for one in other.parameters)]
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        with contextlib.ExitStack() as stack:
+            for statistics in (*self._statistics, *(other.statistics for other in others)):
+                if statistics is not None:
+                    stack.enter_context(statistics.forgetting())
+            self._paused = True
+            try:
+                yield
+            finally:
+                self._paused = False
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
 
     def supersede(self) -> None:
         """End this step's hold on its models, for another one."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +22,20 @@ from ..data.plan import checked_integer
 from .columns import schema_of, to_table
 from .description import INDEX, describe
 from .outputs import check_rows
-from .reading import DESCRIPTION, RUN, SCHEMA, RunInfo, file_of, files_of, is_whole, rows_of
+from .reading import (
+    DESCRIPTION,
+    RUN,
+    SCHEMA,
+    RunInfo,
+    digest_file_of,
+    file_of,
+    files_of,
+    new_digests,
+    read_run,
+    rows_of,
+    run_text,
+    whole_parts,
+)
 from .source import Batches
 
 _EMPTY = "part-empty.parquet"  # the only file of a data set without samples
@@ -61,32 +77,58 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
     # Hidden files are not ours, and they do not matter.
     found = [entry.name for entry in entries if not entry.name.startswith(".")]
     if RUN in found:
-        before = json.loads((path / RUN).read_text())
-        _check_same(path, before["run"], {name: value for name, value in run.items() if name != "key"})
+        token, before, digests = read_run(path)
+        _check_same(path, before, {name: value for name, value in run.items() if name != "key"})
         if uncompared and run["key"] is None:
-            return json.dumps({"refused": _needs_key(path, before["run"].get("key"), uncompared)})
-        _check_same(path, before["run"], run)
-        token = before["token"]
+            return json.dumps({"refused": _needs_key(path, before.get("key"), uncompared)})
+        _check_same(path, before, run)
     elif found:
         raise ValueError(
             f"{path} holds {found[0]}, which is no result of predict(): give a directory that is empty or new"
         )
     else:
-        token = uuid.uuid4().hex
-        with replacing(path / RUN) as draft:
-            draft.write(json.dumps({"token": token, "run": run}, indent=1).encode())
+        token, digests = uuid.uuid4().hex, {}
+        _write(path / RUN, run_text(token, run, digests))
     for left in drafts:  # a rank that was killed leaves one
         left.unlink()
     if not run["length"]:
         with replacing(path / _EMPTY) as draft:
             pq.write_table(pa.table({INDEX: pa.array([], pa.int64())}), draft)
-    whole = [number for number in range(files_of(run)) if is_whole(path, run, number)]
-    if whole and not (path / SCHEMA).exists():  # it was deleted
-        with replacing(path / SCHEMA) as draft:
-            pq.write_metadata(pq.read_schema(file_of(path, run, whole[0])), draft)
+    whole = whole_parts(path, run, digests | new_digests(path, run))
+    _record(path, token, run, whole)
+    _write_schema(path, run, whole)
     missing = sorted(set(range(files_of(run))) - set(whole))
     ranges = [[part.start, part.stop] for part in _ranges(missing)]
-    return json.dumps({"token": token, "run": run, "missing": ranges, "schema": (path / SCHEMA).exists()})
+    return json.dumps({"token": token, "run": run, "missing": ranges, "schema": bool(whole)})
+
+
+def _record(path: Path, token: str, run: RunInfo, whole: Sequence[int]) -> None:
+    """Record the digests of these parts in one file, and delete the files that had the new ones."""
+    _, _, recorded = read_run(path)
+    new = new_digests(path, run)
+    digests = {number: digest for number, digest in (recorded | new).items() if number in set(whole)}
+    if digests != recorded:
+        _write(path / RUN, run_text(token, run, digests))
+    for number in new:
+        digest_file_of(path, run, number).unlink(missing_ok=True)
+
+
+def _write_schema(path: Path, run: RunInfo, whole: Sequence[int]) -> None:
+    """Let the file of the columns' types be what a part says that is whole. Delete it if there is none."""
+    if not whole:  # then the first batch is run again
+        (path / SCHEMA).unlink(missing_ok=True)
+        return
+    schema = pq.read_schema(file_of(path, run, whole[0]))
+    with contextlib.suppress(OSError, pa.ArrowException):
+        if pq.read_schema(path / SCHEMA).equals(schema, check_metadata=True):
+            return
+    with replacing(path / SCHEMA) as draft:
+        pq.write_metadata(schema, draft)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as draft:
+        draft.write(content)
 
 
 def _check_same(path: Path, before: RunInfo, run: RunInfo) -> None:
@@ -118,6 +160,7 @@ class Directory:
         prepared: the result of `prepare` on one rank.
         overrides: types of some columns.
         tell, hear: tell all ranks that the types are written, and wait until they are.
+        records: whether this rank records the digests of all parts at the end, as one rank must.
 
     Raises:
         ValueError: `prepare` asks for a key; or the ranks do not share the directory.
@@ -134,13 +177,15 @@ class Directory:
         overrides: pa.Schema | None,
         tell: Callable[[], None],
         hear: Callable[[], object],
+        records: bool,
     ) -> None:
         said = json.loads(prepared)
         if "refused" in said:
             raise ValueError(said["refused"])
-        if not (path / RUN).is_file() or json.loads((path / RUN).read_text())["token"] != said["token"]:
+        if not (path / RUN).is_file() or read_run(path)[0] != said["token"]:
             raise ValueError(f"{path} is not the directory that rank 0 made: give one that all ranks share")
         self._path, self._run, self._overrides, self._tell, self._hear = path, said["run"], overrides, tell, hear
+        self._token, self._records = said["token"], records
         per_file = self._run["rows_per_file"] // batches.batch_size
         missing = itertools.chain.from_iterable(range(*part) for part in said["missing"])
         self.chunks = [range(n * per_file, min((n + 1) * per_file, len(batches))) for n in missing]
@@ -173,26 +218,34 @@ class Directory:
         if self._file is None:
             self._file = file_of(self._path, self._run, number)
             self._draft = new_draft(self._file)
-            self._writer = pq.ParquetWriter(self._draft.file, self._schema)
+            self._digested = _Digested(self._draft.file)
+            self._writer = pq.ParquetWriter(self._digested, self._schema, write_page_checksum=True)
         ends = samples.stop == rows_of(self._run, number).stop
         if ends or sum(table.nbytes for table in self._held) >= _ROW_GROUP_BYTES:
             self._writer.write_table(pa.concat_tables(self._held).combine_chunks())
             self._held = []
         if ends:
+            assert self._draft is not None, "it was opened with the writer"
             self._writer.close()
-            assert self._draft is not None, "a file that is written has a draft"
+            self._digested.flush()
+            # First the digest: a part that has none, or that of another part, counts as missing. So after a crash it
+            # does not matter what of the digest is on disk.
+            _write_digest(digest_file_of(self._path, self._run, number), self._digested.digest.hexdigest())
             publish(self._draft, self._file)
             discard(self._draft)
             self._file = None
 
     def finish(self) -> Path:
+        """Record the digests of all parts, on the rank that made the directory. All parts have been written."""
+        if self._records:
+            _record(self._path, self._token, self._run, range(files_of(self._run)))
         return self._path
 
     def close(self) -> None:
         """Delete the file that is not complete."""
-        if self._file is not None:
-            self._writer.close()
-            assert self._draft is not None, "a file that is written has a draft"
+        if self._file is not None and self._draft is not None:
+            with contextlib.suppress(OSError):  # the disk is full
+                self._writer.close()
             discard(self._draft)
 
     def _types(self, description: Any, samples: range) -> pa.Schema:
@@ -205,6 +258,37 @@ class Directory:
         else:
             self._hear()
         return pq.read_schema(self._path / SCHEMA)
+
+
+def _write_digest(path: Path, digest: str) -> None:
+    """Write a digest to its file. A link in its place is an error: the directory may be one that others write to."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(digest)
+
+
+class _Digested:
+    """A file for Arrow to write to, which also computes the SHA-256 of what should be on disk."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.flush()
 
 
 def _ranges(numbers: Sequence[int]) -> Iterator[range]:

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from ..checkpoint.fingerprint import fingerprint
-from ..comm.trees import byte_view, take_apart
 from ..compat import uncompiled, unwrapped
-from ..data.rng import preserve_streams, seed_streams
-from ..errors import SampleError
+from ..data.rng import preserve_streams
+from .functions import modules_in
+from .samples import digest_of, few_of
 
 Key = str | int | tuple[Any, ...] | None  # a tuple holds keys
 _DIGITS = 32  # hex digits of a digest that are recorded
@@ -67,15 +67,15 @@ def identity(
     A module is compared by the fingerprint of its state dict and of its buffers that are not saved, and by the types
     and options of its layers: as they print them, and their attributes that are numbers or strings. Other attributes,
     hooks and edited code are not compared. A data set is compared by its type, its length, and its first, middle and
-    last sample. Functions are compared by their names, and count as uncompared.
+    last sample. Functions are compared by their names and by the modules that they use, and count as uncompared.
 
     Raises:
         SampleError: the data set fails for one of the three samples.
     """
     uncompared: list[str] = []
     values = {
-        "model": _of_module(model, uncompared) if isinstance(model, nn.Module) else _name(model),
-        "inputs": None if inputs is None else _name(inputs),
+        "model": _of_module(model, uncompared) if isinstance(model, nn.Module) else _of_function(model, uncompared),
+        "inputs": None if inputs is None else _of_function(inputs, uncompared),
         "collate_fn": None if collate_fn is None else _name(collate_fn),
         "data set": f"{type(dataset).__qualname__} of {length} samples {_of_samples(dataset, length, uncompared)}",
     }
@@ -86,6 +86,12 @@ def identity(
 
 def _name(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _of_function(function: Callable[[Any], Any], uncompared: list[str]) -> str:
+    """Return a function's name, and its modules'."""
+    modules = [f"{name}: {_of_module(module, uncompared)}" for name, module in modules_in(function).items()]
+    return ", ".join([_name(function), *modules])
 
 
 def _of_module(model: nn.Module, uncompared: list[str]) -> str:
@@ -130,22 +136,10 @@ def _of_samples(dataset: Any, length: int, uncompared: list[str]) -> str:
     """Return a digest of the first, the middle and the last sample."""
     digest = hashlib.sha256()
     with preserve_streams():
-        for number in sorted({0, length // 2, length - 1} if length else ()):
-            seed_streams(number)  # so that random augmentation draws the same again
-            sample = _sample(dataset, number)
+        for index in few_of(length):
             try:
-                description, leaves = take_apart(sample, f"sample {number}")
+                digest.update(digest_of(dataset, index).encode())
             except TypeError as error:
                 uncompared.append(f"the data set's samples ({error})")
                 return "unknown"
-            digest.update(json.dumps(description).encode())
-            for leaf in leaves:
-                digest.update(byte_view(leaf.cpu()).numpy().data)
     return digest.hexdigest()[:_DIGITS]
-
-
-def _sample(dataset: Any, number: int) -> Any:
-    try:
-        return dataset[number]
-    except Exception as error:
-        raise SampleError(f"the data set failed for index {number}: {type(error).__name__}: {error}") from error

@@ -21,6 +21,11 @@ from .collect import check_each_once, merged
 Parts = dict[str, Any]
 
 
+def is_metric(value: Any) -> bool:
+    """Return whether this is a torchmetrics object, or a module like one."""
+    return isinstance(value, nn.Module) and hasattr(value, "update") and hasattr(value, "compute")
+
+
 class Metric:
     """A sink that keeps a metric of the outputs.
 
@@ -42,7 +47,7 @@ class Metric:
         length: int | None,
         device: torch.device | None,
     ) -> None:
-        is_module = isinstance(metric, nn.Module) and hasattr(metric, "update") and hasattr(metric, "compute")
+        is_module = is_metric(metric)
         if not is_module and not callable(metric):
             raise TypeError(
                 f"predict(metric=…) got a {type(metric).__name__}: give a torchmetrics object, or a function of a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..comm.nesting import to_device
 from ..comm.transfer import Receiver, checked_receiver
@@ -24,7 +26,7 @@ from ..runtime.progress import progress
 from .collect import Memory
 from .identity import Key, checked_key, identity
 from .metrics import Metric
-from .model import Checksums, Model, callable_of, evaluating
+from .model import Checksums, Model, callable_of, evaluating, reached
 from .outputs import Schema
 from .source import Balance, Batches, Shards, Source, assigned, check_balance, cut, is_stream
 
@@ -64,16 +66,17 @@ def predict(
     whole batches, so the outputs do not depend on the number of processes.
 
     Args:
-        model: a module, or any function of a batch. A module runs in eval and inference mode. If it is a DDP
-            module, the module inside it runs. Modes, buffers and random streams are restored at the end, also on an
-            exception.
+        model: a module, or any function of a batch. A module, and modules that a function uses, run in eval mode and
+            under no_grad. If one is a DDP module, the module inside it runs. Modes, buffers and random streams are
+            restored at the end, also on an exception.
         dataset: map-style, of the same length on every rank; or a stream that can be cut into shards (`num_shards`,
             and `shard(num_shards=, index=)`, as datasets.IterableDataset). Batches of a stream are cut within a shard.
         batch_size: samples of a batch, at least 1.
         to: the rank that receives; "all"; or a directory for a Parquet data set with one row a sample. Each rank writes
             to the directory while it runs. After an interruption the same call completes it, at any world size.
         inputs: a function from a batch to what the model is called with. None: a module is called with the first entry
-            of a list or tuple, as of a data set of (input, target), else with the batch; a function with the batch.
+            of a list or tuple, as of a data set of (input, target), else with the batch; a function with the batch. A
+            dict goes to a module's keywords if its forward takes them all.
         metric: return this instead of the outputs, which then do not move. It is a function of a batch's output and the
             batch that returns a dict of sums, or of pairs of a sum and its weight, for the weighted mean; or one sum or
             pair alone. Or it is a torchmetrics object: each rank updates a copy, the object does not change.
@@ -106,9 +109,9 @@ def predict(
     with a metric those of `gather`; with a directory none.
 
     Raises:
-        TypeError, ValueError: a bad argument, or one that differs between ranks; parameters, or buffers that are saved,
-            that differ between ranks; an output without one row a sample; a batch whose output has another structure
-            than the first one's; a directory that holds something else, or that needs `key` to be resumed.
+        TypeError, ValueError: a bad argument, or one that differs between ranks; parameters, buffers that are saved, or
+            samples that differ between ranks; an output without one row a sample; a batch whose output has another
+            structure than the first one's; a directory that holds something else, or that needs `key` to be resumed.
         DDParityError: the model fails; names the data-set indices of the batch. SampleError: the data set fails.
         RankFailure: on every other rank, if one fails.
 
@@ -248,6 +251,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
             checked_key(given.key)
             made = predictor()
             source, balance = made._source, made._balance
+            modules = reached(given.model, inputs=given.inputs, metric=given.metric, targets=given.targets)
             if agreement is not None:
                 kind = None if given.metric is None else type(given.metric).__name__
                 own: dict[str, object] = {
@@ -259,7 +263,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
                 own |= {"metric": kind, "rows_per_file": given.rows_per_file, "key": checked_key(given.key)}
                 named: dict[str, object] = {f"predict's {name}": value for name, value in own.items()}
                 named |= {"the data set's length": source.length, "the data set's num_shards": source.shards}
-                checksums = Checksums(given.model)
+                checksums = Checksums(modules, not isinstance(given.model, nn.Module))
                 agreement.all_same({**named, "the model": checksums.text}, {"the model": checksums.difference})
             call, device = callable_of(given.model, given.inputs)
             path, chunks = given.directory(), cut(len(source), world_size, balance)
@@ -280,7 +284,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
             count = _Count(agreement, shown, source.length, rank, given.show_progress)
             take = partial(agreement.count, "chunks") if agreement is not None else itertools.count(1).__next__
             mine = assigned(chunks, rank, world_size, balance, lambda: take() - 1)
-            with evaluating(given.model):
+            with evaluating(modules.values()):
                 _run(call, device, source, mine, sink, agreement, count)
         count.show()  # after the agreement, all ranks have counted their samples
     with agreed("collecting the outputs of predict") as agreement:
@@ -324,10 +328,10 @@ def _directory(path: Path, given: _Call, made: Predictor, agreement: Agreement |
         assert agreement is not None, "there are other ranks"
         prepared = agreement.receive("prepared")
     if agreement is None:  # one process: its first batch is the data set's first, so it never waits for the types
-        return Directory(path, source, prepared, given.schema, lambda: None, lambda: None)
+        return Directory(path, source, prepared, given.schema, lambda: None, lambda: None, records=True)
     tell: Callable[[], None] = partial(agreement.publish, "types", "")
     hear: Callable[[], object] = partial(agreement.receive, "types")
-    return Directory(path, source, prepared, given.schema, tell, hear)
+    return Directory(path, source, prepared, given.schema, tell, hear, records=rank == 0)
 
 
 def _run(
@@ -340,7 +344,8 @@ def _run(
     count: _Count,
 ) -> None:
     looked = time.monotonic()
-    for samples, data in source.loaded(chunks):
+    compare = None if agreement is None else partial(_compare_samples, agreement)
+    for samples, data in source.loaded(chunks, compare):
         seed_streams(source.seed(samples))
         where = source.where(samples)
         batch = data if device is None else to_device(data, device)
@@ -358,6 +363,23 @@ def _run(
             if agreement is not None:
                 agreement.check()
     count.show()
+
+
+def _compare_samples(agreement: Agreement, digests: dict[int, str | None]) -> None:
+    """Compare digests of a few samples, by their indices, with those of the first rank that calls this.
+
+    Raises:
+        ValueError: a sample differs.
+    """
+    theirs = json.loads(agreement.first_value("samples", json.dumps(digests)))
+    for index, digest in digests.items():
+        other = theirs[str(index)]
+        if None not in (digest, other) and digest != other:
+            raise ValueError(
+                f"predict() got data sets that differ between ranks: they have the same length, but sample {index} of "
+                f"this rank has other content than that of another rank. Give the same data set on every rank, e.g. "
+                f"with the names of its files sorted"
+            )
 
 
 class _Count:

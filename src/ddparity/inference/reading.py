@@ -1,40 +1,59 @@
-"""A directory of predictions: which files it has, and reading it."""
+"""A directory of predictions: which files it has, what they must hold, and reading it.
+
+_run.json                   what was computed (`RunInfo`), the SHA-256 of each part, and one of this file itself
+_common_metadata            the types of the columns, a Parquet file without rows
+part-000000000000.parquet   the rows from this sample on, with a checksum for each page
+_part-000000000000.sha256   the SHA-256 of a part, until the call that wrote it is done
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+from .description import INDEX
+
+if TYPE_CHECKING:  # the import is slow
+    import pyarrow as pa
 
 RUN = "_run.json"  # Arrow's readers skip names with an underscore
 SCHEMA = "_common_metadata"  # Parquet's name for a file without rows
 DESCRIPTION = b"ddparity"  # key in the schema's metadata of what Arrow's types do not say
+_THREADS = 4  # that read parts: a digest takes about as long as Parquet does
+_NAMED = 5  # parts that an error names
 
 RunInfo = dict[str, Any]  # what a call computes, and how its rows are cut into files, see predict.py
+Digests = dict[int, str]  # SHA-256 of parts, by their numbers
 
 
 def read_predictions(path: str | os.PathLike[str]) -> Any:
     """Return the outputs that `predict(to=path)` wrote, as `predict` would have returned them, on the CPU.
 
     Named tuples and dataclasses come back as dicts by their fields' names: reading imports nothing that a file names.
-    Any reader of Parquet reads the directory, too, e.g. `pandas.read_parquet(path)`: one row a sample.
+    Every part is compared with the digest that was recorded when it was written, and its column "index" with the
+    samples that it must hold. Any reader of Parquet reads the directory, too, e.g. `pandas.read_parquet(path)`: one row
+    a sample.
 
     Raises:
-        ValueError: the directory does not hold a whole result.
+        ValueError: the directory does not hold a whole result, or a file in it is damaged; names the file.
     """
-    import pyarrow as pa  # here, since the import is slow
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
     from .columns import from_table
 
     path = Path(path)
     if not (path / RUN).is_file():
         raise ValueError(f"{path} is no result of predict(): it has no {RUN}")
-    run = json.loads((path / RUN).read_text())["run"]
-    if missing := [number for number in range(files_of(run)) if not is_whole(path, run, number)]:
+    _, run, recorded = read_run(path)
+    digests = recorded | new_digests(path, run)
+    if missing := [number for number in range(files_of(run)) if not file_of(path, run, number).exists()]:
         first = rows_of(run, missing[0])
         raise ValueError(
             f"{path} is not complete: {len(missing)} of {files_of(run)} files are missing, the first is that of "
@@ -42,8 +61,57 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
         )
     if not run["length"]:
         return torch.empty(0)
-    table = pa.concat_tables([pq.read_table(file_of(path, run, number)) for number in range(files_of(run))])
-    return from_table(table, json.loads(pq.read_schema(path / SCHEMA).metadata[DESCRIPTION]))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        read = list(pool.map(lambda number: _read_part(path, run, digests, number), range(files_of(run))))
+    if damaged := [found for found in read if isinstance(found, str)]:
+        more = f", and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
+        raise ValueError(
+            f"{path} is damaged: {'; '.join(damaged[:_NAMED])}{more}. The same predict() again writes what is damaged"
+        )
+    table = pa.concat_tables(read)
+    return from_table(table, json.loads(table.schema.metadata[DESCRIPTION]))
+
+
+def _read_part(path: Path, run: RunInfo, digests: Digests, number: int) -> pa.Table | str:
+    """Return a part's rows, or in words what is wrong with it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file, rows = file_of(path, run, number), rows_of(run, number)
+    try:
+        data = file.read_bytes()
+        if (wrong := _difference(hashlib.sha256(data).hexdigest(), digests.get(number))) is not None:
+            return f"{file.name} {wrong}"
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
+            table = parquet.read()
+        index = table.column(INDEX).to_numpy() if INDEX in table.column_names else np.empty(0)
+    except (OSError, pa.ArrowException) as error:
+        return f"{file.name} cannot be read ({str(error).splitlines()[0]})"
+    if not np.array_equal(index, np.arange(rows.start, rows.stop)):
+        return f'{file.name} does not hold the samples {rows.start} to {rows.stop - 1}, by its column "{INDEX}"'
+    return table
+
+
+def is_whole(path: Path, run: RunInfo, digests: Digests, number: int) -> bool:
+    """Return whether a part has the bytes that were recorded when it was written."""
+    try:
+        with open(file_of(path, run, number), "rb") as file:
+            return _difference(hashlib.file_digest(file, "sha256").hexdigest(), digests.get(number)) is None
+    except OSError:
+        return False
+
+
+def whole_parts(path: Path, run: RunInfo, digests: Digests) -> list[int]:
+    """Return the numbers of the parts that are whole. All of them are read."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda number: is_whole(path, run, digests, number), range(files_of(run)))
+        return [number for number, whole in enumerate(found) if whole]
+
+
+def _difference(found: str, recorded: str | None) -> str | None:
+    if recorded is None:
+        return "has no recorded SHA-256"
+    return None if found == recorded else f"has the SHA-256 {found[:12]}…, and {recorded[:12]}… was written"
 
 
 def files_of(run: RunInfo) -> int:
@@ -58,16 +126,60 @@ def rows_of(run: RunInfo, number: int) -> range:
 
 def file_of(path: Path, run: RunInfo, number: int) -> Path:
     """Return the path of a file. Its name has its first sample, so the order of names is that of the data set."""
-    return path / f"part-{number * run['rows_per_file']:012d}.parquet"
+    return path / f"{_stem(run, number)}.parquet"
 
 
-def is_whole(path: Path, run: RunInfo, number: int) -> bool:
-    """Return whether a file is there and has all its rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def digest_file_of(path: Path, run: RunInfo, number: int) -> Path:
+    """Return the path of the file that has a part's digest until the call is done."""
+    return path / f"_{_stem(run, number)}.sha256"
 
-    file = file_of(path, run, number)
+
+def _stem(run: RunInfo, number: int) -> str:
+    return f"part-{number * run['rows_per_file']:012d}"
+
+
+# What is recorded
+
+
+def run_text(token: str, run: RunInfo, digests: Digests) -> bytes:
+    """Return the content of the file `RUN`.
+
+    Args:
+        token: a random name of the directory, by which ranks know that they share it.
+    """
+    parts = {str(number): digests[number] for number in sorted(digests)}
+    body = {"token": token, "run": run, "parts": parts}
+    return json.dumps({**body, "sha256": _digest_of(body)}, indent=1).encode()
+
+
+def read_run(path: Path) -> tuple[str, RunInfo, Digests]:
+    """Return what `run_text` got.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        return bool(pq.read_metadata(file).num_rows == len(rows_of(run, number)))
-    except (OSError, pa.ArrowInvalid):
-        return False
+        body = json.loads((path / RUN).read_bytes())
+        if body.pop("sha256") == _digest_of(body):
+            return body["token"], body["run"], {int(number): digest for number, digest in body["parts"].items()}
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        pass
+    raise ValueError(
+        f"{path / RUN} is damaged, or an earlier version wrote it, so it is unknown what {path} holds: remove the "
+        f"directory or give another one"
+    )
+
+
+def _digest_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def new_digests(path: Path, run: RunInfo) -> Digests:
+    """Return the digests of the parts that were written since the file `RUN` was."""
+    found = {}
+    for number in range(files_of(run)):
+        try:
+            found[number] = digest_file_of(path, run, number).read_bytes().decode(errors="replace")
+        except FileNotFoundError:
+            continue
+    return found

@@ -19,10 +19,12 @@ from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_leng
 from ..data.plan import checked_integer, share
 from ..data.rng import derive_seed, numbered_seed, seed_streams
 from ..errors import SampleError
+from .samples import comparable_digest_of, few_of
 
 Balance = Literal["contiguous", "dynamic"]
 # A rank that is free takes 1/8 of an even share of the rest. At the end, when ranks wait, little is left.
 _PARTS_OF_A_SHARE = 8
+Compare = Callable[[dict[int, str | None]], None]  # takes digests of a few samples, by index
 _DECIDED = ("shuffle", "sampler", "batch_sampler", "drop_last", "in_order")  # options that predict() decides
 
 
@@ -37,7 +39,7 @@ class Source(Protocol):
     @property
     def shards(self) -> int | None: ...
     def __len__(self) -> int: ...
-    def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]: ...
+    def loaded(self, chunks: Iterator[range], compare: Compare | None) -> Iterator[tuple[range, Any]]: ...
     def seed(self, samples: range) -> int: ...
     def where(self, samples: range) -> str: ...
     def settled(self, ran: Sequence[range]) -> tuple[int, Callable[[int], int]]: ...
@@ -125,10 +127,10 @@ class Batches:
         self._key, self.sample_key = derive_seed(seed, "predict"), derive_seed(seed, "predict", "samples")
         self._order = _Order(self)
         self._dataloader: DataLoader[Any] = DataLoader(
-            KeyedDataset(dataset),  # type: ignore[arg-type]
+            KeyedDataset(dataset) if num_workers == 0 else _InWorkers(dataset),  # type: ignore[arg-type]
             batch_sampler=self._order,
             num_workers=num_workers,
-            collate_fn=collate_fn,
+            collate_fn=collate_fn if num_workers == 0 else _Collate(collate_fn or default_collate),
             **_loader_options(num_workers, dataloader_options),
         )
 
@@ -143,15 +145,25 @@ class Batches:
         """Return the key of the model's random streams for this batch. The batch's loading uses the next key."""
         return numbered_seed(self._key, samples.start)
 
-    def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
+    def loaded(self, chunks: Iterator[range], compare: Compare | None = None) -> Iterator[tuple[range, Any]]:
         """Yield the samples and the collated data of each batch in these ranges of batch numbers.
+
+        Args:
+            compare: is called before the first batch with digests of a few samples.
 
         Raises:
             SampleError: the data set, the collate function or a worker fails; names the samples.
         """
-        issued = self._order.restart(chunks)
+        in_workers = self._dataloader.num_workers > 0
+        if compare is not None and not in_workers:
+            compare(_digests(self.dataset, few_of(self.length)))
+        issued = self._order.restart(chunks, few_of(self.length) if compare is not None and in_workers else [])
         for data in load_batches(self._dataloader, lambda: self.where(issued[0]) if issued else "its first batch"):
-            yield issued.popleft(), data
+            if type(data) is _Digests:
+                assert compare is not None, "digests are asked for to be compared"
+                compare(data)
+            else:
+                yield issued.popleft(), data
             del data
 
     def where(self, samples: range) -> str:
@@ -170,19 +182,60 @@ class _Order:
         self._batches = batches
         self._chunks: Iterator[range] = iter(())
         self._issued: deque[range] = deque()
+        self._digested: list[int] = []
 
-    def restart(self, chunks: Iterator[range]) -> deque[range]:
-        self._chunks, self._issued = chunks, deque()
+    def restart(self, chunks: Iterator[range], digested: list[int]) -> deque[range]:
+        """Start again with these chunks, after digests of the samples `digested`."""
+        self._chunks, self._issued, self._digested = chunks, deque(), digested
         return self._issued
 
-    def __iter__(self) -> Iterator[SeededIndices]:
+    def __iter__(self) -> Iterator[SeededIndices | _ToDigest]:
         issued = self._issued
+        if self._digested:
+            yield _ToDigest(self._digested)
         for chunk in self._chunks:
             for number in chunk:
                 samples = self._batches[number]
                 issued.append(samples)
                 sample_seeds = (self._batches.sample_key, samples.start)
                 yield SeededIndices(list(samples), self._batches.seed(samples) + 1, sample_seeds)
+
+
+# Digests of samples. With workers it is a worker that reads the samples: what a data set opens at its first sample, for
+# example a file, must not be open in this process when it forks a worker.
+
+
+class _ToDigest(list[int]):
+    """Indices of samples whose digests are wanted instead of a batch."""
+
+
+class _Digests(dict[int, str | None]):
+    """Digests by the samples' indices."""
+
+
+def _digests(dataset: Any, indices: Sequence[int]) -> _Digests:
+    return _Digests((index, comparable_digest_of(dataset, index)) for index in indices)
+
+
+class _InWorkers(KeyedDataset):
+    """A data set that also returns digests."""
+
+    def __getitems__(self, indices: SeededIndices | _ToDigest) -> list[Any]:
+        if isinstance(indices, _ToDigest):
+            return [_digests(self.dataset, indices)]
+        return super().__getitems__(indices)
+
+
+class _Collate:
+    """The user's collate function. Digests pass it by."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        if type(samples) is list and samples and type(samples[0]) is _Digests:
+            return samples[0]
+        return self._collate(samples)
 
 
 # Data sets that can only be iterated
@@ -244,8 +297,11 @@ class Shards:
     def seed(self, samples: range) -> int:
         return _seed_of_batch(self._key, samples.start)
 
-    def loaded(self, chunks: Iterator[range]) -> Iterator[tuple[range, Any]]:
-        """Yield this rank's batches. `chunks` is its contiguous share of the shards, which the workers know already."""
+    def loaded(self, chunks: Iterator[range], compare: Compare | None = None) -> Iterator[tuple[range, Any]]:
+        """Yield this rank's batches. `chunks` is its contiguous share of the shards, which the workers know already.
+
+        Samples are not compared: a rank reads its own shards alone.
+        """
         before = [""]  # the samples of the last batch, in words
         for start, size, data in load_batches(self._dataloader, lambda: f"what follows {before[0] or 'the beginning'}"):
             yield range(start, start + size), data

@@ -6,6 +6,7 @@ when the launcher itself is killed.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -84,8 +85,8 @@ class RankProcesses:
     def look(self, linger_s: float) -> list[tuple[int, int]]:
         """Return the global rank and the exit code of each rank that has ended since the last look.
 
-        A rank that wrote its exception more than `linger_s` ago and still runs counts as ended, with exit code 1:
-        another thread of it keeps the process.
+        A rank that wrote its exception more than `linger_s` ago and still runs counts as ended, with the exit code of
+        the exception: another thread of it keeps the process.
         """
         found = []
         for local, pid in self._pids.items():
@@ -93,7 +94,7 @@ class RankProcesses:
                 continue
             code = how_ended(pid)
             if code is None and self._lingers(local, linger_s):
-                code = 1
+                code = self._code_of_exception(local)
             if code is not None:
                 self._ended[local] = code, time.time()
                 found.append((self._ranks[local], code))
@@ -104,6 +105,12 @@ class RankProcesses:
             written = (self._files.folders[local_rank] / "error.json").stat().st_mtime
             return time.time() - written > linger_s
         return False
+
+    def _code_of_exception(self, local_rank: int) -> int:
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            record = json.loads((self._files.folders[local_rank] / "error.json").read_text())
+            return int(record["message"]["extraInfo"]["exit_code"])
+        return 1
 
     def exit_reports(self, memory: MemoryWatch, by_themselves: Collection[int] | None = None) -> list[ExitReport]:
         """Return the exit report of each rank that has ended.

@@ -125,7 +125,7 @@ def _run_script(path: str) -> None:
 
 
 def _fail(error: BaseException, folder: Path | None) -> None:
-    """Write the exception for the agent and end with exit code 1. The script's atexit functions still run."""
+    """Write the exception for the agent, and end with its exit code, or 1. The script's atexit functions still run."""
     with suppress(AttributeError, ValueError):
         # torch's handler raises when a data-loader worker has ended. That may be the failure that is being written.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -143,7 +143,12 @@ def _fail(error: BaseException, folder: Path | None) -> None:
             hook(type(error), error, trace)
         except Exception:  # as Python does: the script's exception is the failure
             traceback.print_exc()
-    sys.exit(1)
+    sys.exit(_exit_code(error))
+
+
+def _exit_code(error: BaseException) -> int:
+    code = getattr(error, "exit_code", 1)
+    return code if isinstance(code, int) and 0 < code < 256 else 1
 
 
 def _of_torch(function: object) -> bool:
@@ -156,9 +161,12 @@ def _write_error(folder: Path, error: BaseException, message: str, trace: str) -
     The agent may read at any time: `error.json` is renamed into place when it is complete.
     """
     extra: dict[str, Any] = {"py_callstack": trace, "timestamp": str(int(time.time())), "type": type(error).__name__}
+    extra["exit_code"] = _exit_code(error)
     extra["before"] = [_message(one) for one in _earlier(error)[:10]]
     if type(error).__name__ == "RankFailure":
         extra["rank"] = getattr(error, "rank", -1)  # the rank that failed first, according to the error
+    if type(error).__name__ == "WrongArithmetic":
+        extra["record"] = getattr(error, "record", None)
     partial = folder / "error.json.partial"
     try:
         partial.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

@@ -1,0 +1,58 @@
+"""What the bits of a computation depend on besides the program: kernels, the device and the software."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device | None) -> Iterator[None]:
+    """Run the body with deterministic kernels where torch has them, on an accelerator or with several threads.
+
+    In the strict mode they are asked for already.
+    """
+    mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    if mode > 0 or ((device is None or device.type == "cpu") and torch.get_num_threads() == 1):
+        yield
+        return
+    torch.set_deterministic_debug_mode("warn")
+    torch.backends.cudnn.benchmark = False  # it chooses algorithms by their time, separately in each process
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def computer_of(device: torch.device) -> str:
+    """Return what bits depend on besides the program: the kind of the device, torch, and its threads."""
+    if device.type == "cuda":
+        kind = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)} {torch.version.cuda}"
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        kind = f"{device.type}, {_processor()}, {capability}, {torch.get_num_threads()} threads"
+    return f"{kind}, torch {torch.__version__}"
+
+
+def place_of(device: torch.device) -> dict[str, str]:
+    """Return the host and the device of this process, by which somebody finds it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        text = f"{device} ({properties.name}, UUID {getattr(properties, 'uuid', 'unknown')})"
+    else:
+        text = f"{device.type} ({_processor()}, process {os.getpid()})"
+    return {"host": socket.gethostname(), "device": text}
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

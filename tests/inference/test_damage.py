@@ -1,0 +1,120 @@
+"""Damaged directories of predictions: no bit is wrong in silence, and the next predict() mends what is damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import ddparity as dp
+from ddparity.inference import reading
+from tests.inference.damage import run
+from tests.ranks import run_ranks
+
+
+def test_no_damage_is_silent(tmp_path: Path) -> None:
+    counts = run(tmp_path, flips=60, swaps=30)
+    assert sum(count["mended"] for count in counts.values()) > 10
+    for kind, count in counts.items():
+        assert not count["silent"], kind
+        assert count["refused"] or kind == "a bit of _common_metadata", kind
+        assert not count["exact"] or kind in ("a bit of _common_metadata", "two blocks of a part exchanged"), kind
+
+
+def _doubles(x: torch.Tensor) -> torch.Tensor:
+    return x.double()[:, None] * 2
+
+
+def _writes(path: Path | str) -> Path:
+    return dp.predict(_doubles, torch.arange(12), 2, path, rows_per_file=4, key="a")
+
+
+def test_other_readers_can_check_the_pages(tmp_path: Path) -> None:
+    file = _writes(tmp_path) / "part-000000000004.parquet"
+    data, column = bytearray(file.read_bytes()), pq.read_metadata(file).row_group(0).column(1)
+    start = min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset is not None)
+    data[start + column.total_compressed_size - 1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OSError, match="CRC checksum verification failed"):
+        pq.read_table(file, page_checksum_verification=True)
+
+
+def test_the_index_is_checked_too(tmp_path: Path) -> None:
+    """A part that somebody wrote, with the digest of its bytes, still has to hold the samples that it should."""
+    file = _writes(tmp_path) / "part-000000000004.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(0, "index", pa.array([4, 5, 7, 6])), file)
+    token, run, digests = reading.read_run(tmp_path)
+    digests[1] = reading.hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / "_run.json").write_bytes(reading.run_text(token, run, digests))
+    with pytest.raises(ValueError, match=r'part-000000000004.parquet does not hold the samples 4 to 7, by .* "index"'):
+        dp.read_predictions(tmp_path)
+
+
+def test_each_damaged_part_is_named(tmp_path: Path) -> None:
+    one, other = (_writes(tmp_path) / f"part-00000000000{start}.parquet" for start in (0, 8))
+    contents = one.read_bytes(), other.read_bytes()
+    one.write_bytes(contents[1]), other.write_bytes(contents[0])
+    with pytest.raises(
+        ValueError, match=f"is damaged: {one.name} has the SHA-256 .*; {other.name} has .* The same predict"
+    ):
+        dp.read_predictions(tmp_path)
+    run_ranks(_writes, 3, str(tmp_path))
+    assert (one.read_bytes(), other.read_bytes()) == contents
+    assert torch.equal(dp.read_predictions(tmp_path), _doubles(torch.arange(12)))
+
+
+def test_a_part_of_another_run_is_refused(tmp_path: Path) -> None:
+    _writes(tmp_path / "one")
+    dp.predict(lambda x: _doubles(x) + 1, torch.arange(12), 2, tmp_path / "other", rows_per_file=4, key="a")
+    shutil.copy(tmp_path / "other" / "part-000000000004.parquet", tmp_path / "one")
+    with pytest.raises(ValueError, match=r"part-000000000004\.parquet has the SHA-256"):
+        dp.read_predictions(tmp_path / "one")
+
+
+def test_digests_are_in_one_file_at_the_end(tmp_path: Path) -> None:
+    run_ranks(_writes, 2, str(tmp_path))
+    assert not list(tmp_path.glob("*.sha256"))
+    _, run, digests = reading.read_run(tmp_path)
+    assert reading.whole_parts(tmp_path, run, digests) == [0, 1, 2]
+
+
+def test_a_part_that_was_written_before_an_interruption_is_kept_if_it_is_whole(tmp_path: Path) -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        if 10 in x:
+            raise OSError("lost")
+        return _doubles(x)
+
+    fails.__qualname__ = _doubles.__qualname__
+    with pytest.raises(dp.DDParityError, match="lost"):
+        dp.predict(fails, torch.arange(12), 2, tmp_path, rows_per_file=4, key="a")
+    first, second = (tmp_path / f"part-00000000000{start}.parquet" for start in (0, 4))
+    second.write_bytes(second.read_bytes()[::-1])
+    written = first.stat().st_mtime_ns
+    _writes(tmp_path)
+    assert torch.equal(dp.read_predictions(tmp_path), _doubles(torch.arange(12)))
+    assert first.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"token": 1}', "\xff" * 9, "[" * 100_000])
+def test_a_damaged_record_of_the_run_is_refused(text: str, tmp_path: Path) -> None:
+    (_writes(tmp_path) / "_run.json").write_bytes(text.encode("latin-1"))
+    for call in (dp.read_predictions, _writes):
+        with pytest.raises(ValueError, match=r"_run.json is damaged, or an earlier version wrote it"):
+            call(tmp_path)
+
+
+def test_a_damaged_schema_is_written_again(tmp_path: Path) -> None:
+    schema = _writes(tmp_path) / "_common_metadata"
+    content = schema.read_bytes()
+    for damaged in (b"", content[:-1], content.replace(b"output", b"0utput")):
+        schema.write_bytes(damaged)
+        (tmp_path / "part-000000000004.parquet").unlink()
+        run_ranks(_writes, 2, str(tmp_path))
+        assert torch.equal(dp.read_predictions(tmp_path), _doubles(torch.arange(12)))
+        assert json.loads(pq.read_schema(schema).metadata[b"ddparity"])["column"] == "output"
