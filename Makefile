@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 NPROC ?= 2
 PROGRAMS ?= 20000
+FILES ?= 200000
 FIRST ?= 0
 MODULES ?=
 SAMPLE ?= 25
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 
 WAIT_S ?= 75
 
-.PHONY: train verify test test-matrix programs mutants damage rechecks format docs-picture clean waits
+.PHONY: train verify test test-matrix programs mutants waits scale fuzz damage rechecks format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -43,15 +44,6 @@ test-torch-%:
 programs: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
 
-# Random damage to directories of predictions, in full. The figures go to benchmarks/RESULTS.md.
-damage: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.inference.damage
-
-# Rechecks of healthy ranks, RECHECKS of them: none may give an alarm. The figures go to benchmarks/RESULTS.md.
-RECHECKS ?= 10000
-rechecks: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.faults $(RECHECKS)
-
 # Whether a test fails if the core is changed: tests/mutants.py, for the modules of tests/mutants.toml, or for
 # MODULES=data/plan.py, or MODULES='data comm'. SAMPLE=1000 tries every mutant.
 mutants: $(VENV)/.installed-test $(VENV)/.installed-mutants
@@ -60,6 +52,24 @@ mutants: $(VENV)/.installed-test $(VENV)/.installed-mutants
 # Healthy waits of WAIT_S seconds, which the launcher may not end, and real hangs, which it must name: 12 minutes.
 waits: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -m tests.launcher.wait_matrix $(WAIT_S)
+
+# Jobs of up to 1,024 ranks, simulated, and what 200 launches of 32 processes leave behind: 20 minutes, into
+# benchmarks/RESULTS.md.
+scale: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python benchmarks/scale.py
+
+# Mutated checkpoints (tests/checkpoint/fuzz.py), seeds FIRST to FIRST + FILES.
+fuzz: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.checkpoint.fuzz $(FILES) $(FIRST)
+
+# Random damage to directories of predictions, in full. The figures go to benchmarks/RESULTS.md.
+damage: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.inference.damage
+
+# Rechecks of healthy ranks, RECHECKS of them: none may give an alarm. The figures go to benchmarks/RESULTS.md.
+RECHECKS ?= 10000
+rechecks: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.faults $(RECHECKS)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

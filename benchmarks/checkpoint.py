@@ -4,8 +4,9 @@ PYTHONPATH=. python benchmarks/checkpoint.py [--instants 200] [--folder FOLDER]
 
 `save_checkpoint` and the functions of torch and safetensors write a model of 8 million parameters and AdamW's two
 moments, 96 MB, to FOLDER. Each write is flushed to disk. `returns`: the time until the call returns. `written`: the
-time until the file is on disk. After that, a process that saves in a loop is killed at random instants and at each
-system call.
+time until the file is on disk. A copy of the tensors in main memory is what a save in the background cannot do without.
+The sharded rows are of two processes with `fully_shard`. After that, a process that saves in a loop is killed at random
+instants and at each system call.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from tests.checkpoint.kills import killed_at_each_call, killed_at_random
 from tests.ranks import outcomes
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import ddparity as dp
 from results import machine, spread, table, write_section
@@ -70,9 +74,43 @@ def by_safetensors(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
     return lambda: None
 
 
+def by_copy(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    copies = [value.clone() for value in model.state_dict().values()]
+    copies += [value.clone() for state in optimizer.state.values() for value in state.values()]
+    return copies.clear
+
+
+def sharded(folder: str, background: bool) -> tuple[list[float], list[float], list[float]]:
+    """Return rank 0's milliseconds until the call returns, until the files are on disk, and of a copy of its shards."""
+    path = Path(folder) / "c"
+    model = nn.Sequential(*[fully_shard(nn.Linear(1000, 1000)) for _ in range(8)])
+    model = fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 1000)).square().mean().backward()
+    optimizer.step()
+    shards = [value.to_local() for value in model.state_dict().values()]
+    shards += [value.to_local() for s in optimizer.state.values() for value in s.values() if isinstance(value, DTensor)]
+    returns, written, copied = [], [], []
+    for _ in range(ROUNDS):
+        dist.barrier()
+        start = time.perf_counter()
+        saving = dp.save_checkpoint(path, background=background, model=model, optimizer=optimizer)
+        returns.append((time.perf_counter() - start) * 1e3)
+        if saving is not None:
+            saving.wait()
+        written.append((time.perf_counter() - start) * 1e3)
+        dist.barrier()
+        start = time.perf_counter()
+        copies = [shard.clone() for shard in shards]
+        copied.append((time.perf_counter() - start) * 1e3)
+        del copies
+    return returns, written, copied
+
+
 WAYS = {
     "save_checkpoint": ours,
     "save_checkpoint(background=True)": in_background,
+    "a copy of the tensors": by_copy,
     "torch.save": by_torch,
     "safetensors' save_file": by_safetensors,
 }
@@ -89,7 +127,7 @@ def measured(way: str, folder: str) -> tuple[list[float], list[float], list[floa
         returns.append((time.perf_counter() - start) * 1e3)
         wait()
         written.append((time.perf_counter() - start) * 1e3)
-    for _ in range(ROUNDS if "safetensors" not in way else 0):
+    for _ in range(ROUNDS if path.exists() and "safetensors" not in way else 0):
         start = time.perf_counter()
         if way == "torch.save":
             states = torch.load(path)
@@ -146,6 +184,16 @@ def main() -> None:
         returns, written, loads = outcome.value
         loaded = spread(loads, 0) if loads else "–"
         rows.append([way, spread(returns, 0), spread(written, 0), loaded])
+    for background in (False, True):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            outcome, _ = outcomes(sharded, 2, folder, background, timeout_s=600)
+        assert outcome.error is None, outcome.trace
+        returns, written, copied = outcome.value
+        rows.append(
+            [f"sharded, 2 processes{', background=True' * background}", spread(returns, 0), spread(written, 0), "–"]
+        )
+        if background:
+            rows.append(["sharded, a copy of rank 0's shards", spread(copied, 0), "–", "–"])
     costs = table(["96 MB", "returns, ms", "written, ms", "loaded, ms"], rows)
     faults = table(
         ["killed", "instants", "in the middle of a save", "lost or damaged", "s"],

@@ -14,6 +14,7 @@ from torch.distributed.elastic.rendezvous import registry
 from torch.distributed.launcher.api import elastic_launch
 
 from ddparity.errors import RendezvousError
+from ddparity.launcher.handlers import rendezvous_handler
 from ddparity.launcher.options import parse
 from ddparity.launcher.rendezvous import add_node_check, check_rendezvous, explain, node_info
 
@@ -24,8 +25,7 @@ def main() -> None:
     try:
         setup = check_rendezvous(launch)
         os.environ.update(setup.variables)
-        handler_of = registry.get_rendezvous_handler
-        registry.get_rendezvous_handler = lambda params: add_node_check(handler_of(params), node_info(launch), 20)
+        registry.get_rendezvous_handler = lambda _: add_node_check(rendezvous_handler(setup), node_info(launch), 20)
         setup.config.logs_specs = DefaultLogsSpecs()
         try:
             elastic_launch(setup.config, sys.executable)(*launch.command)

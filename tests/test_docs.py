@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ddparity as dp
+from tests.launcher.failure_cases import CASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,6 +41,14 @@ def test_every_public_name_is_documented() -> None:
     returned = {"DDParityError", "LoadedMicroBatch", "MicroBatch", "Saving", "Step", "World"}
     assert not [name for name in dp.__all__ if name not in returned and name not in pages]
     assert not [name for name in dp.__all__ if not getattr(dp, name).__doc__]
+
+
+def test_the_number_of_failures_is_the_same_everywhere() -> None:
+    """In the README's text and table, on the page, and in the cases that are run."""
+    page = (ROOT / "docs" / "failures.md").read_text()
+    shown = [*re.findall(r"\b(\d+) (?:ways to fail|failures\b)", README), *re.findall(r"one of (\d+) failures", page)]
+    assert len(shown) >= 3
+    assert set(shown) == {str(len(CASES))}
 
 
 def test_the_readme_shows_what_was_measured() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import multiprocessing.connection
 import os
+import signal
 import socket
 import struct
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, get_worker_info
 
 if TYPE_CHECKING:  # torch.distributed exports these in a way that type checkers do not see
-    from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, Store, TCPStore
+    from torch._C._distributed_c10d import AllgatherOptions, HashStore, PrefixStore, Store, TCPStore
 else:
-    from torch.distributed import PrefixStore, Store, TCPStore
+    from torch.distributed import HashStore, PrefixStore, Store, TCPStore
     from torch.distributed.distributed_c10d import AllgatherOptions
 
-__all__ = ["PrefixStore", "Store", "TCPStore"]
+__all__ = ["HashStore", "PrefixStore", "Store", "TCPStore"]
 
 
 # Process groups and collectives.
@@ -170,6 +172,16 @@ def is_store(address: tuple[str, int], timeout_s: float) -> bool:
             return False
 
 
+def serve_store(listener: socket.socket, timeout: timedelta, clients: int | None = None) -> TCPStore:
+    """Open torch's store at a bound socket, and nowhere else; return this process's connection to it.
+
+    torch itself would listen on all addresses. `clients`: wait for so many connections, this one included.
+    """
+    address, port = listener.getsockname()[:2]
+    waits, number = clients is not None, listener.detach()  # the store closes the socket
+    return TCPStore(address, port, clients, True, timeout, wait_for_workers=waits, master_listen_fd=number)
+
+
 @functools.cache
 def recognises_stores() -> bool:
     """Return True if `is_store` works with this torch: no documentation promises the answer that it expects."""
@@ -296,6 +308,18 @@ def is_plain_tensor(x: torch.Tensor) -> bool:
     return plain and not is_functorch_wrapped_tensor(x)
 
 
+def is_dtensor(value: object) -> bool:
+    """Return True if the value is a DTensor, such as a parameter of `fully_shard`, without an import of DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # its import takes a second, and no DTensor is without it
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def zero_redundancy(value: object) -> Any:
+    """Return a ZeroRedundancyOptimizer, None for any other value, without an import of it."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return value if module is not None and isinstance(value, module.ZeroRedundancyOptimizer) else None
+
+
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which batch statistics are kept: float64 if the device has it, else float32."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -326,6 +350,22 @@ def end_workers(dataloader: DataLoader[Any], iterator: Any) -> None:
         dataloader._iterator = None
 
 
+def ended_worker(iterator: Any, timeout_s: float) -> str:
+    """Return which worker of an iterator has ended and how, waiting `timeout_s` for one; "" if all of them run.
+
+    A worker's connections are closed some time before its end can be seen.
+    """
+    workers = {worker.sentinel: worker for worker in getattr(iterator, "_workers", ())}
+    for sentinel in multiprocessing.connection.wait(list(workers), timeout_s):
+        worker = workers[sentinel]
+        worker.join()
+        how = f"exit code {worker.exitcode}"
+        if worker.exitcode is not None and worker.exitcode < 0:
+            how = f"killed by signal: {signal.strsignal(-worker.exitcode)}"
+        return f"DataLoader worker (pid {worker.pid}) exited unexpectedly ({how})"
+    return ""
+
+
 def show_dataset(inner: Callable[[Any], Any]) -> None:
     """In a loader's worker, let `get_worker_info().dataset` be what `inner` returns for the DataLoader's data set.
 
@@ -345,18 +385,67 @@ def shutdown_timeout(config_class: type, seconds: int) -> dict[str, Any]:
     return {"shutdown_timeout": seconds} if "shutdown_timeout" in names else {}
 
 
-def guesses_own_host(host: str) -> bool:
-    """Return True if torch's c10d rendezvous takes `host` for this machine and opens the store here.
+def worker_stores_at(rendezvous: object, listen: Callable[[], socket.socket]) -> None:
+    """Make torch's c10d rendezvous open its store for the ranks at a socket of `listen`, not on all addresses."""
 
-    Return False where that is unknown.
+    def create(host: str, port: int) -> TCPStore:
+        return serve_store(listen(), dist.default_pg_timeout)
+
+    assert hasattr(rendezvous, "_create_tcp_store_server"), "torch 2.6 and later have it"
+    rendezvous._create_tcp_store_server = create
+
+
+def describe_state(state: Any) -> dict[str, Any]:
+    """Return the state of torch's c10d rendezvous as values that JSON can hold.
+
+    Of each machine: its address, process and number there, its rank, whether it waits, whether it is a spare one, and
+    its last heartbeat.
     """
-    from torch.distributed.elastic.rendezvous import utils
+    nodes = {*state.participants, *state.wait_list, *state.redundancy_list, *state.last_heartbeats}
+    rows = []
+    for node in nodes:
+        seen = state.last_heartbeats.get(node)
+        lists = [state.participants.get(node), node in state.wait_list, node in state.redundancy_list]
+        rows.append([node.addr, node.pid, node.local_id, *lists, seen and seen.isoformat()])
+    return {
+        "round": state.round,
+        "complete": state.complete,
+        "closed": state.closed,
+        "deadline": state.deadline and state.deadline.isoformat(),
+        "nodes": sorted(rows, key=lambda row: row[:3]),
+    }
 
-    guess = getattr(utils, "_matches_machine_hostname", None)
-    try:
-        return guess is not None and bool(guess(host))
-    except OSError:  # this machine's own name has no address
-        return False
+
+def build_state(values: Mapping[str, Any]) -> Any:
+    """Return the state that `describe_state` described.
+
+    Raises:
+        KeyError, TypeError, ValueError: the values describe no state.
+    """
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
+
+    state = _RendezvousState()
+    state.round, state.complete, state.closed = (
+        _of_type(values[name], kind) for name, kind in (("round", int), ("complete", bool), ("closed", bool))
+    )
+    state.deadline = values["deadline"] and datetime.fromisoformat(values["deadline"])
+    for address, pid, number, rank, waits, spare, seen in values["nodes"]:
+        node = _NodeDesc(_of_type(address, str), _of_type(pid, int), _of_type(number, int))
+        if rank is not None:
+            state.participants[node] = _of_type(rank, int)
+        if _of_type(waits, bool):
+            state.wait_list.add(node)
+        if _of_type(spare, bool):
+            state.redundancy_list.add(node)
+        if seen is not None:
+            state.last_heartbeats[node] = datetime.fromisoformat(seen)
+    return state
+
+
+def _of_type(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def forget_bootstrap_store(rendezvous: object) -> None:
@@ -367,3 +456,11 @@ def forget_bootstrap_store(rendezvous: object) -> None:
     """
     if hasattr(rendezvous, "_bootstrap_store_info"):
         rendezvous._bootstrap_store_info = None
+
+
+def close_outputs(processes: Any) -> None:
+    """Close torch's own handles of the files that its processes write to. torch closes them late, or never."""
+    for handler in getattr(processes, "subprocess_handlers", {}).values():
+        for stream in (getattr(handler, "_stdout", None), getattr(handler, "_stderr", None)):
+            if stream is not None:
+                stream.close()

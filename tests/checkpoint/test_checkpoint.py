@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import pickle
 import random
-import subprocess
 import threading
 import time
 from collections import namedtuple
@@ -104,7 +100,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddparity.checkpoint.atomic._flush", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         dp.save_checkpoint(path, model=_trained(9)[0])
     assert path.read_bytes() == old
@@ -117,8 +113,7 @@ def test_other_programs_find_the_tensors_by_name(tmp_path: Path) -> None:
     dp.save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     found = load_file(tmp_path / "c")
     for name, value in model.state_dict().items():
-        expected = value.reshape(1) if value.ndim == 0 else value
-        assert found[f"model.{name}"].equal(expected) and found[f"model.{name}"].dtype == value.dtype
+        assert found[f"model.{name}"].equal(value) and found[f"model.{name}"].dtype == value.dtype
     assert found["optimizer.state.0.exp_avg"].equal(optimizer.state_dict()["state"][0]["exp_avg"])
 
 
@@ -268,10 +263,16 @@ def test_the_last_n_are_kept(tmp_path: Path) -> None:
 
 
 def test_names_of_others_are_left_alone(tmp_path: Path) -> None:
-    others = ["c.7x", "c.old", "d.2", ".c.x", "c.1.2", f".c.{os.getppid()}"]
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    (tmp_path / f".c.{dead.pid}").write_text("a draft")
+    others = [
+        "c.7x",
+        "c.old",
+        "d.2",
+        ".c.x",
+        "c.1.2",
+        ".c.0123abcd-0123",
+        f".c.{os.getpid()}",
+        ".d.0123abcd-0123456789abcdef",
+    ]
     for name in others:
         (tmp_path / name).write_text("mine")
     for number in range(3):
@@ -385,10 +386,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"c is (not a complete checkpoint|damaged)"):
             dp.load_checkpoint(path, model=model)
     save_file({"0": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"not a ddparity checkpoint: its format is None"):
+    with pytest.raises(ValueError, match=r"not a ddparity checkpoint of this version: its format is None"):
         dp.load_checkpoint(path, model=model)
-    with pytest.raises(TypeError, match="epoch, a int, has no state_dict"):
-        dp.save_checkpoint(path, epoch=3)
 
 
 def _wider() -> nn.Module:
@@ -442,7 +441,10 @@ def test_another_torch_version_loads_and_is_told(
         ({"a": {"b": {1, 2}}}, r"the state of held cannot be saved: held\['a'\]\['b'\] is a set"),
         ({"a": {1.5: 2}}, r"held\['a'\] has the key 1.5, a float"),
         ({"a": torch.eye(2).to_sparse()}, r"held\['a'\] is a torch.sparse_coo tensor"),
-        ({"\ud800": 1}, r"a key or a layer's version in the states of held cannot be written as JSON: .*surrogates"),
+        (
+            {"\ud800": 1},
+            r"a key, a number or a layer's version in the states of held cannot be written as JSON: .*surrogates",
+        ),
     ],
 )
 @pytest.mark.parametrize("background", [False, True])
@@ -458,41 +460,8 @@ def test_what_cannot_be_saved_is_named_and_the_old_file_stays(
 def test_more_than_a_file_can_describe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddparity.checkpoint.format._LARGEST_HEADER", 10_000)
     with pytest.raises(
-        ValueError, match=r"100 tensors and lists need a header of [\d,]+ bytes, but the format allows 10,000"
+        ValueError,
+        match=r"100 tensors, with all lists and numbers, need a header of [\d,]+ bytes, but the format allows 10,000",
     ):
         dp.save_checkpoint(tmp_path / "c", held=Held({"a": [torch.ones(1)] * 100}))
     assert os.listdir(tmp_path) == []
-
-
-class _NamedState:
-    def state_dict(self) -> dict:
-        return {"version": Version(1, 2)}
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-
-def test_a_state_of_named_types_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"state_dict has a tests.checkpoint.test_checkpoint:Version.*tensors, numbers"):
-        dp.save_checkpoint(tmp_path / "c", thing=_NamedState())
-
-
-class _Hostile:
-    """An object whose pickle runs code when it is loaded."""
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, ("hostile",)
-
-
-def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("c").write_bytes(pickle.dumps(_Hostile()))
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
-        dp.load_checkpoint("c", model=nn.Linear(1, 1))
-    # A record in the metadata names a type. A load builds only the types that a state dict has.
-    node = {"kind": "record", "type": "os:mkdir", "keys": 1, "items": []}
-    text = json.dumps({"nodes": {"model": node}, "versions": {}, "about": {}, "torch": "2.6.0", "sha256": {}})
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    save_file({}, "c", {"format": "ddparity 2", "states": text, "sha256": sha256})
-    with pytest.raises(ValueError, match="names the type os:mkdir"):
-        dp.load_checkpoint("c", model=nn.Linear(1, 1))
-    assert os.listdir(tmp_path) == ["c"]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ddparity as dp
-from ddparity.checkpoint.format import take_snapshot, write_states
+from ddparity.checkpoint.format import describe_states, write_states
 from tests.checkpoint.kills import Numbered, killed_at_each_call, killed_at_random, loaded
 from tests.ranks import outcomes
 
@@ -36,13 +36,13 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(("keep", "background"), [(None, False), (3, False), (None, True)])
 def test_a_kill_at_a_random_instant_loses_nothing(keep: int | None, background: bool, tmp_path: Path) -> None:
     """The benchmark kills at 200 instants of each kind."""
-    (outcome,) = outcomes(killed_at_random, 1, str(tmp_path), 20, keep, background, in_world=False)
+    (outcome,) = outcomes(killed_at_random, 1, str(tmp_path), 20, keep, background, in_world=False, timeout_s=240)
     assert outcome.error is None, outcome.trace
 
 
 @pytest.mark.parametrize("keep", [None, 3])
 def test_a_kill_at_each_system_call_loses_nothing(keep: int | None, folder: Path) -> None:
-    (outcome,) = outcomes(killed_at_each_call, 1, str(folder), keep, in_world=False)
+    (outcome,) = outcomes(killed_at_each_call, 1, str(folder), keep, in_world=False, timeout_s=240)
     assert outcome.error is None, outcome.trace
     new = outcome.value
     assert len(new) > 40
@@ -137,7 +137,8 @@ def _damaged_on_one_rank(folder: str, damage: str) -> None:
 
 
 def _save_alone(path: Path, model: nn.Module) -> None:
-    write_states(path, take_snapshot({"model": model.state_dict()}, {}, copy=False))
+    with open(path, "w+b") as file:
+        write_states(file, describe_states({"model": model.state_dict()}, {}))
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,8 @@ with dp.world(device="cpu"):
         "A data-loader worker is killed",
         _GLOO.replace('dist.init_process_group("gloo")', "") + _LOADER.format(change="os.kill(os.getpid(), 9)"),
         # The worker may end while its rank fetches a tensor from it.
-        r"rank 1 failed: (RuntimeError: DataLoader|Connection|EOF|FileNot).*a data-loader worker ended: .*memory",
+        r"rank 1 failed: (RuntimeError: DataLoader|Connection|BrokenPipe|EOF|FileNot|Authentic).*"
+        r"a data-loader worker ended: .*memory",
         r"DataLoader worker \(pid",
     ),
     Case(

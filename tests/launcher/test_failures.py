@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,19 +24,28 @@ PAGE = Path(__file__).parents[2] / "docs" / "failures.md"
 HANG_S = 2.0  # --hang-timeout
 WITHIN_S = 10.0  # from the failure, or from the report of a hang
 STARTED_S = 40.0  # from the start of a launcher that starts no rank
+SLOWER = 6  # the cases together load the machine: a launcher takes as many times as long to start as alone
 _LAUNCHERS_OWN = re.compile(r"torch/distributed/(elastic|run|launcher)|ddparity/(launcher/|cli|__main__)|runpy")
 
 pytestmark = pytest.mark.timeout(600)  # the first test runs all cases
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | NotPermittedError]:
+def start_s() -> float:
+    """How long a launcher takes to start on this machine, which may be busy."""
+    begin = time.monotonic()
+    subprocess.run([*OURS, "--help"], stdout=subprocess.DEVNULL, timeout=120, check=True)
+    return time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def outcomes(start_s: float, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | NotPermittedError]:
     """Run all cases, four at a time, since they mostly wait."""
     folder = tmp_path_factory.mktemp("failures")
 
     def run(case: Case) -> Outcome | NotPermittedError:
         try:
-            return run_case(case, (*OURS, "--hang-timeout", str(HANG_S)), folder / case.name, cap_s=60)
+            return run_case(case, (*OURS, "--hang-timeout", str(HANG_S)), folder / case.name, 60 + SLOWER * start_s)
         except NotPermittedError as error:
             return error
 
@@ -50,18 +61,20 @@ def _outcome(outcomes: dict[str, Outcome | NotPermittedError], name: str) -> Out
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_end_names_the_cause(case: Case, outcomes: dict[str, Outcome | NotPermittedError]) -> None:
+def test_the_end_names_the_cause(case: Case, outcomes: dict[str, Outcome | NotPermittedError], start_s: float) -> None:
     outcome = _outcome(outcomes, case.name)
     end = outcome.end(15)
     assert re.search(case.report, f"{end}\n", re.DOTALL | re.MULTILINE), outcome.text
     assert outcome.code == case.code, outcome.text
-    assert outcome.seconds < (STARTED_S if outcome.from_start else WITHIN_S + HANG_S * (case.code == 124))
+    within_s = STARTED_S + SLOWER * start_s if outcome.from_start else WITHIN_S + HANG_S * (case.code == 124)
+    assert outcome.seconds < within_s
     assert outcome.left == ()
     if (line := case.line()) is not None:
         assert re.search(rf'train\.py(", line |:){line}\b', end), outcome.text
     if not case.while_starting:
         assert not _LAUNCHERS_OWN.search(end), outcome.text
-        assert case.send is None or len(outcome.text.splitlines()) <= 1
+        lines = [line for line in outcome.text.splitlines() if not line.startswith("ddparity: waiting up to")]
+        assert case.send is None or len(lines) <= 1  # ranks may take long to end on a busy machine
 
 
 def test_ctrl_c_in_a_save_leaves_the_checkpoint_before(outcomes: dict[str, Outcome | NotPermittedError]) -> None:

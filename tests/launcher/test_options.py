@@ -65,7 +65,7 @@ def test_no_option_is_needed_on_one_machine() -> None:
     config = launch.config
     assert (config.min_nodes, config.max_nodes, config.nproc_per_node) == (1, 1, 1)
     assert (config.rdzv_backend, config.rdzv_endpoint, config.local_addr) == ("c10d", "localhost:0", "127.0.0.1")
-    assert (config.max_restarts, launch.grace_s, launch.hang_timeout_s, launch.on_hang) == (0, 3, None, "end")
+    assert (config.max_restarts, launch.grace_s, launch.hang_timeout_s, launch.on_hang) == (0, 30, None, "end")
     assert (launch.show, launch.logs, launch.python) == (frozenset({0}), None, True)
     assert launch.alone
     # Each launch is a job of its own.
@@ -248,6 +248,35 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a
 def test_a_rank_launches_no_ranks(variables: dict[str, str], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _set(monkeypatch, variables)
     with pytest.raises(ValueError, match=f"{engine} started this process already, as rank 1 of 2: run the script"):
+        _parse("t.py")
+
+
+POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+
+
+def test_options_win_over_a_rank_that_was_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod of a PyTorchJob is a rank, unless the user starts several processes in it."""
+    _set(monkeypatch, POD)
+    with pytest.raises(
+        ValueError, match=r"run the script itself, or several .*--nnodes \$WORLD_SIZE --node-rank \$RANK"
+    ):
+        _parse("--nproc 8 t.py")
+    place = "--nnodes=2 --node_rank=1 --master_addr=job-master-0 --master_port=23456"
+    config = _parse(f"{place} --nproc_per_node=8 t.py").config
+    assert (config.min_nodes, config.nproc_per_node, config.rdzv_endpoint) == (2, 8, "job-master-0:23456")
+    assert _parse(f"{place} t.py").node_rank == 1
+    assert _parse("--standalone t.py").alone
+    _set(monkeypatch, {f"PET_{name[2:].upper()}": value for name, value in (one.split("=") for one in place.split())})
+    assert _parse("t.py").node_rank == 1
+
+
+@pytest.mark.parametrize("line", ["--standalone t.py", "--nnodes 1 t.py", "--rendezvous a:1 --nnodes 2 t.py"])
+def test_a_rank_launches_a_job_of_its_own_if_the_options_say_where(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch, LAUNCHED)
+    assert _parse(line).command == ("t.py",)
+    # Variables are those of the launcher that started this rank.
+    _set(monkeypatch, {"PET_MASTER_ADDR": "a", "PET_NNODES": "1", "PET_STANDALONE": "0"})
+    with pytest.raises(ValueError, match="torchrun started this process already"):
         _parse("t.py")
 
 

@@ -35,6 +35,64 @@ def _run_line(script: str) -> list[str]:
     return shlex.split(step[0].removesuffix("&").replace("\\\n", " "))
 
 
+def _as_sbatch_reads(script: str) -> list[str]:
+    """Return the options that sbatch finds (Slurm's src/sbatch/opt.c): up to the first line that is no comment.
+
+    A backslash escapes the next character, also between quotes; # begins a comment outside of quotes.
+    """
+    found = []
+    for line in script.split("\n"):
+        if line and not line.startswith("#"):
+            break
+        words, quote, escaped, word = [], "", False, ""
+        for character in line.removeprefix("#SBATCH") + "\n" if line.startswith("#SBATCH") else "":
+            if escaped:
+                word, escaped = word + character, False
+            elif character == "\\":
+                escaped = True
+            elif quote:
+                quote, word = ("", word) if character == quote else (quote, word + character)
+            elif character in "'\"":
+                quote = character
+            elif character == "#":
+                break
+            elif character.isspace():
+                words, word = words + [word] * bool(word), ""
+            else:
+                word += character
+        assert not quote, line
+        found += words
+    return found
+
+
+@pytest.mark.parametrize("value", ["two words", 'a "b" \\ c', "50% # of it", "it's", "a#b", "=x", "é ü"])
+def test_an_option_of_sbatch_keeps_its_value(value: str) -> None:
+    job = find_submission(["--slurm", f"--comment={value}", "--nproc", "2", "t.py", "--comment=x y"])
+    assert job is not None
+    assert f"--comment={value}" in _as_sbatch_reads(sbatch_script(job))
+    assert job.arguments == ("--nproc", "2", "t.py", "--comment=x y")
+
+
+@pytest.mark.parametrize("name", ["a\n#SBATCH --uid=0.py", "a\r\n#SBATCH --uid=0", "$(id).py", "it's `id`.py"])
+def test_a_name_adds_no_line_and_no_command(name: str, cluster: dict[str, str], tmp_path: Path) -> None:
+    """The launcher gets each argument as it was given; sbatch finds the options that it would find anyway."""
+    plain, given = find_submission(["--slurm", "a.py"]), find_submission(["--slurm", name, name, "\u2028\x1bé"])
+    assert plain is not None and given is not None
+    script = sbatch_script(given)
+    assert len(script.split("\n")) == len(sbatch_script(plain).split("\n"))
+    assert [one.partition("=")[0] for one in _as_sbatch_reads(script)] == [
+        one.partition("=")[0] for one in _as_sbatch_reads(sbatch_script(plain))
+    ]
+    _program(tmp_path, "ddparity", "printf '%s\\0' \"$@\"")
+    job = subprocess.run(["bash"], input=script.encode(), env=cluster, capture_output=True, timeout=20, check=False)
+    assert job.stdout.decode().split("\0") == ["run", name, name, "\u2028\x1bé", ""]
+
+
+def test_an_option_of_sbatch_cannot_add_a_line() -> None:
+    with pytest.raises(ValueError, match="an option of sbatch is one line of printable characters"):
+        find_submission(["--slurm", "--comment=a\n#SBATCH --uid=0", "t.py"])
+
+
 def test_one_launcher_per_machine() -> None:
     script = sbatch_script(_job("--slurm --nnodes 2 --nproc 8 train.py --lr 'a b' --dry-run"))
     directives = _directives(script)
@@ -56,7 +114,7 @@ def test_options_of_sbatch() -> None:
     directives = _directives(script)
     assert (directives["--time"], directives["--partition"], directives["--gpus-per-node"]) == ("2:00:00", "gpu", "8")
     assert directives["--signal"] == "B:USR2@300"
-    assert "trap 'preempted=yes; kill -USR2 \"$step\"' USR2" in script
+    assert "trap 'preempted=yes; kill -USR2 \"$!\"' USR2" in script
     assert "--exclusive" not in directives
     assert _run_line(script)[:5] == ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none", "--cpus-per-task", "32"]
     assert "--time" not in " ".join(_run_line(script))
@@ -75,6 +133,7 @@ def test_options_of_sbatch() -> None:
         ("--slurm --rendezvous a:1 t.py", "--rendezvous: leave it out; the job itself knows where its machines meet"),
         ("--slurm --kubernetes i t.py", "--slurm and --kubernetes: give one of the two"),
         ("--kubernetes i --time=1 t.py", "there is no option --time=1"),
+        ("--kubernetes i --gpus-per-node=many t.py", "--gpus-per-node=many: give a number of GPUs, 0 for a training"),
         ("--slurm t.py", "there is no sbatch on this machine"),
         ("--kubernetes i t.py", "there is no kubectl on this machine"),
     ],
@@ -119,9 +178,11 @@ LAUNCHER = "trap 'echo saved; exit 0' USR1; echo ready; while :; do sleep 0.1; d
 def cluster(tmp_path: Path) -> dict[str, str]:
     """Fake commands of Slurm. This srun forwards its signals, as Slurm's does."""
     options = r'while [ "${1#-}" != "$1" ]; do shift; done'
-    _program(
-        tmp_path, "srun", f'{options}; "$@" & child=$!\ntrap \'kill -USR1 "$child"\' USR1\nwait "$child"; wait "$child"'
-    )
+    # The launcher may be ready before this shell knows its process id: then the signal waits.
+    forward = """trap 'sent=yes; [ "$child" ] && kill -USR1 "$child"' USR1"""
+    start = '"$@" & child=$!\n[ "$sent" ] && kill -USR1 "$child"'
+    wait = 'while kill -0 "$child" 2>/dev/null; do wait "$child"; done; wait "$child"'
+    _program(tmp_path, "srun", f"{options}\nsent= child=\n{forward}\n{start}\n{wait}")
     _program(tmp_path, "scontrol", 'echo "scontrol $@"')
     return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
 
@@ -163,11 +224,18 @@ def test_a_train_job_for_the_kubeflow_trainer() -> None:
                 "image": "registry/im:1",
                 "numNodes": 2,
                 "numProcPerNode": 4,
+                "resourcesPerNode": {"limits": {"nvidia.com/gpu": "4"}},
                 "command": ["ddparity", "run", "--nproc", "4", "My_train.v2.py", "--note", 'a: "b" #', "--x=1"],
             },
         },
     }
     assert "numProcPerNode" not in yaml.safe_load(manifest(_job("--kubernetes i t.py")))["spec"]["trainer"]
+    for line, gpus in (("--nproc 8 --gpus-per-node=2", "2"), ("--gpus-per-node=8", "8"), ("--nproc 8", "8")):
+        trainer = yaml.safe_load(manifest(_job(f"--kubernetes i {line} t.py")))["spec"]["trainer"]
+        assert trainer["resourcesPerNode"] == {"limits": {"nvidia.com/gpu": gpus}}
+        assert "--gpus-per-node" not in " ".join(trainer["command"])
+    for line in ("--nproc 8 --gpus-per-node=0", "--nproc auto", ""):
+        assert "resourcesPerNode" not in manifest(_job(f"--kubernetes i {line} t.py"))
     assert re.fullmatch(
         r"[a-z]([-a-z0-9]*[a-z0-9])?", yaml.safe_load(manifest(_job("--kubernetes i 7_.py")))["metadata"]["name"]
     )

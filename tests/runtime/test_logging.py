@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import logging
 import os
 import re
@@ -13,15 +14,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import loguru
 import pytest
 import rich
 import rich.progress
+import structlog
 import torch
 import torch.distributed as dist
 from rich.logging import RichHandler
 from torch.utils.data import DataLoader
 
 import ddparity as dp
+from ddparity.runtime.log_libraries import restore_method
 from tests.ranks import outcomes
 
 log = logging.getLogger("app.training")
@@ -274,6 +278,84 @@ def test_lines_of_several_ranks_do_not_mix(tmp_path: Path) -> None:
     assert all(pattern.fullmatch(line) for line in lines)
 
 
+def _configures_later() -> None:
+    dp.setup_logging()
+    for text in ("first", "again"):
+        logging.basicConfig(format=f"{text} %(message)s", level=logging.DEBUG, force=True)
+        log.info("info")
+        log.warning("warning")
+    library = logging.getLogger("late")
+    library.propagate = False
+    library.handlers = [logging.StreamHandler()]
+    library.handlers[0].setFormatter(logging.Formatter("late %(message)s"))
+    library.warning("warning")
+    library.handlers[0].setFormatter(logging.Formatter("later %(message)s"))
+    library.warning("warning")
+
+
+def test_handlers_that_are_added_later_follow_the_levels(tmp_path: Path) -> None:
+    own = ["first info", "first warning", "again info", "again warning", "late warning", "later warning"]
+    others = [f"[rank 1] {line}" for line in own if "info" not in line]
+    assert _lines(tmp_path, _configures_later, ranks=2) == sorted(own + others)
+
+
+def _with_loguru(folder: Path) -> None:
+    loguru.logger.remove()
+    loguru.logger.add(sys.stderr, format="before {message}")
+    dp.setup_logging()
+    loguru.logger.add(sys.stdout, format="after {message}", level="DEBUG")
+    loguru.logger.add(folder / f"loguru{_rank()}", format="{message}", level="INFO")
+    loguru.logger.debug("a debug")
+    loguru.logger.success("a success")
+    loguru.logger.error("an error")
+
+
+def test_loguru_follows_the_levels(tmp_path: Path) -> None:
+    lines = [f"{when} {text}" for when in ("before", "after") for text in ("a success", "an error")]
+    others = [f"[rank 1] {when} an error" for when in ("before", "after")]
+    assert _lines(tmp_path, functools.partial(_with_loguru, tmp_path), ranks=2) == sorted(lines + others)
+    for rank in range(2):
+        assert (tmp_path / f"loguru{rank}").read_text() == "a success\nan error\n"
+
+
+def _with_structlog(folder: Path) -> None:
+    dp.setup_logging()
+    structlog.configure([structlog.processors.add_log_level, structlog.processors.JSONRenderer()])
+    with open(folder / f"structlog{_rank()}", "w") as file:
+        for logger in (structlog.get_logger(), structlog.wrap_logger(structlog.WriteLogger(file))):
+            for level in ("debug", "info", "warning"):
+                getattr(logger, level)(f"a {level}", step=3)
+
+
+def test_structlog_follows_the_levels(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in _lines(tmp_path, functools.partial(_with_structlog, tmp_path), ranks=2)]
+    found = sorted((line.get("rank"), line["level"], line["event"], line["step"]) for line in lines if "rank" in line)
+    assert found == [(1, "warning", "a warning", 3)]
+    assert sorted(line["event"] for line in lines if "rank" not in line) == ["a info", "a warning"]
+    for rank in range(2):
+        assert len((tmp_path / f"structlog{rank}").read_text().splitlines()) == 3
+
+
+def _prints(folder: Path) -> None:
+    dp.setup_logging(prints="first")
+    print(f"out {_rank()}")
+    print(f"err {_rank()}", file=sys.stderr)
+    with open(folder / f"printed{_rank()}", "w") as file:
+        print("to a file", file=file)
+    with contextlib.redirect_stdout(io.StringIO()) as kept:
+        print("kept")
+    assert kept.getvalue() == "kept\n"
+    dp.setup_logging()
+    print(f"again {_rank()}")
+
+
+def test_only_rank_0_prints_if_asked(tmp_path: Path) -> None:
+    assert _lines(tmp_path, functools.partial(_prints, tmp_path), ranks=2) == ["again 0", "again 1", "err 0", "out 0"]
+    assert all((tmp_path / f"printed{rank}").read_text() == "to a file\n" for rank in range(2))
+    with pytest.raises(ValueError, match="prints='none': give"):
+        dp.setup_logging(prints="none")
+
+
 # The next tests run in this process, where handlers exist already, as in a notebook.
 
 
@@ -288,6 +370,9 @@ def _logging() -> Iterator[None]:
     }
     showwarning = warnings.showwarning
     yield
+    restore_method(logging.Logger, "callHandlers")
+    restore_method(importlib.import_module("loguru._simple_sinks").StreamSink, "write")
+    restore_method(structlog.BoundLoggerBase, "_proxy_to_logger")
     logging.captureWarnings(False)
     warnings.showwarning = showwarning
     for logger, (level, handlers) in before.items():

@@ -86,11 +86,13 @@ def test_interfaces_for_the_workers(
 
 
 def test_ports() -> None:
-    with socket.create_server(("", 0)) as server:
+    with network.listen_at("127.0.0.1", 0) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
         port = server.getsockname()[1]
-        assert not network.can_listen(port)
+        with pytest.raises(OSError, match="Address already in use"):
+            network.listen_at("127.0.0.1", port)
         assert network.process_at_port(port).startswith(f" by process {os.getpid()} (")
-    assert network.can_listen(port)
+    network.listen_at("127.0.0.1", port).close()
 
 
 def _info(host: str, **changed: object) -> NodeInfo:
@@ -214,12 +216,14 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         check_rendezvous(launch)
     # Without node ranks it may be the store of this job's other launcher.
     launch = _launch(tmp_path, f"--nnodes 2 --rendezvous 127.0.0.1:{store.port}")
-    assert check_rendezvous(launch).config.local_addr == "127.0.0.1"
+    setup = check_rendezvous(launch)
+    assert (setup.config.local_addr, setup.address, setup.listener) == ("127.0.0.1", "127.0.0.1", None)
 
 
 def test_torchs_errors_become_one_sentence(tmp_path: Path) -> None:
     launch = _launch(tmp_path, f"--nnodes 2 --node-rank 0 --rendezvous 127.0.0.1:{free_port()}")
     setup = check_rendezvous(launch)
+    setup.close()
     error = RuntimeError("Timed out after 11 seconds waiting for clients. 1/2 clients joined.\nException raised from x")
     text = str(explain(error, launch, setup, 11.0))
     assert "after 11.0 s: 1 of 2 machines came" in text and "Exception" not in text
@@ -228,7 +232,8 @@ def test_torchs_errors_become_one_sentence(tmp_path: Path) -> None:
 def test_one_machine_alone_needs_no_check(tmp_path: Path) -> None:
     launch = _launch(tmp_path, "--nproc 2")
     setup = check_rendezvous(launch)
-    assert (setup.variables, setup.route) == ({}, None)
+    assert (setup.alone, setup.route, setup.listener) == (True, None, None)
+    assert setup.variables == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
 
 
 # Two machines on one: two network namespaces, connected by a pair of virtual interfaces.
@@ -291,6 +296,12 @@ import datetime, os, torch, torch.distributed as dist
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=15))
 one = torch.ones(1)
 dist.all_reduce(one)
+if os.environ["LOCAL_RANK"] == "0":  # every socket that listens on this machine, as the kernel shows it
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in open(table).read().splitlines()[1:]:
+            if line.split()[3] == "0A":
+                print(f"listens {line.split()[1].split(':')[0]}\\n", end="")
+dist.barrier()
 print(f"rank {dist.get_rank()}: {one.item():g} {os.environ.get('GLOO_SOCKET_IFNAME')}\\n", end="")
 dist.destroy_process_group()
 """
@@ -352,10 +363,15 @@ def test_machines_whose_names_have_the_loopbacks_address(
     ended = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], ended
     lines = sorted(line for out, _ in ended for line in out.splitlines())
+    # The stores and Gloo's connections listen at the address towards the rendezvous, and nowhere else.
+    here = {socket.inet_aton(address)[::-1].hex().upper() for address in ADDRESSES}
+    listens = {line.split()[1] for line in lines if line.startswith("listens")}
+    assert listens == here
+    lines = [line for line in lines if not line.startswith("listens")]
     assert [line.split()[:3] for line in lines] == [["rank", "0:", "2"], ["rank", "1:", "2"]]
     assert {line.split()[3] for line in lines} == {f"{PREFIX}x", f"{PREFIX}y"}
     if "--node" in ways[0]:  # node ranks are kept
-        assert ended[0][0].startswith("rank 0:")
+        assert "rank 0:" in ended[0][0]
 
 
 @pytest.mark.parametrize(

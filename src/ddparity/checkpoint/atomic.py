@@ -1,57 +1,111 @@
 """Replace files atomically: after a crash at any instant a file has its old content or its new content.
 
-The new content is written to a draft: a hidden file beside the target. The draft is flushed to disk and renamed.
+The new content is written to a draft: a new hidden file beside the target, with a random name and a lock. The draft is
+flushed to disk and renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import functools
 import glob
+import hashlib
 import os
+import secrets
 import shutil
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import psutil
+_LONGEST_NAME = 200  # bytes of the target's name in a draft's name; file systems allow 255 in all
+_PATIENCE_S = 30.0  # for another process that publishes in the same folder
+_STALE_S = 86_400.0  # the age at which a draft of another machine, or of an earlier start of this one, is deleted
+# A file system that cannot do this at all, not a failure of the disk.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A new hidden file beside its target. `file` is open for writing, and locked until it is closed."""
+
+    path: Path
+    file: BinaryIO
 
 
 @contextmanager
-def replacing(path: Path, keep: int | None = None) -> Iterator[Path]:
-    """Yield a draft to write to, which replaces `path` at the end. After an exception the old file stays.
+def replacing(path: Path, keep: int | None = None) -> Iterator[BinaryIO]:
+    """Yield a new file to write to, which replaces `path` at the end. After an exception the old file stays.
 
     `keep`: as for `publish`.
     """
-    draft = draft_of(path)
+    draft = new_draft(path)
     try:
-        yield draft
+        yield draft.file
         publish(draft, path, keep)
     finally:
-        draft.unlink(missing_ok=True)
+        discard(draft)
 
 
-def draft_of(path: Path) -> Path:
-    """Return the path of this process's draft of `path`: a hidden name beside it that ends with the process id."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
+def new_draft(path: Path) -> Draft:
+    """Create a draft of `path`, with the mode and the owner of the file that it will replace.
+
+    Its name is random, and it is never an existing file or link: jobs in containers have equal process ids, and in a
+    shared folder somebody may have put a link there.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+    while True:
+        draft = path.with_name(f"{_prefix(path.name)}{_machine()}-{secrets.token_hex(8)}")
+        replaced = _stat(path)
+        mode = 0o666 if replaced is None else 0o600  # nobody else reads it before it has the mode of the old file
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        file = os.fdopen(descriptor, "w+b")
+        try:
+            _lock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:  # else another process took it for the draft of a dead one
+                if replaced is not None:
+                    _take_over(descriptor, replaced)
+                return Draft(draft, file)
+        except BaseException:
+            discard(Draft(draft, file))
+            raise
+        file.close()
 
 
-def publish(draft: Path, path: Path, keep: int | None = None) -> None:
+def discard(draft: Draft) -> None:
+    """Delete a draft, if it has not been published."""
+    with contextlib.suppress(OSError):  # what a full disk could not take is tried again
+        draft.file.close()
+    draft.path.unlink(missing_ok=True)
+
+
+def publish(draft: Draft, path: Path, keep: int | None = None) -> None:
     """Replace `path` by its draft. A crash at any instant leaves the complete old file or the complete new one.
 
     With `keep` the replaced file becomes `path.1`, the file before it `path.2`, and so on. `keep` files stay in all,
-    the new one included. None: only `path` changes.
+    the new one included. None: only `path` changes. One process at a time does this in a folder.
 
     Raises:
         OSError: a file cannot be flushed, renamed or deleted.
     """
-    _flush(draft)
-    if keep is not None:
-        _rotate(path, keep)
-    os.replace(draft, path)
-    if keep is not None:
-        for number in _earlier_numbers(path):
-            if number >= keep:
-                earlier_file(path, number).unlink(missing_ok=True)
-    _flush(path.parent)  # the rename itself is on disk only then
+    draft.file.flush()
+    os.fsync(draft.file.fileno())
+    with _alone(path.parent):
+        if keep is not None:
+            _rotate(path, keep)
+        os.replace(draft.path, path)
+        if keep is not None:
+            for number in _earlier_numbers(path):
+                if number >= keep:
+                    earlier_file(path, number).unlink(missing_ok=True)
+    flush_folder(path.parent)  # the rename itself is on disk only then
 
 
 def earlier_file(path: Path, number: int) -> Path:
@@ -59,13 +113,100 @@ def earlier_file(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
+def is_draft_of(path: Path, name: str) -> bool:
+    """Return True if a file beside `path` with this name is a draft of it."""
+    prefix, (machine, _, token) = _prefix(path.name), name[len(_prefix(path.name)) :].partition("-")
+    return name.startswith(prefix) and _is_hex(machine, 8) and _is_hex(token, 16)
+
+
 def remove_stale_drafts(path: Path) -> None:
-    """Delete the drafts of `path` whose processes, of this machine, have died."""
+    """Delete the drafts of `path` whose processes have died.
+
+    A process of this machine that lives has a lock on its draft. Of other machines this is not known everywhere, so
+    their drafts are deleted after a day.
+    """
     for target in (path, earlier_file(path, 1)):
-        for draft in path.parent.glob(f".{glob.escape(target.name)}.*"):
-            pid = draft.name.removeprefix(f".{target.name}.")
-            if pid.isascii() and pid.isdigit() and not psutil.pid_exists(int(pid)):
-                draft.unlink(missing_ok=True)
+        found = path.parent.glob(f"{glob.escape(_prefix(target.name))}*")
+        drafts = [draft for draft in found if is_draft_of(target, draft.name)]
+        if drafts:
+            with _alone(path.parent):  # the second name that `_rotate` gives a file has no lock
+                for draft in drafts:
+                    _remove_if_stale(draft, here=draft.name.startswith(f"{_prefix(target.name)}{_machine()}-"))
+
+
+def flush_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk, where the file system can do that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # a folder that may be written but not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_stale(draft: Path, here: bool) -> None:
+    try:
+        descriptor = os.open(draft, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # it has gone, or it belongs to somebody else
+        return
+    try:
+        status = os.fstat(descriptor)
+        old = time.time() - status.st_mtime > _STALE_S
+        locked = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if stat.S_ISREG(status.st_mode) and ((here and locked) or (old and locked is not False)):
+            draft.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, how: int) -> bool | None:
+    """Lock a file. Return False if another process has it locked, None if the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return None
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process publishes in this folder. Go on without the lock where that takes too long."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _PATIENCE_S
+        while _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) is False and time.monotonic() < deadline:
+            time.sleep(0.001)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take_over(descriptor: int, replaced: os.stat_result) -> None:
+    """Give a draft the owner, the group and the mode of the file that it replaces, as far as this user may."""
+    mode, own = stat.S_IMODE(replaced.st_mode), os.fstat(descriptor)
+    if (own.st_uid, own.st_gid) != (replaced.st_uid, replaced.st_gid):
+        try:
+            os.fchown(descriptor, replaced.st_uid, replaced.st_gid)
+        except OSError:
+            try:
+                os.fchown(descriptor, -1, replaced.st_gid)
+            except OSError:
+                mode &= ~stat.S_IRWXG  # they were the rights of another group
+    with contextlib.suppress(PermissionError):  # some file systems have one mode for all files
+        os.fchmod(descriptor, mode)
 
 
 def _rotate(path: Path, keep: int) -> None:
@@ -82,14 +223,22 @@ def _rotate(path: Path, keep: int) -> None:
         free += 1
     for number in range(free, 1, -1):
         os.replace(earlier_file(path, number - 1), earlier_file(path, number))
-    draft = draft_of(before)
-    draft.unlink(missing_ok=True)
+    name = before.with_name(f"{_prefix(before.name)}{_machine()}-{secrets.token_hex(8)}")
     try:
-        os.link(path, draft)
+        os.link(path, name)
     except OSError:  # the file system has no hard links
-        shutil.copyfile(path, draft)
-        _flush(draft)
-    os.replace(draft, before)
+        copy = new_draft(before)
+        try:
+            with open(path, "rb") as file:
+                shutil.copyfileobj(file, copy.file, 1 << 20)
+            _take_over(copy.file.fileno(), os.stat(path))
+            copy.file.flush()
+            os.fsync(copy.file.fileno())
+            os.replace(copy.path, before)
+        finally:
+            discard(copy)
+    else:
+        os.replace(name, before)
 
 
 def _earlier_numbers(path: Path) -> list[int]:
@@ -97,10 +246,31 @@ def _earlier_numbers(path: Path) -> list[int]:
     return sorted(int(suffix) for suffix in suffixes if suffix.isascii() and suffix.isdigit())
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _prefix(name: str) -> str:
+    """Return what the names of the drafts of a file begin with."""
+    encoded = os.fsencode(name)
+    if len(encoded) > _LONGEST_NAME:
+        cut = encoded[: _LONGEST_NAME - 20].decode(errors="ignore")
+        name = f"{cut}~{hashlib.sha256(encoded).hexdigest()[:16]}"
+    return f".{name}."
+
+
+def _stat(path: Path) -> os.stat_result | None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _is_hex(text: str, length: int) -> bool:
+    return len(text) == length and all(digit in "0123456789abcdef" for digit in text)
+
+
+@functools.cache
+def _machine() -> str:
+    """Return 8 digits that all processes of this machine have, also in containers, until it starts again."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:  # not Linux
+        name = os.uname().nodename.encode()
+    return hashlib.sha256(name).hexdigest()[:8]

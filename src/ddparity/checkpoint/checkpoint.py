@@ -1,6 +1,6 @@
 """Save the states of objects to a file and load them, on all ranks together.
 
-A save replaces the file atomically. A load checks every byte and runs no code from the file.
+A save replaces the file atomically. A load checks every byte, runs no code from the file and imports nothing for it.
 """
 
 from __future__ import annotations
@@ -8,19 +8,23 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ..compat import uncompiled, unwrapped
-from ..runtime.agreement import agreed
+from ..runtime.agreement import agreed, begun
 from ..runtime.progress import mark_progress
-from .atomic import earlier_file, remove_stale_drafts, replacing
-from .format import Contents, Snapshot, read_states, take_snapshot, write_states
+from . import sharded
+from .atomic import remove_stale_drafts, replacing
+from .format import Snapshot, describe_states, on_host, write_states
+from .loading import load_state, opened_by_all
+from .objects import about_of, is_first, sorted_out, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ class Saving:
 
     def __init__(self, path: Path, written: Future[None] | None) -> None:
         self._path = path
-        self._written = written  # None on ranks other than 0
+        self._written = written  # None on ranks that write nothing
         self._outcome: Future[None] | None = None
 
     def wait(self) -> None:
@@ -45,7 +49,7 @@ class Saving:
         Every rank must call it. A second call has the result of the first.
 
         Raises:
-            OSError: the file could not be written; raised on rank 0.
+            OSError: the file could not be written; raised on the rank that failed.
             RankFailure: the file could not be written; raised on the other ranks.
 
         Collectives: none. The first call is one agreement through the group's store.
@@ -86,95 +90,112 @@ def save_checkpoint(
     renamed, so that a crash at any instant leaves the complete old file or the complete new one. It is a safetensors
     file. Its metadata has the structure of the states as JSON, with a SHA-256 of each tensor.
 
+    Where a state has DTensors (`fully_shard`), `path` is a folder that all ranks share. Each rank writes its shards to
+    a file of its own, and rank 0 then publishes the file that names them, which is as atomic.
+
     Args:
-        path: the file. A symbolic link to a file is followed.
+        path: the file. A symbolic link to a file is followed. A new file has the mode and the owner of the one that it
+            replaces.
         keep: how many files stay, the new one included. The replaced file becomes `path.1`, the file before it
             `path.2`, and so on; the files from `path.<keep>` on are deleted. None: only `path` changes.
         background: copy the states, return, and write the copy in a thread. On rank 0 this takes the size of the states
-            in main memory. Later changes of the objects do not change the file. A failure is raised on every rank by
-            `Saving.wait`, or by the next save or load.
-        objects: what to save, by name. Each has `state_dict` and `load_state_dict`. A model is saved without its DDP
-            and torch.compile wrappers, a `Loader` as its position.
+            in main memory, with sharded states on each rank that of its shards. Later changes of the objects do not
+            change the file. A failure is raised on every rank by `Saving.wait`, or by the next save or load.
+        objects: what to save, by name. An object with `state_dict` and `load_state_dict`: a model is saved without its
+            DDP and torch.compile wrappers, a `Loader` as its position. Or a value, which `load_checkpoint` returns:
+            numbers, strings, None, tensors, arrays, in lists, tuples, dicts, named tuples and dataclasses.
 
     Returns:
         None; with `background` a `Saving`, whose `wait` ends when the file is on disk.
 
     Raises:
-        TypeError: an object has no state_dict, or its state has something that cannot be saved; the message says where.
+        TypeError: an object is neither, or has something that would not come back as it is; the message says where.
         ValueError: `keep` is less than 1.
-        OSError: the file cannot be written; raised on rank 0. The old file stays.
+        OSError: the file cannot be written; raised on the rank that writes it. The old file stays.
         RankFailure: another rank failed.
 
-    Collectives: only those of the objects' `state_dict`. There is one agreement through the group's store.
+    Collectives: those of the objects' `state_dict`, and of a ZeroRedundancyOptimizer's `consolidate_state_dict`. There
+    is one agreement through the group's store; with sharded states there are two.
 
     Example:
         >>> import tempfile
-        >>> model = nn.Linear(2, 1)
+        >>> model = torch.nn.Linear(2, 1)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_checkpoint(f"{folder}/last.safetensors", model=model)
+        ...     save_checkpoint(f"{folder}/last.safetensors", model=model, epoch=3)
         ...     load_checkpoint(f"{folder}/last.safetensors", model=model)
+        {'epoch': 3}
     """
     global _unfinished
     _wait_for_unfinished()
-    written: Future[None] | None = None
+    write: Callable[[], None] | None = None
     with agreed(f"save_checkpoint({os.fspath(path)!r})"):
         if keep is not None and keep < 1:
             raise ValueError(f"save_checkpoint(keep={keep}): keep also counts the new file, so give 1 or more")
         target = Path(os.path.realpath(path))
-        stateful = {name: _stateful(name, value) for name, value in objects.items()}
+        stateful, values = sorted_out(objects)
         # Every rank calls state_dict, because some of them run collectives.
-        states = {name: value.state_dict() for name, value in stateful.items()}
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            about = {name: {"shapes": shapes} for name, value in stateful.items() if (shapes := _shapes(value))}
-            snapshot = take_snapshot(states, about, copy=background)
-            if not background:
-                _write(target, snapshot, keep)
+        states = {name: state_of(value) for name, value in stateful.items()} | values
+        in_shards = sharded.is_sharded(states)
+        if in_shards or is_first():
+            snapshot = describe_states(states, about_of(stateful, values))
+            if in_shards:
+                shards = sharded.cut(snapshot, background)
+            else:
+                write = partial(_write, target, on_host(snapshot, background), keep)
+                if not background:
+                    write()
     mark_progress()
+    if in_shards:
+        write = _writer_of_shards(target, shards, keep)
+        if not background:
+            write()
     if not background:
         return None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        written = _write_in_thread(target, snapshot, keep)
-    _unfinished = Saving(target, written)
+    _unfinished = Saving(target, None if write is None else _in_thread(write))
     return _unfinished
 
 
-def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> None:
-    """Load states that `save_checkpoint` wrote into objects, on every rank. It runs no code from the file.
+def load_checkpoint(path: str | os.PathLike[str], /, **objects: Any) -> dict[str, Any]:
+    """Load states that `save_checkpoint` wrote into objects, on every rank, and return the values in the file.
 
-    Every rank must call it, and reads the file itself. Only the states of the given objects are read, and every byte of
-    them is checked. After a failure some objects may have their new states already.
+    Every rank must call it, and reads the file itself. It runs no code from the file, and imports nothing for it. Only
+    the states of the given objects and the values are read, and every byte of them is checked. A file is opened once,
+    so that a writer beside it does not matter. After a failure some objects may have their new states already.
 
     Args:
-        path: the file.
-        objects: what to load, by the names that the save used.
+        path: the file, or the folder of a save of sharded states. It may have been written on another world size, or
+            with other shards.
+        objects: what to load, by the names that the save used. A value in place of an object asks for the value of
+            that name in the file, and has the named tuples, dataclasses and enums that it may be made of.
+
+    Returns:
+        The values in the file, by their names. A value with a named tuple, a dataclass or an enum is left out, and
+        logged, unless it was asked for.
 
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: an object has no load_state_dict.
         ValueError: the file is not a checkpoint, is damaged, or has no state with such a name; or a state does not fit
-            its object (missing or unexpected keys, shapes, dtypes); or the ranks read different files. The message has
-            the path and the key.
+            its object (missing or unexpected keys, shapes, dtypes, another optimizer, or parameters in another order);
+            or the ranks read different files. The message has the path and the key.
         RankFailure: another rank failed.
 
-    Collectives: only those of the objects' `load_state_dict`. There is one agreement through the group's store.
+    Collectives: only those of the objects' `state_dict` and `load_state_dict`. There are two agreements through the
+    group's store, and two more each time that another job replaces the file in that moment.
     """
     _wait_for_unfinished()
     path = Path(path)
-    with agreed(f"load_checkpoint({os.fspath(path)!r})") as agreement:
-        stateful = {name: _stateful(name, value) for name, value in objects.items()}
-        try:
-            contents = read_states(path, stateful)
-        except ValueError as error:
-            if (before := earlier_file(path, 1)).is_file():
-                error.add_note(f"the checkpoint before it is {before}")
-            raise
-        if agreement is not None:
-            agreement.same(f"the content of {path}", contents.digest)
-        for name, value in stateful.items():
-            _load_state(path, name, value, contents)
-    versions = [version.split("+")[0] for version in (contents.torch_version, torch.__version__)]
-    if versions[0] != versions[1] and (not dist.is_initialized() or dist.get_rank() == 0):
+    with ExitStack() as stack:
+        loading = opened_by_all(path, objects, stack)
+        with agreed(f"load_checkpoint({os.fspath(path)!r})"):
+            checkpoint = loading.checkpoint
+            found = loading.read()
+            for name, value in loading.stateful.items():
+                load_state(path, name, value, found[name], checkpoint, loading.stateful)
+    versions = [version.split("+")[0] for version in (checkpoint.torch_version, torch.__version__)]
+    if versions[0] != versions[1] and is_first():
         logger.info("%s was written by torch %s, and this is torch %s", path, *versions)
+    return {name: value for name, value in found.items() if name not in loading.stateful}
 
 
 def _wait_for_unfinished() -> None:
@@ -183,37 +204,17 @@ def _wait_for_unfinished() -> None:
         _unfinished.wait()
 
 
-def _stateful(name: str, value: Any) -> Any:
-    """Return what to call state_dict and load_state_dict on: the value without its DDP and torch.compile wrappers."""
-    value = unwrapped(uncompiled(unwrapped(value))) if isinstance(value, nn.Module) else value
-    if not hasattr(value, "state_dict") or not hasattr(value, "load_state_dict"):
-        raise TypeError(
-            f"{name}, a {type(value).__name__}, has no state_dict and load_state_dict: give an object that has both"
-        )
-    return value
-
-
-def _shapes(value: Any) -> list[list[list[int]]] | None:
-    """Return the shapes of an optimizer's parameters by group; None for another object.
-
-    They are compared at a load, because an optimizer of torch takes the state for other parameters without an error.
-    """
-    if not isinstance(value, torch.optim.Optimizer):
-        return None
-    return [[list(parameter.shape) for parameter in group["params"]] for group in value.param_groups]
-
-
-def _write_in_thread(target: Path, snapshot: Snapshot, keep: int | None) -> Future[None]:
-    def write() -> None:
+def _in_thread(write: Callable[[], None]) -> Future[None]:
+    def logged() -> None:
         try:
-            _write(target, snapshot, keep)
+            write()
         except BaseException as error:  # logged here, because the script may never call wait
             logger.error("a checkpoint was not saved: %s: %s", type(error).__name__, error)
             raise
 
     # The interpreter waits for the threads of an executor before it ends.
     executor = ThreadPoolExecutor(1, "save_checkpoint")
-    written = executor.submit(write)
+    written = executor.submit(logged)
     executor.shutdown(wait=False)
     return written
 
@@ -221,52 +222,41 @@ def _write_in_thread(target: Path, snapshot: Snapshot, keep: int | None) -> Futu
 def _write(target: Path, snapshot: Snapshot, keep: int | None) -> None:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, but this is a folder", str(target))
-    try:
+    with _named_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_drafts(target)
         with replacing(target, keep) as draft:
             write_states(draft, snapshot)
+
+
+def _writer_of_shards(target: Path, shards: sharded.Shards, keep: int | None) -> Callable[[], None]:
+    """Return what writes this rank's shards, here or in a thread. Every rank calls it."""
+    agreement = begun(f"save_checkpoint({os.fspath(target)!r})", kind="shards")
+    token, rank, world_size = sharded.new_token(), 0, 1
+    if agreement is not None:
+        agreement.may_leave = True  # a thread may still write when its rank has left the world
+        token, rank, world_size = agreement.first_value("token", token), dist.get_rank(), dist.get_world_size()
+
+    def write() -> None:
+        with _named_errors(target):
+            sharded.write_part(target, shards, keep, agreement, token, rank, world_size)
+
+    def write_and_wait() -> None:
+        write()
+        if agreement is not None:
+            agreement.wait()
+
+    return write_and_wait
+
+
+@contextmanager
+def _named_errors(target: Path) -> Iterator[None]:
+    """Name the checkpoint in an OSError that names no file: a failed write or flush."""
+    try:
+        yield
     except OSError as error:
-        if error.filename is None:  # a failed write or flush names no file
+        if error.filename is None:
             raise OSError(
                 error.errno, f"the checkpoint could not be written ({error.strerror})", str(target)
             ) from error
         raise
-
-
-def _load_state(path: Path, name: str, value: Any, contents: Contents) -> None:
-    state, misfit = contents.states[name], f"{path} does not fit {name}, a {type(value).__name__}"
-    if isinstance(value, nn.Module):
-        _check_dtypes(misfit, value, state)
-    saved = contents.about.get(name, {}).get("shapes")
-    own = _shapes(value)
-    if saved is not None and own is not None and saved != own:
-        raise ValueError(f"{misfit}: {_first_difference(saved, own)}")
-    try:
-        value.load_state_dict(state)
-    except Exception as error:
-        raise ValueError(
-            f"{misfit}: {type(error).__name__}: {error} (written by torch {contents.torch_version}, read by "
-            f"{torch.__version__})"
-        ) from error
-
-
-def _check_dtypes(misfit: str, module: nn.Module, state: dict[str, Any]) -> None:
-    """Refuse a state whose dtypes are not the module's: torch's load_state_dict would convert it without an error."""
-    for key, own in module.state_dict().items():
-        saved = state.get(key)
-        if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor) and own.dtype != saved.dtype:
-            raise ValueError(
-                f"{misfit}: {key} is {saved.dtype} in the file and {own.dtype} here: convert the model to the file's "
-                f"dtype with .to() before loading, and back after it"
-            )
-
-
-def _first_difference(saved: list[list[list[int]]], own: list[list[list[int]]]) -> str:
-    """Return the first difference between the shapes of an optimizer's parameters in the file and its own shapes."""
-    for group, (saved_shapes, own_shapes) in enumerate(zip(saved, own, strict=False)):
-        for number, (one, other) in enumerate(zip(saved_shapes, own_shapes, strict=False)):
-            if one != other:
-                return f"parameter {number} of group {group} is {tuple(one)} in the file and {tuple(other)} here"
-    counts = [[len(shapes) for shapes in groups] for groups in (saved, own)]
-    return f"its groups have {counts[0]} parameters in the file and {counts[1]} here"

@@ -44,12 +44,18 @@ def fingerprint(model_or_state_dict: nn.Module | Mapping[str, Any]) -> str:
 def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the state with the names that it has without wrappers."""
     names = {str(name): value for name, value in state.items()}
-    for wrapper in _WRAPPERS_ANYWHERE:
-        names = {name.replace(wrapper, ""): value for name, value in names.items()}
+    names = {plain_name(name): value for name, value in names.items()}
     for wrapper in _WRAPPERS_IN_FRONT:
         while names and all(name.startswith(wrapper) for name in names):
             names = {name.removeprefix(wrapper): value for name, value in names.items()}
     return names
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a parameter as it is without the wrappers around modules inside of its model."""
+    for wrapper in _WRAPPERS_ANYWHERE:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _feed(digest: Any, name: str, value: Any) -> None:

@@ -1,28 +1,47 @@
 """The file of a checkpoint: tensors in the safetensors format, the structure of the states as JSON, and checksums.
 
-States are taken apart into tensors and a description, which is JSON. The file has the tensors, and in its metadata the
-description and a SHA-256 of each tensor. Reading checks every byte that it uses, and runs no code from the file.
+The file has the tensors, and in its metadata the nodes of the states (`nodes.py`) with a SHA-256 of each tensor. It is
+opened once: a reader beside a writer sees the whole old file or the whole new one. Reading checks every byte that it
+uses, runs no code from the file and imports nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+import re
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..comm.nesting import Description
-from ..comm.trees import byte_view, leaf_paths, named_types, new_tensor, single, take_apart
-from ..compat import layer_versions, with_layer_versions
+from ..comm.trees import byte_view
+from ..compat import layer_versions
+from .nodes import DTYPES, Node, bytes_of, check_chunks, describe, leaves
+from .old_format import OLD_FORMAT, from_old
 
-FORMAT = "ddparity 2"
+T = TypeVar("T")
+
+FORMAT = "ddparity 3"
+SHARD_FILE = re.compile(r"shard-[0-9a-f]{16}-[0-9]{1,9}\.safetensors")
 _ALIGNMENT = 8  # bytes; safetensors' own writer aligns the tensors in the same way
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' reader refuses a larger one
+_CHUNK = 1 << 24  # bytes that are read, written or hashed at a time: each time, threads wait for one another
+_THREADS = min(4, len(os.sched_getaffinity(0)))  # hashlib and the reads of a file let other threads run
+# Memory that reading a header may take beyond twice the file's size, as estimated by `_check_size`.
+_HEADER_MEMORY = 1 << 28
+_VALUE_BYTES = 128  # about what a value, a string or an entry of a dict takes in Python
+_DEEPEST = 512  # JSON levels; a node has two
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # The types that every version of safetensors knows. Tensors of other types are written as bytes.
 _NATIVE = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -35,56 +54,63 @@ class Snapshot:
     """The states of objects, taken apart: what `write_states` writes.
 
     Attributes:
-        descriptions: by the name of the object, the structure of its state.
+        nodes: by the name of the object, the structure of its state.
         tensors: by their names in the file.
         versions: by the name of the object, the versions of a module's layers.
-        about: JSON that the file keeps as it is.
+        about: JSON that the file keeps as it is, by the name of the object.
+        files: the files that have the shards of sharded tensors, and the digest of each.
     """
 
-    descriptions: dict[str, Description]
+    nodes: dict[str, Node]
     tensors: dict[str, torch.Tensor]
     versions: dict[str, Any]
     about: dict[str, Any]
+    files: list[list[str]] = field(default_factory=list)
 
 
-def take_snapshot(states: dict[str, Any], about: dict[str, Any], copy: bool) -> Snapshot:
-    """Take states apart. With `copy` later changes of the states do not change the snapshot.
+def describe_states(states: Mapping[str, Any], about: dict[str, Any]) -> Snapshot:
+    """Take states apart, without a copy of their tensors.
 
     Raises:
         TypeError: a state has something that cannot be saved; the message says where it is and its type.
     """
-    descriptions: dict[str, Description] = {}
-    tensors: list[torch.Tensor] = []
+    nodes: dict[str, Node] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, state in states.items():
         try:
-            descriptions[name], own = take_apart(state, name)
+            nodes[name] = describe(state, name, name, tensors)
         except TypeError as error:
             raise TypeError(f"the state of {name} cannot be saved: {error}") from error
-        if types := named_types(descriptions[name]):
-            raise TypeError(
-                f"{name}'s state_dict has a {types[0]}, which cannot be saved: use tensors, numbers, strings, lists, "
-                f"tuples and dicts"
-            )
-        tensors += [tensor.to("cpu", copy=copy) for tensor in own]
-    names = [name for own_names in _tensor_names(descriptions).values() for name in own_names]
     versions = {name: found for name, state in states.items() if (found := layer_versions(state)) is not None}
     try:  # Check it now, because a save in the background writes later.
-        json.dumps([names, versions], ensure_ascii=False).encode()
-    except (TypeError, UnicodeError) as error:
+        json.dumps([nodes, versions, about], ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
         raise TypeError(
-            f"a key or a layer's version in the states of {', '.join(states)} cannot be written as JSON: {error}"
+            f"a key, a number or a layer's version in the states of {', '.join(states)} cannot be written as JSON: "
+            f"{error}"
         ) from error
-    return Snapshot(descriptions, dict(zip(names, tensors, strict=True)), versions, about)
+    return Snapshot(nodes, tensors, versions, about)
+
+
+def on_host(snapshot: Snapshot, copy: bool) -> Snapshot:
+    """Return a snapshot whose tensors are in main memory. With `copy` later changes of the states do not change it."""
+    return replace(snapshot, tensors={name: host_tensor(tensor, copy) for name, tensor in snapshot.tensors.items()})
+
+
+def host_tensor(tensor: torch.Tensor, copy: bool) -> torch.Tensor:
+    """Return a contiguous tensor in main memory; a copy where the tensor is one already, if `copy`."""
+    dense = tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
+    return dense.clone() if copy and dense.data_ptr() == tensor.data_ptr() else dense
 
 
 # Why not safetensors' `save_file`, measured with 992 MB of tensors: versions 0.4 and 0.5 copy all tensors first (946 MB
 # more memory, 17 s instead of 2 to 3 s). Version 0.8 copies nothing, but it makes a file that only its owner can read,
 # writes the metadata in a random order, and reports a full disk without an errno. All refuse tied weights.
-def write_states(path: Path, snapshot: Snapshot) -> None:
-    """Write a file, tensor by tensor and without a copy of their data.
+def write_states(file: BinaryIO, snapshot: Snapshot) -> str:
+    """Write a file, tensor by tensor and without a copy of their data. Return the SHA-256 of its description.
 
     The format: 8 bytes with the length of the header; the header, which is JSON; the bytes of the tensors in order,
-    without gaps.
+    without gaps. The header is written last, because it has the digests: threads compute them during the writes.
 
     Raises:
         OSError: the file cannot be written.
@@ -93,131 +119,359 @@ def write_states(path: Path, snapshot: Snapshot) -> None:
     Source: https://huggingface.co/docs/safetensors
     """
     # Larger elements come first, so that each tensor starts at a multiple of its element's size.
-    tensors = sorted(snapshot.tensors.items(), key=lambda item: -item[1].element_size())
-    parts: dict[str, Any] = {name: byte_view(tensor).numpy() for name, tensor in tensors}
+    tensors = dict(sorted(snapshot.tensors.items(), key=lambda item: -item[1].element_size()))
+    parts = {name: _bytes_of(tensor) for name, tensor in tensors.items()}
+    size = sum(map(len, parts.values()))
+    start = len(_header(snapshot, tensors, dict.fromkeys(parts, "0" * 64), size)[0])
+    digests: dict[str, str] = {}
+
+    def hash_part(named: tuple[str, memoryview]) -> None:
+        digests[named[0]] = _sha256(named[1])
+
+    def write_parts() -> None:
+        position = start
+        for part in parts.values():
+            _write(file.fileno(), part, position)
+            position += len(part)
+
+    _in_threads(hash_part, parts.items(), size, write_parts)
+    header, digest = _header(snapshot, tensors, digests, size)
+    _write(file.fileno(), memoryview(header), 0)
+    return digest
+
+
+def _header(
+    snapshot: Snapshot, tensors: dict[str, torch.Tensor], digests: dict[str, str], size: int
+) -> tuple[bytes, str]:
+    """Return what stands before the tensors, of the same length for all digests; and the digest of the description."""
     states = json.dumps(
         {
-            "nodes": snapshot.descriptions,
+            "nodes": snapshot.nodes,
             "versions": snapshot.versions,
             "about": snapshot.about,
             "torch": torch.__version__,
-            "sha256": {name: _sha256(part) for name, part in parts.items()},
+            "sha256": digests,
+            **({"files": snapshot.files} if snapshot.files else {}),
         }
     )
-    metadata = {"format": FORMAT, "states": states, "sha256": _sha256(states.encode())}
-    header: dict[str, Any] = {"__metadata__": metadata}
+    digest = _sha256(states.encode())
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "states": states, "sha256": digest}}
     start = 0
-    for name, tensor in tensors:
-        native = tensor.dtype in _NATIVE
+    for name, tensor in tensors.items():
+        native, length = tensor.dtype in _NATIVE, tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _NATIVE[tensor.dtype] if native else "U8",
-            "shape": list(tensor.shape) if native else [len(parts[name])],
-            "data_offsets": [start, start + len(parts[name])],
+            "shape": list(tensor.shape) if native else [length],
+            "data_offsets": [start, start + length],
         }
-        start += len(parts[name])
-    text = json.dumps(header, ensure_ascii=False).encode()
+        start += length
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    if len(text) > _LARGEST_HEADER:
+    try:
+        if len(text) > _LARGEST_HEADER:
+            raise ValueError(f"the format allows {_LARGEST_HEADER:,}")
+        _check_size(text, len(text) + size)
+    except ValueError as error:
         raise ValueError(
-            f"{len(parts):,} tensors and lists need a header of {len(text):,} bytes, but the format allows "
-            f"{_LARGEST_HEADER:,}: save the objects to several files, or give a state fewer and larger tensors"
-        )
-    with open(path, "wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *parts.values()):
-            file.write(part)
+            f"{len(tensors):,} tensors, with all lists and numbers, need a header of {len(text):,} bytes, but {error}: "
+            f"save the objects to several files, or give a state fewer and larger tensors"
+        ) from None
+    return len(text).to_bytes(8, "little") + text, digest
+
+
+def _write(descriptor: int, data: memoryview, position: int) -> None:
+    for start in range(0, len(data), _CHUNK):
+        chunk = data[start : start + _CHUNK]
+        while len(chunk):  # a full disk takes a part of it, and refuses the next one
+            written = os.pwrite(descriptor, chunk, position)
+            chunk, position = chunk[written:], position + written
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a file has of some states.
+class Checkpoint:
+    """An open file whose description has been checked.
 
     Attributes:
-        states: the states by name.
-        about: the JSON that the file keeps as it is.
+        path: for errors.
+        nodes, versions, about: as those of a `Snapshot`.
         torch_version: the version of torch that wrote the file.
         digest: equal for two files only if everything in them is equal.
+        files: the files beside it that have the shards of its sharded tensors, and the digest of each.
     """
 
-    states: dict[str, Any]
+    path: Path
+    nodes: dict[str, Node]
+    versions: dict[str, Any]
     about: dict[str, Any]
     torch_version: str
     digest: str
+    files: list[list[str]]
+    descriptor: int = field(repr=False)
+    offsets: dict[str, tuple[int, int]] = field(repr=False)  # of each tensor, in the file
+    sha256: dict[str, str] = field(repr=False)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the tensors of the states with these names, whose every byte has been checked.
+
+        Raises:
+            ValueError: the file is damaged; the message has the tensor.
+        """
+        return self.read_tensors([leaf for name in names for leaf in leaves(self.nodes[name])])
+
+    def read_tensors(self, nodes: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        found = {node["name"]: torch.empty(node["shape"], dtype=DTYPES[node["dtype"]]) for node in nodes}
+        _in_threads(self._fill, found.items(), sum(map(bytes_of, nodes)))
+        return found
+
+    def _fill(self, named: tuple[str, torch.Tensor]) -> None:
+        name, tensor = named
+        target, digest, (position, _) = _bytes_of(tensor), hashlib.sha256(), self.offsets[name]
+        for start in range(0, len(target), _CHUNK):
+            chunk = target[start : start + _CHUNK]
+            _read(self.descriptor, chunk, position + start, self.path)
+            digest.update(chunk)
+        if digest.hexdigest() != self.sha256[name]:
+            raise ValueError(f"{self.path} is damaged: {name} differs from what was written")
 
 
-def read_states(path: Path, names: Iterable[str]) -> Contents:
-    """Read the states with these names and check every byte of them. It runs no code from the file.
+def _in_threads(
+    work: Callable[[T], None], items: Iterable[T], size: int, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Call `work` for each item, in threads, while this one first runs `meanwhile`; `size` bytes in all.
+
+    Not an executor: none takes work while the interpreter ends, and a save in the background may be under way then.
+    """
+    waiting, errors = deque(items), list[BaseException]()
+
+    def take() -> None:
+        try:
+            while waiting:
+                try:
+                    item = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                work(item)
+        except BaseException as error:
+            errors.append(error)
+            waiting.clear()
+
+    threads = [threading.Thread(target=take) for _ in range(min(_THREADS - 1, len(waiting)) if size > _CHUNK else 0)]
+    for thread in threads:
+        thread.start()
+    try:
+        meanwhile()
+    except BaseException:
+        waiting.clear()
+        raise
+    finally:
+        take()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _read(descriptor: int, target: memoryview, position: int, path: Path) -> None:
+    while len(target):
+        count = os.preadv(descriptor, [target], position)
+        if not count:
+            raise ValueError(f"{path} is not a complete checkpoint: it ends at byte {position}")
+        target, position = target[count:], position + count
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Checkpoint]:
+    """Open a file, once, and check its description.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint, is damaged, or has no state with such a name. The message has the path
-            and the tensor.
+        ValueError: the file is not a checkpoint, or is damaged. The message has the path.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is not a ddparity checkpoint: its format is {metadata.get('format')!r}, not {FORMAT!r}"
-                )
-            saved = json.loads(_checked_json(path, metadata))
-            descriptions: dict[str, Description] = saved["nodes"]
-            in_file = set(file.keys())
-            states = {}
-            for name in names:
-                if name not in descriptions:
-                    raise ValueError(
-                        f"{path} has no state with the name {name!r}: it has {', '.join(descriptions) or 'none'}"
-                    )
-                states[name] = _read_state(path, file, descriptions, name, saved, in_file)
-    except (SafetensorError, UnicodeError) as error:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no checkpoint at {path}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(f"there is no checkpoint at {path}: it is not a file")
+        yield _described(path, descriptor, status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _described(path: Path, descriptor: int, size: int) -> Checkpoint:
+    start = bytearray(min(8, size))
+    _read(descriptor, memoryview(start), 0, path)
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and 2 <= (start[1:2] or b"\0")[0] <= 5):
+        raise ValueError(
+            f"{path} is not a ddparity checkpoint but a pickle, as torch.save writes them (.pth, .pt), and a pickle "
+            f"may run code: if you trust the file, read it with torch.load(path, weights_only=True), give the objects "
+            f"their states by load_state_dict, and save them with save_checkpoint"
+        )
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > size - 8 or length > _LARGEST_HEADER:
+        raise ValueError(
+            f"{path} is not a complete checkpoint: it has {size:,} bytes, and a header of {length:,} would follow"
+        )
+    text = bytearray(length)
+    _read(descriptor, memoryview(text), 8, path)
+    try:
+        header = parse_json(text, size)
+        del text
+        if type(header) is not dict:
+            raise ValueError("its header is no object")
+        metadata = header.pop("__metadata__", None)
+        offsets = _offsets(header, 8 + length, size)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete checkpoint: {error}") from error
-    return Contents(states, saved["about"], saved["torch"], metadata["sha256"])
-
-
-def _checked_json(path: Path, metadata: dict[str, str]) -> str:
-    """Return the description of the states, whose SHA-256 is correct."""
-    text = metadata.get("states", "")
-    if _sha256(text.encode()) != metadata.get("sha256"):
+    known = metadata if type(metadata) is dict else {}
+    if known.get("format") not in (FORMAT, OLD_FORMAT):
+        raise ValueError(
+            f"{path} is not a ddparity checkpoint of this version: its format is {known.get('format')!r}, not "
+            f"{FORMAT!r}"
+        )
+    description = known.get("states")
+    if type(description) is not str or _sha256(description.encode(errors="replace")) != known.get("sha256"):
         raise ValueError(f"{path} is damaged: its description of the states differs from what was written")
-    return text
+    try:
+        saved = parse_json(description.encode(), size)
+        if known["format"] == OLD_FORMAT:
+            # Its plain values are in tensors of their own, which have no place in a node of today.
+            saved = from_old(
+                saved,
+                lambda name, sha256: parse_json(_bytes(descriptor, path, offsets[name], name, sha256), size, True),
+            )
+        return _checked(path, saved, known["sha256"], descriptor, header, offsets)
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _read_state(
-    path: Path, file: Any, descriptions: dict[str, Description], name: str, saved: dict[str, Any], in_file: set[str]
-) -> Any:
-    description = descriptions[name]
-    if types := named_types(description):  # to import a type would run code that the file chooses
-        raise ValueError(f"{path} names the type {types[0]}, but a ddparity checkpoint names no types")
-    targets: dict[int, torch.Tensor] = {}
-    build = single(description, targets, lambda described: new_tensor({**described, "device": "cpu"}))
-    for key, target in zip(_tensor_names(descriptions)[name], targets.values(), strict=True):
-        if key not in in_file:
-            raise ValueError(f"{path} is damaged: it has no {key}, which its description lists")
-        # Compare bytes, not values: a damaged header may give a tensor another type or shape.
-        found, own = byte_view(file.get_tensor(key)), byte_view(target)
-        if len(found) != len(own) or _sha256(found.numpy()) != saved["sha256"].get(key):
-            raise ValueError(f"{path} is damaged: {key} differs from what was written")
-        own.copy_(found)
-    state = build()
-    return with_layer_versions(state, saved["versions"][name]) if name in saved["versions"] else state
+def _checked(
+    path: Path, saved: Any, digest: str, descriptor: int, header: dict[str, Any], offsets: dict[str, tuple[int, int]]
+) -> Checkpoint:
+    """Check the description against the header.
 
-
-def _tensor_names(descriptions: dict[str, Description]) -> dict[str, list[str]]:
-    """Return for each state the names of its tensors in the file, in order.
-
-    A name is the tensor's path, such as "model.0.weight". A path that occurs twice gets a number.
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: they were not written together.
     """
-    taken = {"__metadata__"}
-    names: dict[str, list[str]] = {}
-    for state, description in descriptions.items():
-        names[state] = []
-        for path in leaf_paths(description, state):
-            name = path if path not in taken else f"{path}#{len(taken)}"
-            taken.add(name)
-            names[state].append(name)
-    return names
+    nodes, sha256, files = saved["nodes"], saved["sha256"], saved.get("files", [])
+    for part in (nodes, sha256, saved["versions"], saved["about"]):
+        if type(part) is not dict:
+            raise ValueError("a part of its description is no object")
+    if type(saved["torch"]) is not str:
+        raise ValueError("its version of torch is no text")
+    if type(files) is not list or not all(_is_file(entry) for entry in files):
+        raise ValueError("the files of its shards are not named as they are written")
+    seen = set()
+    for node in nodes.values():
+        for leaf in leaves(node):
+            name = leaf["name"]
+            if "chunks" in leaf:
+                check_chunks(leaf, len(files))
+                continue
+            if name in seen or name not in offsets or type(sha256.get(name)) is not str:
+                raise ValueError(f"its description lists {name}, which the file does not have once")
+            seen.add(name)
+            first, last = offsets[name]
+            if last - first != bytes_of(leaf):
+                raise ValueError(f"{name} has {last - first} bytes, not those of {leaf['shape']} in {leaf['dtype']}")
+    for layers in saved["versions"].values():
+        if type(layers) is not dict or not all(type(layer) is dict for layer in layers.values()):
+            raise ValueError("the versions of a module's layers are none")
+    return Checkpoint(
+        path, nodes, saved["versions"], saved["about"], saved["torch"], digest, files, descriptor, offsets, sha256
+    )
+
+
+def _is_file(entry: Any) -> bool:
+    texts = type(entry) is list and len(entry) == 2 and all(type(text) is str for text in entry)
+    return texts and SHARD_FILE.fullmatch(entry[0]) is not None
+
+
+def _bytes(descriptor: int, path: Path, where: tuple[int, int], name: str, sha256: str) -> bytearray:
+    """Return the bytes of a tensor whose digest is right."""
+    data = bytearray(where[1] - where[0])
+    _read(descriptor, memoryview(data), where[0], path)
+    if _sha256(data) != sha256:
+        raise ValueError(f"{path} is damaged: {name} differs from what was written")
+    return data
+
+
+def _offsets(header: dict[str, Any], start: int, size: int) -> dict[str, tuple[int, int]]:
+    """Return where each tensor of a safetensors header begins and ends in the file.
+
+    Raises:
+        ValueError: an entry is not as the format asks for, tensors overlap, or bytes belong to none.
+    """
+    found = {}
+    for name, entry in header.items():
+        entry = entry if type(entry) is dict else {}
+        shape, between = entry.get("shape"), entry.get("data_offsets")
+        numbers = [*shape, *between] if type(shape) is list and type(between) is list and len(between) == 2 else [-1]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError(f"its entry for {name[:80]} is {str(entry)[:120]}")
+        found[name] = (start + numbers[-2], start + numbers[-1])
+    end = start
+    for name, (first, last) in sorted(found.items(), key=lambda item: item[1]):
+        if first != end or last < first:
+            raise ValueError(f"{name[:80]} begins at byte {first - start}, not at {end - start}")
+        end = last
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end:,}, and the file at {size:,}")
+    return found
+
+
+def parse_json(text: bytes | bytearray, size: int, nan: bool = False) -> Any:
+    """Return the value of a JSON text that stands in a file of `size` bytes.
+
+    Raises:
+        ValueError: it is no JSON, has a key twice, or NaN without `nan`, is nested too deeply, or would take too much
+            memory.
+    """
+    _check_size(text, size)
+    return json.loads(text.decode(), object_pairs_hook=_distinct, parse_constant=float if nan else _refuse)
+
+
+def _check_size(text: bytes | bytearray, size: int) -> None:
+    """Raise ValueError if the values of a JSON text would take too much memory, or are nested too deeply.
+
+    The parser itself would find out too late, and recurses in C, as deeply as the program allows its own functions.
+    """
+    allowed = 2 * size + _HEADER_MEMORY
+    wide = not text.isascii() or b"\\u" in text  # a string with one such character takes 4 bytes for each
+    # The bytes, the text, and the strings in it.
+    need = len(text) * (1 + 4 + 4 if wide else 1 + 1 + 1) + text.count(b'"') * _VALUE_BYTES // 2
+    if need <= allowed:
+        structure = _STRINGS.sub(b"", text)
+        need += (structure.count(b",") + structure.count(b"[") + structure.count(b"{")) * _VALUE_BYTES
+    if need > allowed:
+        raise ValueError(
+            f"its {len(text):,} bytes of JSON have too many values to be read in {allowed:,} bytes of memory"
+        )
+    brackets = np.frombuffer(structure.translate(None, _NO_BRACKETS), np.uint8)
+    steps = np.where((brackets == ord("[")) | (brackets == ord("{")), np.int8(1), np.int8(-1))
+    if steps.cumsum(dtype=np.int32).max(initial=0) > _DEEPEST:
+        raise ValueError(f"its JSON is nested more than {_DEEPEST} levels deep")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in its JSON")
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"its JSON has the number {constant}")
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    array: Any = byte_view(tensor).numpy()
+    return memoryview(array)
 
 
 def _sha256(data: Any) -> str:

@@ -199,9 +199,11 @@ def assembled(description: Description, items: list[Any]) -> Any:
         return dict(zip(description["keys"], items, strict=True))
     if description["kind"] == "tuple":
         return tuple(items)
-    cls = _named_type(description["type"])
-    is_record = description["kind"] == "record"
-    return cls(*items) if is_record else cls(**dict(zip(description["keys"], items, strict=True)))
+    if description["kind"] == "record":
+        return _named_type(description["type"])(*items)
+    if description["kind"] == "fields":
+        return _named_type(description["type"])(**dict(zip(description["keys"], items, strict=True)))
+    raise ValueError(f"a description has the kind {description['kind']!r}, which take_apart does not write")
 
 
 # Look into a description

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from ..compat import end_workers, is_plain_tensor, show_dataset
+from ..compat import end_workers, ended_worker, is_plain_tensor, show_dataset
 from ..errors import DDParityError, SampleError
 from .rng import numbered_seed, seed_streams
+
+_END_S = 2.0  # for a worker whose connection is closed to end
 
 
 class SeededIndices(list[int]):
@@ -178,7 +180,14 @@ def load_batches(dataloader: DataLoader[Any], waiting_for: Callable[[], str] | N
     iterator = None
     try:
         iterator = _iterate_in_process(dataloader) if _is_simple(dataloader) else iter(dataloader)
-        yield from iterator
+        try:
+            yield from iterator
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # The connection to a worker broke: a worker that is killed closes it before torch sees its end. An error
+            # that the user's code raised in a worker says so.
+            if "DataLoader worker" not in str(error) and (said := ended_worker(iterator, _END_S)):
+                raise RuntimeError(said) from error
+            raise
     except BaseException as error:
         if iterator is not None and not (isinstance(error, GeneratorExit) and dataloader.persistent_workers):
             end_workers(dataloader, iterator)

@@ -149,10 +149,15 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved position. It ends the current iterator.
 
+        A plan without shuffle may have more samples than the saved one, and so more steps: the steps that are done are
+        those of its first epoch, which continues.
+
         Raises:
             ValueError: the saved plan differs from this one (the message lists what differs), or has no such position.
         """
-        own, saved = dataclasses.asdict(self.plan), state["plan"]
+        own, saved, position = dataclasses.asdict(self.plan), state["plan"], (state["epoch"], state["step"])
+        if (continued := _continued(self.plan, saved, *position)) is not None:
+            position, saved = continued, own
         if differing := [name for name in own if own[name] != saved.get(name)]:
             what = ", ".join(
                 f"{name}={saved.get(name)!r} in the checkpoint and {own[name]!r} here" for name in differing
@@ -161,14 +166,15 @@ class Loader:
                 f"the plan of the saved Loader has other steps than this Loader's plan: {what}. Make the same "
                 f"BatchPlan again, or load the checkpoint without the Loader and start an epoch from its beginning"
             )
-        if state["epoch"] < 0 or not 0 <= state["step"] <= len(self):
+        epoch, step = position
+        if epoch < 0 or not 0 <= step <= len(self):
             raise ValueError(
-                f"the saved position of the Loader is epoch {state['epoch']}, step {state['step']}, but the plan has "
-                f"no step {state['step']} of epoch {state['epoch']}: load the checkpoint without the Loader"
+                f"the saved position of the Loader is epoch {epoch}, step {step}, but the plan has no step {step} of "
+                f"epoch {epoch}: load the checkpoint without the Loader"
             )
         self._end_workers()
         self._batch_sampler.run += 1
-        self._position, self._resumes = (state["epoch"], state["step"]), True
+        self._position, self._resumes = position, True
 
     def _steps(self, run: int, epoch: int, start_step: int, rank: int, world_size: int) -> Iterator[Step]:
         def check_current() -> None:
@@ -262,6 +268,24 @@ class ShardSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def _continued(plan: BatchPlan, saved: dict[str, Any], epoch: int, step: int) -> tuple[int, int] | None:
+    """Return the position in a plan that has more samples than the saved one, and begins with the same steps.
+
+    None if it is no such plan. A shuffled order of more samples is another order from its first step on, and so is
+    every epoch after the first.
+    """
+    before = saved.get("num_samples")
+    if type(before) is not int or not 0 <= before < plan.num_samples or plan.shuffle:
+        return None
+    if {**dataclasses.asdict(plan), "num_samples": before} != saved:
+        return None
+    old_steps = dataclasses.replace(plan, num_samples=before).steps_per_epoch
+    done = old_steps if (epoch, step) == (1, 0) else step
+    if (epoch, step) != (1, 0) and (epoch != 0 or not 0 <= step <= old_steps):
+        return None
+    return (0, done) if done * plan.global_batch <= before else None  # a short step would have been longer
 
 
 def check_world_size(plan: BatchPlan, world_size: int) -> None:

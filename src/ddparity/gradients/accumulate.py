@@ -158,7 +158,7 @@ def _accumulate(
             replica.skip()
     else:
         window = Window(replicas, numbers, rank, drops, careful)
-        rechecks = next((replica.rechecks for replica in replicas if replica.rechecks is not None), None)
+        rechecks = next((one.rechecks for one in replicas if one.rechecks is not None), None)
         recheck = window.recheck(rechecks, step, device) if rechecks is not None and rechecks.due(numbers) else None
         position, last = -1, numbers[rank] - 1
         with window.opened(device), contextlib.ExitStack() as stack:

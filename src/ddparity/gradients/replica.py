@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Reduction = Literal["fast", "strict"]
 Statistics = Literal["all", "rank0"]
+Words = tuple[Reduction, Statistics, int, int]  # and check_every, and recheck_every, 0 for never
 
 # What `replicate` was asked for, as words in the model's attributes: they survive copy.deepcopy and torch.save, and a
 # pickle of the model needs no ddparity.
@@ -33,8 +34,6 @@ _replicas: weakref.WeakKeyDictionary[nn.Module, Replica] = weakref.WeakKeyDictio
 _made: collections.Counter[tuple[int, ...] | None] = collections.Counter()
 
 CHECK_EVERY = 100  # steps
-
-Words = tuple[Reduction, Statistics, int, int]  # and check_every, and recheck_every, 0 for never
 Walk = tuple[list[tuple[str, nn.Parameter]], list[nn.Module]]  # parameters by name, modules with buffers
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..checkpoint.atomic import draft_of, publish, replacing
+from ..checkpoint.atomic import Draft, discard, new_draft, publish, replacing
 from ..comm.nesting import difference
 from ..data.plan import checked_integer
 from .columns import schema_of, to_table
@@ -40,7 +39,8 @@ from .reading import (
 from .source import Batches
 
 _EMPTY = "part-empty.parquet"  # the only file of a data set without samples
-_DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.\d+")  # see checkpoint.atomic.draft_of
+# See checkpoint.atomic.new_draft; a process id is that of earlier versions.
+_DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.(\d+|[0-9a-f]{8}-[0-9a-f]{16})")
 _FILES = 128  # files of a data set, as a default; more if a file would have more than `_ROWS` rows
 _ROWS = 65_536
 _ROW_GROUP_BYTES = 16 * 2**20
@@ -89,8 +89,8 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
     else:
         token, digests = uuid.uuid4().hex, {}
         _write(path / RUN, run_text(token, run, digests))
-    for draft in drafts:  # a rank that was killed leaves one
-        draft.unlink()
+    for left in drafts:  # a rank that was killed leaves one
+        left.unlink()
     if not run["length"]:
         with replacing(path / _EMPTY) as draft:
             pq.write_table(pa.table({INDEX: pa.array([], pa.int64())}), draft)
@@ -128,7 +128,7 @@ def _write_schema(path: Path, run: RunInfo, whole: Sequence[int]) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     with replacing(path) as draft:
-        draft.write_bytes(content)
+        draft.write(content)
 
 
 def _check_same(path: Path, before: RunInfo, run: RunInfo) -> None:
@@ -191,7 +191,7 @@ class Directory:
         self.chunks = [range(n * per_file, min((n + 1) * per_file, len(batches))) for n in missing]
         self._schema: Any = pq.read_schema(path / SCHEMA) if said["schema"] else None
         self._file: Path | None = None  # that is being written
-        self._draft: _Digested | None = None
+        self._draft: Draft | None = None
         self._writer: Any = None
         self._held: list[pa.Table] = []
 
@@ -217,8 +217,9 @@ class Directory:
         number = samples.start // self._run["rows_per_file"]
         if self._file is None:
             self._file = file_of(self._path, self._run, number)
-            self._draft = _Digested(io.BufferedWriter(io.FileIO(draft_of(self._file), "w")))
-            self._writer = pq.ParquetWriter(self._draft, self._schema, write_page_checksum=True)
+            self._draft = new_draft(self._file)
+            self._digested = _Digested(self._draft.file)
+            self._writer = pq.ParquetWriter(self._digested, self._schema, write_page_checksum=True)
         ends = samples.stop == rows_of(self._run, number).stop
         if ends or sum(table.nbytes for table in self._held) >= _ROW_GROUP_BYTES:
             self._writer.write_table(pa.concat_tables(self._held).combine_chunks())
@@ -226,11 +227,12 @@ class Directory:
         if ends:
             assert self._draft is not None, "it was opened with the writer"
             self._writer.close()
-            self._draft.file.close()
+            self._digested.flush()
             # First the digest: a part that has none, or that of another part, counts as missing. So after a crash it
             # does not matter what of the digest is on disk.
-            _write_digest(digest_file_of(self._path, self._run, number), self._draft.digest.hexdigest())
-            publish(draft_of(self._file), self._file)
+            _write_digest(digest_file_of(self._path, self._run, number), self._digested.digest.hexdigest())
+            publish(self._draft, self._file)
+            discard(self._draft)
             self._file = None
 
     def finish(self) -> Path:
@@ -244,8 +246,7 @@ class Directory:
         if self._file is not None and self._draft is not None:
             with contextlib.suppress(OSError):  # the disk is full
                 self._writer.close()
-            self._draft.file.close()
-            draft_of(self._file).unlink(missing_ok=True)
+            discard(self._draft)
 
     def _types(self, description: Any, samples: range) -> pa.Schema:
         """Return the types of all files. The data set's first batch decides; the rank that runs it writes them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from ..compat import PrefixStore, forget_bootstrap_store
+from ..compat import PrefixStore, close_outputs, forget_bootstrap_store
 from ..errors import RendezvousError
 from ..runtime.network import is_listening_at, limit_tcp_waits, split_endpoint
 from .diagnosis import messages
@@ -33,10 +34,12 @@ from .diagnosis.exits import (
     is_settled,
     mark_left_early,
     root_cause,
+    signal_name,
 )
 from .diagnosis.hang_report import HangReport, add_positions, describe_hang, describe_rows
+from .diagnosis.late import describe_doing, only_waits, stacks_of
 from .diagnosis.watch import Watch, WatchedRank
-from .ending import Guardian, RankProcesses, end, kill_sessions, send
+from .ending import Guardian, RankProcesses, end, end_left, runs, send
 from .exchange import SILENT_S, Exchange, Node, plain_reason
 from .output import RankFiles, say, tell
 from .resources import MemoryWatch
@@ -58,10 +61,11 @@ class NodeLost(RendezvousError):
 class AgentOptions:
     """How an agent watches its ranks and ends them. `rendezvous`: HOST:PORT of the store; None: one machine alone."""
 
-    grace_s: float = 3.0  # from a signal to SIGKILL
+    grace_s: float = 30.0  # from a signal to SIGKILL
     hang_timeout_s: float | None = None  # None: the time-out of the process group
     on_hang: Literal["end", "report"] = "end"
     rendezvous: str | None = None
+    children: Literal["live", "end"] = "live"  # what the ranks left running when all ended well
 
 
 class Agent(LocalElasticAgent):
@@ -82,13 +86,15 @@ class Agent(LocalElasticAgent):
         endpoint = options.rendezvous or ""
         self._address = split_endpoint(endpoint) if endpoint.rpartition(":")[2].isdigit() else None
         self._host = socket.gethostname()
-        self._guardian = Guardian()
+        self._mark = files.root_log_dir  # in the environment of all that the ranks start
+        self._guardian = Guardian(self._mark)
         self._memory = MemoryWatch()
         self._ranks = RankProcesses({}, {}, files)
         self._watch: Watch | None = None
         self._exchange: Exchange | None = None
         self._started = 0.0
         self._world_size = 0
+        self._succeeded = False  # all ranks of the job have ended well
         self._finished: RunResult | None = None  # of this machine's ranks, while other machines' ranks still run
         self._count_waiting_nodes = spec.rdzv_handler.num_nodes_waiting
         # torch's loop would wait for the store in this method. setattr, since mypy refuses to assign to a method.
@@ -159,13 +165,14 @@ class Agent(LocalElasticAgent):
             limit_tcp_waits(self._address[1], SILENT_S)  # again: a static rendezvous opens its connection only now
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.exit_reports, self.hang, self._finished = [], None, None
+        self.exit_reports, self.hang, self._finished, self._succeeded = [], None, None, False
         self._forwarded.clear()
         self._waits_for_nodes = False
         several = self._address is not None and self._open_exchange(worker_group, self._address)
         with self._signals.starting():
             started: dict[int, Any] = super()._start_workers(worker_group)
         self._started = time.monotonic()
+        close_outputs(self._pcontext)  # they would hide that a rank has closed its own
         # multiprocessing runs functions. torch waits for them itself, for as long as they take.
         pids = dict(self._pcontext.pids()) if isinstance(self._pcontext, SubprocessContext) else {}
         self._ranks = RankProcesses(pids, {local: self._rank(local) for local in pids}, self._files)
@@ -207,17 +214,21 @@ class Agent(LocalElasticAgent):
             if not self._ranks.all_ended or self._waits_for_nodes:
                 # torch's method would look again. It would end all ranks if one has failed since, and hide the cause.
                 return RunResult(state=WorkerState.HEALTHY)
-            kill_sessions(self._ranks.pids)  # processes that the ranks started and left running
         if self._finished is None:
             result: RunResult = super()._monitor_workers(worker_group)
-            if result.state is not WorkerState.SUCCEEDED or self._exchange is None:
+            if result.state is not WorkerState.SUCCEEDED:
                 return result
             self._finished = result
-            self._exchange.finish()
-        if self._exchange is not None and self._exchange.all_finished():
+            if self._exchange is not None:
+                self._exchange.finish()
+        if self._exchange is not None:
+            if not self._exchange.all_finished():
+                return RunResult(state=WorkerState.HEALTHY)
             self._exchange.leave()
-            return self._finished
-        return RunResult(state=WorkerState.HEALTHY)
+        self._succeeded = True
+        if self._options.children == "end" and (said := end_left(self._ranks.pids, self._mark)):
+            self._tell(f"ended {said}, which the script had left running (--children end)")
+        return self._finished
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state is WorkerState.HEALTHY and self._exchange is not None:  # torch's loop found a machine
@@ -237,7 +248,9 @@ class Agent(LocalElasticAgent):
             super()._exit_barrier()  # type: ignore[no-untyped-call]  # torch gives no type
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any) -> None:
-        end(self._ranks.pids, death_sig, self._options.grace_s, hurry=self._signals.repeated)
+        if not self._succeeded:  # a background process of a script that has ended well lives on, as without a launcher
+            said = signal_name(self._signals.ending[0]) if self._signals.ending else ""
+            self._end(death_sig, self._signals.repeated, said)
         super()._shutdown(death_sig, *args, **options)
         self._close_files()
 
@@ -358,7 +371,7 @@ class Agent(LocalElasticAgent):
         if hang is not None:
             self._keep_stacks(hang, ends=True)
         ended_before = self._ranks.ended
-        end(self._ranks.pids, signal.SIGTERM, self._options.grace_s, hurry=lambda: bool(self._signals.ending))
+        self._end(signal.SIGTERM, lambda: bool(self._signals.ending), "", hang)
         self._look()
         reports = self._ranks.exit_reports(self._memory, ended_before)
         if hang is not None:
@@ -384,6 +397,45 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0  # without the store there is no rendezvous
         if self._remaining_restarts > 0:
             self._decide_restart(worker_group)
+
+    def _end(self, number: int, hurry: Callable[[], bool], on: str, hang: HangReport | None = None) -> None:
+        """End the ranks and all that they started. Say which rank takes long, and what it does.
+
+        `on`: the signal that the launcher got; "" after a failure or a hang. Then a rank that waits in a collective has
+        nothing to save: it gets no time.
+        """
+        ended_before = self._ranks.ended
+
+        def slow(pids: list[int], left_s: float) -> bool:
+            ranks = self._ranks.ranks_of(pids)
+            stacks = {} if hurry() else stacks_of(ranks, before_kill=not left_s)
+            if stacks and not on and all(only_waits(stack) for stack in stacks.values()):
+                return False
+            ranks = {rank: one for rank, one in ranks.items() if runs(one[0])}  # reading stacks takes a moment
+            if not ranks:
+                return True
+            they = describe_doing(ranks, stacks)
+            if left_s:
+                cause = "" if on else f"{self._first_line(hang, ended_before)}; "
+                self._tell(f"{cause}waiting up to {left_s:.0f} s for {they}: a signal (Ctrl-C) ends this now")
+            elif hurry():
+                self._tell(f"killed {they}, at another signal")
+            else:
+                late = f"had not ended {self._options.grace_s:g} s after {signal_name(number)} (--shutdown-timeout)"
+                self._tell(f"killed {they}, which {late}")
+            return True
+
+        end(self._ranks.pids, number, self._options.grace_s, self._mark, hurry, slow)
+
+    def _first_line(self, hang: HangReport | None, ended: Collection[int]) -> str:
+        """Return what has failed, in one line, before all is known."""
+        if hang is not None:
+            return describe_hang(hang).partition("\n")[0]
+        own = [one for one in self._ranks.exit_reports(self._memory, ended) if one.code]
+        if not own:
+            return "another machine's rank failed" if self._exchange is not None else "a rank failed"
+        found = root_cause(own)
+        return f"rank {found.rank} failed: {found.ending()}"
 
     def _wait_for_cause(self) -> None:
         """Wait for the rank that failed first. A rank that failed because of another one may end before it."""

@@ -1,7 +1,7 @@
 """The processes of one machine's ranks: how each ended, and how the launcher ends them.
 
-The launcher signals the main processes first, then kills what is left of their sessions. A guardian process does the
-latter when the launcher itself is killed.
+The launcher signals the main processes first, then kills all that they started. A guardian process does the latter
+when the launcher itself is killed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+
+import psutil
 
 from .diagnosis.exits import ExitReport, read_exit_report
 from .output import RankFiles
@@ -22,9 +25,11 @@ from .resources import MemoryWatch
 
 _PAUSE_S = 0.01
 _PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
-# It reads process ids until the launcher's end of the pipe closes, for whatever reason, then kills their sessions.
+# It reads process ids until the launcher's end of the pipe closes, for whatever reason, then kills their sessions, and
+# the processes that have the job's mark in their environment.
 _GUARDIAN = """
 all=
+mark=$1
 while read -r id; do
     case $id in
         done) exit ;;
@@ -32,8 +37,15 @@ while read -r id; do
         *) all="$all -$id" ;;
     esac
 done
-[ "$all" ] && kill -9 $all
+[ "$all" ] || exit
+kill -9 $all
+for round in 1 2 3; do
+    found=$(grep -lsF -e "$mark" /proc/[0-9]*/environ)
+    [ "$found" ] || exit
+    for one in $found; do one=${one#/proc/}; kill -9 "${one%/environ}"; done
+done
 """
+SLOW_S = 3.0  # a process that has not ended this long after a signal is worth a line
 
 
 class RankProcesses:
@@ -50,6 +62,11 @@ class RankProcesses:
     @property
     def pids(self) -> list[int]:
         return list(self._pids.values())
+
+    def ranks_of(self, pids: Collection[int]) -> dict[int, tuple[int, Path]]:
+        """Return the process id and the folder of each global rank among these processes."""
+        found = {local: pid for local, pid in self._pids.items() if pid in pids}
+        return {self._ranks[local]: (pid, self._files.folders[local]) for local, pid in found.items()}
 
     @property
     def ended(self) -> frozenset[int]:
@@ -103,9 +120,9 @@ class RankProcesses:
         host = socket.gethostname()
         reports = []
         for local, (code, at) in self._ended.items():
-            folder, logs = self._files.folders[local], self._files.logs[local]
             ended_by_us = by_themselves is not None and local not in by_themselves
-            one = read_exit_report(self._ranks[local], host, folder, code, at, ended_by_us, logs)
+            output = "" if code == 0 or ended_by_us else self._files.end_of(local)
+            one = read_exit_report(self._ranks[local], host, self._files.folders[local], code, at, ended_by_us, output)
             if code == -signal.SIGKILL and not ended_by_us:
                 one = replace(one, evidence=memory.evidence(self._pids[local]))
             reports.append(one)
@@ -136,24 +153,94 @@ def send(pids: Iterable[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def kill_sessions(pids: Iterable[int]) -> None:
-    """Send SIGKILL to ranks and to all that they started. Each rank leads a process group of its own."""
+def kill_all(pids: Iterable[int], mark: str) -> None:
+    """Send SIGKILL to ranks and to all that they started, also in sessions of their own.
+
+    `mark`: what the environment of all of them has. Where a process has cleared its environment, it is found only for
+    as long as its ancestors run.
+    """
+    pids = list(pids)
+    for _ in range(3):  # a process may start another one while this looks for it
+        others = started_by(pids, mark)
+        for pid in pids:
+            if runs(pid) or how_ended(pid) is not None:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
+        for one in others:
+            with suppress(psutil.Error):
+                one.kill()
+        if not others:
+            return
+
+
+def started_by(pids: Iterable[int], mark: str) -> list[psutil.Process]:
+    """Return the processes that these ranks have started, directly or not, and that still run."""
+    pids, found = set(pids), {}
     for pid in pids:
-        if runs(pid) or how_ended(pid) is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)
+        with suppress(psutil.Error):
+            if runs(pid):
+                found.update({child.pid: child for child in psutil.Process(pid).children(recursive=True)})
+    for pid in psutil.pids():
+        # `process` knows when it was started: `kill` refuses another process that has got its id.
+        with suppress(psutil.Error, OSError):
+            process = psutil.Process(pid)
+            if mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                found[pid] = process
+    return [one for pid, one in found.items() if pid not in pids and _is_alive(one)]
 
 
-def end(pids: Collection[int], number: int, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
-    """Send a signal to the processes, then kill them with their sessions.
+def end_left(pids: Collection[int], mark: str) -> str:
+    """End what ranks that have ended well left running, and return what that was; "" for nothing.
+
+    Each process has `SLOW_S` after SIGTERM.
+    """
+    left = started_by(pids, mark)
+    names = []
+    for one in left:
+        with suppress(psutil.Error):
+            names.append(f"{one.name()} ({one.pid})")
+            one.terminate()
+    psutil.wait_procs(left, timeout=SLOW_S)
+    kill_all(pids, mark)
+    return ", ".join(names)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def end(
+    pids: Collection[int],
+    number: int,
+    grace_s: float,
+    mark: str,
+    hurry: Callable[[], bool] = lambda: False,
+    slow: Callable[[list[int], float], bool] = lambda pids, left_s: True,
+) -> None:
+    """Send a signal to the processes, then kill them and all that they started.
 
     The kill follows once all have ended, after `grace_s` seconds, or as soon as `hurry()` returns True.
+
+    `slow`: is called after `SLOW_S` with the processes that still run and the seconds that they have left, and returns
+    whether they may have these; and again, with 0 seconds left, before those that have not ended are killed.
     """
     running = {pid for pid in pids if runs(pid)}
     send(running, number)
     send(running, signal.SIGCONT)  # a stopped process does not handle the signal
-    _wait_for(running, grace_s, hurry)
-    kill_sessions(pids)
+    left_s = max(0.0, grace_s - SLOW_S)
+    _wait_for(running, min(SLOW_S, grace_s), hurry)
+    rest = [pid for pid in running if runs(pid)]
+    if rest and left_s and not hurry() and slow(rest, left_s):
+        _wait_for(running, left_s, hurry)
+        rest = [pid for pid in running if runs(pid)]
+        if rest:
+            slow(rest, 0.0)
+    elif rest:
+        slow(rest, 0.0)
+    kill_all(pids, mark)
     _wait_for(running, 2.0)  # the launcher does not wait longer for a process in uninterruptible sleep
 
 
@@ -165,13 +252,16 @@ def _wait_for(pids: Collection[int], timeout_s: float, hurry: Callable[[], bool]
 
 
 class Guardian:
-    """A shell that outlives the launcher for a moment. When the launcher is killed, it kills the ranks' sessions."""
+    """A shell that outlives the launcher for a moment. When the launcher is killed, it kills what the ranks started.
 
-    def __init__(self) -> None:
+    `mark`: as for `kill_all`.
+    """
+
+    def __init__(self, mark: str) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         with suppress(FileNotFoundError):  # a container without a shell
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARDIAN],
+                ["/bin/sh", "-c", _GUARDIAN, "sh", mark],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

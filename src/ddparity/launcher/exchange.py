@@ -7,18 +7,22 @@ the last answers.
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 from ..compat import PrefixStore, Store, append
+from ..errors import RendezvousError
 from .diagnosis.exits import ExitReport, lost_reports, pack_reports, unpack_reports
+from .diagnosis.limits import MESSAGE, read_json
 
 _BEAT_S = 0.5  # between two looks at the store, and between two heartbeats
 # Where the network is down for 10 s, the kernel's next try to deliver may come as late as after 21 s in all.
@@ -30,6 +34,7 @@ _FIRST_WORD_S = 30.0  # from the rendezvous until each machine has described its
 _LEAVE_S = 3.0  # for the others to read before the store ends with the machine that holds it
 _HURRY_S = 1.0  # for the last messages to the others, when a signal has come
 _NOTHING = "-"
+_WARNINGS = [str(int(getattr(signal, name))) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 _SHARED_KEYS = ("verdict", "failed", "changes", "signals", "beat")
 
 
@@ -75,15 +80,7 @@ class Exchange:
         self._node_rank, self._nnodes, self._timeout_s = node_rank, nnodes, timeout_s
         self._count_waiting, self._patience = count_waiting, patience
         self._address = None if own.holds else address
-        for key in _SHARED_KEYS:
-            self._store.compare_set(key, "", _NOTHING)
-        for other in range(nnodes):
-            self._store.compare_set(f"state/{other}", "", _NOTHING)
-        self._store.add("finished", 0)
-        self._store.set(f"machine/{node_rank}", json.dumps(asdict(own)))
-        names = [f"machine/{other}" for other in range(nnodes)]
-        self._store.wait(names, timedelta(seconds=_FIRST_WORD_S))
-        self.nodes = tuple(_node(text) for text in self._store.multi_get(names))
+        self.nodes = self._meet(own)
         self.waiting = 0  # machines that wait to join the job
         self.lost: str | None = None  # the reason, where the store is lost
         self._shared = dict.fromkeys(_SHARED_KEYS, "")
@@ -99,6 +96,22 @@ class Exchange:
         self._probe: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name="ddparity-exchange", daemon=True)
         self._thread.start()
+
+    def _meet(self, own: Node) -> tuple[Node, ...]:
+        """Return the descriptions of all machines. The leading one collects them: three requests a machine."""
+        if self.leads:
+            for key in _SHARED_KEYS:
+                self._store.compare_set(key, "", _NOTHING)
+            self._store.add("finished", 0)
+        self._store.compare_set(f"state/{self._node_rank}", "", _NOTHING)
+        self._store.set(f"machine/{self._node_rank}", json.dumps(asdict(own)))
+        limit = timedelta(seconds=_FIRST_WORD_S)
+        if self.leads:
+            names = [f"machine/{other}" for other in range(self._nnodes)]
+            self._store.wait(names, limit)
+            self._store.set("machines", json.dumps([read_json(text) for text in self._store.multi_get(names)]))
+        self._store.wait(["machines"], limit)
+        return tuple(map(_node, read_json(self._store.get("machines"))))
 
     # The hang diagnosis: the leading machine compares what all machines publish, and announces its report.
 
@@ -154,7 +167,8 @@ class Exchange:
             if number not in self._known_signals:
                 self._post(partial(append, self._store, "signals", f"{number} "))
                 self._known_signals.add(number)
-        new = [number for number in map(int, self._shared["signals"].split()) if number not in self._known_signals]
+        theirs = [int(word) for word in self._shared["signals"].split() if word in _WARNINGS]
+        new = [number for number in theirs if number not in self._known_signals]
         self._known_signals.update(new)
         return new
 
@@ -177,12 +191,12 @@ class Exchange:
         """
         silent = self.silent()
         texts = {self._node_rank: pack_reports(own)}
-        self._ask(lambda: self._gather(texts), self._timeout_s + _LEAVE_S + 1)
+        self._ask(lambda: self._gather(texts), self._timeout_s + _LOST_S + _LEAVE_S + 1)
         reports: list[ExitReport] = []
         for number, node in enumerate(self.nodes):
             name = f"machine {number} ({node.host})"
-            if number in texts:
-                reports += unpack_reports(texts[number])
+            if (found := unpack_reports(texts.get(number, ""))) is not None:
+                reports += found
             elif self.lost is not None:
                 if node.holds:
                     reason = f"lost {name}, which holds the job's store: {self.lost}"
@@ -284,26 +298,58 @@ class Exchange:
             self._beats[node] = beat, now
 
     def _gather(self, found: dict[int, str]) -> None:
-        """Publish this machine's exit reports and add those of the other machines to `found`, as they appear."""
+        """Publish this machine's exit reports and add those of the other machines to `found`.
+
+        The leading machine collects them and publishes them as one text. Where it is lost, each machine collects them.
+        """
         self._store.set(f"fates/{self._node_rank}", found[self._node_rank])
+        append(self._store, "reported", f"{self._node_rank} ")
         self._store.set("failed", "1")
         deadline = time.monotonic() + self._timeout_s
+        if self.leads or not self._receive_fates(found, deadline + _LOST_S):
+            self._collect_fates(found, deadline)
+        if self.leads:
+            text = json.dumps(found)
+            self._store.set("fates", text if len(text) <= MESSAGE else _NOTHING)
+        self._wait_for_readers(len(found), time.monotonic() + _LEAVE_S)
+
+    def _receive_fates(self, found: dict[int, str], deadline: float) -> bool:
+        """Wait for the collected reports; return False where the leading machine is silent."""
+        leader, beaten = ("", time.monotonic()), 0.0
+        while not self._store.check(["fates"]):
+            now = time.monotonic()
+            if now - beaten > _BEAT_S:
+                self._beat()
+                beaten, text = now, self._store.get("beat").decode()
+                leader = leader if text == leader[0] else (text, now)
+            if now > deadline or now - leader[1] > _LOST_S:
+                return False
+            time.sleep(0.05)
+        collected = self._store.get("fates").decode()
+        if collected == _NOTHING:  # too long for one value of the store
+            return False
+        reports = {int(node): one for node, one in read_json(collected).items()}
+        found |= {node: one for node, one in reports.items() if node != self._node_rank}
+        return True
+
+    def _collect_fates(self, found: dict[int, str], deadline: float) -> None:
         beats: dict[int, tuple[str, float]] = {}
         while missing := [node for node in range(self._nnodes) if node not in found]:
             self._beat()
-            now = time.monotonic()
-            for node in missing:
-                if self._store.check([f"fates/{node}"]):
-                    found[node] = self._store.get(f"fates/{node}").decode()
-                    continue
-                beat = self._store.get(f"state/{node}").decode().partition("\n")[0]
+            reported = {int(node) for node in self._store.get("reported").split()} & set(missing)
+            texts = self._store.multi_get([f"fates/{node}" for node in sorted(reported)]) if reported else []
+            found |= {node: text.decode() for node, text in zip(sorted(reported), texts)}
+            now, silent = time.monotonic(), [node for node in missing if node not in found]
+            for node, text in zip(
+                silent, self._store.multi_get([f"state/{node}" for node in silent]) if silent else []
+            ):
+                beat = text.decode().partition("\n")[0]
                 if node not in beats or beats[node][0] != beat:
                     beats[node] = beat, now
             # A machine that runs sends a heartbeat twice a second, also while it ends its ranks.
-            if now > deadline or all(now - beats[node][1] > _LOST_S for node in missing if node not in found):
+            if now > deadline or all(now - beats[node][1] > _LOST_S for node in silent):
                 break
             time.sleep(0.05)
-        self._wait_for_readers(len(found), time.monotonic() + _LEAVE_S)
 
     def _wait_for_readers(self, count: int, deadline: float) -> None:
         """Note that this machine has read, and wait until `count` machines have. The store may end with this one."""
@@ -319,6 +365,11 @@ def plain_reason(error: BaseException) -> str:
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
-def _node(text: bytes) -> Node:
-    fields = json.loads(text)
-    return Node(**{**fields, "ranks": tuple(fields["ranks"])})
+def _node(fields: Any) -> Node:
+    try:
+        node = Node(**{**fields, "ranks": tuple(map(int, fields["ranks"]))})
+        return replace(node, host=str(node.host), restarts=int(node.restarts), holds=bool(node.holds))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RendezvousError(
+            f"a machine described itself in a way that cannot be read ({error}): does another program use the port?"
+        ) from None

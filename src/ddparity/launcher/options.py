@@ -25,11 +25,18 @@ import torch.distributed.run as torchrun
 from torch.distributed.launcher.api import LaunchConfig
 
 from ..compat import shutdown_timeout
-from ..runtime.environment import NodePlacement, detect_engine, find_node_placement, find_placement
+from ..runtime.environment import (
+    PYTORCH_JOB,
+    Engine,
+    NodePlacement,
+    detect_engine,
+    find_node_placement,
+    find_placement,
+)
 from ..runtime.network import join_endpoint, split_endpoint
 from .resources import cores
 
-GRACE_S = 3  # from a signal to SIGKILL
+GRACE_S = 30  # from a signal to SIGKILL, as torchrun and Kubernetes have it
 # For torch's c10d rendezvous, in seconds. The other machines wait for a lost one until its heartbeats are overdue, and
 # clocks may be some seconds apart. A restart lets late machines join: no need to wait half a minute for them.
 _C10D_TIMES = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5, "last_call_timeout": 5, "read_timeout": 30}
@@ -51,6 +58,7 @@ class Launch:
     node_rank: int | None  # None: the rendezvous decides
     nproc_given: bool  # as a number: then it is meant to be the same on all machines
     engine: str | None  # the scheduler whose variables describe the machines
+    children: Literal["live", "end"] = "live"  # what a script that ends well leaves running
 
     @property
     def alone(self) -> bool:
@@ -109,6 +117,7 @@ def parse(arguments: Sequence[str]) -> Launch:
         node_rank=node_rank if backend == "static" else None,
         nproc_given=str(given.nproc_per_node).isdigit(),
         engine=nodes.engine if nodes is not None else None,
+        children=given.children,
     )
 
 
@@ -118,18 +127,32 @@ def _scheduled_nodes(given: argparse.Namespace) -> NodePlacement | None:
     Raises ValueError where a launcher has already started this process as a rank.
     """
     engine = detect_engine()
-    if (
-        engine is not None and engine.name != "Slurm"
-    ):  # a Slurm task may be a rank or a launcher: find_node_placement tells
+    # A Slurm task may be a rank or a launcher: find_node_placement tells. Else the user's options win over variables.
+    if engine is not None and engine.name != "Slurm" and not _says_where(given, engine):
         placement = find_placement()
         assert placement is not None
+        hint = "run the script itself"
+        if engine is PYTORCH_JOB:
+            hint += ", or several processes in each pod with --nproc N --nnodes $WORLD_SIZE --node-rank $RANK " + (
+                "--master-addr $MASTER_ADDR --master-port $MASTER_PORT"
+            )
         raise ValueError(
-            f"{engine.name} started this process already, as rank {placement.rank} of {placement.world_size}: "
-            f"run the script itself"
+            f"{engine.name} started this process already, as rank {placement.rank} of {placement.world_size}: {hint}"
         )
     if given.standalone or given.rendezvous or given.rdzv_endpoint or given.master_addr:
         return None
     return find_node_placement(nnodes=given.nnodes)
+
+
+def _says_where(given: argparse.Namespace, engine: Engine) -> bool:
+    """Return whether the user's options say which machines start ranks, and where they meet.
+
+    A PyTorchJob's pods also get PET_* variables, for a launcher. A rank inherits those of its own launcher.
+    """
+    found = [name for name in ("standalone", "rendezvous", "rdzv_endpoint", "master_addr") if vars(given)[name]]
+    if given.nnodes in ("1", "1:1"):
+        found.append("nnodes")
+    return any(engine is PYTORCH_JOB or f"PET_{name.upper()}" not in os.environ for name in found)
 
 
 def _command(given: argparse.Namespace) -> tuple[str, ...]:
@@ -289,13 +312,31 @@ _NONE_IF_ABSENT = (
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the arguments before the script that the parser does not know."""
-    given, unknown = _parser().parse_known_args(list(arguments))
+    parser = _parser()
+    known = {name for action in parser._actions for name in action.option_strings}
+    hidden = [_hide_spaces(argument) if argument.partition("=")[0] not in known else argument for argument in arguments]
+    given, unknown = parser.parse_known_args(hidden)
+    unknown = [_show_spaces(argument) for argument in unknown]
+    given.training_script = _show_spaces(given.training_script)
+    given.training_script_args = [_show_spaces(argument) for argument in given.training_script_args]
     given.last_dry_run = False
     # Users who repeat an earlier command add --dry-run at its end, behind the script's arguments.
     if (given.slurm or given.kubernetes) and given.training_script_args[-1:] == ["--dry-run"]:
         given.training_script_args = given.training_script_args[:-1]
         given.dry_run = given.last_dry_run = True
     return given, unknown
+
+
+_SPACE = "\U000f0020"  # of a private area of Unicode
+
+
+def _hide_spaces(argument: str) -> str:
+    """Return --name=value without spaces: argparse takes an unknown option with a space for the script."""
+    return argument.replace(" ", _SPACE) if re.match(r"--[a-z][a-z0-9_-]*=", argument) else argument
+
+
+def _show_spaces(argument: str) -> str:
+    return argument.replace(_SPACE, " ")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -312,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--show", default=None)
     parser.add_argument("--hang-timeout", type=float, default=None)
     parser.add_argument("--on-hang", choices=["end", "report"], default="end")
+    parser.add_argument("--children", choices=["live", "end"], default="live")
     parser.add_argument("--slurm", action="store_true")
     parser.add_argument("--kubernetes", metavar="IMAGE")
     parser.add_argument("--dry-run", action="store_true")
@@ -361,7 +403,8 @@ Run any script on N processes, on one machine or several, with torch's elastic a
   --hang-timeout SECONDS   End the job if the others wait for a rank for SECONDS. Default: the time-out of its group.
   --on-hang end|report     End the job after a diagnosed hang, or only report it. Default: end.
   --max-restarts N         Start again after a failure, up to N times. Default: 0.
-  --shutdown-timeout S     Seconds from a signal to SIGKILL. Default: 3.
+  --shutdown-timeout S     Seconds from a signal to SIGKILL. Default: 30.
+  --children live|end      Processes that the script leaves running when it ends well. Default: live.
 
 Several machines: run the same command on each.
   --nnodes M               Number of machines. MIN:MAX: the job continues with the machines that are left.

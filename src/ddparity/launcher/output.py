@@ -1,20 +1,29 @@
-"""Send the output of rank 0 to the terminal, and that of other ranks to files, which can be shown, too."""
+"""Send the output of rank 0 to the terminal, and keep that of other ranks, which can be shown, too."""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal, Protocol, TextIO
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
+from .pipes import PipeReader, RankPipe
+
 Show = Literal["all"] | frozenset[int]
+JOB_VARIABLE = "DDPARITY_JOB"  # in all that a rank starts: the folders of the launchers above it
 _PAUSE_S = 0.1  # between two reads of the files
 _CHUNK = 1 << 16  # bytes that are read at once
+_LONGEST_LINE = 1 << 20  # a longer one is shown in parts
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# All that moves the cursor, rings, or changes the direction or the number of the lines.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def tell(line: str) -> None:
@@ -23,31 +32,38 @@ def tell(line: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a text to standard error. If that is closed, the job goes on."""
+    """Print a text to standard error. If that is closed, the job goes on. It may quote what ranks wrote."""
     with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return a text without colours, and with other control characters in it as escapes, like \\x07."""
+    text = _COLOUR.sub("", text.replace("\r\n", "\n"))
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class RankFiles(LogsSpecs):
-    """The files of each local rank: its output, and what it writes for the agent. Each start of the ranks has new ones.
+    """Where the output of each local rank goes, and its folder for its agent. Each start of the ranks has new ones.
 
-    `folder`: for folders like `rank1`, with `stdout.log` and `stderr.log`; its path must be short, since sockets are
-    in it. `logs`: another folder for the output, which stays after the job. `show`: the ranks whose output goes to the
-    terminal. If that is rank 0 alone, it writes to the terminal itself. The lines of several ranks are forwarded, with
-    their host and rank in front.
+    `folder`: for folders like `rank1`; its path must be short, since sockets are in it. `logs`: a folder for the
+    output, in files like `rank1/stderr.log`; without it, the launcher reads the output from pipes and keeps its end.
+    `show`: the ranks whose output goes to the terminal. If that is rank 0 alone, it writes to the terminal itself. The
+    lines of several ranks are forwarded, with their host and rank in front.
     """
 
     def __init__(self, folder: Path, show: Show, logs: Path | None = None) -> None:
         super().__init__()
         self._folder = folder
-        self._logs = logs or folder
         self.kept = logs  # it stays after the job has ended
         self._show = show
         self._attempts = 0
         self._forwarders: list[Forwarder] = []
+        self._reader: PipeReader | None = None
+        self._outputs: dict[str, dict[int, Source]] = {}  # by stream, then by local rank
         self.folders: dict[int, Path] = {}  # of each local rank, in the current attempt
-        self.logs: dict[int, Path] = {}
-        self.variables: dict[str, str] = {}  # for the ranks only, not for this process
+        above = os.environ.get(JOB_VARIABLE)
+        self.variables = {JOB_VARIABLE: f"{above}:{folder}" if above else str(folder)}  # not for this process
 
     @property
     def root_log_dir(self) -> str:
@@ -58,35 +74,60 @@ class RankFiles(LogsSpecs):
         attempt = f"attempt{self._attempts}" if self._attempts else ""
         self._attempts += 1
         self.folders = {local: self._folder / attempt / f"rank{rank}" for local, rank in ranks.items()}
-        self.logs = {local: self._logs / attempt / f"rank{rank}" for local, rank in ranks.items()}
         for local, folder in self.folders.items():
             folder.mkdir(parents=True)
-            self.logs[local].mkdir(parents=True, exist_ok=True)
             envs[local].update(self.variables)
             envs[local]["TORCHELASTIC_ERROR_FILE"] = str(folder / "error.json")
-        files = {
-            stream: {local: "" if self._writes_itself(rank) else str(self.logs[local] / f"{stream}.log")
-                     for local, rank in ranks.items()}
+        logs = dict.fromkeys(ranks, self.kept / attempt if self.kept else None)
+        self._outputs = {
+            stream: {
+                local: _source(self.folders[local], logs[local], rank, stream, self._is_shown(rank))
+                for local, rank in ranks.items()
+                if not self._writes_itself(rank)
+            }
             for stream in ("stdout", "stderr")
-        }  # fmt: skip
+        }
+        pipes = [one for of_ranks in self._outputs.values() for one in of_ranks.values() if isinstance(one, RankPipe)]
+        self._reader = PipeReader(pipes) if pipes else None
         for stream, terminal in (("stdout", sys.stdout), ("stderr", sys.stderr)):
-            shown = {rank: Path(files[stream][local]) for local, rank in ranks.items() if self._is_forwarded(rank)}
+            shown = {ranks[local]: one for local, one in self._outputs[stream].items() if self._is_shown(ranks[local])}
             if shown:
                 self._forwarders.append(Forwarder(shown, terminal))
+        paths = {
+            stream: {local: str(of_ranks[local].path) if local in of_ranks else "" for local in ranks}
+            for stream, of_ranks in self._outputs.items()
+        }
         errors = {local: str(folder / "error.json") for local, folder in self.folders.items()}
-        return LogsDest(stdouts=files["stdout"], stderrs=files["stderr"], error_files=errors)
+        return LogsDest(stdouts=paths["stdout"], stderrs=paths["stderr"], error_files=errors)
+
+    def end_of(self, local_rank: int) -> str:
+        """Return the end of what a rank has written to standard error, or if that is nothing, to standard output.
+
+        A rank that writes to the terminal itself has "".
+        """
+        for stream in ("stderr", "stdout"):
+            source = self._outputs.get(stream, {}).get(local_rank)
+            if source is not None and (text := source.end(_CHUNK)):
+                return text.decode(errors="replace")
+        return ""
 
     def close(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Forward the rest of the output after the ranks have ended. Stop if `hurry()`: a pager may not read."""
+        if self._reader is not None:
+            self._reader.close()
         for forwarder in self._forwarders:
             forwarder.close(hurry)
+        for stream, number in (("stdout", 1), ("stderr", 2)):
+            for source in self._outputs.get(stream, {}).values():
+                source.close(number if isinstance(source, RankPipe) and source.shown else None)
         self._forwarders.clear()
+        self._reader, self._outputs = None, {}
 
     def _writes_itself(self, rank: int) -> bool:
         return rank == 0 and self._show == frozenset({0})
 
-    def _is_forwarded(self, rank: int) -> bool:
-        return not self._writes_itself(rank) and (self._show == "all" or rank in self._show)
+    def _is_shown(self, rank: int) -> bool:
+        return self._show == "all" or rank in self._show
 
 
 class Inherited(RankFiles):
@@ -99,14 +140,73 @@ class Inherited(RankFiles):
         return True
 
 
-class Forwarder:
-    """Copy the lines that ranks append to their files to the terminal, with host and rank in front of each."""
+class Source(Protocol):
+    """One stream of one rank. `next` returns what is new, for the terminal.
 
-    def __init__(self, files: Mapping[int, Path], terminal: TextIO) -> None:
+    `rest` returns what is left when the rank has ended, then b"". A process that the rank left running may still write.
+    """
+
+    path: Path
+
+    def next(self) -> bytes: ...
+
+    def rest(self) -> bytes: ...
+
+    def end(self, size: int) -> bytes: ...
+
+    def close(self, terminal: int | None) -> None: ...
+
+
+def _source(folder: Path, logs: Path | None, rank: int, stream: str, shown: bool) -> Source:
+    if logs is None:
+        return RankPipe(folder / stream, shown)
+    (logs / f"rank{rank}").mkdir(parents=True, exist_ok=True)
+    return LogFile(logs / f"rank{rank}" / f"{stream}.log")
+
+
+class LogFile:
+    """A file that a rank writes. It has no size limit: the user has asked for all of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+        self._size: int | None = None  # when the rank had ended
+
+    def next(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._offset)
+                text = file.read(_CHUNK)
+        except FileNotFoundError:
+            return b""
+        self._offset += len(text)
+        return text
+
+    def rest(self) -> bytes:
+        if self._size is None:
+            self._size = self.path.stat().st_size if self.path.exists() else 0
+        return self.next() if self._offset < self._size else b""
+
+    def end(self, size: int) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+                return file.read(size)
+        except OSError:
+            return b""
+
+    def close(self, terminal: int | None) -> None:
+        """Do nothing: the rank's processes write to the file themselves."""
+
+
+class Forwarder:
+    """Copy the lines that ranks write to the terminal, with host and rank in front of each."""
+
+    def __init__(self, sources: Mapping[int, Source], terminal: TextIO) -> None:
         host = socket.gethostname()
-        self._prefixes = {rank: f"[{host} r{rank}] ".encode() for rank in files}
-        self._files, self._terminal = files, terminal
-        self._offsets = dict.fromkeys(files, 0)
+        self._prefixes = {rank: f"[{host} r{rank}] ".encode() for rank in sources}
+        self._sources, self._terminal = sources, terminal
+        self._begun = dict.fromkeys(sources, b"")  # of each rank's line that has no end yet
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._forward, name="ddparity-output", daemon=True)
         self._thread.start()
@@ -117,38 +217,35 @@ class Forwarder:
             self._thread.join(_PAUSE_S)
 
     def _forward(self) -> None:
-        with suppress(OSError, ValueError):  # the terminal is closed: the job goes on and writes its files
-            while not self._ended.wait(_PAUSE_S):
-                self._copy(whole=True)
-            self._copy(whole=False)
-
-    def _copy(self, whole: bool) -> None:
-        for rank, path in self._files.items():
-            while (text := self._next(rank, path, whole)) is not None:
-                lines = text.splitlines(keepends=True)
-                prefixed = b"".join(self._prefixes[rank] + line for line in lines)
-                encoding = self._terminal.encoding or "utf-8"
-                shown = prefixed.decode(errors="replace").encode(encoding, "backslashreplace").decode(encoding)
-                self._terminal.write(shown)
-                self._terminal.flush()
-
-    def _next(self, rank: int, path: Path, whole: bool) -> bytes | None:
-        """Return the next lines of a file, None if there are none. `whole`: leave a last line that has no end yet."""
         try:
-            with open(path, "rb") as file:
-                file.seek(self._offsets[rank])
-                text = file.read(_CHUNK)
-                while text and _end_of_lines(text) == 0 and (more := file.read(_CHUNK)):
-                    text += more
-        except FileNotFoundError:
-            return None
-        end = _end_of_lines(text)
-        if end == 0 and not whole and text:
-            end, text = len(text), text + b"\n"
-            self._offsets[rank] += end
-            return text
-        self._offsets[rank] += end
-        return text[:end] or None
+            while not self._ended.wait(_PAUSE_S):
+                while sum(self._show(rank, source.next()) for rank, source in self._sources.items()):
+                    if self._ended.is_set():
+                        break
+            for rank, source in self._sources.items():
+                while self._show(rank, source.rest()):
+                    pass
+                if self._begun[rank]:
+                    self._show(rank, b"\n")
+        except (OSError, ValueError):  # the terminal is closed: the job goes on
+            while not self._ended.wait(_PAUSE_S):
+                for source in self._sources.values():
+                    source.next()
+
+    def _show(self, rank: int, text: bytes) -> bool:
+        """Write the whole lines, and keep the begin of another for the next time. Return whether there was a text."""
+        if not text:
+            return False
+        text = self._begun[rank] + text
+        end = _end_of_lines(text) or (len(text) if len(text) > _LONGEST_LINE else 0)
+        self._begun[rank] = text[end:]
+        lines = text[:end].splitlines(keepends=True)
+        prefixed = b"".join(self._prefixes[rank] + line for line in lines)
+        encoding = self._terminal.encoding or "utf-8"
+        shown = prefixed.decode(errors="replace").encode(encoding, "backslashreplace").decode(encoding)
+        self._terminal.write(shown)
+        self._terminal.flush()
+        return True
 
 
 def _end_of_lines(text: bytes) -> int:

@@ -8,6 +8,7 @@ torch reports a wrong name, route or port only after its whole time-out, in C++ 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import ipaddress
 import json
 import platform
@@ -23,44 +24,63 @@ import torch
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
 from torch.distributed.launcher.api import LaunchConfig
 
-from ..compat import PrefixStore, Store, guesses_own_host, is_store
+from ..compat import PrefixStore, Store, append, is_store
 from ..errors import RendezvousError
 from ..runtime.network import (
+    LOOPBACK,
     Route,
-    can_listen,
     describe_os_error,
     external_route_to,
     interface_variables,
+    is_loopback,
     is_this_machine,
     join_endpoint,
+    listen_at,
+    loopback_variables,
+    own_address,
     process_at_port,
     route_to,
     split_endpoint,
     unreachable_interface,
     wait_for_store,
 )
+from .diagnosis.limits import read_json
 from .options import Launch
 from .output import tell
 
 _QUIET_S = 3.0  # a wait is reported after this: machines of a job rarely start at the same moment
 _NODE_INFO_S = 30.0  # from the rendezvous until each machine has described itself
+_SAME_MACHINE_S = 3.0  # until another launcher of this machine, which has the port, has opened the store
 _LEAVE_S = 5.0  # how long a machine that found a mistake stays for those that still read
 
 
 @dataclass(frozen=True)
 class RendezvousSetup:
-    """torch's configuration, completed for this machine, and variables for its ranks."""
+    """torch's configuration, completed for this machine, and variables for its ranks.
+
+    `address`: where this machine reaches the store; None: it is alone, or the rendezvous does not use torch's store.
+    `listener`: on the machine that opens the store, the socket at which it will listen.
+    """
 
     config: LaunchConfig
     variables: dict[str, str]
-    route: Route | None  # to the store; None: this machine is alone, or the rendezvous does not use torch's store
+    alone: bool = False
+    route: Route | None = None  # to the store
+    address: str | None = None
+    listener: socket.socket | None = None
+
+    def close(self) -> None:
+        """Close the listener, where the store has not taken it."""
+        if self.listener is not None:
+            self.listener.close()
 
 
 def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> RendezvousSetup:
     """Wait until this machine can reach the job's store, or can open it where this is the machine that holds it.
 
     After 3 s, `say` receives what the machine waits for, and again whenever the reason changes. The address and the
-    interface towards the store go into the configuration and the ranks' variables, unless the user has set them.
+    interface towards the store go into the configuration and the ranks' variables, unless the user has set them. A
+    store of one machine listens on the loopback; one of several, at this machine's address towards the others.
 
     Raises:
         RendezvousError: within the rendezvous' time-out. The name has no address; no route leads there; nothing or
@@ -68,36 +88,58 @@ def check_rendezvous(launch: Launch, say: Callable[[str], None] = tell) -> Rende
             that other machines cannot reach; another machine has number 0.
     """
     config = launch.config
-    if launch.alone or config.rdzv_backend not in ("static", "c10d"):
-        return RendezvousSetup(config, {}, None)
+    if launch.alone:
+        return RendezvousSetup(config, loopback_variables(), alone=True)
+    if config.rdzv_backend not in ("static", "c10d"):
+        return RendezvousSetup(config, {})
     start = time.monotonic()
     deadline = start + _timeout_s(config)
     host, port = split_endpoint(config.rdzv_endpoint)
     wait = _Wait(launch, start, say)
+    one_machine = config.max_nodes == 1 and (config.rdzv_backend == "static" or is_this_machine(host))
+    if one_machine:
+        host = LOOPBACK
     wait.route = route = _find_route(host, deadline, wait)
     if config.max_nodes > 1 and not route.loopback and (problem := unreachable_interface()):
         raise RendezvousError(f"{wait.who()}: {problem}")
-    conf = dict(config.rdzv_configs)
+    here = is_this_machine(host)
+    address = _store_address(host, route, config.local_addr)
     if config.rdzv_backend == "static":
         opens, chosen = launch.node_rank == 0, True
     else:
-        is_host = conf.get("is_host")
+        is_host = config.rdzv_configs.get("is_host")
         chosen = is_host is not None
-        opens = str(is_host).lower() in ("1", "true", "t", "yes", "y") if chosen else is_this_machine(host)
-    if opens:
-        opens = _can_open_store(launch, host, port, chosen)
-        if opens and not chosen and not guesses_own_host(host):
-            conf["is_host"] = "1"
-    if not opens:
-        if not chosen and guesses_own_host(host):
-            conf["is_host"] = "0"
+        opens = str(is_host).lower() in ("1", "true", "t", "yes", "y") if chosen else here
+    listener = _listen(launch, host, address, port, chosen) if opens else None
+    if listener is None:
+        address = address if here else host
         try:
-            wait_for_store((host, port), deadline, wait)
+            wait_for_store((address, port), deadline, wait)
         except TimeoutError as error:
             raise RendezvousError(wait.failure(str(error))) from None
-    local_addr = config.local_addr or route.address
-    completed = dataclasses.replace(config, rdzv_configs=conf, local_addr=local_addr)
-    return RendezvousSetup(completed, interface_variables(route) if config.max_nodes > 1 else {}, route)
+    local_addr = _own_address(config.local_addr, route) if config.local_addr and not one_machine else route.address
+    completed = dataclasses.replace(config, local_addr=local_addr)
+    variables = loopback_variables() if one_machine else interface_variables(route) if config.max_nodes > 1 else {}
+    return RendezvousSetup(completed, variables, False, route, address, listener)
+
+
+def _store_address(host: str, route: Route, local_addr: str | None) -> str:
+    """Return at which address of this machine others reach it by the name `host`.
+
+    Its own name often has the loopback's address here. Then the user's --local-addr says it, or the route.
+    """
+    if local_addr is None or route.loopback or own_address(host) is not None:
+        return route.address
+    return _own_address(local_addr, route)
+
+
+def _own_address(name: str, route: Route) -> str:
+    """Return the address of a name of this machine. Where the name has only the loopback's, return the route's."""
+    try:
+        found = route_to(name).address
+    except OSError:
+        return name  # torch announces it as it is
+    return route.address if is_loopback(found) else found
 
 
 def explain(error: Exception, launch: Launch, setup: RendezvousSetup, waited_s: float) -> RendezvousError:
@@ -176,30 +218,47 @@ def _find_route(host: str, deadline: float, wait: _Wait) -> Route:
         time.sleep(0.5)
 
 
-def _can_open_store(launch: Launch, host: str, port: int, chosen: bool) -> bool:
-    """Return True if this machine can open the store, False if another launcher of the job on it has opened it.
+def _listen(launch: Launch, host: str, address: str, port: int, chosen: bool) -> socket.socket | None:
+    """Return a socket for the store; None if another launcher of the job on this machine has opened the store.
 
     `chosen`: the user or a number says that this machine opens it; then no other launcher may have.
     """
-    endpoint = join_endpoint(host, port)
-    try:
-        answers = is_store((host, port), 1.0)
-    except OSError:
-        answers = False
+    endpoint, here = join_endpoint(host, port), is_this_machine(host)
+    answers = _is_store(address if here else host, port)
     if answers and not chosen:
-        return False
-    if answers and not is_this_machine(host):
+        return None
+    if answers and not here:
         raise RendezvousError(
             f"two machines have number 0: {endpoint} is another machine's address, and the job's store runs there "
             f"already; give this one ({socket.gethostname()}) its own --node-rank"
         )
-    if not can_listen(port):
-        what = "the store of another job" if answers else "another program"
-        raise RendezvousError(
-            f"port {port} is taken on this machine ({socket.gethostname()}){process_at_port(port)}: {what} listens "
-            f"there. Give another port on every machine, as in --rendezvous {join_endpoint(host, port + 1)}"
-        )
-    return True
+    try:
+        return listen_at(address, port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise RendezvousError(
+                f"this machine ({socket.gethostname()}) cannot open the job's store at "
+                f"{join_endpoint(address, port)}: {error.strerror}. Give another port on every machine, or this "
+                f"machine's own address with --local-addr"
+            ) from None
+    if not chosen:
+        deadline = time.monotonic() + _SAME_MACHINE_S  # another launcher may be about to open it
+        while time.monotonic() < deadline:
+            if _is_store(address, port):
+                return None
+            time.sleep(0.05)
+    what = "the store of another job" if answers or _is_store(address, port) else "another program"
+    raise RendezvousError(
+        f"port {port} is taken on this machine ({socket.gethostname()}){process_at_port(port)}: {what} listens "
+        f"there. Give another port on every machine, as in --rendezvous {join_endpoint(host, port + 1)}"
+    )
+
+
+def _is_store(host: str, port: int) -> bool:
+    try:
+        return is_store((host, port), 1.0)
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -250,33 +309,43 @@ def add_node_check(handler: RendezvousHandler, info: NodeInfo, timeout_s: float 
 def check_nodes(store: Store, node_rank: int, nnodes: int, info: NodeInfo, timeout_s: float) -> None:
     """Compare what all machines of a rendezvous were started with. Each machine calls it once in a round.
 
-    `store`: of this round alone.
+    `store`: of this round alone. Traffic: three requests a machine and a poll; the last machine to come compares.
 
     Raises:
         RendezvousError: machines differ, two have the same number, or one did not describe itself within the time-out;
             on every machine that did.
     """
     own = PrefixStore("ddparity/nodes", store)
-    position = own.add(f"{node_rank}/count", 1) - 1
-    own.set(f"{node_rank}/{position}", json.dumps(asdict(info)))
-    own.add("came", 1)
-    deadline = time.monotonic() + timeout_s
-    while (came := own.add("came", 0)) < nnodes and time.monotonic() < deadline:
-        time.sleep(0.02)  # a store cannot wait for a number to change
-    counts = {rank: own.add(f"{rank}/count", 0) for rank in range(nnodes)}
-    infos = {
-        rank: [NodeInfo(**json.loads(own.get(f"{rank}/{position}"))) for position in range(count)]
-        for rank, count in counts.items()
-    }
-    problem = _wrong_number(infos) or compare_nodes([found[0] for _, found in sorted(infos.items())])
-    own.add("read", 1)
+    append(own, "all", json.dumps([node_rank, asdict(info)]) + "\n")
+    deadline, pause = time.monotonic() + timeout_s, 0.01
+    is_last = own.add("came", 1) >= nnodes
+    while not is_last and not own.check(["verdict"]) and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.2)
+    if not own.check(["verdict"]):
+        own.compare_set("verdict", "", json.dumps(_compare(own.get("all"), nnodes)))
+    problem = read_json(own.get("verdict"))
     if problem is None:
         return
+    came = own.add("came", 0)
+    own.add("read", 1)
     # The store ends with the machine that opened it, and another machine may still read.
     deadline = time.monotonic() + _LEAVE_S
     while own.add("read", 0) < came and time.monotonic() < deadline:
-        time.sleep(0.02)
-    raise RendezvousError(problem)
+        time.sleep(0.05)
+    raise RendezvousError(str(problem))
+
+
+def _compare(text: bytes, nnodes: int) -> str | None:
+    """Return what is wrong with the descriptions that the machines wrote, a line each; None if nothing is."""
+    infos: dict[int, list[NodeInfo]] = {rank: [] for rank in range(nnodes)}
+    try:
+        for line in text.splitlines():
+            rank, fields = read_json(line)
+            infos.setdefault(int(rank), []).append(NodeInfo(**fields))
+    except (ValueError, TypeError) as error:
+        return f"a machine described itself in a way that cannot be read ({error}): does another program use the port?"
+    return _wrong_number(infos) or compare_nodes([found[0] for _, found in sorted(infos.items())])
 
 
 def compare_nodes(infos: Sequence[NodeInfo]) -> str | None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,17 @@ from typing import Any
 import cloudpickle
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.launcher.api import LaunchConfig
 
 from ..errors import RankFailure, RendezvousError
-from ..runtime.network import split_endpoint
 from . import worker
 from .agent import Agent, AgentOptions, NodeLost
 from .diagnosis.exits import read_exit_report, root_cause, signal_name
 from .diagnosis.instruments import FLIGHT_ENTRIES, FLIGHT_VARIABLE
+from .handlers import rendezvous_handler
 from .options import GRACE_S, Launch
-from .output import Inherited, RankFiles, say, tell
+from .output import Inherited, RankFiles, printable, say, tell
 from .rendezvous import NodeInfo, RendezvousSetup, add_node_check, check_rendezvous, explain, node_info
 from .resources import decide_threads
 from .signals import Signals
@@ -64,7 +62,8 @@ def run_launch(launch: Launch) -> int:
     try:
         setup = check_rendezvous(launch)
         try:
-            return _run(launch, setup)
+            with closing(setup):
+                return _run(launch, setup)
         except (RendezvousError, SignalException):
             raise
         except Exception as error:
@@ -86,10 +85,10 @@ def _run(launch: Launch, setup: RendezvousSetup) -> int:
     kind = () if launch.python else ("--exec",)
     arguments = (worker.__file__, str(os.getpid()), *kind, *launch.command)
     rendezvous = None if launch.alone else setup.config.rdzv_endpoint
-    options = AgentOptions(launch.grace_s, launch.hang_timeout_s, launch.on_hang, rendezvous)
+    options = AgentOptions(launch.grace_s, launch.hang_timeout_s, launch.on_hang, rendezvous, launch.children)
     files = partial(RankFiles, show=launch.show, logs=launch.logs)
     info = None if launch.alone else node_info(launch)
-    with _agent(setup.config, sys.executable, arguments, options, files, variables=setup.variables, info=info) as agent:
+    with _agent(setup, sys.executable, arguments, options, files, info=info, announces=True) as agent:
         result = agent.run()
         if not agent.exit_reports:
             if result is not None and result.is_failed():
@@ -137,13 +136,13 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2, hang_timeou
     """
     if hang_timeout is not None and not 0 < hang_timeout < math.inf:
         raise ValueError(f"launch(hang_timeout={hang_timeout!r}): give seconds, more than 0")
-    config, signals = _one_machine(nproc).config, Signals()
+    setup, signals = check_rendezvous(_one_machine(nproc)), Signals()
     options = AgentOptions(hang_timeout_s=hang_timeout)
     with _raise_afterwards(signals), _temporary_folder() as folder:
         call = folder / "call.pickle"
         call.write_bytes(pickle.dumps(sys.path) + _dumps((function, args)))
         command = (worker.__file__, str(os.getpid()), "--call", str(call))
-        with _agent(config, sys.executable, command, options, Inherited, signals=signals) as agent:
+        with _agent(setup, sys.executable, command, options, Inherited, signals=signals) as agent:
             agent.run()
             if agent.exit_reports:
                 raise _failure(agent, function)
@@ -158,8 +157,8 @@ def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> l
     """
     # torch._dynamo: an optimizer imports it in its first step, which takes a second or two.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["ddparity", "torch._dynamo"])
-    config, signals = _one_machine(nproc).config, Signals()
-    ranks = _agent(config, function, args, AgentOptions(), Inherited, "forkserver", signals=signals)
+    setup, signals = check_rendezvous(_one_machine(nproc)), Signals()
+    ranks = _agent(setup, function, args, AgentOptions(), Inherited, "forkserver", signals=signals)
     with _raise_afterwards(signals), ranks as agent:
         result = agent.run()
         if result.is_failed():
@@ -200,9 +199,9 @@ def _failure(agent: Agent, function: Callable[..., Any]) -> RankFailure:
         blamed = min(agent.hang.blamed, default=-1)
         return RankFailure(f"{_name(function)} hangs:\n{agent.failure_report()}", blamed)
     found = root_cause(agent.exit_reports)
-    problem = RankFailure(f"rank {found.rank} failed in {_name(function)}: {found.ending()}", found.rank)
+    problem = RankFailure(printable(f"rank {found.rank} failed in {_name(function)}: {found.ending()}"), found.rank)
     if found.traceback:
-        problem.add_note(f"On rank {found.rank}:\n{found.traceback}")
+        problem.add_note(printable(f"On rank {found.rank}:\n{found.traceback}"))
     with suppress(Exception):  # this process may not be able to import the class, or its pickle may be broken
         problem.__cause__ = pickle.loads((agent.folders()[found.rank] / "error.pickle").read_bytes())
     return problem
@@ -244,39 +243,41 @@ def _one_machine(nproc: int, command: tuple[str, ...] = ()) -> Launch:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(os.devnull),  # the default would create a folder, and leave it
     )
     return Launch(config, command, True, None, frozenset({0}), None, "end", GRACE_S, None, False, None)
 
 
 @contextmanager
 def _agent(
-    config: LaunchConfig,
+    setup: RendezvousSetup,
     entrypoint: Callable[..., Any] | str,
     args: Sequence[Any],
     options: AgentOptions,
     files: Callable[[Path], RankFiles],
     start_method: str = "spawn",
-    variables: dict[str, str] | None = None,
     info: NodeInfo | None = None,
     signals: Signals | None = None,
+    announces: bool = False,
 ) -> Iterator[Agent]:
     """Yield torch's agent for this configuration. At the end, variables, log levels and signal handlers are restored.
 
-    `variables`: for the ranks; None for a function. `info`: what the machines compare after each rendezvous.
+    `info`: what the machines compare after each rendezvous. `announces`: whether to print the decision on threads.
     """
+    config = setup.config
     before, signals = dict(os.environ), signals or Signals()
     ending = getattr(config, "signals_to_handle", _ENDING_SIGNALS)  # earlier versions of torch do not have this option
     levels = _silence("torch.distributed.elastic")  # torch logs about 30 lines that say less than our report
     threads, line = decide_threads(config.nproc_per_node)
     os.environ.update(threads)
-    if line is not None and variables is not None:
+    if line is not None and announces:
         say(line)
-    os.environ.update(variables or {})
+    os.environ.update(setup.variables)
     os.environ.setdefault(FLIGHT_VARIABLE, FLIGHT_ENTRIES)
     os.environ[_SIGNALS_VARIABLE] = ""  # the handlers of torch's agent may raise while a rank is started
     try:
         with _temporary_folder() as folder, signals.handled(ending):
-            spec = _spec(config, entrypoint, args)
+            spec = _spec(setup, entrypoint, args)
             if info is not None:
                 add_node_check(spec.rdzv_handler, info)
             rank_files = files(folder)
@@ -302,29 +303,19 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _spec(config: LaunchConfig, entrypoint: Callable[..., Any] | str, args: Sequence[Any]) -> WorkerSpec:
-    """Return what torch's `launch_agent` would make of the configuration."""
-    rendezvous = RendezvousParameters(
-        config.rdzv_backend,
-        config.rdzv_endpoint,
-        config.run_id or uuid.uuid4().hex,
-        config.min_nodes,
-        config.max_nodes,
-        config.local_addr,
-        **config.rdzv_configs,
-    )
+def _spec(setup: RendezvousSetup, entrypoint: Callable[..., Any] | str, args: Sequence[Any]) -> WorkerSpec:
+    """Return what torch's `launch_agent` would make of the configuration, with our handler of the rendezvous."""
+    config = setup.config
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
         entrypoint=entrypoint,
         args=tuple(args),
-        rdzv_handler=get_rendezvous_handler(rendezvous),
+        rdzv_handler=rendezvous_handler(setup),
         max_restarts=config.max_restarts,
         monitor_interval=min(config.monitor_interval, _LONGEST_INTERVAL_S),
         local_addr=config.local_addr,
     )
-    if config.rdzv_backend == "static":
-        spec.master_addr, spec.master_port = split_endpoint(config.rdzv_endpoint)
     for name in ("numa_options", "virtual_local_rank"):  # only later versions of torch have them
         if hasattr(config, name):
             setattr(spec, name, getattr(config, name))

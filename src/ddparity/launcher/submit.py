@@ -30,6 +30,7 @@ class Submission:
     script: str
     image: str | None  # of the container, in Kubernetes
     options: tuple[str, ...]  # of sbatch
+    gpus: int | None  # of each machine, in Kubernetes; None: the job asks for none
     dry_run: bool
 
 
@@ -44,8 +45,15 @@ def find_submission(arguments: Sequence[str]) -> Submission | None:
         return None
     if given.slurm and given.kubernetes is not None:
         raise ValueError("--slurm and --kubernetes: give one of the two")
-    if unknown and (given.kubernetes is not None or not unknown[0].startswith("--")):
-        refuse_unknown(unknown[0])
+    gpus = _gpus(given.nproc_per_node, unknown) if given.kubernetes is not None else None
+    if given.kubernetes is not None:
+        refused = [option for option in unknown if not option.startswith(_GPUS)]
+    else:
+        refused = [option for option in unknown if re.match(r"--[a-z][a-z0-9_-]*(=|$)", option) is None]
+    if refused:
+        refuse_unknown(refused[0])
+    if given.slurm and (broken := next((one for one in unknown if not one.isprintable()), None)):
+        raise ValueError(f"{broken!r}: an option of sbatch is one line of printable characters")
     inside = [name for name in ("rendezvous", "rdzv_endpoint", "master_addr", "node_rank") if vars(given)[name]]
     if inside:
         raise ValueError(f"--{inside[0].replace('_', '-')}: leave it out; the job itself knows where its machines meet")
@@ -64,9 +72,21 @@ def find_submission(arguments: Sequence[str]) -> Submission | None:
         nproc=given.nproc_per_node,
         script=given.training_script,
         image=given.kubernetes,
-        options=tuple(unknown),
+        options=tuple(unknown) if given.slurm else (),
+        gpus=gpus,
         dry_run=given.dry_run,
     )
+
+
+_GPUS = "--gpus-per-node="  # as sbatch's
+
+
+def _gpus(nproc: str | None, unknown: Sequence[str]) -> int | None:
+    """Return how many GPUs a machine needs: what the user says, or one for each process of a number of processes."""
+    said = next((option.removeprefix(_GPUS) for option in unknown if option.startswith(_GPUS)), nproc)
+    if said is not None and said is not nproc and not (said.isascii() and said.isdigit()):
+        raise ValueError(f"{_GPUS}{said}: give a number of GPUs, 0 for a training on the CPU")
+    return int(said) if said is not None and said.isascii() and said.isdigit() else None
 
 
 def _without(arguments: list[str], name: str, value: str | None) -> list[str]:
@@ -116,7 +136,7 @@ def sbatch_script(job: Submission) -> str:
     if clash := next((name for name in _DECIDED if name in given), None):
         raise ValueError(f"{clash}: the job has one task per machine; give the number of machines with --nnodes")
     options = {
-        "--job-name": Path(job.script).stem,
+        "--job-name": re.sub(r"[^\w.+-]+", "-", Path(job.script).stem),
         "--nodes": str(job.nnodes),
         "--ntasks-per-node": "1",
         "--signal": "B:USR1@60",
@@ -133,10 +153,37 @@ def sbatch_script(job: Submission) -> str:
     signal = found[1]
     options["--signal"] = f"B:{signal}{found[2] or '@60'}"
     cpus = ["--cpus-per-task", given["--cpus-per-task"]] if "--cpus-per-task" in given else []
-    command = shlex.join(["ddparity", "run", *job.arguments])
-    step = shlex.join(["srun", "--kill-on-bad-exit=1", "--cpu-bind=none", *cpus])
-    directives = "\n".join(f"#SBATCH {name}{'=' if value else ''}{value}" for name, value in options.items())
+    command = " ".join(map(_in_bash, ["ddparity", "run", *job.arguments]))
+    step = " ".join(map(_in_bash, ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none", *cpus]))
+    directives = "\n".join(
+        f"#SBATCH {name}{'=' if value else ''}{_in_sbatch(value)}" for name, value in options.items()
+    )
     return _SCRIPT.format(directives=directives, signal=signal, step=step, command=command)
+
+
+def _in_sbatch(value: str) -> str:
+    """Quote a value for a line of #SBATCH: a space would end it, and # would begin a comment.
+
+    In such a line a backslash escapes the next character, also between quotes.
+    """
+    if re.fullmatch(r"[\w@%+=:,./-]*", value, re.ASCII):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _in_bash(word: str) -> str:
+    """Quote a word for bash, on one line."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    written = "".join(one if one.isprintable() else _escaped(one) for one in plain)
+    return f"$'{written}'"
+
+
+def _escaped(character: str) -> str:
+    raw = character.encode(errors="surrogateescape")
+    return "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 # Slurm sends the signal to this shell alone (B:), which sends it through srun to its tasks, the launchers. A process
@@ -146,18 +193,18 @@ _SCRIPT = """\
 {directives}
 
 preempted=
-trap 'preempted=yes; kill -{signal} "$step"' {signal}
+trap 'preempted=yes; kill -{signal} "$!"' {signal}
 
 {step} \\
     {command} &
 step=$!
 
-# A signal ends `wait` before the step has ended.
-code=0
+# A signal ends `wait` before the step has ended. bash remembers the code of a step that has.
 while kill -0 "$step" 2>/dev/null; do
     wait "$step"
-    code=$?
 done
+wait "$step"
+code=$?
 
 # The ranks have saved their checkpoint and stopped: queue the job again, to continue later.
 if [ -n "$preempted" ]; then
@@ -182,10 +229,11 @@ def manifest(job: Submission) -> str:
     if not job.image:
         raise ValueError("--kubernetes IMAGE: give the container image that has ddparity and the script")
     # A string in JSON is the same string in YAML.
+    gpus = f'\n    resourcesPerNode:\n      limits:\n        nvidia.com/gpu: "{job.gpus}"' if job.gpus else ""
     nproc = f"\n    numProcPerNode: {int(job.nproc)}" if job.nproc is not None and job.nproc.isdigit() else ""
     command = "\n".join(f"      - {json.dumps(word)}" for word in ("ddparity", "run", *job.arguments))
     return _MANIFEST.format(
-        name=_name(job.script), image=json.dumps(job.image), nnodes=job.nnodes, nproc=nproc, command=command
+        name=_name(job.script), image=json.dumps(job.image), nnodes=job.nnodes, nproc=nproc, gpus=gpus, command=command
     )
 
 
@@ -199,8 +247,7 @@ spec:
     name: torch-distributed
   trainer:
     image: {image}
-    numNodes: {nnodes}{nproc}
-    # For GPUs, set resourcesPerNode, limits, nvidia.com/gpu to the number of processes.
+    numNodes: {nnodes}{nproc}{gpus}
     command:
 {command}
 """

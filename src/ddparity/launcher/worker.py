@@ -14,7 +14,9 @@ record; `error.pickle`, the exception; and `result.pickle`, what a function retu
 
 from __future__ import annotations
 
+import builtins
 import ctypes
+import importlib.machinery
 import importlib.util
 import io
 import json
@@ -25,12 +27,16 @@ import signal
 import sys
 import time
 import traceback
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
+_LONGEST_MESSAGE = 4_000  # characters
+_LONGEST_TRACEBACK = 20_000
+_HEAD_OF_TRACEBACK = "Traceback (most recent call last):\n"
 
 
 def main() -> None:
@@ -61,7 +67,7 @@ def main() -> None:
     except SystemExit as ending:
         _note_end(folder)
         if folder is not None and ending.code is not None and not isinstance(ending.code, int):
-            _write_error(folder, ending, str(ending.code), "")  # sys.exit("a message")
+            _write_error(folder, ending, _printed(ending.code), "")  # sys.exit("a message")
         raise
     except KeyboardInterrupt:
         # The agent forwards Ctrl-C to the ranks; the launcher reports it once, for all of them.
@@ -89,12 +95,33 @@ def _run(arguments: list[str], folder: Path | None) -> None:
             (folder / "result.pickle").write_bytes(written)
     elif arguments[0] == "-m":
         sys.argv = arguments[1:]
-        sys.path[0] = os.getcwd()
+        _set_first_path(os.getcwd())
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments
-        sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
-        runpy.run_path(arguments[0], run_name="__main__")
+        _set_first_path(os.path.dirname(os.path.realpath(arguments[0])))
+        _run_script(arguments[0])
+
+
+def _set_first_path(folder: str) -> None:
+    """Let imports search this folder first, and no longer that of this file."""
+    if not sys.flags.safe_path:  # python -P and PYTHONSAFEPATH: neither is searched
+        sys.path[0] = folder
+
+
+def _run_script(path: str) -> None:
+    """Run a script as `python SCRIPT` does: in a module `__main__` that stays, with an absolute `__file__`."""
+    if path.endswith(".pyc") or zipfile.is_zipfile(path):
+        runpy.run_path(path, run_name="__main__")
+        return
+    file = os.path.abspath(path)
+    module = ModuleType("__main__")
+    loader = importlib.machinery.SourceFileLoader("__main__", file)
+    vars(module).update(__file__=file, __cached__=None, __loader__=loader, __builtins__=builtins)
+    sys.modules["__main__"] = module
+    with io.open_code(file) as source:
+        code = compile(source.read(), file, "exec", dont_inherit=True)
+    exec(code, vars(module))
 
 
 def _fail(error: BaseException, folder: Path | None) -> None:
@@ -103,19 +130,29 @@ def _fail(error: BaseException, folder: Path | None) -> None:
         # torch's handler raises when a data-loader worker has ended. That may be the failure that is being written.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     trace = _users_part(error.__traceback__)
+    error = error.with_traceback(trace)  # a hook may print the exception's own
     written = folder is not None and _write_error(folder, error, _message(error), _text(error, trace))
     if folder is not None:
         _instruments().write_record(folder)
     # At the end, the agent prints the traceback of the rank that failed first. Rank 0 writes to the same terminal: the
-    # traceback would appear twice.
-    if not written or os.environ.get("RANK") != "0":
-        sys.excepthook(type(error), error, trace)
+    # traceback would appear twice. A hook of the user's may do more than print.
+    hook = sys.excepthook
+    ours_prints = written and os.environ.get("RANK") == "0"
+    if not ours_prints or not (hook is sys.__excepthook__ or _of_torch(hook)):
+        try:
+            hook(type(error), error, trace)
+        except Exception:  # as Python does: the script's exception is the failure
+            traceback.print_exc()
     sys.exit(_exit_code(error))
 
 
 def _exit_code(error: BaseException) -> int:
     code = getattr(error, "exit_code", 1)
     return code if isinstance(code, int) and 0 < code < 256 else 1
+
+
+def _of_torch(function: object) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("torch.")
 
 
 def _write_error(folder: Path, error: BaseException, message: str, trace: str) -> bool:
@@ -125,7 +162,7 @@ def _write_error(folder: Path, error: BaseException, message: str, trace: str) -
     """
     extra: dict[str, Any] = {"py_callstack": trace, "timestamp": str(int(time.time())), "type": type(error).__name__}
     extra["exit_code"] = _exit_code(error)
-    extra["before"] = [_message(one) for one in _earlier(error)]
+    extra["before"] = [_message(one) for one in _earlier(error)[:10]]
     if type(error).__name__ == "RankFailure":
         extra["rank"] = getattr(error, "rank", -1)  # the rank that failed first, according to the error
     if type(error).__name__ == "WrongArithmetic":
@@ -144,7 +181,23 @@ def _write_error(folder: Path, error: BaseException, message: str, trace: str) -
 
 
 def _message(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return _shortened(f"{type(error).__name__}: {_printed(error)}", _LONGEST_MESSAGE)
+
+
+def _printed(value: object) -> str:
+    """Return `str(value)`, also where that raises an exception."""
+    try:
+        return str(value)
+    except Exception as error:
+        return f"<its __str__ raised {type(error).__name__}>"
+
+
+def _shortened(text: str, limit: int) -> str:
+    """Return a text without its middle if it has more characters than `limit`. The agent does the same."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters are left out … {text[-half:]}"
 
 
 def _earlier(error: BaseException) -> list[BaseException]:
@@ -152,18 +205,25 @@ def _earlier(error: BaseException) -> list[BaseException]:
     found = [error]
     while (last := found[-1]).__cause__ or not last.__suppress_context__:
         earlier = last.__cause__ or last.__context__
-        if earlier is None or earlier in found:
+        if earlier is None or any(earlier is one for one in found):  # not `in`: the user's classes may define ==
             break
         found.append(earlier)
     return found[1:]
 
 
 def _text(error: BaseException, trace: TracebackType | None) -> str:
-    return "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+    try:
+        text = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+    except Exception:  # such as MemoryError, or notes that are no strings
+        text = "".join([_HEAD_OF_TRACEBACK, *traceback.format_tb(trace), _message(error)])
+    return _shortened(text, _LONGEST_TRACEBACK)
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
-    """Return the traceback from the user's first frame on: without this file, runpy and ddparity's own command."""
+    """Return the traceback from the user's first frame on: without this file, runpy and ddparity's own command.
+
+    None for a script that is no Python.
+    """
     ours, rest = Path(__file__).parents[1], trace
     starters = (__file__, runpy.__file__, "<frozen runpy>", str(ours / "__main__.py"), str(ours / "cli.py"))
     while rest is not None:
@@ -171,7 +231,7 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
         if file not in starters and "/typer/" not in file and "/click/" not in file:
             break
         rest = rest.tb_next
-    return rest if rest is not None else trace
+    return rest
 
 
 def _end_with(agent: int) -> None:

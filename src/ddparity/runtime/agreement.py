@@ -30,6 +30,7 @@ from .waits import end_wait, note_wait
 _POLL_S = (0.0005, 0.05)  # shortest and longest pause between two polls of the store
 _PATIENCE = 0.05  # a pause is this part of the time waited so far: polling adds at most this part to a wait
 _LIVENESS_S = 0.5  # between two searches of the process table
+_MANY = 256  # with more ranks than this, each asks the store less often, so that together they ask no more
 _CAUSE_S = 2.0  # how long to wait for the cause of a broken connection
 
 
@@ -45,18 +46,10 @@ def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agree
         group: the process group; None is the default group.
         kind: the name of the series in which entries are counted.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    agreement = begun(what, group, kind)
+    if agreement is None:
         yield None
         return
-    rank, store = dist.get_rank(), store_root()
-    ranks: Sequence[int] = range(dist.get_world_size())
-    series = kind
-    if group is not None:
-        ranks, series = dist.get_process_group_ranks(group), f"{kind}/{group_name(group)}"
-    with store_access(what):
-        call = store.add(f"{series}/{rank}", 1)
-    calls = Calls(series, call, group)
-    agreement = Agreement(store, f"{series}/call{call}", rank, ranks, what, calls)
     try:
         yield agreement
     except BaseException as error:
@@ -64,6 +57,23 @@ def agreed(what: str, group: dist.ProcessGroup | None = None, kind: str = "agree
         raise
     agreement.arrive()
     agreement.wait()
+
+
+def begun(what: str, group: dist.ProcessGroup | None = None, kind: str = "agreed") -> Agreement | None:
+    """Return the next agreement of a series, as `agreed` enters it, without a wait; None in a world of one.
+
+    A thread can then arrive at it and wait for it, also after the rank has left the world.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return None
+    rank, store = dist.get_rank(), store_root()
+    ranks: Sequence[int] = range(dist.get_world_size())
+    series = kind
+    if group is not None:
+        ranks, series = dist.get_process_group_ranks(group), f"{kind}/{group_name(group)}"
+    with store_access(what):
+        call = store.add(f"{series}/{rank}", 1)
+    return Agreement(store, f"{series}/call{call}", rank, ranks, what, Calls(series, call, group))
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,9 @@ class Agreement:
         self._rank = rank
         self._ranks = ranks
         self._what = what
+        self.waiting = len(ranks)  # how many ranks may wait for it at the same time
         self.while_waiting: Callable[[], None] | None = None  # called between two polls
+        self.may_leave = False  # whether a rank may arrive after it has left the world, from a thread
         with store_access(what):
             _register(store, rank)
 
@@ -203,20 +215,22 @@ class Agreement:
         start = searched = time.monotonic()
         began_s, noted = time.time(), None
         limit_s = group_timeout_s(self._calls.group) if timeout_s is None and self._calls is not None else timeout_s
+        times = max(1.0, self.waiting / _MANY)
         with store_access(self._what):
             try:
                 while not ready():
                     if self.while_waiting is not None:
                         self.while_waiting()
                     now = time.monotonic()
-                    if now - searched > _LIVENESS_S:
+                    if now - searched > _LIVENESS_S * times:
                         searched = now
                         noted = noted or note_wait(self._what, self._key, self._ranks, began_s, limit_s)
                         self._report_dead_ranks()
                     if limit_s is not None and now - start > limit_s:
                         self._refuse_absent(limit_s)
                         limit_s = None  # all have come: a body may take as long as it needs
-                    time.sleep(min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1]))
+                    pause_s = min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1])
+                    time.sleep(pause_s * times)
             finally:
                 end_wait(noted)
 
@@ -244,7 +258,7 @@ class Agreement:
     def _report_dead_ranks(self) -> None:
         others = set(self._ranks) - {self._rank}
         # A rank that has arrived leaves only after all have: "done" was set before it left, so "done" is read last.
-        for rank in _left_ranks(self._root):
+        for rank in [] if self.may_leave else _left_ranks(self._root):
             if rank in others and not self._store.check(["done"]):
                 self._report(rank, "it left the world before it reached this point", "")
         for rank, pid in _local_processes(self._root):

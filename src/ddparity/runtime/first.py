@@ -52,13 +52,14 @@ def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
     what = f'first("{scope}")'
     rank, store = dist.get_rank(), store_root()
     with store_access(what):
-        nodes = [0 if scope == "world" else member.node_rank for member in members(store)]
+        nodes = [member.node_rank for member in members(store)] if scope == "node" else [0] * dist.get_world_size()
         call = store.add(f"{prefix}/calls/{rank}", 1)
     firsts = tuple(sorted({nodes[other]: other for other in reversed(active)}.values()))  # the lowest rank of each node
     others = tuple(other for other in active if other not in firsts)
     key = f"{prefix}/{call}"
     calls = Calls(f"{prefix}/calls", call)
     before = Agreement(store, f"{key}/before", rank, firsts, what, calls)
+    before.waiting = len(active)  # also those that do not run first
     after = Agreement(store, f"{key}/after", rank, active, what, calls)
 
     leads = rank in firsts

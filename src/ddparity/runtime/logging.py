@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import hashlib
 import importlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from rich.logging import RichHandler
@@ -19,6 +21,7 @@ from rich.progress import Progress as Bars
 from ..compat import Store
 from .agreement import store_root
 from .environment import find_placement
+from .log_libraries import follow_in_libraries, replace_method, restore_method, writes_to_terminal
 
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
 _PLAIN = logging.Formatter()  # what a handler without a formatter uses
@@ -26,21 +29,27 @@ _CONNECT_S = 5.0
 _TERMINAL_HANDLERS = (logging.StreamHandler, RichHandler)
 
 
-def setup_logging(level: int | str = logging.INFO, others: int | str = logging.WARNING) -> None:
+def setup_logging(
+    level: int | str = logging.INFO, others: int | str = logging.WARNING, prints: Literal["all", "first"] = "all"
+) -> None:
     """Let rank 0 log from `level` up, and the other ranks from `others` up, each line with the rank as a prefix.
 
-    Call it once on every rank, before `world()` or inside of it. Existing handlers, on the root logger or on a
-    library's, stay and follow these levels from now on; log files (`FileHandler`) do not change. A root logger without
-    a handler gets one that writes to standard error. Python's `warnings` go through logging, and a warning that several
-    ranks raise appears once. Before `world()` the ranks cannot ask each other, and only rank 0 shows its warnings. The
-    progress bars of tqdm and rich are disabled on the other ranks.
+    Call it once on every rank, before `world()` or inside of it. Handlers, on the root logger or on a library's, stay
+    and follow these levels from now on, also those that are added later (`basicConfig(force=True)`, a library's own);
+    log files (`FileHandler`) do not change. A root logger without a handler gets one that writes to standard error.
+    loguru and structlog, where they are installed, follow the levels on the terminal. `prints="first"`: `print` shows
+    nothing on the other ranks, unless it prints to a file. Python's `warnings` go through logging, and a warning that
+    several ranks raise appears once. Before `world()` the ranks cannot ask each other, and only rank 0 shows its
+    warnings. The progress bars of tqdm and rich are disabled on the other ranks.
 
     Collectives: none; one store request for each distinct warning and rank; one connection for each data-loader worker
     that warns.
 
     Raises:
-        ValueError: a level's name is unknown.
+        ValueError: a level's name is unknown, or `prints` is not one of the two.
     """
+    if prints not in ("all", "first"):
+        raise ValueError(f'prints={prints!r}: give "all", or "first" for the prints of rank 0 alone')
     rank = _rank()
     level, others = _level(level), _level(others)
     threshold = level if rank == 0 else others
@@ -49,14 +58,17 @@ def setup_logging(level: int | str = logging.INFO, others: int | str = logging.W
         root.addHandler(_StandardError())
         root.handlers[0].setFormatter(logging.Formatter(_FORMAT))
     root.setLevel(min(level, others))  # log files take the same records on every rank
+    rank_filter = _RankFilter(rank, threshold)
     for handler in _terminal_handlers():
-        handler.filters = [old for old in handler.filters if not isinstance(old, _RankFilter)]
-        handler.addFilter(_RankFilter(rank, threshold))
-        formatter = handler.formatter.plain if isinstance(handler.formatter, _Prefixed) else handler.formatter
-        handler.setFormatter(_Prefixed(rank, formatter) if rank else formatter)
+        _follow(handler, rank, rank_filter)
+    _follow_later_handlers(rank, rank_filter)
+    follow_in_libraries(rank, threshold)
     logging.captureWarnings(True)
     if rank:
         _disable_progress_bars()
+    restore_method(builtins, "print")
+    if rank and prints == "first":
+        replace_method(builtins, "print", _quiet)
 
 
 class _StandardError(logging.StreamHandler[Any]):
@@ -124,12 +136,54 @@ class _Prefixed(logging.Formatter):
 
 
 def _terminal_handlers() -> list[logging.Handler]:
-    """Return the root logger's handlers and other loggers' handlers that write to a terminal, without log files."""
-    handlers = list(logging.getLogger().handlers)
-    for logger in list(logging.root.manager.loggerDict.values()):
-        if isinstance(logger, logging.Logger):
-            handlers += [handler for handler in logger.handlers if isinstance(handler, _TERMINAL_HANDLERS)]
-    return [handler for handler in handlers if not isinstance(handler, logging.FileHandler)]
+    """Return the handlers of all loggers that write to a terminal."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    return [one for logger in loggers if isinstance(logger, logging.Logger) for one in _terminal_handlers_of(logger)]
+
+
+def _terminal_handlers_of(logger: logging.Logger) -> list[logging.Handler]:
+    """Return the handlers of a logger, of the root logger all but log files, that write to a terminal."""
+    kinds = (logging.Handler,) if logger is logging.root else _TERMINAL_HANDLERS
+    return [one for one in logger.handlers if isinstance(one, kinds) and not isinstance(one, logging.FileHandler)]
+
+
+def _follow(handler: logging.Handler, rank: int, rank_filter: _RankFilter) -> None:
+    """Give a handler the filter, and on ranks other than 0 the prefix."""
+    if rank_filter not in handler.filters:
+        handler.filters = [old for old in handler.filters if not isinstance(old, _RankFilter)]
+        handler.addFilter(rank_filter)
+    plain = handler.formatter.plain if isinstance(handler.formatter, _Prefixed) else handler.formatter
+    if rank and plain is handler.formatter:
+        handler.setFormatter(_Prefixed(rank, plain))
+    elif not rank and plain is not handler.formatter:
+        handler.setFormatter(plain)
+
+
+def _follow_later_handlers(rank: int, rank_filter: _RankFilter) -> None:
+    """Look at the handlers of a record before they get it: some may be new, or have a new formatter."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call_handlers(self: logging.Logger, record: logging.LogRecord) -> None:
+            logger: logging.Logger | None = self
+            while logger is not None:
+                for handler in _terminal_handlers_of(logger):
+                    _follow(handler, rank, rank_filter)
+                logger = logger.parent if logger.propagate else None
+            original(self, record)
+
+        return call_handlers
+
+    replace_method(logging.Logger, "callHandlers", make)
+
+
+def _quiet(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `print` that shows nothing on the terminal."""
+
+    def quiet(*values: Any, file: Any = None, **options: Any) -> None:
+        if not writes_to_terminal(sys.stdout if file is None else file):
+            original(*values, file=file, **options)
+
+    return quiet
 
 
 def _disable_progress_bars() -> None:

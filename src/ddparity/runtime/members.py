@@ -5,11 +5,13 @@ Each rank writes its entry into the store. Rank 0 reads them all, completes them
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -17,7 +19,7 @@ from ..compat import Store
 from ..errors import RankFailure
 from .environment import Placement, find_placement
 
-_POLL_S = (0.001, 0.1)  # shortest and longest pause between two requests of a poll
+_POLL_S = (0.001, 0.1)  # shortest and longest pause between two requests of a poll, for up to 256 ranks
 _GRACE_S = 1.0  # after the deadline, until the other ranks have read from rank 0 which ranks are missing
 _HOLD_S = 5.0  # how long rank 0 keeps the store for ranks that have not read an error
 
@@ -53,12 +55,26 @@ def collect_members(store: Store, rank: int, world_size: int, member: Member, de
     store.set(f"roster/{rank}", json.dumps(asdict(member)))
     if rank == 0:
         _write_list(store, world_size, deadline)
-    return _read_list(store, rank, deadline + _GRACE_S)
+    return _read_list(store, rank, deadline + _GRACE_S, world_size)
 
 
 def publish_members(store: Store, members: list[Member]) -> None:
-    """Write a complete list to where `members` reads it: one request. Every rank writes the same value."""
-    store.set("roster", json.dumps({"cards": [asdict(member) for member in members]}))
+    """Write a complete list to where `members` reads it: one request, of one rank for all."""
+    store.set("roster", json.dumps({"cards": _rows(members)}))
+
+
+def _rows(members: list[Member]) -> dict[str, list[Any]]:
+    """Return a complete list in short, without the GPUs: every rank reads it. `_members` is the inverse."""
+    hosts = list(dict.fromkeys(member.host for member in members))
+    place = {host: number for number, host in enumerate(hosts)}
+    rows = [[place[one.host], one.local_rank, one.local_world_size, one.node_rank] for one in members]
+    return {"hosts": hosts, "rows": rows}
+
+
+@functools.lru_cache(maxsize=2)  # 1,024 members take milliseconds, and `first` asks for them each time
+def _members(text: bytes) -> tuple[Member, ...]:
+    found = json.loads(text)["cards"]
+    return tuple(Member(found["hosts"][place], *numbers) for place, *numbers in found["rows"])
 
 
 def members(store: Store, timeout_s: float = 60.0) -> list[Member]:
@@ -87,7 +103,7 @@ def _write_list(store: Store, world_size: int, deadline: float) -> None:
     else:
         found = [Member(**json.loads(value)) for value in store.multi_get(keys)]
         try:
-            answer = {"cards": [asdict(member) for member in complete(found)]}
+            answer = {"cards": _rows(complete(found))}
         except ValueError as error:
             failed = next((rank for rank, member in enumerate(found) if member.error), -1)
             answer = {"error": str(error), "rank": failed}
@@ -98,27 +114,31 @@ def _write_list(store: Store, world_size: int, deadline: float) -> None:
         _wait_for_keys(store, others, time.monotonic() + (_GRACE_S if missing else _HOLD_S))
 
 
-def _read_list(store: Store, rank: int, deadline: float) -> list[Member]:
-    if not _wait_for_keys(store, ["roster"], deadline):
+def _read_list(store: Store, rank: int, deadline: float, world_size: int = 1) -> list[Member]:
+    if not _wait_for_keys(store, ["roster"], deadline, world_size):
         raise TimeoutError("rank 0 did not report that all ranks joined")
-    answer = json.loads(store.get("roster"))
-    if "cards" not in answer:
-        store.set(f"roster/{rank}/read", "")
+    text = store.get("roster")
+    if text.startswith(b'{"cards"'):
+        return list(_members(text))
+    answer = json.loads(text)
+    store.set(f"roster/{rank}/read", "")
     if "missing" in answer:
         raise TimeoutError(answer["missing"])
-    if "error" in answer:
-        raise RankFailure(answer["error"], answer["rank"])
-    return [Member(**entry) for entry in answer["cards"]]
+    raise RankFailure(answer["error"], answer["rank"])
 
 
-def _wait_for_keys(store: Store, keys: list[str], deadline: float) -> bool:
-    """Wait until the store has all keys; return False where one is missing at the deadline."""
-    pause = _POLL_S[0]
+def _wait_for_keys(store: Store, keys: list[str], deadline: float, waiting: int = 1) -> bool:
+    """Wait until the store has all keys; return False where one is missing at the deadline.
+
+    `waiting`: the number of ranks that wait at the same time. The more they are, the less often each asks.
+    """
+    times = max(1.0, waiting / 256)
+    pause = _POLL_S[0] * times
     while keys and not store.check(keys):
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
-        pause = min(2 * pause, _POLL_S[1])
+        pause = min(2 * pause, _POLL_S[1] * times)
     return True
 
 

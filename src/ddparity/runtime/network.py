@@ -15,6 +15,7 @@ import psutil
 
 from ..compat import is_store, recognises_stores
 
+LOOPBACK = "127.0.0.1"
 # An address that no machine has (RFC 5737): the route to it is the default route.
 _ANYWHERE = "192.0.2.1"
 
@@ -106,6 +107,14 @@ def is_this_machine(host: str) -> bool:
     return False
 
 
+def own_address(host: str) -> str | None:
+    """Return the address of this machine that `host` names; None: it names another machine, or only the loopback."""
+    own = {address for addresses in interfaces().values() for address in addresses}
+    with suppress(OSError):
+        return next((str(one[4][0]) for one in socket.getaddrinfo(host, None) if one[4][0] in own), None)
+    return None
+
+
 def hostname_address() -> str | None:
     """Return the address of this machine's own name, or None. Gloo listens there unless a variable says otherwise."""
     with suppress(OSError):
@@ -131,6 +140,16 @@ def interface_variables(route: Route, environ: Mapping[str, str] = os.environ) -
         return {}
     # "=": NCCL reads a plain name as a prefix, and eth1 would also match eth10.
     wanted = {"GLOO_SOCKET_IFNAME": route.interface, "NCCL_SOCKET_IFNAME": f"={route.interface}"}
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def loopback_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables that make Gloo and NCCL listen on the loopback alone, for a job on one machine.
+
+    Gloo listens at the host name's address otherwise. A variable that the user has set stays.
+    """
+    name = interface_of(LOOPBACK)
+    wanted = {} if name is None else {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
@@ -179,16 +198,21 @@ def join_endpoint(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def can_listen(port: int) -> bool:
-    """Return True if a server can open this port now on all of this machine's addresses. Port 0 is any free port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a port in TIME_WAIT counts as free
-        try:
-            probe.bind(("", port))
-            probe.listen(1)
-        except OSError:
-            return False
-    return True
+def listen_at(address: str, port: int) -> socket.socket:
+    """Return a socket that listens at one address of this machine. Port 0 is any free port.
+
+    Raises:
+        OSError: the port is taken, or the address is not this machine's.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT counts as free
+        listener.bind((address, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def process_at_port(port: int) -> str:

@@ -6,6 +6,7 @@ the store, the device, leaving, scheduling.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
@@ -19,12 +20,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..compat import PrefixStore, Store, TCPStore
+from ..compat import PrefixStore, Store, TCPStore, serve_store
 from ..errors import RankFailure, RendezvousError
 from .agreement import Agreement, leave, store_root
 from .environment import Placement, find_placement
 from .members import Member, collect_members, members, publish_members, this_member
-from .network import process_at_port, route_to, set_gloo_interface, wait_for_store
+from .network import listen_at, own_address, process_at_port, route_to, set_gloo_interface, wait_for_store
 
 _LEAVE_S = 5.0  # how long rank 0 keeps the store for ranks that have not left
 
@@ -200,7 +201,8 @@ def _join(
             timeout=limit if timeout_s is not None else None,
             device_id=bound if chosen == "nccl" else None,
         )
-        publish_members(store_root(), found)
+        if rank == 0:
+            publish_members(store_root(), found)
         # No rank continues, and perhaps leaves, while another rank still connects to it.
         joining = Agreement(store_root(), "joining", rank, range(size), "joining the world")
         joining.arrive()
@@ -229,7 +231,7 @@ def _connect(placement: Placement, limit: timedelta, deadline: float) -> Store:
     address = (placement.master_addr, placement.master_port)
     if address not in _stores:
         if _serves(placement.rank):
-            _stores[address] = _serve(placement.master_port, placement.world_size, limit)
+            _stores[address] = _serve(placement, limit)
         else:
             wait_for_store(address, deadline)
             _stores[address] = TCPStore(*address, placement.world_size, False, limit, wait_for_workers=False)
@@ -249,12 +251,23 @@ def _serves(rank: int) -> bool:
     return rank == 0 and not _agent_holds_store()
 
 
-def _serve(port: int, world_size: int, limit: timedelta) -> Store:
-    """Open the store on all of this machine's addresses. This process connects to it through the loopback."""
+def _serve(placement: Placement, limit: timedelta) -> Store:
+    """Open the store at the address of this machine that the other ranks know.
+
+    On one machine it is often the loopback's. Where several machines know only a name that means the loopback here,
+    the store opens on all addresses, since nothing says at which one the others look for it.
+    """
+    port = placement.master_port
+    address = own_address(placement.master_addr)
+    if address is None and placement.local_world_size == placement.world_size:
+        with suppress(OSError):
+            address = route_to(placement.master_addr).address
     try:
-        return TCPStore("127.0.0.1", port, world_size, True, limit, wait_for_workers=False)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
+        if address is None:
+            return TCPStore("127.0.0.1", port, None, True, limit, wait_for_workers=False)
+        return serve_store(listen_at(address, port), limit)
+    except (OSError, dist.DistNetworkError) as error:
+        if getattr(error, "errno", None) != errno.EADDRINUSE and "EADDRINUSE" not in str(error):
             raise
         raise OSError(f"port {port} is taken on this machine{process_at_port(port)}") from None
 

@@ -202,6 +202,22 @@ def test_a_silent_rank_may_have_left_the_collective_that_it_waited_in(last_calle
     assert unpack(pack(machine)) == machine
 
 
+def test_the_work_grows_with_the_ranks_and_not_with_their_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = _states(*[[_op(8), _op(9, pending=True)] for _ in range(511)], [_op(8)])
+    looks, last = 0, RankState.last
+
+    def counted(state: RankState, group: str) -> Operation | None:
+        nonlocal looks
+        looks += 1
+        return last(state, group)
+
+    monkeypatch.setattr(RankState, "last", counted)
+    finding = find_missing(states, "0", range(512))
+    assert finding is not None
+    assert finding.blamed == (511,)
+    assert looks < 4 * 512
+
+
 def test_no_hang_without_a_pending_collective() -> None:
     states = _states([_op(1)], [])
     assert find_missing(states, "0", (0, 1)) is None

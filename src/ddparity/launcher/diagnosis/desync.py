@@ -206,10 +206,11 @@ def find_missing(states: Mapping[int, RankState], group: str, ranks: Iterable[in
         return None
     # A rank may have called several collectives at once, as DDP's reducer does. The first one that a rank has not
     # called is the one that the others wait in.
+    reached = {rank: states[rank].reached(group) for rank in ranks}
     lacking = [
-        (one.sequence, missing)
-        for one in pending.values()
-        if (missing := tuple(rank for rank in ranks if states[rank].reached(group) < one.sequence))
+        (sequence, missing)
+        for sequence in {one.sequence for one in pending.values()}
+        if (missing := tuple(rank for rank in ranks if reached[rank] < sequence))
     ]
     operations = {rank: states[rank].pending(group) or states[rank].last(group) for rank in ranks}
     if not lacking:
@@ -219,7 +220,8 @@ def find_missing(states: Mapping[int, RankState], group: str, ranks: Iterable[in
         silent = tuple(rank for rank in ranks if states[rank].silent)
         return Finding("stalled", group, silent, tuple(pending), first, operations)
     sequence, missing = min(lacking)
-    waiting = tuple(rank for rank, one in pending.items() if one.sequence <= sequence or rank not in missing)
+    absent = set(missing)
+    waiting = tuple(rank for rank, one in pending.items() if one.sequence <= sequence or rank not in absent)
     finished = tuple(rank for rank in missing if states[rank].exitcode == 0)
     return Finding("finished" if finished else "absent", group, finished or missing, waiting, sequence, operations)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import textwrap
@@ -15,6 +14,7 @@ from typing import Any
 
 from ...runtime.progress import PROGRESS_MARKER
 from .desync import describe_ranks
+from .limits import FILE, MESSAGE, read_file, read_json
 from .stacks import shorten_traceback
 
 # What a rank reports if another rank failed, and it has no error of its own.
@@ -37,7 +37,25 @@ _MEANING: dict[int, str] = {
 # type may come from a file or a web server.
 _OF_THE_GROUP = re.compile(r"(RankFailure|RendezvousError|RuntimeError|Dist\w*Error):")
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
-_CLOSED = re.compile(r"(Connection(Reset|Refused)|BrokenPipe|EOF|FileNotFound)Error:")
+_CLOSED = re.compile(r"(Connection\w+|BrokenPipe|EOF|FileNotFound|Authentication)Error:")
+
+
+# What torch puts before each line of a traceback, what its C++ code logs, and what Python prints.
+_RANK_PREFIX = re.compile(r"\[rank\d+\]: ?")
+_OF_TORCH = re.compile(r"(\[rank\d+\]:)?\[[WEIF]\d{4} ")
+_TRACEBACK = "Traceback (most recent call last):"
+_CHAINED = (
+    "The above exception was the direct cause of the following exception:",
+    "During handling of the above exception, another exception occurred:",
+)
+_UNDERLINE = re.compile(r"\s+[\^~]+\s*")
+_LAST_OUTPUT = 1 << 14  # characters
+_LAST_LINES = 10
+_LONGEST_LINE = 300
+_LONGEST_HEAD = 300
+_LONGEST_MESSAGE = 4_000
+_LONGEST_TRACEBACK = 20_000
+_IN_HEAD = 3  # last lines of the output that stand in for a missing exception
 
 
 def signal_name(number: int) -> str:
@@ -67,10 +85,11 @@ class ExitReport:
 
     `code`: the exit code, negative for a signal. `at`: when the agent saw the end, in seconds since 1970.
     `message`: the exception, as "Type: text". `traceback`: of the exception or of the crash. `blames`: the rank that
-    failed first, as this rank was told. `evidence`: what else is known, such as full memory or the last lines of a
-    crash. `left_early`: it ended with exit code 0 while other ranks waited for it. `lost`: why nothing is known of the
-    rank. `progressed`: it had finished a step or saved a checkpoint. `consequence`: its exception was raised from one
-    that another rank's end had caused. `interrupted`: its exception was on its way while it waited for other ranks.
+    failed first, as this rank was told. `evidence`: what else is known, such as full memory. `said`: the last lines of
+    its output, without its traceback. `left_early`: it ended with exit code 0 while other ranks waited for it. `lost`:
+    why nothing is known of the rank. `progressed`: it had finished a step or saved a checkpoint. `consequence`: its
+    exception was raised from one that another rank's end had caused. `interrupted`: its exception was on its way while
+    it waited for other ranks.
     """
 
     rank: int
@@ -82,6 +101,7 @@ class ExitReport:
     traceback: str = ""
     blames: int | None = None
     evidence: str = ""
+    said: str = ""
     left_early: bool = False
     lost: str = ""
     progressed: bool = False
@@ -122,27 +142,34 @@ class ExitReport:
             return "ended with exit code 0 while the others waited for it"
         if self.code < 0:
             meaning = _MEANING.get(-self.code)
-            said = f"ended by {signal_name(-self.code)}" + (f" ({meaning})" if meaning else "")
-            return f"{said}: {self.evidence}" if self.evidence else said
-        return self.message.partition("\n")[0] or f"exit code {self.code}"
+            how = f"ended by {signal_name(-self.code)}" + (f" ({meaning})" if meaning else "")
+        elif self.message:
+            return shortened(self.message.partition("\n")[0], _LONGEST_HEAD)
+        else:
+            how = f"exit code {self.code}"
+        why = self.evidence if self.code < 0 else ""
+        why = why or " ".join(line.strip() for line in self.said.splitlines()[-_IN_HEAD:])[-_LONGEST_HEAD:]
+        return f"{how}: {why}" if why else how
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether it is known why the rank failed. 1 is Python's exit code for any exception."""
+        return self.code != 1 or bool(self.message)
 
 
 def read_exit_report(
-    rank: int, host: str, folder: Path, code: int, at: float, ended_by_us: bool = False, logs: Path | None = None
+    rank: int, host: str, folder: Path, code: int, at: float, ended_by_us: bool = False, output: str = ""
 ) -> ExitReport:
-    """Return how a rank ended, from the files in its folder and, for a crash, from its output.
-
-    `logs`: the folder of its output, if that is another one.
-    """
+    """Return how a rank ended, from the files in its folder and from the end of its output."""
     report = ExitReport(rank, host, code, at, ended_by_us, progressed=(folder / PROGRESS_MARKER).exists())
     try:
-        record = json.loads((folder / "error.json").read_text())["message"]
+        record = read_json(read_file(folder / "error.json"), FILE)["message"]
         extra: dict[str, Any] = record["extraInfo"]
         blames = extra.get("rank")
         report = replace(
             report,
-            message=record["message"],
-            traceback=extra["py_callstack"],
+            message=shortened(record["message"], _LONGEST_MESSAGE),
+            traceback=shortened(extra["py_callstack"], _LONGEST_TRACEBACK),
             blames=blames if blames != rank else None,
             consequence=any(
                 _OF_THE_GROUP.match(text) and _CONSEQUENCE.search(text) for text in extra.get("before", [])
@@ -150,34 +177,70 @@ def read_exit_report(
         )
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    if code < 0 and not ended_by_us and report.message:
+    if ended_by_us or code == 0:
+        return report
+    if code == 1 and not report.message:  # the script has replaced its process, or the disk is full
+        message, traceback = find_traceback(output)
+        report = replace(report, message=message, traceback=traceback)
+    report = replace(report, said=last_lines(output, f"{report.message}\n{report.traceback}"))
+    if code < 0 and report.message:
         # The exception came first. The process crashed when it ended: threads of torch may run while Python shuts down.
         return replace(report, code=1)
-    if code < 0 and not ended_by_us and code != -signal.SIGKILL:
-        words = " ".join(line.strip() for line in _last_lines((logs or folder) / "stderr.log", 3))
-        report = replace(report, traceback=_read_crash(folder / "fatal.txt"), evidence=words[-300:])
+    if code < 0 and code != -signal.SIGKILL:
+        report = replace(report, traceback=_read_crash(folder / "fatal.txt"))
     if report.lost_worker:
         evidence = "a data-loader worker ended: often the memory, or the shared memory in /dev/shm, is full"
         report = replace(report, evidence=evidence)
     return report
 
 
-def _last_lines(path: Path, count: int) -> list[str]:
-    """Return the last lines of a file that are not empty; none if there is no file."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [line for line in lines if line.strip()][-count:]
+def find_traceback(output: str) -> tuple[str, str]:
+    """Return the message and the traceback of the exception with which an output ends; "" and "" if there is none.
+
+    An exception that was only logged, with other lines after it, is not what ended the process.
+    """
+    lines = [line for line in _shown_lines(output) if not _OF_TORCH.match(line)]
+    lines = [_RANK_PREFIX.sub("", line) for line in lines]
+    begins = [number for number, line in enumerate(lines) if line == _TRACEBACK]
+    if not begins:
+        return "", ""
+    begin = begins.pop()
+    end = next((number for number in range(begin + 1, len(lines)) if not lines[number].startswith(" ")), len(lines))
+    if end != len(lines) - 1:
+        return "", ""
+    while begins and lines[begin - 1] in _CHAINED:  # blank lines are not among them
+        begin = begins.pop()
+    return lines[end], shortened("\n".join(lines[begin:]), _LONGEST_TRACEBACK)
+
+
+def last_lines(output: str, told: str) -> str:
+    """Return the last lines of an output without those that are told anyway: the process prints its traceback, too."""
+    known = {line.strip() for line in told.splitlines()}
+    lines = [_RANK_PREFIX.sub("", line) for line in _shown_lines(output[-_LAST_OUTPUT:])]
+    if len(output) >= _LAST_OUTPUT:
+        del lines[:1]  # its begin may be missing
+    rest = [line for line in lines if line.strip() not in known and not _UNDERLINE.fullmatch(line)]
+    return "\n".join(shortened(line, _LONGEST_LINE) for line in rest[-_LAST_LINES:])
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text without its middle if it has more characters than `limit`."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters are left out … {text[-half:]}"
+
+
+def _shown_lines(text: str) -> list[str]:
+    """Return the lines that a terminal would show: of a progress bar, its last state. Empty lines are left out."""
+    lines = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
+    return [line for line in lines if line]
 
 
 def _read_crash(path: Path) -> str:
     """Return the stack that faulthandler wrote of the thread that crashed, as a traceback: outermost frame first."""
     try:
-        text = path.read_text(errors="replace")
+        text = read_file(path).decode(errors="replace")
     except OSError:
         return ""
     parts = re.split(r"\n\s*\n", text)
@@ -187,6 +250,11 @@ def _read_crash(path: Path) -> str:
     frames = [line for line in current.splitlines() if line.startswith("  File ")]
     frames = [frame for frame in frames if "runpy" not in frame and "ddparity/launcher/worker.py" not in frame]
     return "\n".join(["Traceback (most recent call last):", *reversed(frames)]) if frames else ""
+
+
+def is_own_failure(message: str) -> bool:
+    """Return whether an exception, as "Type: text", is a rank's own failure: no end of another rank caused it."""
+    return not _CONSEQUENCE.search(message) and not message.startswith(("SystemExit:", "KeyboardInterrupt:"))
 
 
 def add_exception(report: ExitReport, message: str, traceback: str, waited: str) -> ExitReport:
@@ -228,11 +296,16 @@ def mark_left_early(reports: Iterable[ExitReport]) -> list[ExitReport]:
 def root_cause(reports: Iterable[ExitReport]) -> ExitReport:
     """Return the report of the rank that caused the others to end: the first by kind of cause, then by time.
 
-    Among reports with the same cause, a rank that others blame goes first: it told them of its exception.
+    Among reports with the same cause, a rank that others blame goes first: it told them of its exception. A rank whose
+    exception is not known goes last: it may be a consequence.
     """
     reports = list(reports)
     blamed = {report.blames for report in reports if report.blames is not None}
-    return min(reports, key=lambda report: (report.cause, report.rank not in blamed, report.at, report.rank))
+
+    def order(report: ExitReport) -> tuple[object, ...]:
+        return report.cause, report.rank not in blamed, not report.is_explained, report.at, report.rank
+
+    return min(reports, key=order)
 
 
 def is_settled(reports: Sequence[ExitReport], waited_s: float, patience_s: float, pause_s: float) -> bool:
@@ -271,12 +344,18 @@ def describe_exits(reports: Sequence[ExitReport], world_size: int) -> str:
             lines = [f"ddparity: the full traceback of {describe_ranks(ranks)}:\n{found.traceback}\n", *lines]
     if found.evidence and found.code >= 0:
         lines.append(f"({found.evidence})")
+    if found.said and (found.message or len(found.said.splitlines()) > _IN_HEAD):  # the head has fewer lines
+        lines = [f"ddparity: the last lines of the output of rank {found.rank}:", _indented(found.said), *lines]
     others = [report for report in reports if report is not found and report not in alike]
     lines = [*_traceback_of_rank_0(others), *lines]
     lines += [f"ddparity: {line}" for line in _describe_others(others, several)]
     if missing := sorted(set(range(world_size)) - {report.rank for report in reports}):
         lines.append(f"ddparity: {describe_ranks(missing)}: no exit report")
     return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "  ")
 
 
 def _traceback_of_rank_0(others: Iterable[ExitReport]) -> list[str]:
@@ -312,10 +391,22 @@ def _is_alike(report: ExitReport, other: ExitReport) -> bool:
 
 
 def pack_reports(reports: Iterable[ExitReport]) -> str:
-    """Return the reports as JSON, for the agents of other machines; `unpack_reports` is the inverse."""
-    return json.dumps([asdict(report) for report in reports])
+    """Return the reports as JSON, for the agents of other machines; `unpack_reports` is the inverse.
+
+    Where they are longer than a store takes, only the ends of their texts stay.
+    """
+    reports = list(reports)
+    text = json.dumps([asdict(report) for report in reports])
+    if len(text) <= MESSAGE:
+        return text
+    length = MESSAGE // (20 * len(reports))  # a character may be six bytes in JSON
+    short = [replace(one, message=one.message[:length], traceback=one.traceback[-length:]) for one in reports]
+    return json.dumps([asdict(replace(one, evidence=one.evidence[-length:])) for one in short])
 
 
-def unpack_reports(text: str | bytes) -> list[ExitReport]:
-    """Return the reports that `pack_reports` wrote."""
-    return [ExitReport(**fields) for fields in json.loads(text)]
+def unpack_reports(text: str | bytes) -> list[ExitReport] | None:
+    """Return the reports that `pack_reports` wrote; None where the text is something else."""
+    try:
+        return [ExitReport(**fields) for fields in read_json(text)]
+    except (ValueError, TypeError):
+        return None

@@ -11,6 +11,7 @@ import math
 import selectors
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -19,12 +20,14 @@ from typing import Any
 
 from ...runtime.waits import WAIT_FILES
 from .instruments import FLIGHT, SERVER, STATE_HANDLER
+from .limits import ANSWER, read_file, read_json
 
 DEFAULT_GROUP = "0"
 AGREEMENT = "agreement"  # the backend of an agreement
 _LARGEST = 1 << 20  # bytes of a file that a rank writes about an agreement
 _RECORDS_HANDLER = "fr_trace_json"
 _STACKS_HANDLER = "dump_traceback"
+_UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 _DTYPES = {
     "Float": "float32",
     "Double": "float64",
@@ -90,7 +93,7 @@ def parse_record(text: bytes) -> FlightRecord:
 
     A process group may be destroyed and created again under the same name: only the collectives of the new group stay.
     """
-    content = json.loads(text)
+    content = read_json(text, ANSWER)
     kept: dict[str, list[Operation]] = {}
     for entry in content.get("entries") or []:
         operation = _operation(entry)
@@ -163,8 +166,8 @@ def read_agreements(folder: Path) -> tuple[Operation, ...]:
 def read_record_file(folder: Path) -> FlightRecord | None:
     """Return the record that a rank wrote to its folder when it ended; None if there is none that can be read."""
     try:
-        return parse_record((folder / FLIGHT).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError):
+        return parse_record(read_file(folder / FLIGHT))
+    except (OSError, *_UNREADABLE):
         return None
 
 
@@ -175,7 +178,7 @@ def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Flig
         try:
             record = parse_record(text)
             found[rank] = replace(record, operations=record.operations + read_agreements(folders[rank]))
-        except (ValueError, KeyError, TypeError, IndexError):  # another torch may have other fields: treat as no answer
+        except _UNREADABLE:  # another torch may have other fields: treat as no answer
             continue
     return found
 
@@ -196,10 +199,14 @@ def ask_stacks(folders: Mapping[int, Path], timeout_s: float) -> dict[int, str]:
 
 
 def ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int, bytes]:
-    """Return the bodies of the servers' answers. A rank without a whole answer is left out: stopped, dead, starting."""
+    """Return the bodies of the servers' answers. A rank without a whole answer is left out: stopped, dead, starting.
+
+    A rank that sends more than `limits.ANSWER` bytes is left out, too.
+    """
     request = f"POST /handler/{handler} HTTP/1.1\r\nHost: ddparity\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     deadline = time.monotonic() + timeout_s
     parts: dict[int, list[bytes]] = {}
+    sizes: Counter[int] = Counter()
     ended = set()
     with selectors.DefaultSelector() as selector:
         try:
@@ -222,8 +229,10 @@ def ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int
                     except OSError:
                         chunk = b""
                     parts[key.data].append(chunk)
-                    if not chunk:
-                        ended.add(key.data)
+                    sizes[key.data] += len(chunk)
+                    if not chunk or sizes[key.data] > ANSWER:
+                        if not chunk:
+                            ended.add(key.data)
                         selector.unregister(connection)
                         connection.close()
         finally:
@@ -240,7 +249,7 @@ def _body(answer: bytes) -> bytes | None:
         return None
     for line in lines[1:]:
         name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length" and int(value) != len(body):
+        if name.strip().lower() == b"content-length" and value.strip() != str(len(body)).encode():
             return None
     return body
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from .desync import RankState
 from .flight import Operation, from_json, to_json
 from .hang_report import HangReport, Row
+from .limits import read_json
 
 _LAST = 4  # collectives of each group that are published. More are pending only if a reducer calls many at once
 
@@ -53,9 +55,18 @@ def pack(machine: MachineState) -> str:
     return json.dumps({**content, "rows": rows})
 
 
+def unpack_all(texts: Iterable[str]) -> list[MachineState]:
+    """Return the machines' states that `pack` wrote. A text that is no such state is left out."""
+    found = []
+    for text in texts:
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            found.append(unpack(text))
+    return found
+
+
 def unpack(text: str) -> MachineState:
     """Return the machine's state that `pack` wrote."""
-    content = json.loads(text)
+    content = read_json(text)
     states = {one["rank"]: RankState(**{**one, "operations": from_json(one["operations"])}) for one in content["ranks"]}
     repeated = frozenset((rank, group) for rank, group in content["repeated"])
     rows = tuple(Row(**row) for row in content["rows"])
@@ -81,7 +92,9 @@ def question(group: str, number: int) -> str:
 
 def asked_group(text: str) -> str | None:
     """Return the group of a question; None if the text is no question."""
-    return str(json.loads(text)["look"]) if text.startswith('{"look"') else None
+    with suppress(ValueError):
+        return str(read_json(text)["look"]) if text.startswith('{"look"') else None
+    return None
 
 
 def pack_hang(report: HangReport, number: int) -> str:
@@ -94,6 +107,8 @@ def unpack_hang(text: str) -> HangReport | None:
     """Return the hang report of the leading agent, without stacks; None if the text is no hang report."""
     if not text.startswith('{"hang"'):
         return None
-    content = json.loads(text)
-    fields = {**content["hang"], "blamed": tuple(content["hang"]["blamed"])}
-    return HangReport(**fields, rows=tuple(Row(**row) for row in content["rows"]), stacks={})
+    with suppress(ValueError, TypeError, KeyError):
+        content = read_json(text)
+        fields = {**content["hang"], "blamed": tuple(content["hang"]["blamed"])}
+        return HangReport(**fields, rows=tuple(Row(**row) for row in content["rows"]), stacks={})
+    return None

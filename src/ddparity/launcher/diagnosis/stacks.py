@@ -16,12 +16,13 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .flight import ask_stacks
 from .instruments import STACK_SIGNAL, STACKS
+from .limits import read_file
 
 # Frames, and whose code they are.
 
@@ -231,7 +232,7 @@ def signal_for_stacks(pid: int, folder: Path, timeout_s: float = 1.0) -> str:
         deadline = time.monotonic() + timeout_s
         while path.stat().st_size == before and time.monotonic() < deadline:
             time.sleep(0.02)
-        return path.read_text(errors="replace")[before:]
+        return read_file(path)[before:].decode(errors="replace")
     return ""
 
 
@@ -297,6 +298,11 @@ def _from_faulthandler(text: str) -> tuple[tuple[Frame, ...], tuple[tuple[Frame,
         for part in text.split("hread 0x")[1:]
     ]
     return (threads[-1] if threads else ()), tuple(threads[:-1])
+
+
+def ask_by_signal(stack: Stack, pid: int, folder: Path) -> Stack:
+    """Return a stack with the frames that faulthandler writes, if it has none. Call it as `signal_for_stacks`."""
+    return stack if stack.frames else replace(stack, frames=_from_faulthandler(signal_for_stacks(pid, folder))[0])
 
 
 def _process_states(pids: Mapping[int, int]) -> dict[int, tuple[str, str]]:

@@ -21,6 +21,7 @@ from . import desync, messages
 from .absence import REPORT_S, Notice, Schedule, describe_absence, describe_unended, say_time
 from .circle import find_circle
 from .desync import Finding
+from .exits import is_own_failure
 from .hang_report import HangReport, Row, write_stacks
 from .known import Known, WatchedRank, is_idle
 from .looks import asked_group, exceptions_of, has_prompt, report_on, rows_of, stacks_of, texts
@@ -156,7 +157,8 @@ class Watch:
 
     def exceptions(self) -> dict[int, Handled]:
         """Return the exceptions of ranks of this machine that are on their way out, while the rank waits."""
-        return {rank: one for rank, one in exceptions_of(self._known, self._known.ranks).items() if one.leaves}
+        found = exceptions_of(self._known, self._known.ranks)
+        return {rank: one for rank, one in found.items() if one.leaves and is_own_failure(one.message)}
 
     def keep_stacks(self, report: HangReport, directory: Path, ends: bool = True) -> list[Path]:
         """Write the stacks of all ranks of this machine to files. Call it before any signal to the ranks.
@@ -350,7 +352,7 @@ class Watch:
         channel.publish(messages.pack(own))
         if not channel.leads:
             return None
-        machines = [messages.unpack(text) for text in channel.read()]
+        machines = messages.unpack_all(channel.read())
         for machine in machines:
             known.repeated |= machine.repeated
             for rank in machine.states.keys() - known.ranks.keys():

@@ -1,0 +1,199 @@
+"""Test files that an attacker makes: one error that names the file, no import, in bounded memory and time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import ddparity as dp
+from tests.checkpoint import fuzz
+from tests.checkpoint.test_checkpoint import Held
+from tests.ranks import outcomes
+
+
+def _file(node: Any, tensors: dict[str, bytes], text: str | None = None, version: int = 3) -> bytes:
+    """Return a file with right checksums. `text`: of the description, in place of what belongs to the node."""
+    sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()}
+    described = {"nodes": {"model": node}, "versions": {}, "about": {}, "torch": "2.14.0", "sha256": sha256}
+    text = text or json.dumps(described)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    header: dict[str, Any] = {"__metadata__": {"format": f"ddparity {version}", "states": text, "sha256": digest}}
+    start = 0
+    for name, data in tensors.items():
+        header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [start, start + len(data)]}
+        start += len(data)
+    return _raw(json.dumps(header), b"".join(tensors.values()))
+
+
+def _raw(header: str, body: bytes = b"") -> bytes:
+    return len(header.encode()).to_bytes(8, "little") + header.encode() + body
+
+
+def _entry(first: Any, last: Any, shape: Any = (1,)) -> str:
+    return json.dumps({"dtype": "U8", "shape": shape, "data_offsets": [first, last]})
+
+
+def _names(**entries: str) -> str:
+    return "{" + ",".join(f'"{name}":{entry}' for name, entry in entries.items()) + "}"
+
+
+COMMAND = json.dumps(["touch RAN"]).encode()
+TOKENS = "import os\nfrom dataclasses import dataclass\nopen('RAN', 'w')\n@dataclass\nclass T:\n    command: str\n"
+TENSOR = {"kind": "tensor", "name": "model.0", "dtype": "float32", "shape": [2]}
+
+CRAFTED = {
+    # An earlier version took an unknown kind for a dataclass, imported its module and called it.
+    **{
+        f"kind {kind!r} in format {version}": _file(
+            {
+                "kind": kind, "type": "tokens:T", "keys": ["command"],
+                "items": [{"kind": "plain", "leaf": 0, "dtype": "uint8", "shape": [len(COMMAND)]}],
+            },
+            {"model.0": COMMAND}, version=version,
+        )
+        for kind in ("x", "record", "fields", None, [], "enum")
+        for version in (2, 3)
+    },
+    "record": _file({"kind": "record", "type": "tokens:T", "keys": ["command"], "items": ["touch RAN"]}, {}),
+    "fields": _file({"kind": "fields", "type": "tokens:T", "keys": ["command"], "items": ["touch RAN"]}, {}),
+    "enum": _file({"kind": "enum", "type": "tokens:T", "member": "x"}, {}),
+    "factory": _file({"kind": "dict", "type": "defaultdict", "factory": "eval", "keys": [], "items": []}, {}),
+    "header of terabytes": (2**43).to_bytes(8, "little") + b"{}",
+    "header of 2**64 - 1 bytes": b"\xff" * 8 + b"{}",
+    "empty": b"",
+    "zeros": bytes(64),
+    "sizes of 2**63": _file({**TENSOR, "shape": [2**63]}, {"model.0": bytes(8)}),
+    "sizes whose strides overflow": _file({**TENSOR, "shape": [2**62, 0, 2**62]}, {"model.0": b""}),
+    "sizes that multiply to 2**64": _file({**TENSOR, "shape": [2**32, 2**32]}, {"model.0": b""}),
+    "negative sizes": _file({**TENSOR, "shape": [-1, -2]}, {"model.0": bytes(8)}),
+    "true as a size": _file({**TENSOR, "shape": [True, 2]}, {"model.0": bytes(8)}),
+    "too many dimensions": _file({**TENSOR, "shape": [2] + [1] * 5000}, {"model.0": bytes(8)}),
+    "unknown dtype": _file({**TENSOR, "dtype": "load"}, {"model.0": bytes(8)}),
+    "other size": _file({**TENSOR, "shape": [3]}, {"model.0": bytes(8)}),
+    "no such tensor": _file(TENSOR, {"other": bytes(8)}),
+    "one tensor twice": _file({"kind": "list", "items": [TENSOR] * 1000}, {"model.0": bytes(8)}),
+    "keys twice in the description": _file({"kind": "dict", "keys": ["a", "a"], "items": [1, 2]}, {}),
+    "100,000 nested nodes": _file(
+        None, {}, '{"nodes":{"model":' + '{"kind":"list","items":[' * 100_000 + "]}" * 100_000 + "}}"
+    ),
+    "100,000 nested lists in the header": _raw("[" * 100_000 + "]" * 100_000),
+    "a key twice in the header": _raw(_names(a=_entry(0, 1), b=_entry(0, 1)).replace('"b"', '"a"'), b"x"),
+    "NaN": _raw('{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}', b"x"),
+    "infinite": _raw('{"a":{"dtype":"U8","shape":[1e999],"data_offsets":[0,1]}}', b"x"),
+    "NaN in the description": _file(None, {}, '{"nodes":{"model":NaN}}'),
+    "overlapping tensors": _raw(_names(a=_entry(0, 2, (2,)), b=_entry(1, 3, (2,))), b"xyz"),
+    "a gap": _raw(_names(a=_entry(0, 1), b=_entry(2, 3)), b"xyz"),
+    "negative offsets": _raw(_names(a=_entry(-1, 1)), b"x"),
+    "offsets behind the end": _raw(_names(a=_entry(0, 2**62)), b"x"),
+    "a number of 5000 digits": _raw(_names(a="9" * 5000)),
+    "no UTF-8": (4).to_bytes(8, "little") + b"\xff\xfe{}",
+    "a lone surrogate": _raw('{"__metadata__":{"format":"ddparity 3","states":"\\ud800","sha256":"x"}}'),
+    "shards elsewhere": _file(
+        None, {}, json.dumps(
+            {
+                "nodes": {"model": {**TENSOR, "chunks": [[0, [0], [2]]]}}, "versions": {}, "about": {}, "torch": "2",
+                "sha256": {}, "files": [["../../etc/passwd", ""]],
+            }
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_file_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("tokens.py").write_text(TOKENS)
+    Path("c").write_bytes(CRAFTED[name])
+    start = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"^c(:| is (not a complete checkpoint|not a ddparity checkpoint|damaged))"
+    ) as told:
+        dp.load_checkpoint("c", model=Held())
+    assert time.monotonic() - start < 5
+    assert len(str(told.value)) < 600, "the error has the file's own text in it"
+    assert not Path("RAN").exists()
+    assert "tokens" not in sys.modules
+
+
+def test_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, ("hostile",)
+
+    monkeypatch.chdir(tmp_path)
+    for protocol in (0, 2, 5):
+        Path("c").write_bytes(pickle.dumps(Hostile(), protocol))
+        with pytest.raises(ValueError, match="c is not a"):
+            dp.load_checkpoint("c", model=nn.Linear(1, 1))
+    assert os.listdir() == ["c"]
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # a reader would wait for a writer
+    for name in ("pipe", "absent", "pipe/below", "."):
+        with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+            dp.load_checkpoint(tmp_path / name)
+    save_file({"a": torch.ones(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="its format is None"):
+        dp.load_checkpoint(tmp_path / "other")
+
+
+LARGE = {
+    "empty lists": lambda: _raw("[" + "[]," * 1_000_000 + "[]]"),
+    "empty strings": lambda: _raw("[" + '"",' * 1_000_000 + '""]'),
+    "a wide character": lambda: _raw('{"a":"' + "a" * 30_000_000 + '\U0001f600"}'),
+    "quotes": lambda: _raw('"' * 10_000_000),
+    "escapes": lambda: _raw('"' + '\\"' * 5_000_000),
+    "brackets": lambda: _raw("[" * 10_000_000),
+    "entries": lambda: _raw("{" + ",".join(f'"{n}":{_entry(0, 0, ())}' for n in range(200_000)) + "}"),
+}  # fmt: skip
+
+
+def _memory_of_a_load(path: str, name: str) -> tuple[int, int, float]:
+    """Return the bytes that a refused load took, the file's size, and the seconds."""
+    Path(path).write_bytes(LARGE[name]())
+    child = os.fork()  # a process whose peak is its own
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        told = json.loads(Path(f"{path}.told").read_text())
+        return told[0], os.stat(path).st_size, told[1]
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = _resident("VmRSS"), time.monotonic()
+    try:
+        dp.load_checkpoint(path)
+    except ValueError:
+        Path(f"{path}.told").write_text(json.dumps([_resident("VmHWM") - before, time.monotonic() - start]))
+        os._exit(0)
+    os._exit(1)
+
+
+def _resident(which: str) -> int:
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(which)) * 1024
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_hostile_header_takes_bounded_memory(name: str, tmp_path: Path) -> None:
+    (outcome,) = outcomes(_memory_of_a_load, 1, str(tmp_path / "c"), name, in_world=False)
+    assert outcome.error is None, outcome.trace
+    memory, size, seconds = outcome.value
+    print(f"{name}: {memory / 2**20:.0f} MiB for {size / 2**20:.0f} MiB, {seconds:.2f} s")
+    assert memory < 2 * size + 2**28
+    assert seconds < 30
+
+
+def test_mutated_files(tmp_path: Path) -> None:
+    """`make fuzz` loads 200,000 of them."""
+    ended = fuzz.run(300, 0, tmp_path)
+    assert ended["refused"] > 200 and ended["loaded"] > 5
