@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm.allreduce import FlatGradients, copies_of_ranks, cut, reduce_gradients, start_mean
-from .state import State, same_bits
+from ..comm.bits import is_same
+from .state import State
 
 CAP_BYTES = 25 * 2**20  # of a part, as DDP's default
 SMALL_BYTES = 2**20  # up to here one exchange of all gradients after the loop is faster than several in its backward
@@ -162,4 +163,4 @@ class _Started:
     def changed(self) -> bool:
         if self.state.marks != State(self.part).marks:
             return True
-        return self.copy is not None and not same_bits(self.copy, FlatGradients(self.part).tensor)
+        return self.copy is not None and not is_same(self.copy, FlatGradients(self.part).tensor)

@@ -21,7 +21,7 @@ from .early import EarlyAverage
 from .left import forget_left, note_left
 from .recheck import Recheck, Rechecks
 from .replica import Replica, Walk, made_so_far, others_than
-from .state import NO_GRADIENT, State, as_integers
+from .state import NO_GRADIENT, State
 from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
@@ -531,7 +531,9 @@ def bits_of(tensor: torch.Tensor) -> int:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return as_integers(tensor).sum(dtype=torch.int64)
+    value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    return value.contiguous().view(width).sum(dtype=torch.int64)
 
 
 def _trained(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
