@@ -224,7 +224,7 @@ def _occupied() -> None:
 
 
 REFUSED = [
-    (_bad, "good is not a complete checkpoint: Error while deserializing header"),
+    (_bad, "good is not a complete checkpoint: its tensors end at byte"),
     (_of_another_model, "good does not fit model, a Linear: RuntimeError: Error(s) in loading state_dict"),
     (_of_another_run, "out holds the results of another run: its model is Linear"),
     (_occupied, "out holds thesis.tex, which is no result of predict(): give a directory that is empty or new"),
