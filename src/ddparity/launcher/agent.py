@@ -307,10 +307,13 @@ class Agent(LocalElasticAgent):
     def _rank(self, local_rank: int) -> int:
         return int(self._worker_group.workers[local_rank].global_rank)
 
-    def _look(self) -> None:
-        for rank, code in self._ranks.look(_LINGER_S):
+    def _look(self, linger_s: float = _LINGER_S) -> set[int]:
+        """Note the ranks that have ended; return their exit codes."""
+        ended = self._ranks.look(linger_s)
+        for rank, code in ended:
             if self._watch is not None:
                 self._watch.ended(rank, code)
+        return {code for _, code in ended}
 
     def _waits_for_prompt(self, hang: HangReport | None) -> bool:
         """Return whether the job goes on, despite a failure or a hang, since a person is at a debugger's prompt."""
@@ -359,6 +362,8 @@ class Agent(LocalElasticAgent):
         """Wait until the cause is known, end the other ranks, and keep how each rank ended."""
         assert self._watch is not None
         exchange = self._exchange
+        if hang is not None and self._look(linger_s=0.0) - {0}:
+            hang = None  # a rank waits for a thread of its own, and has written its exception: that is the cause
         if hang is None:
             self._wait_for_cause()
             own = [one for one in self._ranks.exit_reports(self._memory) if one.code]
