@@ -336,12 +336,15 @@ def forget(model: nn.Module) -> None:
     _replicas.pop(model, None)
 
 
-def others_than(own: Sequence[Replica]) -> list[Replica]:
-    """Return the living replicas besides `own` that no step holds yet, in the order in which they were made."""
+def others_than(own: Sequence[Replica]) -> list[tuple[Replica, nn.Module]]:
+    """Return the living replicas besides `own` that no step holds yet, in the order in which they were made.
+
+    With their models: without a reference to these, the garbage collector may take them at any time.
+    """
     if len(_replicas) == len(own):
         return []
-    found = [one for one in _replicas.values() if one not in own and not one.held]
-    return sorted(found, key=lambda one: one.number)
+    found = [(one, model) for model, one in list(_replicas.items()) if one not in own and not one.held]
+    return sorted(found, key=lambda pair: pair[0].number)
 
 
 def made_so_far(ranks: tuple[int, ...] | None) -> int:

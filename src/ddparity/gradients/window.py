@@ -80,6 +80,7 @@ class Window:
                 self._by_ddp = replica
             else:
                 self._early = replica.early_average(self._parameters)
+        self._alive: list[tuple[Replica, nn.Module]] = []
         self._others: dict[tuple[tuple[int, ...] | None, int], _Other] = {}
         self._careful = careful or drops or self._by_ddp is not None
         self._frozen = _Frozen(frozen)
@@ -131,7 +132,8 @@ class Window:
             self._reduction = self._make(self._named)
             stack.callback(self._restore)
             if self.waits:
-                for replica in others_than(self._own):
+                self._alive = others_than(self._own)
+                for replica, _ in self._alive:
                     self._adopt(replica)
             watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
             # A lazy layer writes its parameters in its first forward.
@@ -236,7 +238,7 @@ class Window:
             for position, replica in enumerate(self._own)
             for name, one in replica.walk()[0]
         ]
-        modules = [replica.module for replica in (*self._own, *others_than(self._own))]
+        modules = [replica.module for replica in (*self._own, *(one for one, _ in others_than(self._own)))]
         return Recheck(rechecks, step, weights, self._named, modules, self.paused, device)
 
     @contextlib.contextmanager
