@@ -340,6 +340,7 @@ def _described(path: Path, descriptor: int, size: int) -> Checkpoint:
             # Its plain values are in tensors of their own, which have no place in a node of today.
             saved = from_old(
                 saved,
+                offsets,
                 lambda name, sha256: parse_json(_bytes(descriptor, path, offsets[name], name, sha256), size, True),
             )
         return _checked(path, saved, known["sha256"], descriptor, header, offsets)

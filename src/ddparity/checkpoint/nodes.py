@@ -342,13 +342,15 @@ def types_in(value: Any, depth: int = 0) -> Types:
     return found
 
 
-def build(node: Node, tensors: Mapping[str, torch.Tensor], types: Types, path: str) -> Any:
+def build(
+    node: Node, tensors: Mapping[str, torch.Tensor], types: Types, name: str, keys: tuple[str | int, ...] = ()
+) -> Any:
     """Return the value of a node that `leaves` has checked.
 
     Args:
         tensors: by name; each is given away as it is.
         types: the only named tuples, dataclasses and enums that can be made.
-        path: where the value is, for errors.
+        name, keys: where the value is, for errors: the name of the object, and the keys that lead to the value in it.
 
     Raises:
         ValueError: the node has a named tuple, dataclass or enum that is not in `types`, or with other fields.
@@ -357,41 +359,50 @@ def build(node: Node, tensors: Mapping[str, torch.Tensor], types: Types, path: s
         return node
     kind = node["kind"]
     if kind in ("tensor", "array", "number"):
-        return _built_dense(node, tensors[node["name"]], path)
+        return _built_dense(node, tensors[node["name"]], name, keys)
     if kind == "float":
         return float(node["text"])
     if kind == "complex":
-        return complex(*(build(part, tensors, types, path) for part in node["parts"]))
+        return complex(*(build(part, tensors, types, name, keys) for part in node["parts"]))
     if kind == "enum":
-        cls = _type_of(node, (), types, path)
+        cls = _type_of(node, (), types, name, keys)
         if node["member"] not in cls.__members__:
-            raise ValueError(f"{path} is {node['type']}.{node['member']} in the file, which {cls} here does not have")
+            raise ValueError(
+                f"{_path(name, keys)} is {node['type']}.{node['member'][:80]} in the file, which {cls} here does not "
+                f"have"
+            )
         return cls.__members__[node["member"]]
-    keys = node.get("keys", range(len(node["items"])))
-    inside = zip(node["items"], keys, strict=True)
-    items = [build(item, tensors, types, f"{path}[{key!r}]") for item, key in inside]
+    own_keys = node.get("keys", range(len(node["items"])))
+    inside = zip(node["items"], own_keys, strict=True)
+    items = [build(item, tensors, types, name, (*keys, key)) for item, key in inside]
     if kind == "list":
         return items
     if kind == "tuple":
         return torch.Size(items) if node.get("type") == "Size" else tuple(items)
     if kind == "dict":
-        return _built_dict(node, dict(zip(keys, items, strict=True)))
-    cls = _type_of(node, tuple(keys), types, path)
+        return _built_dict(node, dict(zip(own_keys, items, strict=True)))
+    cls = _type_of(node, tuple(own_keys), types, name, keys)
     if kind == "record":
         return tuple.__new__(cls, items)
     value: Any = object.__new__(cls)  # as copy and pickle do: no code of the class runs
-    for key, item in zip(keys, items, strict=True):
+    for key, item in zip(own_keys, items, strict=True):
         object.__setattr__(value, key, item)
     return value
 
 
-def _built_dense(node: dict[str, Any], tensor: torch.Tensor, path: str) -> Any:
+def _path(name: str, keys: tuple[str | int, ...]) -> str:
+    """Return where a value is. It is made for an error only: a hostile file can have long keys on many levels."""
+    path = name[:80] + "".join(f"[{(key[:80] if isinstance(key, str) else key)!r}]" for key in keys)
+    return path if len(path) <= 300 else f"{path[:300]}…"
+
+
+def _built_dense(node: dict[str, Any], tensor: torch.Tensor, name: str, keys: tuple[str | int, ...]) -> Any:
     if node["kind"] == "tensor":
         return nn.Parameter(tensor, node["parameter"]) if "parameter" in node else tensor
     try:
         array = tensor.numpy()
     except TypeError as error:
-        raise ValueError(f"{path} is an array of {node['dtype']}, which NumPy does not have") from error
+        raise ValueError(f"{_path(name, keys)} is an array of {node['dtype']}, which NumPy does not have") from error
     return array if node["kind"] == "array" else array[()]
 
 
@@ -406,14 +417,17 @@ def _built_dict(node: dict[str, Any], value: dict[Any, Any]) -> dict[Any, Any]:
     return OrderedDict(value) if kind == "OrderedDict" else value
 
 
-def _type_of(node: dict[str, Any], fields: tuple[str, ...], types: Types, path: str) -> Any:
+def _type_of(
+    node: dict[str, Any], fields: tuple[str, ...], types: Types, name: str, keys: tuple[str | int, ...]
+) -> Any:
     found = types.get((node["type"], fields))
     if found is None:
-        others = [theirs for name, theirs in types if name == node["type"]]
+        others = [theirs for known, theirs in types if known == node["type"]]
         reason = f"the one here has the fields {', '.join(others[0])}" if others else "no type is imported for a file"
-        own = f" with the fields {', '.join(fields)}" if fields else ""
+        own = f" with the fields {', '.join(fields)[:200]}" if fields else ""
+        kind = node["type"][:80]
         raise ValueError(
-            f"{path} is a {node['type']}{own}, and {reason}: give load_checkpoint an object or a value that has such a "
-            f"{node['type']}"
+            f"{_path(name, keys)} is a {kind}{own}, and {reason}: give load_checkpoint an object or a value that has "
+            f"such a {kind}"
         )
     return found
