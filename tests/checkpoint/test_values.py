@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import logging
 from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from pathlib import Path
@@ -41,6 +42,33 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "doubled", 2 * self.rate)
+
+
+@dataclasses.dataclass
+class Tags(list):
+    source: str = ""
+
+
+@dataclasses.dataclass
+class Failure(Exception):
+    code: int = 0
+
+
+@dataclasses.dataclass
+class Derived:
+    width: int
+
+    def __post_init__(self) -> None:
+        self.area = self.width**2
+
+
+@dataclasses.dataclass
+class Cached:
+    width: int
+
+    @functools.cached_property
+    def area(self) -> int:
+        return self.width**2
 
 
 class Labelled(torch.Tensor):
@@ -132,12 +160,23 @@ def test_parameters_come_back_as_parameters(tmp_path: Path) -> None:
         ({1, 2}, r"value\[0\] is a set, which cannot be saved: use tensors"),
         (b"bytes", r"value\[0\] is a bytes"),
         (object(), r"value\[0\] is a object"),
+        (Tags("web"), r"value\[0\] is a Tags, a dataclass .* of list, and only its fields would be saved"),
+        (Failure(3), r"value\[0\] is a Failure, a dataclass .* of Exception, and only"),
+        (Derived(3), r"value\[0\] is a Derived with the attribute area, which is none of its fields"),
     ],
 )  # fmt: skip
 def test_what_would_come_back_otherwise_is_refused(value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=message):
         dp.save_checkpoint(tmp_path / "c", value=[value])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cached_property_is_computed_again(tmp_path: Path) -> None:
+    config = Cached(3)
+    assert config.area == 9
+    dp.save_checkpoint(tmp_path / "c", config=config)
+    found = dp.load_checkpoint(tmp_path / "c", config=Cached(0))["config"]
+    assert found == config and "area" not in vars(found) and found.area == 9
 
 
 def test_a_number_of_5000_digits_is_refused(tmp_path: Path) -> None:

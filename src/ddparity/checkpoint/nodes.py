@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import inspect
 import math
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict
@@ -113,6 +115,7 @@ def _nesting(value: Any, path: str) -> dict[str, Any]:
         return {"kind": "record", "type": cls.__qualname__, "keys": list(cls._fields)}
     if nesting_kind(cls) == "fields":
         keys = [field.name for field in dataclasses.fields(cls)]
+        _check_fields(value, keys, path)
         return {"kind": "fields", "type": cls.__qualname__, "keys": keys}
     way_out = "use tensors, arrays, numbers, strings or None, in dicts, lists, tuples or dataclasses"
     if isinstance(value, Mapping):
@@ -121,6 +124,26 @@ def _nesting(value: Any, path: str) -> dict[str, Any]:
         base = next(base for base in (list, tuple, int, float, str) if isinstance(value, base))
         way_out = f"it would come back as a {base.__name__}, so give one: {base.__name__}(…)"
     raise TypeError(f"{path} is a {cls.__name__}, which cannot be saved: {way_out}")
+
+
+def _check_fields(value: Any, fields: list[str], path: str) -> None:
+    """Refuse a dataclass that has more than its fields: only they are saved.
+
+    Raises:
+        TypeError: it is also a list or an exception, or has other attributes.
+    """
+    cls: Any = type(value)
+    if cls.__new__ is not object.__new__:
+        raise TypeError(
+            f"{path} is a {cls.__name__}, a dataclass with a __new__ of its own or of {cls.__mro__[1].__name__}, and "
+            f"only its fields would be saved: give {{field: value}}, or a dataclass without it"
+        )
+    for name in getattr(value, "__dict__", {}):
+        if name not in fields and not isinstance(inspect.getattr_static(cls, name, None), functools.cached_property):
+            raise TypeError(
+                f"{path} is a {cls.__name__} with the attribute {name}, which is none of its fields and would not be "
+                f"saved: make it a field, such as field(init=False), or a cached_property"
+            )
 
 
 def _items_of(value: Any, node: dict[str, Any]) -> list[Any]:
@@ -384,6 +407,8 @@ def build(
     cls = _type_of(node, tuple(own_keys), types, name, keys)
     if kind == "record":
         return tuple.__new__(cls, items)
+    if cls.__new__ is not object.__new__:
+        raise ValueError(f"{_path(name, keys)} is a {cls.__name__}, a dataclass with more than its fields")
     value: Any = object.__new__(cls)  # as copy and pickle do: no code of the class runs
     for key, item in zip(own_keys, items, strict=True):
         object.__setattr__(value, key, item)
