@@ -127,6 +127,23 @@ def test_a_crafted_file_is_refused(name: str, tmp_path: Path, monkeypatch: pytes
     assert "tokens" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"names": []}, {"names": [[None, None]]}, {"shapes": [[[1, 1], [1]]], "names": [[[], {}]]},
+        {"shapes": [[[1, 1], [1]]], "names": [[None]]}, {"shapes": [["x"]]}, {"shapes": []}, {"shapes": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_file_says_of_an_optimizer_is_checked(about: dict[str, Any], tmp_path: Path) -> None:
+    described = {
+        "nodes": {"model": None}, "versions": {}, "about": {"model": about}, "torch": "2.14.0", "sha256": {},
+    }  # fmt: skip
+    (tmp_path / "c").write_bytes(_file(None, {}, json.dumps(described)))
+    with pytest.raises(ValueError, match=r"c does not fit model, a SGD: (the file does not say|its groups have)"):
+        dp.load_checkpoint(tmp_path / "c", model=torch.optim.SGD(nn.Linear(1, 1).parameters()))
+
+
 def test_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hostile:
         def __reduce__(self) -> tuple:

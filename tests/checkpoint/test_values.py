@@ -253,6 +253,22 @@ def test_parameters_in_another_order_are_refused(tmp_path: Path) -> None:
     dp.load_checkpoint(tmp_path / "c", model=compiled, optimizer=torch.optim.Adam(compiled.parameters()))
 
 
+def test_a_part_of_a_module_may_be_given_or_left_out(tmp_path: Path) -> None:
+    """Its parameters have a name in the module and one in the part."""
+    model, optimizer = _optimized(torch.optim.Adam)
+    for saved in ({"model": model, "head": model[1]}, {"head": model[1], "model": model}, {"head": model[1]}):
+        dp.save_checkpoint(tmp_path / "c", **saved, optimizer=optimizer)
+        for names in ({"model", "head"}, {"model"}, {"head"}, set()):
+            for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
+                other, swapped = _optimized(torch.optim.Adam, order)
+                given = {name: {"model": other, "head": other[1]}[name] for name in names & saved.keys()}
+                if order[0] and "model" in given:
+                    with pytest.raises(ValueError, match=r"is model.0.weight in the file and model.1.weight here"):
+                        dp.load_checkpoint(tmp_path / "c", **given, optimizer=swapped)
+                elif not order[0]:
+                    dp.load_checkpoint(tmp_path / "c", **given, optimizer=swapped)
+
+
 def test_a_file_of_torch_save_is_told_apart(tmp_path: Path) -> None:
     for new in (True, False):
         torch.save({"model": nn.Linear(1, 1).state_dict()}, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
