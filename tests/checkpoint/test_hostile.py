@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ddparity as dp
+from ddparity.checkpoint.sharded import MAIN
 from tests.checkpoint import fuzz
 from tests.checkpoint.test_checkpoint import Held
 from tests.ranks import outcomes
@@ -51,6 +52,7 @@ def _names(**entries: str) -> str:
 COMMAND = json.dumps(["touch RAN"]).encode()
 TOKENS = "import os\nfrom dataclasses import dataclass\nopen('RAN', 'w')\n@dataclass\nclass T:\n    command: str\n"
 TENSOR = {"kind": "tensor", "name": "model.0", "dtype": "float32", "shape": [2]}
+SHARD = "shard-0123456789abcdef-0.safetensors"
 
 CRAFTED = {
     # An earlier version took an unknown kind for a dataclass, imported its module and called it.
@@ -142,6 +144,29 @@ def test_what_a_file_says_of_an_optimizer_is_checked(about: dict[str, Any], tmp_
     (tmp_path / "c").write_bytes(_file(None, {}, json.dumps(described)))
     with pytest.raises(ValueError, match=r"c does not fit model, a SGD: (the file does not say|its groups have)"):
         dp.load_checkpoint(tmp_path / "c", model=torch.optim.SGD(nn.Linear(1, 1).parameters()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks", "message"),
+    [
+        ([10**15], [[0, [0], [10**15]]], f"{SHARD} is damaged: it has not the part of x"),
+        ([2], [[0, [0], [2]]], f"{SHARD} is damaged: it has not the part of x"),
+        ([2], [[0, [0], [1]], [0, [1], [1]]], f"{MAIN} is damaged: ValueError: x has two chunks in one file"),
+    ],
+)
+def test_forged_shards_are_refused(shape: Any, chunks: Any, message: str, tmp_path: Path) -> None:
+    """The shapes in the main file are those of no shard, or would use one twice."""
+    content = _file({**TENSOR, "name": "x", "shape": [1]}, {"x": bytes(4)})
+    (tmp_path / SHARD).write_bytes(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    described = {
+        "nodes": {"model": {**TENSOR, "name": "x", "shape": shape, "chunks": chunks}}, "versions": {},
+        "about": {"model": {"value": True}}, "torch": "2", "sha256": {},
+        "files": [[SHARD, header["__metadata__"]["sha256"]]],
+    }  # fmt: skip
+    (tmp_path / MAIN).write_bytes(_file(None, {}, json.dumps(described)))
+    with pytest.raises(ValueError, match=message):
+        dp.load_checkpoint(tmp_path)
 
 
 def test_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,8 +193,14 @@ def test_a_deep_value_is_refused(tmp_path: Path) -> None:
 
     dp.save_checkpoint(tmp_path / "c", value=nested(100))
     assert dp.load_checkpoint(tmp_path / "c") == {"value": nested(100)}
-    with pytest.raises(TypeError, match="nested more than 100 levels deep: give a flatter state"):
-        dp.save_checkpoint(tmp_path / "c", value=nested(101))
+    itself: list[Any] = []
+    itself += [itself, itself]
+    config = Derived(1)
+    config.width = [config]  # type: ignore[assignment]
+    del config.area
+    for value in (nested(101), itself, {"x": itself}, config):
+        with pytest.raises(TypeError, match=r"value.* is nested more than 100 levels deep, or contains itself: give a"):
+            dp.save_checkpoint(tmp_path / "c", value=value)
 
 
 def test_named_types_are_those_of_what_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -364,7 +364,7 @@ def _checked(
             raise ValueError("a part of its description is no object")
     if type(saved["torch"]) is not str:
         raise ValueError("its version of torch is no text")
-    if type(files) is not list or not all(_is_file(entry) for entry in files):
+    if type(files) is not list or not all(map(_is_file, files)) or len({name for name, _ in files}) != len(files):
         raise ValueError("the files of its shards are not named as they are written")
     seen = set()
     for node in nodes.values():

@@ -75,7 +75,9 @@ def describe(value: Any, path: str, name: str, tensors: dict[str, torch.Tensor],
             raise TypeError(f"{path} is a combination of flags, {value!r}: give its .value")
         return {"kind": "enum", "type": cls.__qualname__, "member": value.name}
     if depth == DEPTH:
-        raise TypeError(f"{path[:200]} is nested more than {DEPTH} levels deep: give a flatter state")
+        raise TypeError(
+            f"{path[:200]} is nested more than {DEPTH} levels deep, or contains itself: give a flatter state"
+        )
     described = _nesting(value, path)
     items = _items_of(value, described)
     keys: Sequence[Any] = described.get("keys", range(len(items)))
@@ -300,7 +302,7 @@ def bytes_of(node: dict[str, Any]) -> int:
 def check_chunks(node: dict[str, Any], files: int) -> None:
     """Check that the chunks of a sharded tensor cover it, each element once.
 
-    A chunk is the number of its file, where in the tensor it begins, and its sizes.
+    A chunk is the number of its file, where in the tensor it begins, and its sizes. A file has at most one of them.
 
     Raises:
         ValueError: they do not.
@@ -318,6 +320,8 @@ def check_chunks(node: dict[str, Any], files: int) -> None:
         if not all(end <= size for end, size in zip(ends, shape, strict=True)):
             raise ValueError(f"{node['name']} of shape {shape} has the chunk {str(chunk)[:80]}")
         places.add(tuple(offsets))
+    if len({chunk[0] for chunk in chunks}) != len(chunks):
+        raise ValueError(f"{node['name']} has two chunks in one file")
     edges = [sorted({0, size, *(chunk[1][dim] for chunk in chunks)}) for dim, size in enumerate(shape)]
     edges += [[0, 1]] if not shape else []
     if math.prod(map(len, edges)) > 10**6 or len(places) != len(chunks):
