@@ -8,7 +8,7 @@ import functools
 import logging
 from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import ddparity as dp
 from tests.checkpoint.test_checkpoint import Held, Version, _assert_same
 from tests.ranks import run_ranks
+
+T = TypeVar("T")
 
 
 class Colour(enum.Enum):
@@ -60,6 +62,16 @@ class Derived:
 
     def __post_init__(self) -> None:
         self.area = self.width**2
+
+
+@dataclasses.dataclass
+class Late:
+    width: int = dataclasses.field(init=False)
+
+
+@dataclasses.dataclass
+class Box(Generic[T]):
+    width: T
 
 
 @dataclasses.dataclass
@@ -162,6 +174,7 @@ def test_parameters_come_back_as_parameters(tmp_path: Path) -> None:
         (object(), r"value\[0\] is a object"),
         (Tags("web"), r"value\[0\] is a Tags, a dataclass .* of list, and only its fields would be saved"),
         (Failure(3), r"value\[0\] is a Failure, a dataclass .* of Exception, and only"),
+        (Late(), r"value\[0\] is a Late whose field width has no value"),
         (Derived(3), r"value\[0\] is a Derived with the attribute area, which is none of its fields"),
     ],
 )  # fmt: skip
@@ -177,6 +190,11 @@ def test_a_cached_property_is_computed_again(tmp_path: Path) -> None:
     dp.save_checkpoint(tmp_path / "c", config=config)
     found = dp.load_checkpoint(tmp_path / "c", config=Cached(0))["config"]
     assert found == config and "area" not in vars(found) and found.area == 9
+
+
+def test_a_generic_dataclass(tmp_path: Path) -> None:
+    dp.save_checkpoint(tmp_path / "c", box=Box[int](3))
+    assert dp.load_checkpoint(tmp_path / "c", box=Box(0)) == {"box": Box(3)}
 
 
 def test_a_number_of_5000_digits_is_refused(tmp_path: Path) -> None:

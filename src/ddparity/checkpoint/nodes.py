@@ -132,7 +132,7 @@ def _check_fields(value: Any, fields: list[str], path: str) -> None:
     """Refuse a dataclass that has more than its fields: only they are saved.
 
     Raises:
-        TypeError: it is also a list or an exception, or has other attributes.
+        TypeError: it is also a list or an exception, or has other attributes, or a field has no value.
     """
     cls: Any = type(value)
     if cls.__new__ is not object.__new__:
@@ -140,8 +140,11 @@ def _check_fields(value: Any, fields: list[str], path: str) -> None:
             f"{path} is a {cls.__name__}, a dataclass with a __new__ of its own or of {cls.__mro__[1].__name__}, and "
             f"only its fields would be saved: give {{field: value}}, or a dataclass without it"
         )
+    if unset := [name for name in fields if not hasattr(value, name)]:
+        raise TypeError(f"{path} is a {cls.__name__} whose field {unset[0]} has no value: give it one, such as None")
+    known = {*fields, "__orig_class__"}  # which typing sets: C[int](…)
     for name in getattr(value, "__dict__", {}):
-        if name not in fields and not isinstance(inspect.getattr_static(cls, name, None), functools.cached_property):
+        if name not in known and not isinstance(inspect.getattr_static(cls, name, None), functools.cached_property):
             raise TypeError(
                 f"{path} is a {cls.__name__} with the attribute {name}, which is none of its fields and would not be "
                 f"saved: make it a field, such as field(init=False), or a cached_property"
