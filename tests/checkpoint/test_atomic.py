@@ -28,6 +28,16 @@ def _number(path: Path) -> int:
     return int(dp.load_checkpoint(path)["number"])
 
 
+def test_a_folder_beside_it_stays(tmp_path: Path) -> None:
+    """It has the name of an earlier file that `keep` would delete."""
+    (tmp_path / "c.100").mkdir()
+    (tmp_path / "c.101").touch()
+    for _ in range(3):
+        with atomic.replacing(tmp_path / "c", keep=2) as draft:
+            draft.write(b"x")
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.1", "c.100"]
+
+
 def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")

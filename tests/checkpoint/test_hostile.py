@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ddparity as dp
+from ddparity.checkpoint.sharded import MAIN
 from tests.checkpoint import fuzz
 from tests.checkpoint.test_checkpoint import Held
 from tests.ranks import outcomes
@@ -51,6 +52,7 @@ def _names(**entries: str) -> str:
 COMMAND = json.dumps(["touch RAN"]).encode()
 TOKENS = "import os\nfrom dataclasses import dataclass\nopen('RAN', 'w')\n@dataclass\nclass T:\n    command: str\n"
 TENSOR = {"kind": "tensor", "name": "model.0", "dtype": "float32", "shape": [2]}
+SHARD = "shard-0123456789abcdef-0.safetensors"
 
 CRAFTED = {
     # An earlier version took an unknown kind for a dataclass, imported its module and called it.
@@ -127,6 +129,46 @@ def test_a_crafted_file_is_refused(name: str, tmp_path: Path, monkeypatch: pytes
     assert "tokens" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"names": []}, {"names": [[None, None]]}, {"shapes": [[[1, 1], [1]]], "names": [[[], {}]]},
+        {"shapes": [[[1, 1], [1]]], "names": [[None]]}, {"shapes": [["x"]]}, {"shapes": []}, {"shapes": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_file_says_of_an_optimizer_is_checked(about: dict[str, Any], tmp_path: Path) -> None:
+    described = {
+        "nodes": {"model": None}, "versions": {}, "about": {"model": about}, "torch": "2.14.0", "sha256": {},
+    }  # fmt: skip
+    (tmp_path / "c").write_bytes(_file(None, {}, json.dumps(described)))
+    with pytest.raises(ValueError, match=r"c does not fit model, a SGD: (the file does not say|its groups have)"):
+        dp.load_checkpoint(tmp_path / "c", model=torch.optim.SGD(nn.Linear(1, 1).parameters()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks", "message"),
+    [
+        ([10**15], [[0, [0], [10**15]]], f"{SHARD} is damaged: it has not the part of x"),
+        ([2], [[0, [0], [2]]], f"{SHARD} is damaged: it has not the part of x"),
+        ([2], [[0, [0], [1]], [0, [1], [1]]], f"{MAIN} is damaged: ValueError: x has two chunks in one file"),
+    ],
+)
+def test_forged_shards_are_refused(shape: Any, chunks: Any, message: str, tmp_path: Path) -> None:
+    """The shapes in the main file are those of no shard, or would use one twice."""
+    content = _file({**TENSOR, "name": "x", "shape": [1]}, {"x": bytes(4)})
+    (tmp_path / SHARD).write_bytes(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    described = {
+        "nodes": {"model": {**TENSOR, "name": "x", "shape": shape, "chunks": chunks}}, "versions": {},
+        "about": {"model": {"value": True}}, "torch": "2", "sha256": {},
+        "files": [[SHARD, header["__metadata__"]["sha256"]]],
+    }  # fmt: skip
+    (tmp_path / MAIN).write_bytes(_file(None, {}, json.dumps(described)))
+    with pytest.raises(ValueError, match=message):
+        dp.load_checkpoint(tmp_path)
+
+
 def test_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hostile:
         def __reduce__(self) -> tuple:
@@ -158,7 +200,24 @@ LARGE = {
     "escapes": lambda: _raw('"' + '\\"' * 5_000_000),
     "brackets": lambda: _raw("[" * 10_000_000),
     "entries": lambda: _raw("{" + ",".join(f'"{n}":{_entry(0, 0, ())}' for n in range(200_000)) + "}"),
+    "a long key above many tensors": lambda: _file(
+        {"kind": "dict", "keys": ["A" * 100_000], "items": [{"kind": "list", "items": [{"leaf": 0}] * 10_000}]}, {},
+        version=2,
+    ),
+    "long keys on many levels": lambda: _nested_keys(),
 }  # fmt: skip
+
+
+def _nested_keys() -> bytes:
+    """Return a file with a value whose path is 15 MB long, and which cannot be built."""
+    node: dict[str, Any] = {"kind": "array", "name": "x", "dtype": "bfloat16", "shape": [0]}
+    for _ in range(99):
+        node = {"kind": "dict", "keys": ["A" * 150_000], "items": [node]}
+    described = {
+        "nodes": {"model": node}, "versions": {}, "about": {"model": {"value": True}}, "torch": "2.14.0",
+        "sha256": {"x": hashlib.sha256().hexdigest()},
+    }  # fmt: skip
+    return _file(node, {"x": b""}, json.dumps(described))
 
 
 def _memory_of_a_load(path: str, name: str) -> tuple[int, int, float]:
@@ -173,9 +232,9 @@ def _memory_of_a_load(path: str, name: str) -> tuple[int, int, float]:
     before, start = _resident("VmRSS"), time.monotonic()
     try:
         dp.load_checkpoint(path)
-    except ValueError:
+    except ValueError as error:
         Path(f"{path}.told").write_text(json.dumps([_resident("VmHWM") - before, time.monotonic() - start]))
-        os._exit(0)
+        os._exit(0 if len(str(error)) < 600 else 2)  # 2: the error has the file's own text in it
     os._exit(1)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import logging
 from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import ddparity as dp
 from tests.checkpoint.test_checkpoint import Held, Version, _assert_same
 from tests.ranks import run_ranks
+
+T = TypeVar("T")
 
 
 class Colour(enum.Enum):
@@ -41,6 +44,43 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "doubled", 2 * self.rate)
+
+
+@dataclasses.dataclass
+class Tags(list):
+    source: str = ""
+
+
+@dataclasses.dataclass
+class Failure(Exception):
+    code: int = 0
+
+
+@dataclasses.dataclass
+class Derived:
+    width: int
+
+    def __post_init__(self) -> None:
+        self.area = self.width**2
+
+
+@dataclasses.dataclass
+class Late:
+    width: int = dataclasses.field(init=False)
+
+
+@dataclasses.dataclass
+class Box(Generic[T]):
+    width: T
+
+
+@dataclasses.dataclass
+class Cached:
+    width: int
+
+    @functools.cached_property
+    def area(self) -> int:
+        return self.width**2
 
 
 class Labelled(torch.Tensor):
@@ -132,12 +172,29 @@ def test_parameters_come_back_as_parameters(tmp_path: Path) -> None:
         ({1, 2}, r"value\[0\] is a set, which cannot be saved: use tensors"),
         (b"bytes", r"value\[0\] is a bytes"),
         (object(), r"value\[0\] is a object"),
+        (Tags("web"), r"value\[0\] is a Tags, a dataclass .* of list, and only its fields would be saved"),
+        (Failure(3), r"value\[0\] is a Failure, a dataclass .* of Exception, and only"),
+        (Late(), r"value\[0\] is a Late whose field width has no value"),
+        (Derived(3), r"value\[0\] is a Derived with the attribute area, which is none of its fields"),
     ],
 )  # fmt: skip
 def test_what_would_come_back_otherwise_is_refused(value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=message):
         dp.save_checkpoint(tmp_path / "c", value=[value])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cached_property_is_computed_again(tmp_path: Path) -> None:
+    config = Cached(3)
+    assert config.area == 9
+    dp.save_checkpoint(tmp_path / "c", config=config)
+    found = dp.load_checkpoint(tmp_path / "c", config=Cached(0))["config"]
+    assert found == config and "area" not in vars(found) and found.area == 9
+
+
+def test_a_generic_dataclass(tmp_path: Path) -> None:
+    dp.save_checkpoint(tmp_path / "c", box=Box[int](3))
+    assert dp.load_checkpoint(tmp_path / "c", box=Box(0)) == {"box": Box(3)}
 
 
 def test_a_number_of_5000_digits_is_refused(tmp_path: Path) -> None:
@@ -154,8 +211,14 @@ def test_a_deep_value_is_refused(tmp_path: Path) -> None:
 
     dp.save_checkpoint(tmp_path / "c", value=nested(100))
     assert dp.load_checkpoint(tmp_path / "c") == {"value": nested(100)}
-    with pytest.raises(TypeError, match="nested more than 100 levels deep: give a flatter state"):
-        dp.save_checkpoint(tmp_path / "c", value=nested(101))
+    itself: list[Any] = []
+    itself += [itself, itself]
+    config = Derived(1)
+    config.width = [config]  # type: ignore[assignment]
+    del config.area
+    for value in (nested(101), itself, {"x": itself}, config):
+        with pytest.raises(TypeError, match=r"value.* is nested more than 100 levels deep, or contains itself: give a"):
+            dp.save_checkpoint(tmp_path / "c", value=value)
 
 
 def test_named_types_are_those_of_what_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,6 +275,22 @@ def test_parameters_in_another_order_are_refused(tmp_path: Path) -> None:
         dp.load_checkpoint(tmp_path / "c", model=other, optimizer=swapped)
     compiled = torch.compile(_optimized(torch.optim.Adam)[0])
     dp.load_checkpoint(tmp_path / "c", model=compiled, optimizer=torch.optim.Adam(compiled.parameters()))
+
+
+def test_a_part_of_a_module_may_be_given_or_left_out(tmp_path: Path) -> None:
+    """Its parameters have a name in the module and one in the part."""
+    model, optimizer = _optimized(torch.optim.Adam)
+    for saved in ({"model": model, "head": model[1]}, {"head": model[1], "model": model}, {"head": model[1]}):
+        dp.save_checkpoint(tmp_path / "c", **saved, optimizer=optimizer)
+        for names in ({"model", "head"}, {"model"}, {"head"}, set()):
+            for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
+                other, swapped = _optimized(torch.optim.Adam, order)
+                given = {name: {"model": other, "head": other[1]}[name] for name in names & saved.keys()}
+                if order[0] and "model" in given:
+                    with pytest.raises(ValueError, match=r"is model.0.weight in the file and model.1.weight here"):
+                        dp.load_checkpoint(tmp_path / "c", **given, optimizer=swapped)
+                elif not order[0]:
+                    dp.load_checkpoint(tmp_path / "c", **given, optimizer=swapped)
 
 
 def test_a_file_of_torch_save_is_told_apart(tmp_path: Path) -> None:

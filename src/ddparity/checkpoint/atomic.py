@@ -242,7 +242,8 @@ def _rotate(path: Path, keep: int) -> None:
 
 
 def _earlier_numbers(path: Path) -> list[int]:
-    suffixes = (found.name.removeprefix(f"{path.name}.") for found in path.parent.glob(f"{glob.escape(path.name)}.*"))
+    found = [file for file in path.parent.glob(f"{glob.escape(path.name)}.*") if not file.is_dir()]
+    suffixes = (file.name.removeprefix(f"{path.name}.") for file in found)
     return sorted(int(suffix) for suffix in suffixes if suffix.isascii() and suffix.isdigit())
 
 

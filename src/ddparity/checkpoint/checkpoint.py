@@ -135,7 +135,7 @@ def save_checkpoint(
         stateful, values = sorted_out(objects)
         # Every rank calls state_dict, because some of them run collectives.
         states = {name: state_of(value) for name, value in stateful.items()} | values
-        in_shards = sharded.is_sharded(states)
+        in_shards = any(sharded.is_sharded(state, name) for name, state in states.items())
         if in_shards or is_first():
             snapshot = describe_states(states, about_of(stateful, values))
             if in_shards:

@@ -340,6 +340,7 @@ def _described(path: Path, descriptor: int, size: int) -> Checkpoint:
             # Its plain values are in tensors of their own, which have no place in a node of today.
             saved = from_old(
                 saved,
+                offsets,
                 lambda name, sha256: parse_json(_bytes(descriptor, path, offsets[name], name, sha256), size, True),
             )
         return _checked(path, saved, known["sha256"], descriptor, header, offsets)
@@ -363,7 +364,7 @@ def _checked(
             raise ValueError("a part of its description is no object")
     if type(saved["torch"]) is not str:
         raise ValueError("its version of torch is no text")
-    if type(files) is not list or not all(_is_file(entry) for entry in files):
+    if type(files) is not list or not all(map(_is_file, files)) or len({name for name, _ in files}) != len(files):
         raise ValueError("the files of its shards are not named as they are written")
     seen = set()
     for node in nodes.values():

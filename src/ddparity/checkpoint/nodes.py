@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import inspect
 import math
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict
@@ -73,7 +75,9 @@ def describe(value: Any, path: str, name: str, tensors: dict[str, torch.Tensor],
             raise TypeError(f"{path} is a combination of flags, {value!r}: give its .value")
         return {"kind": "enum", "type": cls.__qualname__, "member": value.name}
     if depth == DEPTH:
-        raise TypeError(f"{path[:200]} is nested more than {DEPTH} levels deep: give a flatter state")
+        raise TypeError(
+            f"{path[:200]} is nested more than {DEPTH} levels deep, or contains itself: give a flatter state"
+        )
     described = _nesting(value, path)
     items = _items_of(value, described)
     keys: Sequence[Any] = described.get("keys", range(len(items)))
@@ -113,6 +117,7 @@ def _nesting(value: Any, path: str) -> dict[str, Any]:
         return {"kind": "record", "type": cls.__qualname__, "keys": list(cls._fields)}
     if nesting_kind(cls) == "fields":
         keys = [field.name for field in dataclasses.fields(cls)]
+        _check_fields(value, keys, path)
         return {"kind": "fields", "type": cls.__qualname__, "keys": keys}
     way_out = "use tensors, arrays, numbers, strings or None, in dicts, lists, tuples or dataclasses"
     if isinstance(value, Mapping):
@@ -121,6 +126,29 @@ def _nesting(value: Any, path: str) -> dict[str, Any]:
         base = next(base for base in (list, tuple, int, float, str) if isinstance(value, base))
         way_out = f"it would come back as a {base.__name__}, so give one: {base.__name__}(…)"
     raise TypeError(f"{path} is a {cls.__name__}, which cannot be saved: {way_out}")
+
+
+def _check_fields(value: Any, fields: list[str], path: str) -> None:
+    """Refuse a dataclass that has more than its fields: only they are saved.
+
+    Raises:
+        TypeError: it is also a list or an exception, or has other attributes, or a field has no value.
+    """
+    cls: Any = type(value)
+    if cls.__new__ is not object.__new__:
+        raise TypeError(
+            f"{path} is a {cls.__name__}, a dataclass with a __new__ of its own or of {cls.__mro__[1].__name__}, and "
+            f"only its fields would be saved: give {{field: value}}, or a dataclass without it"
+        )
+    if unset := [name for name in fields if not hasattr(value, name)]:
+        raise TypeError(f"{path} is a {cls.__name__} whose field {unset[0]} has no value: give it one, such as None")
+    known = {*fields, "__orig_class__"}  # which typing sets: C[int](…)
+    for name in getattr(value, "__dict__", {}):
+        if name not in known and not isinstance(inspect.getattr_static(cls, name, None), functools.cached_property):
+            raise TypeError(
+                f"{path} is a {cls.__name__} with the attribute {name}, which is none of its fields and would not be "
+                f"saved: make it a field, such as field(init=False), or a cached_property"
+            )
 
 
 def _items_of(value: Any, node: dict[str, Any]) -> list[Any]:
@@ -277,7 +305,7 @@ def bytes_of(node: dict[str, Any]) -> int:
 def check_chunks(node: dict[str, Any], files: int) -> None:
     """Check that the chunks of a sharded tensor cover it, each element once.
 
-    A chunk is the number of its file, where in the tensor it begins, and its sizes.
+    A chunk is the number of its file, where in the tensor it begins, and its sizes. A file has at most one of them.
 
     Raises:
         ValueError: they do not.
@@ -295,6 +323,8 @@ def check_chunks(node: dict[str, Any], files: int) -> None:
         if not all(end <= size for end, size in zip(ends, shape, strict=True)):
             raise ValueError(f"{node['name']} of shape {shape} has the chunk {str(chunk)[:80]}")
         places.add(tuple(offsets))
+    if len({chunk[0] for chunk in chunks}) != len(chunks):
+        raise ValueError(f"{node['name']} has two chunks in one file")
     edges = [sorted({0, size, *(chunk[1][dim] for chunk in chunks)}) for dim, size in enumerate(shape)]
     edges += [[0, 1]] if not shape else []
     if math.prod(map(len, edges)) > 10**6 or len(places) != len(chunks):
@@ -342,13 +372,15 @@ def types_in(value: Any, depth: int = 0) -> Types:
     return found
 
 
-def build(node: Node, tensors: Mapping[str, torch.Tensor], types: Types, path: str) -> Any:
+def build(
+    node: Node, tensors: Mapping[str, torch.Tensor], types: Types, name: str, keys: tuple[str | int, ...] = ()
+) -> Any:
     """Return the value of a node that `leaves` has checked.
 
     Args:
         tensors: by name; each is given away as it is.
         types: the only named tuples, dataclasses and enums that can be made.
-        path: where the value is, for errors.
+        name, keys: where the value is, for errors: the name of the object, and the keys that lead to the value in it.
 
     Raises:
         ValueError: the node has a named tuple, dataclass or enum that is not in `types`, or with other fields.
@@ -357,41 +389,52 @@ def build(node: Node, tensors: Mapping[str, torch.Tensor], types: Types, path: s
         return node
     kind = node["kind"]
     if kind in ("tensor", "array", "number"):
-        return _built_dense(node, tensors[node["name"]], path)
+        return _built_dense(node, tensors[node["name"]], name, keys)
     if kind == "float":
         return float(node["text"])
     if kind == "complex":
-        return complex(*(build(part, tensors, types, path) for part in node["parts"]))
+        return complex(*(build(part, tensors, types, name, keys) for part in node["parts"]))
     if kind == "enum":
-        cls = _type_of(node, (), types, path)
+        cls = _type_of(node, (), types, name, keys)
         if node["member"] not in cls.__members__:
-            raise ValueError(f"{path} is {node['type']}.{node['member']} in the file, which {cls} here does not have")
+            raise ValueError(
+                f"{_path(name, keys)} is {node['type']}.{node['member'][:80]} in the file, which {cls} here does not "
+                f"have"
+            )
         return cls.__members__[node["member"]]
-    keys = node.get("keys", range(len(node["items"])))
-    inside = zip(node["items"], keys, strict=True)
-    items = [build(item, tensors, types, f"{path}[{key!r}]") for item, key in inside]
+    own_keys = node.get("keys", range(len(node["items"])))
+    inside = zip(node["items"], own_keys, strict=True)
+    items = [build(item, tensors, types, name, (*keys, key)) for item, key in inside]
     if kind == "list":
         return items
     if kind == "tuple":
         return torch.Size(items) if node.get("type") == "Size" else tuple(items)
     if kind == "dict":
-        return _built_dict(node, dict(zip(keys, items, strict=True)))
-    cls = _type_of(node, tuple(keys), types, path)
+        return _built_dict(node, dict(zip(own_keys, items, strict=True)))
+    cls = _type_of(node, tuple(own_keys), types, name, keys)
     if kind == "record":
         return tuple.__new__(cls, items)
+    if cls.__new__ is not object.__new__:
+        raise ValueError(f"{_path(name, keys)} is a {cls.__name__}, a dataclass with more than its fields")
     value: Any = object.__new__(cls)  # as copy and pickle do: no code of the class runs
-    for key, item in zip(keys, items, strict=True):
+    for key, item in zip(own_keys, items, strict=True):
         object.__setattr__(value, key, item)
     return value
 
 
-def _built_dense(node: dict[str, Any], tensor: torch.Tensor, path: str) -> Any:
+def _path(name: str, keys: tuple[str | int, ...]) -> str:
+    """Return where a value is. It is made for an error only: a hostile file can have long keys on many levels."""
+    path = name[:80] + "".join(f"[{(key[:80] if isinstance(key, str) else key)!r}]" for key in keys)
+    return path if len(path) <= 300 else f"{path[:300]}…"
+
+
+def _built_dense(node: dict[str, Any], tensor: torch.Tensor, name: str, keys: tuple[str | int, ...]) -> Any:
     if node["kind"] == "tensor":
         return nn.Parameter(tensor, node["parameter"]) if "parameter" in node else tensor
     try:
         array = tensor.numpy()
     except TypeError as error:
-        raise ValueError(f"{path} is an array of {node['dtype']}, which NumPy does not have") from error
+        raise ValueError(f"{_path(name, keys)} is an array of {node['dtype']}, which NumPy does not have") from error
     return array if node["kind"] == "array" else array[()]
 
 
@@ -406,14 +449,17 @@ def _built_dict(node: dict[str, Any], value: dict[Any, Any]) -> dict[Any, Any]:
     return OrderedDict(value) if kind == "OrderedDict" else value
 
 
-def _type_of(node: dict[str, Any], fields: tuple[str, ...], types: Types, path: str) -> Any:
+def _type_of(
+    node: dict[str, Any], fields: tuple[str, ...], types: Types, name: str, keys: tuple[str | int, ...]
+) -> Any:
     found = types.get((node["type"], fields))
     if found is None:
-        others = [theirs for name, theirs in types if name == node["type"]]
+        others = [theirs for known, theirs in types if known == node["type"]]
         reason = f"the one here has the fields {', '.join(others[0])}" if others else "no type is imported for a file"
-        own = f" with the fields {', '.join(fields)}" if fields else ""
+        own = f" with the fields {', '.join(fields)[:200]}" if fields else ""
+        kind = node["type"][:80]
         raise ValueError(
-            f"{path} is a {node['type']}{own}, and {reason}: give load_checkpoint an object or a value that has such a "
-            f"{node['type']}"
+            f"{_path(name, keys)} is a {kind}{own}, and {reason}: give load_checkpoint an object or a value that has "
+            f"such a {kind}"
         )
     return found

@@ -52,7 +52,7 @@ def about_of(stateful: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]
             about[name] = {
                 "class": _class_of(value),
                 "shapes": [[list(parameter.shape) for parameter in group["params"]] for group in value.param_groups],
-                "names": _names_of(value, stateful),
+                "names": [[names[0] if names else None for names in group] for group in _names_of(value, stateful)],
             }
     return about
 
@@ -62,15 +62,21 @@ def _class_of(optimizer: torch.optim.Optimizer) -> str:
     return type(optimizer if zero is None else zero.optim).__qualname__
 
 
-def _names_of(optimizer: torch.optim.Optimizer, stateful: dict[str, Any]) -> list[list[str | None]]:
-    """Return the names of an optimizer's parameters, by group, from the modules that are saved or loaded with it."""
-    names = {
-        id(parameter): f"{name}.{plain_name(own)}"
-        for name, value in stateful.items()
-        if isinstance(value, nn.Module)
-        for own, parameter in value.named_parameters()
-    }
-    return [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+def _names_of(optimizer: torch.optim.Optimizer, stateful: dict[str, Any]) -> list[list[list[str]]]:
+    """Return the names of an optimizer's parameters, by group, in the modules that are saved or loaded with it.
+
+    A parameter has several if a module and a part of it are given: the one in the whole module comes first.
+    """
+    names: dict[int, list[str]] = {}
+    modules = [(name, dict(module.named_parameters())) for name, module in _modules(stateful).items()]
+    for name, parameters in sorted(modules, key=lambda module: -len(module[1])):
+        for own, parameter in parameters.items():
+            names.setdefault(id(parameter), []).append(f"{name}.{plain_name(own)}")
+    return [[names.get(id(parameter), []) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _modules(stateful: dict[str, Any]) -> dict[str, nn.Module]:
+    return {name: value for name, value in stateful.items() if isinstance(value, nn.Module)}
 
 
 def check_about(misfit: str, saved: Any, value: Any, stateful: dict[str, Any]) -> None:
@@ -91,13 +97,14 @@ def check_about(misfit: str, saved: Any, value: Any, stateful: dict[str, Any]) -
         )
     if "shapes" in own and "shapes" in saved and saved["shapes"] != own["shapes"]:
         raise ValueError(f"{misfit}: {_first_difference(saved['shapes'], own['shapes'])}")
-    if "names" in own and "names" in saved:
-        names = _names_of(value, stateful)
+    if "names" in own and saved.get("names") is not None:
+        names, given = _names_of(value, stateful), tuple(f"{name}." for name in _modules(stateful))
         for group, (theirs, ours) in enumerate(zip(saved["names"], names, strict=True)):
-            for number, (one, other) in enumerate(zip(theirs, ours, strict=True)):
-                if None not in (one, other) and one != other:
+            for number, (one, others) in enumerate(zip(theirs, ours, strict=True)):
+                # A name in a module that is not given here says nothing.
+                if one is not None and others and one not in others and one.startswith(given):
                     raise ValueError(
-                        f"{misfit}: parameter {number} of group {group} is {str(one)[:200]} in the file and {other} "
+                        f"{misfit}: parameter {number} of group {group} is {one[:200]} in the file and {others[0]} "
                         f"here: give the optimizer the parameters in the same order"
                     )
 
@@ -105,12 +112,17 @@ def check_about(misfit: str, saved: Any, value: Any, stateful: dict[str, Any]) -
 def _is_about(saved: dict[str, Any]) -> bool:
     """Return True if a file's entry has groups of shapes and of names, one for each parameter, where it has them."""
     shapes, names = saved.get("shapes", []), saved.get("names")
+    if names is not None and "shapes" not in saved:
+        return False
     for groups in (shapes, [] if names is None else names):
         if type(groups) is not list or not all(type(group) is list for group in groups):
             return False
     if not all(type(shape) is list for group in shapes for shape in group):
         return False
-    return names is None or [len(group) for group in names] == [len(group) for group in shapes]
+    if names is None:
+        return True
+    texts = all(name is None or type(name) is str for group in names for name in group)
+    return texts and [len(group) for group in names] == [len(group) for group in shapes]
 
 
 def _first_difference(saved: list[list[list[int]]], own: list[list[list[int]]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from .nodes import Node
@@ -12,16 +12,17 @@ OLD_FORMAT = "ddparity 2"
 _KINDS = ("tensor", "array", "plain", "plain list", "list", "dict", "tuple")
 
 
-def from_old(saved: dict[str, Any], read: Callable[[str, str], Any]) -> dict[str, Any]:
+def from_old(saved: dict[str, Any], in_file: Container[str], read: Callable[[str, str], Any]) -> dict[str, Any]:
     """Return an old description in today's form.
 
     Args:
+        in_file: the names of all tensors in the file.
         read: returns the JSON that a tensor has as its bytes, by its name and its SHA-256.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: it is not as that version wrote it.
     """
-    names = _tensor_names(saved["nodes"])
+    names = _tensor_names(saved["nodes"], in_file)
     nodes = {state: _node(node, iter(names[state]), saved["sha256"], read) for state, node in saved["nodes"].items()}
     about = {}
     for name, known in saved["about"].items():
@@ -53,23 +54,30 @@ def _plain(value: Any) -> Node:
     return value
 
 
-def _tensor_names(nodes: dict[str, Any]) -> dict[str, list[str]]:
-    """Return for each state the names of its tensors in the file, in order."""
+def _tensor_names(nodes: dict[str, Any], in_file: Container[str]) -> dict[str, list[str]]:
+    """Return for each state the names of its tensors in the file, in order.
+
+    Raises:
+        ValueError: the file has no tensor with such a name.
+    """
     taken = {"__metadata__"}
     names: dict[str, list[str]] = {}
     for state, node in nodes.items():
         names[state] = []
-        for path in _paths(node, state):
+        for keys in _leaf_keys(node, (state,)):
+            path = ".".join(map(str, keys))
             name = path if path not in taken else f"{path}#{len(taken)}"
+            if name not in in_file:  # else many tensors under one long key would take much memory
+                raise ValueError(f"its description lists {name[:80]}, which the file does not have")
             taken.add(name)
             names[state].append(name)
     return names
 
 
-def _paths(node: dict[str, Any], path: str) -> Iterator[str]:
+def _leaf_keys(node: dict[str, Any], keys: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     if "leaf" in node:
-        yield path
+        yield keys
         return
-    keys = node["keys"] if node["kind"] == "dict" else range(len(node["items"]))
-    for key, item in zip(keys, node["items"], strict=True):
-        yield from _paths(item, f"{path}.{key}")
+    inside = node["keys"] if node["kind"] == "dict" else range(len(node["items"]))
+    for key, item in zip(inside, node["items"], strict=True):
+        yield from _leaf_keys(item, (*keys, key))

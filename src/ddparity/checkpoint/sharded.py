@@ -27,7 +27,7 @@ from ..compat import is_dtensor
 from ..runtime.agreement import Agreement
 from .atomic import earlier_file, remove_stale_drafts, replacing
 from .format import SHARD_FILE, Checkpoint, Snapshot, host_tensor, opened, write_states
-from .nodes import DTYPES, leaves
+from .nodes import DEPTH, DTYPES, leaves
 
 MAIN = "checkpoint.safetensors"
 _ORPHANED_S = 86_400.0  # the age at which a file of shards that no checkpoint names is deleted
@@ -35,11 +35,24 @@ _ORPHANED_S = 86_400.0  # the age at which a file of shards that no checkpoint n
 Chunk = tuple[list[int], list[int]]  # where in the tensor it begins, and its sizes
 
 
-def is_sharded(value: Any) -> bool:
-    """Return True if a DTensor is in nested dicts, lists and tuples."""
-    if isinstance(value, Mapping):
-        return any(map(is_sharded, value.values()))
-    return is_dtensor(value) or (isinstance(value, (list, tuple)) and any(map(is_sharded, value)))
+def is_sharded(value: Any, name: str, depth: int = 0) -> bool:
+    """Return True if a DTensor is in nested dicts, lists and tuples.
+
+    Args:
+        name: of the object that has them, for errors.
+
+    Raises:
+        TypeError: they are nested too deeply.
+    """
+    if not isinstance(value, (Mapping, list, tuple)):
+        return is_dtensor(value)
+    if depth == DEPTH:
+        raise TypeError(
+            f"the state of {name} cannot be saved: it is nested more than {DEPTH} levels deep, or contains itself: "
+            f"give a flatter state"
+        )
+    items = value.values() if isinstance(value, Mapping) else value
+    return any(is_sharded(item, name, depth + 1) for item in items)
 
 
 @dataclass(frozen=True)
@@ -215,14 +228,27 @@ def plan_reads(
         TensorStorageMetadata,
     )
 
+    sources: dict[int, tuple[Checkpoint, dict[str, dict[str, Any]]]] = {}
+
+    def parts_in(number: int) -> dict[str, dict[str, Any]]:
+        if number not in sources:
+            source = _open_shards(checkpoint, number, stack)
+            sources[number] = source, {leaf["name"]: leaf for leaf in _leaves_of(source)}
+        return sources[number][1]
+
     places: dict[tuple[str, tuple[int, ...]], tuple[int, list[int]]] = {}
     metadata: dict[str, Any] = {}
     targets: dict[str, torch.Tensor] = {}
     for leaf in leaves:
         name, shape, dtype = leaf["name"], leaf["shape"], DTYPES[leaf["dtype"]]
         target = own(name)
-        targets[name] = torch.empty(shape, dtype=dtype) if target is None else target
         chunks = leaf.get("chunks", [[-1, [0] * len(shape), shape]])
+        if target is None:
+            for file, _, sizes in chunks:  # before a forged shape takes memory
+                part = parts_in(file).get(name, {})
+                if (part.get("shape"), part.get("dtype")) != (sizes, leaf["dtype"]):
+                    raise ValueError(f"{sources[file][0].path} is damaged: it has not the part of {name[:80]}")
+        targets[name] = torch.empty(shape, dtype=dtype) if target is None else target
         places |= {(name, tuple(offsets)): (file, sizes) for file, offsets, sizes in chunks}
         saved = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for _, offsets, sizes in chunks]
         metadata[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), saved)
@@ -232,12 +258,13 @@ def plan_reads(
     for item in planner.create_local_plan().items:
         file, sizes = places[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
         by_file.setdefault(file, []).append((item, sizes))
-    sources = {number: _open_shards(checkpoint, number, stack) for number in by_file}
+    for number in by_file:
+        parts_in(number)
 
     def take() -> None:
         for number, items in by_file.items():
-            names, source = {item.storage_index.fqn for item, _ in items}, sources[number]
-            found = source.read_tensors([leaf for leaf in _leaves_of(source) if leaf["name"] in names])
+            names, (source, parts) = {item.storage_index.fqn for item, _ in items}, sources[number]
+            found = source.read_tensors([leaf for name, leaf in parts.items() if name in names])
             for item, sizes in items:
                 piece = found.get(item.storage_index.fqn)
                 if piece is None or list(piece.shape) != sizes:
