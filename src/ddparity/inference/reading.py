@@ -51,8 +51,7 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not (path / RUN).is_file():
         raise ValueError(f"{path} is no result of predict(): it has no {RUN}")
-    _, run, recorded = read_run(path)
-    digests = recorded | new_digests(path, run)
+    _, run, _ = read_run(path)
     if missing := [number for number in range(files_of(run)) if not file_of(path, run, number).exists()]:
         first = rows_of(run, missing[0])
         raise ValueError(
@@ -61,6 +60,9 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
         )
     if not run["length"]:
         return torch.empty(0)
+    digests = _all_digests(path, run)
+    if len(digests) < files_of(run):  # a file system of several machines may show a file late
+        digests = _all_digests(path, run)
     with ThreadPoolExecutor(_THREADS) as pool:
         read = list(pool.map(lambda number: _read_part(path, run, digests, number), range(files_of(run))))
     if damaged := [found for found in read if isinstance(found, str)]:
@@ -70,6 +72,16 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
         )
     table = pa.concat_tables(read)
     return from_table(table, json.loads(table.schema.metadata[DESCRIPTION]))
+
+
+def _all_digests(path: Path, run: RunInfo) -> Digests:
+    """Return the digests of all parts that exist, also while a call writes to the directory.
+
+    The call writes a part's digest file before the part, and fills `RUN` before it deletes digest files. So the parts
+    are looked for first, then digest files are read, then `RUN`.
+    """
+    new = new_digests(path, run)
+    return read_run(path)[2] | new
 
 
 def _read_part(path: Path, run: RunInfo, digests: Digests, number: int) -> pa.Table | str:
