@@ -138,6 +138,46 @@ def test_a_damaged_record_of_the_run_is_refused(text: str, tmp_path: Path) -> No
             call(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows_per_file": 0},
+        {"rows_per_file": -4},
+        {"rows_per_file": 4.0},
+        {"rows_per_file": None},
+        {"length": "12"},
+        {"length": True},
+        {"length": -1},
+        {"length": 0},
+        {"length": 8},
+    ],
+)
+def test_a_forged_record_of_the_run_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    token, run, digests = reading.read_run(_writes(tmp_path))
+    (tmp_path / "_run.json").write_bytes(reading.run_text(token, run | change, digests))
+    _is_refused(tmp_path, "_run.json is damaged")
+
+
+def test_a_record_of_the_run_without_a_number_is_refused(tmp_path: Path) -> None:
+    token, run, digests = reading.read_run(_writes(tmp_path))
+    del run["rows_per_file"]
+    (tmp_path / "_run.json").write_bytes(reading.run_text(token, run, digests))
+    _is_refused(tmp_path, "_run.json is damaged")
+
+
+@pytest.mark.parametrize("name", ["_run.json", "part-000000000004.parquet", "_part-000000000004.sha256"])
+def test_a_folder_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    (_writes(tmp_path) / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    _is_refused(tmp_path, f"{name} is (damaged|a folder, and .* remove it)")
+
+
+def _is_refused(path: Path, message: str) -> None:
+    for call in (dp.read_predictions, _writes):
+        with pytest.raises(ValueError, match=message):
+            call(path)
+
+
 def test_a_damaged_schema_is_written_again(tmp_path: Path) -> None:
     schema = _writes(tmp_path) / "_common_metadata"
     content = schema.read_bytes()
