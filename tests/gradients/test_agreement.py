@@ -145,7 +145,7 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any], str]] = {
     "mode": (_mode, {}, "the number of synchronised batch norms in training differs between ranks: [01] on rank"),
     "mode of a layer": (_mode_of_one_layer, {}, "the number of synchronised batch norms in training differs"),
     "frozen": (_frozen, {}, "the number of trained parameters differs between ranks"),
-    "weights": (_weights, {}, "the sum of the parameters' bits differs between ranks"),
+    "weights": (_weights, {}, "the digest of the parameters' bits differs between ranks"),
     "models": (_models, {}, r"the number of models given to accumulate\(\) differs between ranks: [12] on rank"),
 }
 

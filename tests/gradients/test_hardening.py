@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
 from ddparity.gradients.replica import walk
@@ -275,3 +276,131 @@ def test_parameters_have_the_names_and_the_order_of_torch() -> None:
     model = nn.ModuleDict({"first": shared, "again": shared, "tied": nn.Sequential(tied, bare), "none": nn.Identity()})
     expected = list(model.named_parameters())
     assert [(name, id(one)) for name, one in walk(model)[0]] == [(name, id(one)) for name, one in expected]
+
+
+class _WritesData(torch.optim.Optimizer):
+    """Writes through `.data`, as optimizers did before torch had `no_grad`."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad.data, alpha=-0.1)
+
+
+def _late_step_inside() -> str:
+    """From the fifth step on, when the checks that take time are over."""
+    model = dp.replicate(nn.Linear(4, 3))
+    optimizer = _WritesData(model.parameters())
+    for number in range(6):
+        for micro in dp.accumulate(model, [torch.ones(2, 4)] * 2, equal_counts=True):
+            (model(micro.data).sum() * micro.weight).backward()
+            if number == 5:
+                with pytest.raises(RuntimeError) as error:
+                    optimizer.step()
+                return str(error.value)
+        optimizer.step()
+        optimizer.zero_grad()
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_any_optimizers_step_in_any_loop_is_refused(world_size: int) -> None:
+    for message in run_ranks(_late_step_inside, world_size):
+        assert "move optimizer.step() behind the loop" in message
+
+
+def _left_with_zeros() -> str:
+    """A loop that zip() leaves, over a model of which one gradient is zero, as that of an adapter is at first."""
+    model = dp.replicate(nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1)))
+    with torch.no_grad():
+        list(model.parameters())[1].zero_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [torch.ones(2, 2)]
+    for x, micro in zip(batches, dp.accumulate(model, batches), strict=False):
+        (model(x).square().mean() * micro.weight).backward()
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+def test_a_loop_that_was_left_is_noticed_beside_a_gradient_of_zeros() -> None:
+    for message in run_ranks(_left_with_zeros, 2):
+        assert "left before its end" in message
+
+
+def _late_edit() -> torch.Tensor:
+    """Gradients of a large model are scaled through `.data`, from the fifth step on."""
+    torch.manual_seed(0)
+    model = dp.replicate(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double(), **SEVERAL_BUCKETS)
+    parameters = list(model.parameters())
+    x = torch.arange(32, dtype=torch.float64).view(8, 4).sin()
+    own = x.chunk(dist.get_world_size())[dist.get_rank()]
+    for number in range(6):
+        model.zero_grad()
+        for micro in dp.accumulate(model, [own]):
+            (model(micro.data).square().mean() * micro.weight).backward()
+            for parameter in parameters if number == 5 else ():
+                assert parameter.grad is not None
+                parameter.grad.data.mul_(0.5)
+    return torch.cat([one.grad.flatten() for one in parameters if one.grad is not None])
+
+
+def test_a_late_edit_of_gradients_counts() -> None:
+    (expected,) = run_ranks(_late_edit, 1)
+    for gradients in run_ranks(_late_edit, 2):
+        torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-14)
+
+
+def _permuted_weights() -> str:
+    """A hook that does not reduce: each rank trains another row of ones."""
+
+    def nothing(state, bucket):
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    words = nn.Embedding(2, 2)
+    with torch.no_grad():
+        words.weight.fill_(1)
+    model = DistributedDataParallel(words)
+    model.register_comm_hook(None, nothing)
+
+    def step() -> None:
+        for micro in dp.accumulate(model, [torch.tensor([dist.get_rank()])], equal_counts=True):
+            (model(micro.data).sum() * micro.weight).backward()
+
+    with pytest.raises(dp.DDParityError) as error:
+        step()
+    return str(error.value)
+
+
+def test_gradients_with_the_same_numbers_elsewhere_differ() -> None:
+    for message in run_ranks(_permuted_weights, 2):
+        assert "weight differs between rank 1 and rank 0" in message
+
+
+def _flagged() -> bool:
+    layer = nn.Sequential(nn.Linear(2, 2))
+    layer.sparse = True  # of the user's own, without a weight
+    return isinstance(dp.replicate(layer), DistributedDataParallel)
+
+
+def test_an_attribute_of_that_name_is_no_sparse_layer() -> None:
+    assert all(run_ranks(_flagged, 2))
+
+
+def _half() -> torch.Tensor:
+    model = dp.replicate(nn.Linear(1, 1, bias=False).half())
+    for micro in dp.accumulate(model, [torch.zeros(1, 1).half()], equal_counts=True):
+        model(micro.data).sum().backward()
+        (weight,) = model.parameters()
+        weight.grad = torch.full_like(weight, 40000)
+    return weight.grad
+
+
+def test_an_average_in_half_precision_does_not_overflow() -> None:
+    assert [gradient.item() for gradient in run_ranks(_half, 2)] == [40000, 40000]

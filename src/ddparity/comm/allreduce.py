@@ -40,6 +40,8 @@ def mean_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     As DDP does, a large tensor is divided before the sum, so that float16 does not overflow.
     """
     if gathers(tensor.numel(), tensor, group):
+        if tensor.dtype == torch.float16:
+            return _added(copies_of_ranks(tensor / _size(group), group))
         return _added(copies_of_ranks(tensor, group)).div_(_size(group))
     dist.all_reduce(tensor.div_(_size(group)), group=group)
     return tensor

@@ -273,3 +273,10 @@ def byte_view(tensor: torch.Tensor) -> torch.Tensor:
     It does not use the strides of dimensions of size 0 and 1, which may be anything.
     """
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def tensors_in(description: Description) -> list[int]:
+    """Return the numbers of the leaves that are tensors and arrays."""
+    if description["kind"] in ("tensor", "array"):
+        return [description["leaf"]]
+    return [number for item in description.get("items", []) for number in tensors_in(item)]

@@ -22,7 +22,7 @@ from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
 from .replica import Replica, refuse_nested, replica_of
-from .window import Window, bits_of
+from .window import Window, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +153,14 @@ def _accumulate(
 
     careful = any(replica.careful() for replica in replicas)
     if not careful and not drops and all(replica.alone for replica in replicas):
-        yield from _loaded(micros, 1, device)  # nothing to reduce
         for replica in replicas:
-            replica.skip()
+            replica.watch_steps()
+        try:
+            yield from _loaded(micros, 1, device)  # nothing to reduce
+        finally:
+            for replica in replicas:
+                replica.unwatch_steps()
+                replica.skip()
     else:
         window = Window(replicas, numbers, rank, drops, careful)
         rechecks = next((one.rechecks for one in replicas if one.rechecks is not None), None)
@@ -247,7 +252,8 @@ def _agree(
         "the number of synchronised batch norms in training": sum(map(_shared_in_training, models)),
     }
     if replica.rechecks is None or replica.rechecks.off:
-        values["the sum of the parameters' bits"] = sum(map(bits_of, trained))
+        words = enumerate(words_of(trained), 1)
+        values["the digest of the parameters' bits"] = sum(number * word for number, word in words)
     else:
         replica.rechecks.soon()  # it compares them, too, and names the rank that is wrong
     if step is None:

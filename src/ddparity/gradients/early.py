@@ -17,6 +17,7 @@ from .state import State
 
 CAP_BYTES = 25 * 2**20  # of a part, as DDP's default
 SMALL_BYTES = 2**20  # up to here one exchange of all gradients after the loop is faster than several in its backward
+SAMPLED = 64  # values of a part, about, which are compared in every step
 PARTS = 8  # of a model whose parts stay between these
 CAREFUL_STEPS = 3  # with checks that take time: a loop that is wrong is mostly wrong in its first steps
 LATE_STEPS = 100  # without early averages, after one that was in vain
@@ -85,8 +86,8 @@ class EarlyAverage:
         plan: is told how it went.
         parts: parameters of one dtype and device each, in the order in which to start, the same on every rank. The last
             part has no backward left to overlap with and starts after the loop.
-        careful: compare values, too: what is written through `gradient.data` leaves no other trace. It takes a second
-            copy.
+        careful: compare all values, too, not a sample of each part: what is written through `gradient.data` leaves no
+            other trace. It takes a second copy.
     """
 
     def __init__(
@@ -125,7 +126,8 @@ class EarlyAverage:
         part = self._parts[len(self._started)]
         flat = FlatGradients(part)
         copy = flat.tensor.clone() if self._careful else None
-        self._started.append(_Started(part, flat, State(part), copy, start_mean(flat.tensor, self._group)))
+        sample = _sample(part).clone()
+        self._started.append(_Started(part, flat, State(part), sample, copy, start_mean(flat.tensor, self._group)))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -157,10 +159,20 @@ class _Started:
     part: list[nn.Parameter]
     flat: FlatGradients
     state: State
+    sample: torch.Tensor
     copy: torch.Tensor | None
     work: dist.Work
 
     def changed(self) -> bool:
-        if self.state.marks != State(self.part).marks:
+        if self.state.marks != State(self.part).marks or not is_same(self.sample, _sample(self.part)):
             return True
         return self.copy is not None and not is_same(self.copy, FlatGradients(self.part).tensor)
+
+
+def _sample(part: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return some values of the largest gradient."""
+    gradients = [one.grad for one in part if one.grad is not None]
+    if not gradients:
+        return part[0].new_zeros(0)
+    largest = max(gradients, key=torch.Tensor.numel).flatten()
+    return largest[:: max(1, largest.numel() // SAMPLED)]

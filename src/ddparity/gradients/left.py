@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
@@ -37,7 +38,8 @@ def forget_left(parameters: Iterable[nn.Parameter]) -> None:
 
 def _refuse(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
     own = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter in _left]
-    if own and all(_unreduced(one, _left[one]) for one in own):
+    # Gradients that are zero have been reduced, or zero_grad() was called.
+    if own and all(one.grad is _left[one] for one in own) and any(_is_not_zero(one.grad) for one in own):
         raise RuntimeError(
             "optimizer.step() after a loop of accumulate() that was left before its end, so that its gradients are not "
             "reduced. zip() leaves the second of two loops: give both models to one, accumulate([first, second], …). "
@@ -45,6 +47,5 @@ def _refuse(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
         )
 
 
-def _unreduced(parameter: nn.Parameter, then: Any) -> bool:
-    """Return True if the parameter has the gradient that it had then, and it was not set to zero."""
-    return parameter.grad is then and (then is None or bool(then.any()))
+def _is_not_zero(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())

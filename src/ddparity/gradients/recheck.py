@@ -30,7 +30,7 @@ from torch import nn
 from ..comm.allreduce import copies_of_ranks
 from ..comm.bits import check_words, is_same, parts, put_back
 from ..comm.nesting import to_device
-from ..comm.trees import take_apart
+from ..comm.trees import take_apart, tensors_in
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..errors import WrongArithmetic
@@ -319,6 +319,14 @@ class Recheck:
             why += ", and others again when it runs the micro-batch a second time" if unstable else ""
         if self._rank == 0:
             logger.error("wrong arithmetic: %s", json.dumps(record))
+        if record["differs"] == "the data":
+            raise WrongArithmetic(
+                f"accumulate(): the data set gives {'ranks' if len(ranks) > 1 else 'rank'} "
+                f"{' or '.join(map(str, ranks))} other data than the others, for micro-batch {index} of step "
+                f"{record['step']} of epoch {record['epoch']}. The step is not taken. Let every rank read the same "
+                f"samples; if it does, its device or memory is wrong",
+                record,
+            )
         raise WrongArithmetic(
             f"accumulate(): {who}: {why}, for micro-batch {index} of step {record['step']} of epoch {record['epoch']}; "
             f"the first difference is in {record['differs'] or 'the result'}. The step is not taken. Take the device "
@@ -354,12 +362,13 @@ def set_buffers(buffers: Buffers) -> None:
 
 
 def _word_of(data: Any) -> int:
-    """Return 32 bits of a batch's tensors, numbers and strings; 0 if it holds something else."""
+    """Return 32 bits of a batch's tensors and arrays; 0 if it has none. A path beside them may differ between ranks."""
     try:
         description, leaves = take_apart(data)
     except (TypeError, ValueError):
         return 0
-    return check_words([leaves], [json.dumps(description)])[0]
+    dense = [leaves[number] for number in tensors_in(description)]
+    return check_words([dense], [str([(str(one.dtype), list(one.shape)) for one in dense])])[0] if dense else 0
 
 
 def _digest(words: Words) -> int:

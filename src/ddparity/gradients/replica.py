@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..batchnorm import Room
 from ..compat import broadcast_buffers, disarm, has_built_in_hook, set_flags, uncompiled, unwrapped
@@ -34,7 +36,8 @@ _replicas: weakref.WeakKeyDictionary[nn.Module, Replica] = weakref.WeakKeyDictio
 _made: collections.Counter[tuple[int, ...] | None] = collections.Counter()
 
 CHECK_EVERY = 100  # steps
-Walk = tuple[list[tuple[str, nn.Parameter]], list[nn.Module]]  # parameters by name, modules with buffers
+# Parameters by name, modules with buffers, and ids of parameters with sparse gradients.
+Walk = tuple[list[tuple[str, nn.Parameter]], list[nn.Module], set[int]]
 
 
 class Holder(Protocol):
@@ -77,6 +80,7 @@ class Replica:
         self.agreed: object = None
         self.had_gradients: set[int] = set()
         self._built_in_hook: bool | None = None
+        self._watched: RemovableHandle | None = None
         self._broadcasts = False
         self._steps = 0
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
@@ -89,11 +93,6 @@ class Replica:
         cap = getattr(ddp, "bucket_bytes_cap", CAP_BYTES)
         self._early = EarlyAverages(self.group, cap) if self.group is not None else None
         self._known = [id(parameter) for parameter in self.parameters()]
-        self.sparse = {
-            id(module.weight)
-            for module in self.module.modules()
-            if getattr(module, "sparse", False) is True and isinstance(module.weight, torch.Tensor)
-        }
 
     @property
     def ddp(self) -> DistributedDataParallel | None:
@@ -116,10 +115,10 @@ class Replica:
     def walk(self) -> Walk:
         """Return the parameters, those that are not trained, too, and the modules with buffers, as on every rank."""
         ddp = self.ddp
-        named, buffered = walk(self.module)
+        named, buffered, self.sparse = walk(self.module)
         if ddp is not None and ddp.parameters_to_ignore:
             named = [(name, one) for name, one in named if name not in ddp.parameters_to_ignore]
-        return named, buffered
+        return named, buffered, self.sparse
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained now."""
@@ -148,8 +147,14 @@ class Replica:
         return self._built_in_hook
 
     def early_average(self, parameters: list[nn.Parameter]) -> EarlyAverage | None:
-        """Return what averages these parameters' gradients in the last backward; None where that does not pay."""
-        return None if self._early is None or self.sparse else self._early.next(parameters, self.careful())
+        """Return what averages these parameters' gradients in the last backward; None where that does not pay.
+
+        With find_unused_parameters, backwards differ between ranks: averages that start in them could meet the
+        collectives of synchronised batch norms in another order on another rank.
+        """
+        if self._early is None or self.sparse or (self.ddp is not None and self.ddp.find_unused_parameters):
+            return None
+        return self._early.next(parameters, self.careful())
 
     def hold(self) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`."""
@@ -185,6 +190,26 @@ class Replica:
             ddp.broadcast_buffers = self._broadcasts
             broadcast_buffers(ddp)
             set_flags(ddp, False, False)
+
+    def watch_steps(self) -> None:
+        """Refuse an optimizer's step with these parameters until `unwatch_steps`: their gradients are not complete."""
+        self.unwatch_steps()  # of a loop that was left
+        self._watched = register_optimizer_step_pre_hook(self._refuse_step)
+
+    def unwatch_steps(self) -> None:
+        """Allow optimizers' steps again."""
+        if self._watched is not None:
+            self._watched.remove()
+            self._watched = None
+
+    def _refuse_step(self, optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
+        own = {id(one) for one in self.parameters()}
+        if any(id(one) in own for group in optimizer.param_groups for one in group["params"]):
+            raise RuntimeError(
+                "optimizer.step() inside of the loop of accumulate() over the model, or before that loop has ended, so "
+                "that the step's gradients are not complete: move optimizer.step() behind the loop. A zip() that has a "
+                "name leaves its second loop open: give both models to one, accumulate([first, second], …)"
+            )
 
     def careful(self) -> bool:
         """Return True if the next step makes the checks that take time: one of the first, and some later ones."""
@@ -252,9 +277,10 @@ def _written(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def walk(module: nn.Module) -> Walk:
-    """Return what `module.named_parameters()` yields, in a third of its time, and the modules that have buffers."""
+    """Return what `module.named_parameters()` yields, in a third of its time, and what else a step asks for."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     buffered: list[nn.Module] = []
+    sparse: set[int] = set()
     visited: set[int] = set()
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -266,14 +292,16 @@ def walk(module: nn.Module) -> Walk:
                 found[id(parameter)] = (prefix + name, parameter)
         if module._buffers:
             buffered.append(module)
+        if module.__dict__.get("sparse") is True and module._parameters.get("weight") is not None:
+            sparse.add(id(module._parameters["weight"]))
         for name, child in module._modules.items():
             if child is not None:
                 visit(child, f"{prefix}{name}.")
 
     visit(module, "")
     if type(module).named_parameters is not nn.Module.named_parameters:  # a model may name them otherwise
-        return list(module.named_parameters()), buffered
-    return list(found.values()), buffered
+        return list(module.named_parameters()), buffered, sparse
+    return list(found.values()), buffered, sparse
 
 
 def refuse_nested(module: nn.Module, what: str) -> None:

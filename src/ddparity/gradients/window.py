@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients
+from ..comm.bits import check_words, parts
 from ..data.step import Step
 from ..errors import DDParityError
 from .early import EarlyAverage
@@ -69,7 +70,7 @@ class Window:
         self._sums = not self._strict and (drops or 0 in numbers)
         walks = [replica.walk() for replica in replicas]
         self._named, frozen = _trained(replicas, walks)
-        self._buffered = [buffered for _, buffered in walks]
+        self._buffered = [buffered for _, buffered, _ in walks]
         self._parameters = [parameter for _, parameter in self._named]
         self._by_ddp: Replica | None = None
         self._early: EarlyAverage | None = None
@@ -115,6 +116,8 @@ class Window:
             for replica in self._own:
                 stack.callback(replica.release)
                 replica.hold()
+                stack.callback(replica.unwatch_steps)
+                replica.watch_steps()
                 if self.waits:
                     stack.callback(setattr, replica, "supersede", None)
                     replica.supersede = self.supersede
@@ -233,7 +236,7 @@ class Window:
             for position, replica in enumerate(self._own)
             for name, one in replica.walk()[0]
         ]
-        modules = [replica.module for replica in self._own]
+        modules = [replica.module for replica in (*self._own, *others_than(self._own))]
         return Recheck(rechecks, step, weights, self._named, modules, self.paused, device)
 
     @contextlib.contextmanager
@@ -514,8 +517,8 @@ def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.Pr
     tensors = [(name, one) for name, one in named if one is not None and one.layout == torch.strided]
     if not tensors:
         return
-    sums = torch.stack([_bits(one) for _, one in tensors])
-    everyones = copies_of_ranks(sums, group)
+    words = words_of([one for _, one in tensors])
+    everyones = copies_of_ranks(torch.tensor(words, device=tensors[0][1].device), group)
     different = (everyones != everyones[0]).nonzero().tolist()
     if different:
         rank, number = different[0]
@@ -525,22 +528,17 @@ def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.Pr
         )
 
 
-def bits_of(tensor: torch.Tensor) -> int:
-    """Return a checksum of a tensor's bits."""
-    return int(_bits(tensor))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    return value.contiguous().view(width).sum(dtype=torch.int64)
+def words_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return 32 bits of each tensor's values and of whether it is trained."""
+    held = [parts(one.detach()) or [] for one in tensors]
+    return check_words(held, [str(one.requires_grad) for one in tensors])
 
 
 def _trained(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
     """Return the parameters of the models that a step may train, each once, and the others."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     frozen: Named = []
-    for position, (replica, (own, _)) in enumerate(zip(replicas, walks, strict=True)):
+    for position, (replica, (own, *_)) in enumerate(zip(replicas, walks, strict=True)):
         for name, parameter in own:
             named = (f"model {position}: {name}" if position else name, parameter)
             if replica.trains(parameter):

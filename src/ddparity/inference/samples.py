@@ -6,8 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from ..comm.nesting import Description
-from ..comm.trees import byte_view, take_apart
+from ..comm.trees import byte_view, take_apart, tensors_in
 from ..data.dataset import KeyedDataset, SeededIndices
 
 _DIGITS = 32  # hex digits of a digest
@@ -31,20 +30,13 @@ def digest_of(dataset: Any, index: int, tensors_alone: bool = False) -> str:
     given = KeyedDataset(dataset).__getitems__(SeededIndices([index], 2 * index, (0, index)))
     sample = given[0] if isinstance(given, list) and len(given) == 1 else given  # of a __getitems__: any batch
     description, leaves = take_apart(sample, f"sample {index}")
-    if tensors_alone and (dense := _tensors(description)):
+    if tensors_alone and (dense := tensors_in(description)):
         leaves = [leaves[number] for number in dense]
         description = {"tensors": [[str(leaf.dtype), list(leaf.shape)] for leaf in leaves]}
     digest = hashlib.sha256(json.dumps(description).encode())
     for leaf in leaves:
         digest.update(byte_view(leaf.cpu()).numpy().data)
     return digest.hexdigest()[:_DIGITS]
-
-
-def _tensors(description: Description) -> list[int]:
-    """Return the numbers of the leaves that are tensors and arrays."""
-    if description["kind"] in ("tensor", "array"):
-        return [description["leaf"]]
-    return [number for item in description.get("items", []) for number in _tensors(item)]
 
 
 def comparable_digest_of(dataset: Any, index: int) -> str | None:
