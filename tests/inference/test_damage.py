@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import ddparity as dp
-from ddparity.inference import reading
+from ddparity.inference import directory, reading
 from tests.inference.damage import run
 from tests.ranks import run_ranks
 
@@ -101,12 +103,79 @@ def test_a_part_that_was_written_before_an_interruption_is_kept_if_it_is_whole(t
     assert first.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("moment", range(4))
+def test_a_reader_beside_the_end_of_a_call_sees_no_damage(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call ends, so digests go from their own files to one, after as many of the reader's looks at them."""
+    token, run, digests = reading.read_run(_writes(tmp_path))
+    (tmp_path / "_run.json").write_bytes(reading.run_text(token, run, {}))
+    for number, digest in digests.items():
+        reading.digest_file_of(tmp_path, run, number).write_text(digest)
+    looks = 0
+
+    def counted(look: Callable[..., Any]) -> Callable[..., Any]:
+        def counts(*arguments: Any) -> Any:
+            nonlocal looks
+            if looks == moment:
+                directory._record(tmp_path, token, run, range(3))
+            looks += 1
+            return look(*arguments)
+
+        return counts
+
+    monkeypatch.setattr(reading, "read_run", counted(reading.read_run))
+    monkeypatch.setattr(reading, "new_digests", counted(reading.new_digests))
+    assert torch.equal(dp.read_predictions(tmp_path), _doubles(torch.arange(12)))
+    assert looks == 3 and (moment == 3 or not list(tmp_path.glob("*.sha256")))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"token": 1}', "\xff" * 9, "[" * 100_000])
 def test_a_damaged_record_of_the_run_is_refused(text: str, tmp_path: Path) -> None:
     (_writes(tmp_path) / "_run.json").write_bytes(text.encode("latin-1"))
     for call in (dp.read_predictions, _writes):
         with pytest.raises(ValueError, match=r"_run.json is damaged, or an earlier version wrote it"):
             call(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows_per_file": 0},
+        {"rows_per_file": -4},
+        {"rows_per_file": 4.0},
+        {"rows_per_file": None},
+        {"length": "12"},
+        {"length": True},
+        {"length": -1},
+        {"length": 0},
+        {"length": 8},
+    ],
+)
+def test_a_forged_record_of_the_run_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    token, run, digests = reading.read_run(_writes(tmp_path))
+    (tmp_path / "_run.json").write_bytes(reading.run_text(token, run | change, digests))
+    _is_refused(tmp_path, "_run.json is damaged")
+
+
+def test_a_record_of_the_run_without_a_number_is_refused(tmp_path: Path) -> None:
+    token, run, digests = reading.read_run(_writes(tmp_path))
+    del run["rows_per_file"]
+    (tmp_path / "_run.json").write_bytes(reading.run_text(token, run, digests))
+    _is_refused(tmp_path, "_run.json is damaged")
+
+
+@pytest.mark.parametrize("name", ["_run.json", "part-000000000004.parquet", "_part-000000000004.sha256"])
+def test_a_folder_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    (_writes(tmp_path) / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    _is_refused(tmp_path, f"{name} is (damaged|a folder, and .* remove it)")
+
+
+def _is_refused(path: Path, message: str) -> None:
+    for call in (dp.read_predictions, _writes):
+        with pytest.raises(ValueError, match=message):
+            call(path)
 
 
 def test_a_damaged_schema_is_written_again(tmp_path: Path) -> None:

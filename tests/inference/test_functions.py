@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -63,6 +65,49 @@ class Slots:
         return self.net(**batch)
 
 
+class OfClass:
+    """Its module is an attribute of the class."""
+
+    net: nn.Module
+
+    @classmethod
+    def by_class(cls, batch: dict[str, Any]) -> torch.Tensor:
+        return cls.net(**batch)
+
+    @staticmethod
+    def alone(batch: dict[str, Any]) -> torch.Tensor:
+        return OfClass.net(**batch)
+
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self.by_class(batch)
+
+
+class Hops:
+    """An object that passes a batch through many methods, to a module that it makes when it is first used."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+
+    @functools.cached_property
+    def net(self) -> nn.Module:
+        return self._net
+
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self._one(batch)
+
+    def _one(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self._two(batch)
+
+    def _two(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self._three(batch)
+
+    def _three(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self._four(batch)
+
+    def _four(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self.net(**batch)
+
+
 NET: nn.Module
 NAMESPACE = types.ModuleType("users_models")
 
@@ -107,6 +152,11 @@ def _nested(net: nn.Module) -> Callable[..., Any]:
     return function
 
 
+def _set_class(net: nn.Module) -> type[OfClass]:
+    OfClass.net = net
+    return OfClass
+
+
 def _set_global(net: nn.Module) -> None:
     global NET
     NET = NAMESPACE.net = net
@@ -129,6 +179,14 @@ FUNCTIONS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "an object in a lambda": lambda net: (lambda holder: lambda batch: holder._inner(batch))(Holder(net)),
     "a list": lambda net: (lambda nets: lambda batch: nets[0](**batch))([net]),
     "a dict": lambda net: (lambda nets: lambda batch: nets["a"](**batch))({"a": (net,)[0]}),
+    "a class method": lambda net: _set_class(net).by_class,
+    "a static method": lambda net: _set_class(net).alone,
+    "a class": lambda net: _set_class(net) and (lambda batch: OfClass.net(**batch)),
+    "an object of a class": lambda net: _set_class(net) and (lambda batch: OfClass()(batch)),
+    "many methods": Hops,
+    "a deque": lambda net: (lambda nets: lambda batch: nets[0](**batch))(collections.deque([net])),
+    "a set": lambda net: (lambda nets: lambda batch: next(iter(nets))(**batch))({net}),
+    "a UserDict": lambda net: (lambda nets: lambda batch: nets["a"](**batch))(collections.UserDict(a=net)),
     "a decorator": lambda net: torch.no_grad()(lambda batch: net(**batch)),
     "a decorated lambda": lambda net: functools.wraps(_global)(lambda batch: net(**batch)),
     "a method of torch": lambda net: lambda batch: torch.func.functional_call(net, {}, (), batch),
@@ -169,6 +227,30 @@ def test_ddp_is_taken_off_in_a_function_and_outputs_are_those_of_one_process() -
     alone = _each(wrap=False)
     for world_size in (2, 3):
         assert run_ranks(_each, world_size, True) == [alone] * world_size
+
+
+def _with(net: nn.Module, then: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    return lambda x: net(x if then is None else then(x))
+
+
+def test_modules_of_one_name_are_all_found() -> None:
+    one, other = nn.Dropout(0.3), nn.Dropout(0.6)
+    assert list(modules_in(_with(one, _with(other))).values()) == [one, other]
+
+
+def test_the_order_in_a_set_is_that_of_the_weights() -> None:
+    nets = [nn.Linear(1, 1) for _ in range(20)]
+    first, again = set(nets), set(copy.deepcopy(nets))
+    found = [modules_in(lambda x, nets=nets: [net(x) for net in nets]) for nets in (first, again)]
+    assert len(found[0]) == 20 and [dp.fingerprint(net) for net in found[0].values()] == [
+        dp.fingerprint(net) for net in found[1].values()
+    ]
+
+
+def test_a_search_that_ends_early_is_told() -> None:
+    many = [[[object() for _ in range(50)] for _ in range(50)] for _ in range(50)]
+    with pytest.warns(UserWarning, match="only 100,000 of them were searched"):
+        modules_in(lambda: many)
 
 
 def test_a_function_may_still_choose_the_mode() -> None:

@@ -27,6 +27,7 @@ from .reading import (
     RUN,
     SCHEMA,
     RunInfo,
+    check_no_folders,
     digest_file_of,
     file_of,
     files_of,
@@ -94,6 +95,7 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
     if not run["length"]:
         with replacing(path / _EMPTY) as draft:
             pq.write_table(pa.table({INDEX: pa.array([], pa.int64())}), draft)
+    check_no_folders(path, run)
     whole = whole_parts(path, run, digests | new_digests(path, run))
     _record(path, token, run, whole)
     _write_schema(path, run, whole)

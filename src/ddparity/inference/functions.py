@@ -6,17 +6,24 @@ No user code runs: a property, for example, is searched as a function and not re
 from __future__ import annotations
 
 import functools
+import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+import warnings
+from collections import UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..checkpoint.fingerprint import fingerprint
 from .metrics import is_metric
 
-_DEPTH = 8  # functions and containers inside of each other
-_ENTRIES = 1000  # of a list, tuple or dict; a larger one is data, not modules
+_VALUES = 100_000  # that are searched
+_ENTRIES = 1000  # of a list, dict or other container; a larger one is data, not modules
+_DATA = (str, bytes, int, float, complex, torch.Tensor, types.NoneType)
+_CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 # Functions of installed libraries name no module of the user; they may enclose one, or have one as an attribute.
 _LIBRARIES = ("/site-packages/", "/dist-packages/", sysconfig.get_path("stdlib"))
 _NOTHING = object()
@@ -25,43 +32,60 @@ _NOTHING = object()
 def modules_in(function: Callable[..., Any]) -> dict[str, nn.Module]:
     """Return the modules that a function uses, by their names in it, in an order that is the same on every rank.
 
-    Searched are: what the function encloses, its default values, the globals that its code names, the object of a bound
-    method, the arguments of a partial, and `__call__` of another object; in these, lists, tuples and dicts of at most
-    1,000 entries, further functions, and attributes that the code names. Of a function of an installed library the
-    globals are not searched. A module is left out if another one contains it, or if it is a metric, whose states are
-    the user's.
+    Searched are: what the function encloses, its default values, the globals that its code names, the object or class
+    of a bound method, the arguments of a partial, and `__call__` of another object; in these, containers of at most
+    1,000 entries, further functions, and attributes that the code names, of objects and of classes. Of an installed
+    library, the globals of functions and the attributes of classes are not searched. A module is left out if another
+    one contains it, or if it is a metric, whose states are the user's. What is nearest to the function is searched
+    first; a warning says that the search ended at 100,000 values.
     """
     found: dict[str, nn.Module] = {}
-    _visit(function, _Place("", (), 0), found, {})
+    known: set[int] = set()
+    # An object is searched once for each set of names. `seen` holds it, so that no other object gets its id.
+    seen: dict[Any, Any] = {}
+    pending: deque[Iterator[tuple[Any, _Place]]] = deque([iter([(function, _Place("", ()))])])
+    while pending:
+        for value, place in pending.popleft():
+            if isinstance(value, nn.Module):
+                if id(value) not in known and not is_metric(value):
+                    known.add(id(value))
+                    found[_free(place.path or type(value).__name__, found)] = value
+            elif not isinstance(value, _DATA) and (key := (id(value), place.names)) not in seen:
+                if len(seen) == _VALUES:
+                    _warn(function)
+                    pending.clear()
+                    break
+                seen[key] = value
+                pending.append(_inside(value, place))
     inside = {id(one) for root in found.values() for one in root.modules() if one is not root}
     return {path: module for path, module in found.items() if id(module) not in inside}
 
 
-class _Place:
-    """Where a value was found: its name in the function, the names that the code there uses, and the depth."""
+def _warn(function: Any) -> None:
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    warnings.warn(
+        f"{name} reaches so many objects that only {_VALUES:,} of them were searched for modules: call .eval() on each "
+        f"module that it uses, and let it use fewer objects",
+        stacklevel=3,
+    )
 
-    def __init__(self, path: str, names: tuple[str, ...], depth: int) -> None:
-        self.path, self.names, self.depth = path, names, depth
+
+def _free(path: str, taken: dict[str, nn.Module]) -> str:
+    """Return a name that no other module has: two functions may call different ones alike."""
+    return next(name for name in (path, *(f"{path} ({n})" for n in range(2, len(taken) + 3))) if name not in taken)
+
+
+class _Place:
+    """Where a value was found: its name in the function, and the names that the code there uses."""
+
+    def __init__(self, path: str, names: tuple[str, ...]) -> None:
+        self.path, self.names = path, names
 
     def below(self, path: str, names: tuple[str, ...] | None = None) -> _Place:
-        return _Place(path, self.names if names is None else names, self.depth + 1)
+        return _Place(path, self.names if names is None else names)
 
     def attribute(self, name: str) -> _Place:
         return self.below(f"{self.path}.{name}" if self.path else name)
-
-
-def _visit(value: Any, place: _Place, found: dict[str, nn.Module], seen: dict[Any, Any]) -> None:
-    if isinstance(value, nn.Module):
-        if not is_metric(value) and all(value is not one for one in found.values()):
-            found[place.path or type(value).__name__] = value
-        return
-    # An object is searched once for each set of names. `seen` holds it, so that no other object gets its id.
-    key = (id(value), place.names)
-    if place.depth > _DEPTH or key in seen:
-        return
-    seen[key] = value
-    for inner, where in _inside(value, place):
-        _visit(inner, where, found, seen)
 
 
 def _inside(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
@@ -77,18 +101,44 @@ def _inside(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
         yield value.func, place.below(place.path)
         yield value.args, place.below(place.path)
         yield value.keywords, place.below(place.path)
-    elif isinstance(value, (list, tuple)):
-        if len(value) <= _ENTRIES:
-            yield from ((item, place.below(f"{place.path}[{number}]")) for number, item in enumerate(value))
-    elif isinstance(value, dict):
-        if len(value) <= _ENTRIES:
-            yield from ((item, place.below(f"{place.path}[{key!r}]")) for key, item in dict.items(value))
+    elif isinstance(value, (*_CONTAINERS, UserDict, UserList)):
+        yield from ((item, place.below(f"{place.path}[{key}]")) for key, item in _entries(value))
+        if type(value) not in _CONTAINERS:
+            yield from _of_object(value, place)
     elif isinstance(value, types.ModuleType):
         held = vars(value)
         if not _is_library(str(held.get("__file__", ""))):
             yield from ((held[name], place.attribute(name)) for name in place.names if name in held)
-    elif not isinstance(value, type):
+    elif isinstance(value, type):
+        yield from _of_class(value, place)
+    else:
         yield from _of_object(value, place)
+
+
+def _entries(value: Any) -> Iterable[tuple[str, Any]]:
+    """Return the entries of a container, by their names, in an order that is the same on every rank."""
+    if isinstance(value, (UserDict, UserList)):
+        value = vars(value).get("data", ())
+    if not isinstance(value, _CONTAINERS) or len(value) > _ENTRIES:
+        return []
+    if isinstance(value, dict):
+        return [(repr(key), item) for key, item in dict.items(value)]
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=_sort_key) if len(value) > 1 else value
+    return [(str(number), item) for number, item in enumerate(value)]
+
+
+def _sort_key(entry: Any) -> tuple[str, ...]:
+    """Return a key to sort the entries of a set by: their own order depends on addresses."""
+    name = entry.__qualname__ if isinstance(entry, (types.FunctionType, type)) else ""
+    return type(entry).__qualname__, name, _digest_of(entry) if isinstance(entry, nn.Module) else ""
+
+
+def _digest_of(module: nn.Module) -> str:
+    try:
+        return fingerprint({**dict(module.named_parameters()), **dict(module.named_buffers())})
+    except Exception:  # a type of tensor that has no bytes
+        return ""
 
 
 def _of_function(function: types.FunctionType, place: _Place) -> Iterator[tuple[Any, _Place]]:
@@ -111,6 +161,13 @@ def _of_function(function: types.FunctionType, place: _Place) -> Iterator[tuple[
         yield from ((held[name], place.below(name, names)) for name in names if name in held)
 
 
+def _of_class(cls: type, place: _Place) -> Iterator[tuple[Any, _Place]]:
+    own = [one for one in cls.__mro__ if not _is_of_library(one)]
+    for name in (*place.names, "__call__"):
+        if (found := next((vars(one)[name] for one in own if name in vars(one)), _NOTHING)) is not _NOTHING:
+            yield _bound(found, cls), place.attribute(name)
+
+
 def _of_object(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
     if (wrapped := _attribute(value, "__wrapped__")) is not _NOTHING:  # of functools.cache, for example
         yield wrapped, place.below(place.path)
@@ -125,15 +182,28 @@ def _attribute(value: Any, name: str) -> Any:
     if name in held:
         return held[name]
     found = next((vars(cls)[name] for cls in type(value).__mro__ if name in vars(cls)), _NOTHING)
-    if isinstance(found, property):
-        found = found.fget
-    if isinstance(found, (staticmethod, classmethod)):
-        return found.__func__
-    if isinstance(found, types.FunctionType):
-        return types.MethodType(found, value)
     if isinstance(found, types.MemberDescriptorType):  # of __slots__
         return getattr(value, name, _NOTHING)
-    return found
+    return _bound(found, value)
+
+
+def _bound(found: Any, owner: Any) -> Any:
+    """Return an entry of a class's dict as a function, or a method of an object or class."""
+    if isinstance(found, property):
+        found = found.fget
+    elif isinstance(found, functools.cached_property):
+        found = found.func
+    elif isinstance(found, staticmethod):
+        return found.__func__
+    elif isinstance(found, classmethod):
+        found, owner = found.__func__, owner if isinstance(owner, type) else type(owner)
+    return types.MethodType(found, owner) if isinstance(found, types.FunctionType) else found
+
+
+def _is_of_library(cls: type) -> bool:
+    if cls.__module__.partition(".")[0] in sys.stdlib_module_names:  # builtins have no file
+        return True
+    return _is_library(str(getattr(sys.modules.get(cls.__module__), "__file__", "")))
 
 
 def _is_library(file: str) -> bool:

@@ -49,18 +49,21 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
     from .columns import from_table
 
     path = Path(path)
-    if not (path / RUN).is_file():
+    if not (path / RUN).exists():
         raise ValueError(f"{path} is no result of predict(): it has no {RUN}")
-    _, run, recorded = read_run(path)
-    digests = recorded | new_digests(path, run)
+    _, run, _ = read_run(path)
     if missing := [number for number in range(files_of(run)) if not file_of(path, run, number).exists()]:
         first = rows_of(run, missing[0])
         raise ValueError(
             f"{path} is not complete: {len(missing)} of {files_of(run)} files are missing, the first is that of "
             f"samples {first.start} to {first.stop - 1}. The same predict() again writes them"
         )
+    check_no_folders(path, run)
     if not run["length"]:
         return torch.empty(0)
+    digests = _all_digests(path, run)
+    if len(digests) < files_of(run):  # a file system of several machines may show a file late
+        digests = _all_digests(path, run)
     with ThreadPoolExecutor(_THREADS) as pool:
         read = list(pool.map(lambda number: _read_part(path, run, digests, number), range(files_of(run))))
     if damaged := [found for found in read if isinstance(found, str)]:
@@ -70,6 +73,16 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
         )
     table = pa.concat_tables(read)
     return from_table(table, json.loads(table.schema.metadata[DESCRIPTION]))
+
+
+def _all_digests(path: Path, run: RunInfo) -> Digests:
+    """Return the digests of all parts that exist, also while a call writes to the directory.
+
+    The call writes a part's digest file before the part, and fills `RUN` before it deletes digest files. So the parts
+    are looked for first, then digest files are read, then `RUN`.
+    """
+    new = new_digests(path, run)
+    return read_run(path)[2] | new
 
 
 def _read_part(path: Path, run: RunInfo, digests: Digests, number: int) -> pa.Table | str:
@@ -114,6 +127,13 @@ def _difference(found: str, recorded: str | None) -> str | None:
     return None if found == recorded else f"has the SHA-256 {found[:12]}…, and {recorded[:12]}… was written"
 
 
+def check_no_folders(path: Path, run: RunInfo) -> None:
+    """Raise a ValueError if a folder is in place of a part: neither can it be read, nor can a part be written there."""
+    for number in range(files_of(run)):
+        if (file := file_of(path, run, number)).is_dir():
+            raise ValueError(f"{file} is a folder, and a part of the predictions goes there: remove it")
+
+
 def files_of(run: RunInfo) -> int:
     """Return the number of files."""
     return -int(-run["length"] // run["rows_per_file"])
@@ -156,13 +176,16 @@ def read_run(path: Path) -> tuple[str, RunInfo, Digests]:
     """Return what `run_text` got.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or it is not what `run_text` returns.
     """
     try:
         body = json.loads((path / RUN).read_bytes())
         if body.pop("sha256") == _digest_of(body):
-            return body["token"], body["run"], {int(number): digest for number, digest in body["parts"].items()}
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            token, run = body["token"], body["run"]
+            digests = {int(number): digest for number, digest in body["parts"].items()}
+            if isinstance(token, str) and _is_run(run) and _are_digests(digests, run):
+                return token, run, digests
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError, IsADirectoryError):
         pass
     raise ValueError(
         f"{path / RUN} is damaged, or an earlier version wrote it, so it is unknown what {path} holds: remove the "
@@ -170,16 +193,33 @@ def read_run(path: Path) -> tuple[str, RunInfo, Digests]:
     )
 
 
+def _is_run(run: RunInfo) -> bool:
+    length, rows = run["length"], run["rows_per_file"]
+    return type(length) is int and type(rows) is int and length >= 0 and rows > 0
+
+
+def _are_digests(digests: Digests, run: RunInfo) -> bool:
+    files = range(files_of(run))
+    return all(number in files and isinstance(digest, str) for number, digest in digests.items())
+
+
 def _digest_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def new_digests(path: Path, run: RunInfo) -> Digests:
-    """Return the digests of the parts that were written since the file `RUN` was."""
+    """Return the digests of the parts that were written since the file `RUN` was.
+
+    Raises:
+        ValueError: a folder is in place of a file.
+    """
     found = {}
     for number in range(files_of(run)):
+        file = digest_file_of(path, run, number)
         try:
-            found[number] = digest_file_of(path, run, number).read_bytes().decode(errors="replace")
+            found[number] = file.read_bytes().decode(errors="replace")
         except FileNotFoundError:
             continue
+        except IsADirectoryError as error:
+            raise ValueError(f"{file} is a folder, and the SHA-256 of a part goes there: remove it") from error
     return found
