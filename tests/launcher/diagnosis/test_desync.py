@@ -117,6 +117,24 @@ def test_an_earlier_mismatch_is_the_cause_even_if_it_returned() -> None:
     assert found is not None and found.sequence == 1
 
 
+def test_a_collective_of_an_earlier_group_of_the_same_name_is_no_mismatch() -> None:
+    """torch names a group that is created again as before, and its numbers begin at 1 again."""
+    before = [_op(1, created_s=1.0), _op(2, "barrier", created_s=2.0)]
+    assert find_mismatch(_states([_op(1, size=9, pending=True, created_s=3.0)], before), "0") is None
+    root = [_op(1, "broadcast", created_s=3.0), _op(2, pending=True, created_s=4.0)]
+    assert find_mismatch(_states(root, before), "0") is None
+
+
+def test_a_rank_that_went_on_without_the_others_is_a_mismatch() -> None:
+    """The root of a broadcast does not wait for them."""
+    sent = _op(1, "broadcast", created_s=1.0)
+    late = [_op(1, pending=True, created_s=3.0)]
+    assert find_mismatch(_states([sent, _op(2, pending=True, created_s=2.0)], late), "0") is not None
+    assert find_mismatch(_states([sent, _op(2, "broadcast", created_s=4.0)], late), "0") is not None
+    assert find_mismatch(_states([sent], late), "0") is None  # it may be of an earlier group
+    assert find_mismatch(_states([sent], late), "0", aborted=True) is not None
+
+
 @pytest.mark.parametrize(
     ("ranks", "exits", "kind", "blamed", "waiting", "said"),
     [

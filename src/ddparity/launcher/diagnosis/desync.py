@@ -24,6 +24,8 @@ _SAME_SIZES_GLOO = ("all_gather", "allgather", "_allgather_base", "allgather_bas
 _ANY_DTYPE = ("scatter", "gather", "all_to_all", "alltoall", "barrier", "coalesced")
 # Over Gloo these send rows (indices of the first dimension) of one tensor: ranks may have different numbers of them.
 _ROWS_GLOO = ("all_to_all", "alltoall", "alltoall_base")
+# A rank may return from these before another rank calls them: it only sends.
+_ONE_WAY = ("broadcast", "reduce", "gather", "scatter")
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,11 @@ def group_ranks(states: Mapping[int, RankState], group: str, known: Mapping[str,
     return tuple(sorted(rank for rank, state in states.items() if state.last(group) is not None))
 
 
-def find_mismatch(states: Mapping[int, RankState], group: str) -> Finding | None:
+def find_mismatch(states: Mapping[int, RankState], group: str, aborted: bool = False) -> Finding | None:
     """Return the first collective of a group that ranks called differently.
 
     Sizes and dtypes are compared only if a rank waits in that collective: if all ranks have returned, they fitted.
+    `aborted`: a rank has aborted, as Gloo does where sizes differ. The others may have returned from that collective.
     """
     called: dict[int, dict[int, Operation]] = {}
     for rank, state in states.items():
@@ -158,6 +161,10 @@ def find_mismatch(states: Mapping[int, RankState], group: str) -> Finding | None
             if one.group == group and not one.point_to_point:
                 called.setdefault(one.sequence, {})[rank] = one
     for sequence, operations in sorted(called.items()):
+        newest_s = max(one.created_s for one in operations.values())
+        operations = {
+            rank: one for rank, one in operations.items() if aborted or not _is_of_before(states[rank], one, newest_s)
+        }
         if len(operations) < 2:
             continue
         waited = any(one.pending for one in operations.values())
@@ -167,6 +174,21 @@ def find_mismatch(states: Mapping[int, RankState], group: str) -> Finding | None
             others = tuple(sorted(set(operations) - set(blamed)))
             return Finding("mismatch", group, blamed, others, sequence, operations)
     return None
+
+
+def _is_of_before(state: RankState, one: Operation, newest_s: float) -> bool:
+    """Return whether a collective may be of an earlier group of the same name, whose numbers also began at 1.
+
+    `newest_s`: when the last rank called the collective of this number. A rank that has returned and that has called
+    nothing since then in the group says nothing about that call. An exception: it waits in a later collective, and
+    could reach that one without the other ranks.
+    """
+    own = [each for each in state.operations if each.group == one.group and not each.point_to_point]
+    if one.pending or own[-1].created_s >= newest_s:
+        return False
+    waits = state.pending(one.group)
+    passed = [each.name for each in own if waits is not None and one.sequence <= each.sequence < waits.sequence]
+    return not passed or any(name not in _ONE_WAY for name in passed)
 
 
 def _signature(one: Operation, with_tensors: bool) -> tuple[object, ...]:

@@ -136,7 +136,8 @@ class Watch:
         self._poll(known.now())
         for group in desync.default_last(one.group for state in known.states.values() for one in state.operations):
             ranks = [rank for rank in known.ranks_of(group) if rank not in known.unrecorded]
-            finding = desync.find_mismatch(known.states, group) or desync.find_left(known.states, group, ranks)
+            mismatch = desync.find_mismatch(known.states, group, bool(known.aborts))
+            finding = mismatch or desync.find_left(known.states, group, ranks)
             if finding is not None:
                 return report_on(known, self._host, finding)
         if self._kept is not None and known.now() - self._kept[0] < _KEPT_S:
@@ -184,7 +185,7 @@ class Watch:
         for group in desync.stuck_groups(known.states):
             if group not in known.unchanged and not known.aborting:
                 continue
-            finding = desync.find_mismatch(known.states, group)
+            finding = desync.find_mismatch(known.states, group, bool(known.aborts))
             if finding is None and group in known.unchanged:
                 missing = desync.find_missing(known.states, group, known.ranks_of(group))
                 finding = missing if missing is not None and missing.proof and self._is_recorded(missing, now) else None
