@@ -264,7 +264,7 @@ def test_a_tasks_own_error_keeps_its_traceback(folder: Path) -> None:
     _checkpoint(ONE.replace("torch.ones(10, 2)", "Broken()") + BROKEN)
     done = _predict("--nproc", "1", "--to", "out")
     assert done.returncode == 1
-    assert "SampleError: the data set failed for index 0: ValueError: no such image" in done.stderr
+    assert "SampleError: the data set failed at index 0: ValueError: no such image" in done.stderr
     assert "in __getitem__" in done.stderr
 
 
