@@ -172,7 +172,7 @@ def verdict() -> None:
     own = exchange.nodes[exchange._node_rank].ranks
     watch = Watch([WatchedRank(rank, os.getpid(), simulated.folders[rank]) for rank in own], 3600.0, exchange)
     while (report := watch.look()) is None:
-        time.sleep(0.1)
+        time.sleep(0.1)  # as the agent does between two looks
     assert report.blamed == (MISMATCHED,), report
 
 
@@ -184,7 +184,7 @@ def failure() -> None:
     own = exchange.nodes[exchange._node_rank]
     if 0 not in own.ranks:
         while not exchange.failed():
-            time.sleep(0.1)
+            time.sleep(0.1)  # as the agent does between two looks
     reports = [
         ExitReport(rank, own.host, 1, 0.0, message="OSError: full", traceback=TRACEBACK)
         if rank == 0
@@ -307,7 +307,7 @@ def simulate(pipe: Connection, place: int) -> None:
                 thread.start()
             pipe.send("ready")
             start = pipe.recv()
-            time.sleep(max(0.0, start - time.time()))
+            time.sleep(max(0.0, start - time.time()))  # until the moment at which all processes begin
             gate.wait()
             for thread in threads:
                 thread.join()

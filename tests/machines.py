@@ -10,13 +10,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 SRC = Path(__file__).parent.parent / "src"
+
+
+def run_threads(function: Callable[..., object], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Call a function in a thread for each tuple of arguments, all at once; wait for 30 s each."""
+    threads = [threading.Thread(target=function, args=one) for one in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
 
 
 class Machine:

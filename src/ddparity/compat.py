@@ -88,7 +88,7 @@ def group_name(group: dist.ProcessGroup) -> str:
 def group_of_name(name: str) -> dist.ProcessGroup:
     """Return the process group of this name: a compiled graph contains the name, not the group."""
     # Private, and typed for a name of torch's own kind, which is a str.
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]  # see above
 
 
 def group_timeout_s(group: dist.ProcessGroup | None) -> float:

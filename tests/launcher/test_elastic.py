@@ -34,15 +34,6 @@ def net() -> Iterator[Network]:
         pytest.skip(str(error))
 
 
-@pytest.fixture
-def started() -> Iterator[list[Machine]]:
-    """Machines that a test starts. They end with the test."""
-    machines: list[Machine] = []
-    yield machines
-    for machine in machines:
-        machine.kill()
-
-
 def _fingerprints(machine: Machine) -> tuple[str, str]:
     found = machine.wait_for(r"trained (\w{64}) predicted (\w{64})")
     return found[1], found[2]

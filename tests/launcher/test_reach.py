@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +35,7 @@ from ddparity.launcher.options import parse
 from ddparity.launcher.rendezvous import check_nodes, check_rendezvous, node_info
 from ddparity.runtime.network import is_loopback
 
-from ..machines import SRC, Machine
+from ..machines import SRC, Machine, run_threads
 from ..ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -63,14 +62,6 @@ class Planted:
 def script(tmp_path: Path) -> str:
     (tmp_path / "waits.py").write_text(WAITS)
     return str(tmp_path / "waits.py")
-
-
-@pytest.fixture
-def started() -> Iterator[list[Machine]]:
-    machines: list[Machine] = []
-    yield machines
-    for machine in machines:
-        machine.kill()
 
 
 def _tcp_addresses(machine: Machine) -> set[str]:
@@ -231,11 +222,7 @@ def _meet(port: int, size: int, timeout_s: float = 5.0) -> list[Exchange]:
             PrefixStore("round", own), number, size, node, timeout_s, lambda: 0, ("127.0.0.1", port), patience
         )
 
-    threads = [threading.Thread(target=machine, args=(number,)) for number in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    run_threads(machine, [(number,) for number in range(size)])
     return [found[number] for number in range(size)]
 
 
@@ -316,11 +303,7 @@ def test_the_requests_of_a_machine_do_not_grow_with_their_number(
             made.append(counted.made)
             found.close()
 
-        threads = [threading.Thread(target=machine, args=(number,)) for number in range(size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
+        run_threads(machine, [(number,) for number in range(size)])
         assert len(made) == size
         most.append(max(made))
     assert most[0] >= most[1] - 1, most  # the last one to come compares: it may also be the one that collects

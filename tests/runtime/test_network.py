@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +25,7 @@ from ddparity.launcher.rendezvous import NodeInfo, check_nodes, check_rendezvous
 from ddparity.runtime import network
 from ddparity.runtime.network import Route
 
+from ..machines import run_threads
 from ..ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -138,11 +138,7 @@ def _check(store: TCPStore, size: int, machines: list[tuple[int, NodeInfo]], tim
         except RendezvousError as error:
             found[place] = str(error)
 
-    threads = [threading.Thread(target=machine, args=(n, *entry)) for n, entry in enumerate(machines)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    run_threads(machine, [(n, *entry) for n, entry in enumerate(machines)])
     return found
 
 

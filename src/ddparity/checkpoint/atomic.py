@@ -188,7 +188,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         deadline = time.monotonic() + _PATIENCE_S
         while _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) is False and time.monotonic() < deadline:
-            time.sleep(0.001)
+            time.sleep(0.001)  # flock has no time-out, and nothing else tells when the lock is free
         yield
     finally:
         os.close(descriptor)

@@ -6,28 +6,20 @@ import contextlib
 import os
 import platform
 import socket
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
+from .strict import deterministic
 
-@contextlib.contextmanager
-def repeatable(device: torch.device | None) -> Iterator[None]:
-    """Run the body with deterministic kernels where torch has them, on an accelerator or with several threads.
+
+def repeatable(device: torch.device | None) -> AbstractContextManager[None]:
+    """Return a context with deterministic kernels where torch has them, on an accelerator or with several threads.
 
     In the strict mode they are asked for already.
     """
-    mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
-    if mode > 0 or ((device is None or device.type == "cpu") and torch.get_num_threads() == 1):
-        yield
-        return
-    torch.set_deterministic_debug_mode("warn")
-    torch.backends.cudnn.benchmark = False  # it chooses algorithms by their time, separately in each process
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        torch.backends.cudnn.benchmark = benchmark
+    asked = torch.get_deterministic_debug_mode() > 0
+    return contextlib.nullcontext() if asked else deterministic(device, otherwise="warn")
 
 
 def computer_of(device: torch.device) -> str:

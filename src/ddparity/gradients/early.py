@@ -174,5 +174,7 @@ def _sample(part: Sequence[torch.Tensor]) -> torch.Tensor:
     gradients = [one.grad for one in part if one.grad is not None]
     if not gradients:
         return part[0].new_zeros(0)
-    largest = max(gradients, key=torch.Tensor.numel).flatten()
+    largest = max(gradients, key=torch.Tensor.numel)
+    # In the order of memory, so that a channels_last gradient is not copied.
+    largest = largest.permute(sorted(range(largest.dim()), key=largest.stride, reverse=True)).flatten()
     return largest[:: max(1, largest.numel() // SAMPLED)]

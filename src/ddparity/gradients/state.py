@@ -10,7 +10,7 @@ NO_GRADIENT = (0, -1)
 
 
 class State:
-    """What changes when gradients do: which tensors they are, where they lie, and how often they were written.
+    """What changes when gradients do: which tensors they are, and how often they were written.
 
     It keeps the gradients alive, so that a new one cannot have the identity of one that is gone.
     """

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -246,17 +246,17 @@ def sparse_refusal(name: str) -> str:
 
 
 @contextmanager
-def deterministic(device: torch.device | None) -> Iterator[None]:
+def deterministic(device: torch.device | None, otherwise: Literal["error", "warn"] = "error") -> Iterator[None]:
     """Make operators deterministic inside the context, on an accelerator or with several threads.
 
-    torch raises an error that names the operator if it has no deterministic algorithm. On one CPU thread every operator
-    is deterministic. At the end the settings are as before.
+    If an operator has no deterministic algorithm, torch raises an error or warns, with its name. On one CPU thread
+    every operator is deterministic. At the end the settings are as before.
     """
     if (device is None or device.type == "cpu") and torch.get_num_threads() == 1:
         yield
         return
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
-    torch.set_deterministic_debug_mode("error")
+    torch.set_deterministic_debug_mode(otherwise)
     torch.backends.cudnn.benchmark = False  # it chooses algorithms by their time, separately in each process
     try:
         yield

@@ -84,6 +84,7 @@ class Window:
         self._others: dict[tuple[tuple[int, ...] | None, int], _Other] = {}
         self._careful = careful or drops or self._by_ddp is not None
         self._frozen = _Frozen(frozen)
+        self._weights = [*self._named, *frozen]
         self._skipped: list[int] = []
         self._dropped: list[float] = []
         self._ran = True
@@ -233,13 +234,8 @@ class Window:
                 "accumulate(): replicate(recheck_every=…) compares the gradients of one micro-batch, and with a "
                 "communication hook, static_graph or mixed_precision DDP reduces them in the backward: leave one out"
             )
-        weights = [
-            (f"model {position}: {name}" if position else name, one)
-            for position, replica in enumerate(self._own)
-            for name, one in replica.walk()[0]
-        ]
         modules = [replica.module for replica in (*self._own, *(one for one, _ in others_than(self._own)))]
-        return Recheck(rechecks, step, weights, self._named, modules, self.paused, device)
+        return Recheck(rechecks, step, self._weights, self._named, modules, self.paused, device)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -299,8 +295,8 @@ class Window:
             self._dropped.append(share)
             if torch.is_grad_enabled():  # without, the loop is one of forwards alone, as for batch norms' statistics
                 self._skipped.append(index)
-        for other in self._others.values():
-            if self._strict:
+        if self._strict:
+            for other in self._others.values():
                 other.reduction.take()
 
     @torch.no_grad()

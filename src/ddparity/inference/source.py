@@ -127,6 +127,7 @@ class Batches:
         self._key, self.sample_key = derive_seed(seed, "predict"), derive_seed(seed, "predict", "samples")
         self._order = _Order(self)
         self._dataloader: DataLoader[Any] = DataLoader(
+            # torch types data sets by one index, and these take many.
             KeyedDataset(dataset) if num_workers == 0 else _InWorkers(dataset),  # type: ignore[arg-type]
             batch_sampler=self._order,
             num_workers=num_workers,

@@ -6,7 +6,6 @@ when the launcher itself is killed.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from .diagnosis.exits import ExitReport, read_exit_report
+from .diagnosis.limits import FILE, read_file, read_json
 from .output import RankFiles
 from .resources import MemoryWatch
 
@@ -108,7 +108,7 @@ class RankProcesses:
 
     def _code_of_exception(self, local_rank: int) -> int:
         with suppress(OSError, ValueError, LookupError, TypeError):
-            record = json.loads((self._files.folders[local_rank] / "error.json").read_text())
+            record = read_json(read_file(self._files.folders[local_rank] / "error.json"), FILE)
             return int(record["message"]["extraInfo"]["exit_code"])
         return 1
 

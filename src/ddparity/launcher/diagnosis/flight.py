@@ -20,11 +20,10 @@ from typing import Any
 
 from ...runtime.waits import WAIT_FILES
 from .instruments import FLIGHT, SERVER, STATE_HANDLER
-from .limits import ANSWER, read_file, read_json
+from .limits import ANSWER, SMALL, read_file, read_json
 
 DEFAULT_GROUP = "0"
 AGREEMENT = "agreement"  # the backend of an agreement
-_LARGEST = 1 << 20  # bytes of a file that a rank writes about an agreement
 _RECORDS_HANDLER = "fr_trace_json"
 _STACKS_HANDLER = "dump_traceback"
 _UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError)
@@ -139,8 +138,7 @@ def read_agreements(folder: Path) -> tuple[Operation, ...]:
     found = []
     for path in folder.glob(WAIT_FILES):
         with suppress(OSError, ValueError, KeyError, TypeError):  # the wait has just ended
-            with path.open() as file:
-                content = json.loads(file.read(_LARGEST))
+            content = read_json(read_file(path, SMALL))
             since_s = float(content["since"])
             operation = Operation(
                 group=str(content["key"]),
@@ -188,7 +186,7 @@ def ask_groups(folders: Mapping[int, Path], timeout_s: float) -> dict[str, tuple
     found: dict[str, tuple[int, ...]] = {}
     for text in ask(folders, STATE_HANDLER, timeout_s).values():
         with suppress(ValueError, KeyError, TypeError, AttributeError):
-            groups = json.loads(text)["groups"]
+            groups = read_json(text, ANSWER)["groups"]
             found |= {str(name): tuple(map(int, ranks)) for name, ranks in groups.items()}
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 # In bytes. The largest honest ones that we have seen: 90 kB of 64 collectives, 300 kB of stacks, 150 kB of a machine.
 ANSWER = 16 << 20  # of a rank's server
 FILE = 4 << 20  # of a rank's folder
+SMALL = 1 << 20  # of a rank's folder, about one wait or one end
 MESSAGE = 4 << 20  # of another machine's agent; torch's store takes 8 MiB
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from pathlib import Path
 
 from .flight import ask
 from .instruments import ENDED, STATE_HANDLER
+from .limits import ANSWER, SMALL, read_file, read_json
 from .stacks import Frame, is_users
+from .usage import runs
 
-_LARGEST = 1 << 20  # bytes of a file of a rank that are read
 _ANSWER_S = 1.0  # for a rank to answer, which needs its GIL
 
 
@@ -28,14 +28,15 @@ class Ended:
 def read_ended(pid: int, folder: Path) -> Ended | None:
     """Return what keeps the process of a rank whose script has ended; None if it has not ended."""
     try:
-        with (folder / ENDED).open() as file:
-            content = json.loads(file.read(_LARGEST))
+        content = read_json(read_file(folder / ENDED, SMALL))
         threads = [
             f"its thread {name}" + _at(where)
             for number, name, where in content["threads"]
             if os.path.exists(f"/proc/{pid}/task/{int(number)}")
         ]
-        children = [f"its child process {int(child)} ({name})" for child, name in content["children"] if _runs(child)]
+        children = [
+            f"its child process {int(child)} ({name})" for child, name in content["children"] if runs(int(child))
+        ]
         return Ended(float(content["at"]), ", ".join((threads + children)[:3]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -45,13 +46,6 @@ def _at(where: list[list[str]]) -> str:
     frames = [Frame(str(file), int(line), str(function)) for file, line, function in where]
     frame = next(filter(is_users, frames), frames[0] if frames else None)
     return f" ({os.path.basename(frame.file)}:{frame.line}, in {frame.function})" if frame is not None else ""
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ def ask_exceptions(folders: Mapping[int, Path]) -> dict[int, Handled]:
     found = {}
     for rank, text in ask(folders, STATE_HANDLER, _ANSWER_S).items():
         try:
-            content = json.loads(text)["exception"]
+            content = read_json(text, ANSWER)["exception"]
             if content is not None:
                 leaves = _leaves(str(content["file"]), int(content["line"]))
                 found[rank] = Handled(str(content["message"]), str(content["traceback"]), leaves)

@@ -26,6 +26,11 @@ class Usage:
     children: tuple[tuple[int, str], ...] = ()
 
 
+def runs(pid: int) -> bool:
+    """Return whether a process of this machine runs."""
+    return _stat(pid) is not None
+
+
 def read_usages(pids: Iterable[int]) -> dict[int, Usage]:
     """Return what each of these processes of this machine has used. One that cannot be read has used nothing."""
     stats = {pid: stat for name in _processes() if (stat := _stat(pid := int(name))) is not None}
