@@ -384,6 +384,7 @@ def main() -> None:
         app()
     except _LauncherExit as end:
         # Python needs half a second to take torch's modules apart, so exit without that.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # Python sets None for one that is closed, as in `>&-`
+                stream.flush()
         os._exit(int(end.code or 0))

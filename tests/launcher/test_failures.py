@@ -135,8 +135,21 @@ def test_an_exception_counts_before_a_crash_at_exit(tmp_path: Path) -> None:
 def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> None:
     trace = 'File ".../torch/utils/data/dataloader.py", line 1\nFile ".../multiprocessing/connection.py", line 2'
     closed = ExitReport(1, "node0", 1, 0.0, message="ConnectionResetError: [Errno 104] Connection reset by peer")
-    assert closed.cause is Cause.CONSEQUENCE
+    assert replace(closed, traceback='File ".../torch/distributed/rendezvous.py", line 1').cause is Cause.CONSEQUENCE
     assert replace(closed, traceback=trace).cause is Cause.FAILED
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("TimeoutExpired: Command '['upload']' timed out after 2 seconds", Cause.FAILED),
+        ("BrokenPipeError: [Errno 32] Broken pipe", Cause.FAILED),
+        ("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4", Cause.CONSEQUENCE),
+        ("torch.distributed.DistBackendError: NCCL communicator was aborted", Cause.CONSEQUENCE),
+    ],
+)
+def test_a_program_that_takes_too_long_is_no_failure_of_another_rank(message: str, cause: Cause) -> None:
+    assert ExitReport(0, "node0", 1, 0.0, message=message).cause is cause
 
 
 def test_an_exception_raised_from_another_ranks_failure_is_no_cause(tmp_path: Path) -> None:

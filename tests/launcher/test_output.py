@@ -190,6 +190,14 @@ def test_a_pipe_keeps_the_end_of_what_was_written(tmp_path: Path) -> None:
     pipe.close(None)
 
 
+def test_a_closed_standard_output_does_not_stop_a_job(tmp_path: Path) -> None:
+    script = _script(tmp_path, 'print("x" * 100_000)')
+    command = f"exec '{sys.executable}' -m ddparity run --nproc 2 --show all '{script}' >&-"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
+
+
 SMALL = """
 mount -t tmpfs -o size=1m,mode=1777 tmpfs "$1" || exit 77
 export TMPDIR="$1"

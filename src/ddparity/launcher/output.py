@@ -200,9 +200,12 @@ class LogFile:
 
 
 class Forwarder:
-    """Copy the lines that ranks write to the terminal, with host and rank in front of each."""
+    """Copy the lines that ranks write to the terminal, with host and rank in front of each.
 
-    def __init__(self, sources: Mapping[int, Source], terminal: TextIO) -> None:
+    `terminal`: None if it is closed, as in `>&-`. Then the lines are read and left out.
+    """
+
+    def __init__(self, sources: Mapping[int, Source], terminal: TextIO | None) -> None:
         host = socket.gethostname()
         self._prefixes = {rank: f"[{host} r{rank}] ".encode() for rank in sources}
         self._sources, self._terminal = sources, terminal
@@ -218,6 +221,8 @@ class Forwarder:
 
     def _forward(self) -> None:
         try:
+            if self._terminal is None:
+                raise ValueError("the terminal is closed")
             while not self._ended.wait(_PAUSE_S):
                 while sum(self._show(rank, source.next()) for rank, source in self._sources.items()):
                     if self._ended.is_set():
@@ -234,7 +239,7 @@ class Forwarder:
 
     def _show(self, rank: int, text: bytes) -> bool:
         """Write the whole lines, and keep the begin of another for the next time. Return whether there was a text."""
-        if not text:
+        if not text or self._terminal is None:
             return False
         text = self._begun[rank] + text
         end = _end_of_lines(text) or (len(text) if len(text) > _LONGEST_LINE else 0)

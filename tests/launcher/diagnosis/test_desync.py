@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from ddparity.launcher.diagnosis.desync import (
 )
 from ddparity.launcher.diagnosis.flight import Operation, from_json, parse_record, to_json
 from ddparity.launcher.diagnosis.hang_report import headline
+from ddparity.launcher.diagnosis.known import Known
 from ddparity.launcher.diagnosis.messages import MachineState, pack, unpack
 
 
@@ -399,3 +401,12 @@ def test_a_wait_that_comes_again_is_told_where_it_lasts_longer_than_before() -> 
                 schedule.reported(epoch, second)
                 told.setdefault(epoch, []).append(second)
     assert told == {0: [60], 3: [140]}  # 1.5 times the longest before
+
+
+def test_a_step_of_the_wall_clock_is_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine was suspended, or its clock was set: the monotonic clock stood still."""
+    known, called_s, wall = Known([]), time.time(), time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + 7200)
+    known.tick()
+    assert known.since_s(called_s) < 60
+    assert 0 <= known.since_s(time.time()) < 60

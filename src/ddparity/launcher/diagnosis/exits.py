@@ -33,9 +33,10 @@ _MEANING: dict[int, str] = {
     signal.SIGINT: "another process sent it",
     signal.SIGXCPU: "the limit of processor time is reached",
 }
-# An exception that was raised from one of these has its cause in the network between ranks. An exception of another
-# type may come from a file or a web server.
-_OF_THE_GROUP = re.compile(r"(RankFailure|RendezvousError|RuntimeError|Dist\w*Error):")
+# Only these, or what was raised inside of torch.distributed, have their cause in the network between ranks. An
+# exception of another type may come from a file, a program or a web server.
+_OF_THE_GROUP = re.compile(r"([\w.]+\.)?(RankFailure|RendezvousError|RuntimeError|Dist\w*Error):")
+_FRAME_OF_THE_GROUP = "/torch/distributed/"
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
 _CLOSED = re.compile(r"(Connection\w+|BrokenPipe|EOF|FileNotFound|Authentication)Error:")
 
@@ -120,7 +121,7 @@ class ExitReport:
             return Cause.ENDED_BY_US
         if self.code < 0:
             return Cause.KILLED if self.code == -signal.SIGKILL else Cause.CRASHED
-        follows = self.consequence or bool(_CONSEQUENCE.search(self.message))
+        follows = self.consequence or _is_of_another_rank(self.message, self.traceback)
         return Cause.CONSEQUENCE if follows and not self.lost_worker else Cause.FAILED
 
     @property
@@ -171,9 +172,7 @@ def read_exit_report(
             message=shortened(record["message"], _LONGEST_MESSAGE),
             traceback=shortened(extra["py_callstack"], _LONGEST_TRACEBACK),
             blames=blames if blames != rank else None,
-            consequence=any(
-                _OF_THE_GROUP.match(text) and _CONSEQUENCE.search(text) for text in extra.get("before", [])
-            ),
+            consequence=any(_is_of_another_rank(text) for text in extra.get("before", [])),
         )
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -252,9 +251,15 @@ def _read_crash(path: Path) -> str:
     return "\n".join(["Traceback (most recent call last):", *reversed(frames)]) if frames else ""
 
 
+def _is_of_another_rank(message: str, traceback: str = "") -> bool:
+    """Return whether the end of another rank caused an exception, by its text and by its type or its traceback."""
+    of_the_group = bool(_OF_THE_GROUP.match(message)) or _FRAME_OF_THE_GROUP in traceback
+    return of_the_group and bool(_CONSEQUENCE.search(message))
+
+
 def is_own_failure(message: str) -> bool:
     """Return whether an exception, as "Type: text", is a rank's own failure: no end of another rank caused it."""
-    return not _CONSEQUENCE.search(message) and not message.startswith(("SystemExit:", "KeyboardInterrupt:"))
+    return not _is_of_another_rank(message) and not message.startswith(("SystemExit:", "KeyboardInterrupt:"))
 
 
 def add_exception(report: ExitReport, message: str, traceback: str, waited: str) -> ExitReport:

@@ -18,6 +18,7 @@ _ASK_S = 10.0  # until a rank that has not told the ranks of a group is asked ag
 _ABORT_S = 1.0  # how long an abort is held: the collectives of the other ranks are read meanwhile
 _SILENT_S = 2.0  # a rank that ends is gone after this
 _SUSPENDED_S = 10.0  # between two polls: this process was stopped
+_CLOCK_STEP_S = 2.0  # the wall clock gained more: it was set, or the machine was suspended
 _IDLE_CPU = 0.02  # a process that uses a smaller share of a core does nothing
 _IDLE_S = 3.0  # over which that is measured
 _USED_AFTER_S = 2.0  # without progress, from when on it is measured what ranks use
@@ -51,7 +52,8 @@ class Known:
         self.straggler_count = StragglerCount()
         self._lost_s = 0.0
         self._losses: list[tuple[float, float]] = []  # (until when, in seconds since 1970; seconds that were lost)
-        self._looked_at = time.monotonic()
+        self._steps: list[tuple[float, float]] = []  # of the wall clock: (when, in seconds since 1970; seconds)
+        self._looked_at, self._wall_at = time.monotonic(), time.time()
         self._released: set[int] = set()  # ranks whose abort is no longer held
         self._groups: dict[str, tuple[int, ...]] = {}  # the ranks of process groups, as far as ranks name them
         self._progress_at: dict[int, float] = dict.fromkeys(self.ranks, self.now())
@@ -68,8 +70,11 @@ class Known:
 
     def tick(self) -> float:
         """Return `now()`. Called several times a second: a long pause means that this process was stopped."""
-        pause_s = time.monotonic() - self._looked_at
-        self._looked_at = time.monotonic()
+        looked_at, wall_at = time.monotonic(), time.time()
+        pause_s, step_s = looked_at - self._looked_at, wall_at - self._wall_at - (looked_at - self._looked_at)
+        self._looked_at, self._wall_at = looked_at, wall_at
+        if step_s > _CLOCK_STEP_S:
+            self._steps.append((wall_at, step_s))
         if pause_s > _SUSPENDED_S:
             self._lose(pause_s)
         return self.now()
@@ -81,8 +86,11 @@ class Known:
         self._losses.append((time.time(), seconds))
 
     def since_s(self, at_s: float) -> float:
-        """Return how many seconds have passed since a time in seconds since 1970, without those that were lost."""
-        lost_s = sum(min(seconds, max(0.0, when - at_s)) for when, seconds in self._losses)
+        """Return how many seconds have passed since a time in seconds since 1970, without those that were lost.
+
+        Nor do steps of the wall clock count.
+        """
+        lost_s = sum(min(seconds, max(0.0, when - at_s)) for when, seconds in self._losses + self._steps)
         return time.time() - at_s - lost_s
 
     # Polls.
