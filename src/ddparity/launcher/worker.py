@@ -51,7 +51,7 @@ def main() -> None:
     _end_with(int(agent))
     if folder is not None and arguments[0] != "--exec":
         instruments = _instruments()
-        _load("_ddparity_terminal", "terminal.py").follow(folder, instruments.PROMPT, instruments.after_import)
+        _load("_ddparity_terminal", "terminal.py").follow(folder, instruments.write_prompt, instruments.after_import)
     _close_standard_input()
     if arguments[0] == "--exec":
         _replace_process(arguments[1:], folder)
@@ -99,7 +99,7 @@ def _run(arguments: list[str], folder: Path | None) -> None:
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments
-        _set_first_path(os.path.dirname(os.path.realpath(arguments[0])))
+        _set_first_path(arguments[0] if _is_archive(arguments[0]) else os.path.dirname(os.path.realpath(arguments[0])))
         _run_script(arguments[0])
 
 
@@ -109,9 +109,14 @@ def _set_first_path(folder: str) -> None:
         sys.path[0] = folder
 
 
+def _is_archive(path: str) -> bool:
+    """Return whether a path is a folder or a zip file with a `__main__.py`."""
+    return os.path.isdir(path) or zipfile.is_zipfile(path)
+
+
 def _run_script(path: str) -> None:
     """Run a script as `python SCRIPT` does: in a module `__main__` that stays, with an absolute `__file__`."""
-    if path.endswith(".pyc") or zipfile.is_zipfile(path):
+    if path.endswith(".pyc") or _is_archive(path):
         runpy.run_path(path, run_name="__main__")
         return
     file = os.path.abspath(path)
