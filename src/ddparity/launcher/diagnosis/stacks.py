@@ -186,6 +186,17 @@ class Stack:
         return "running Python" if top is not None and (self.running or self.state == "R") else ""
 
 
+def works(frames: tuple[Frame, ...]) -> bool:
+    """Return whether a thread runs code of the user, of a library or of ddparity, which may save or upload something.
+
+    One that runs the standard library alone, as an idle executor's does, does not; nor does one of torch or tqdm.
+    """
+    return any(
+        (not _is_internal(frame) or _is_below(frame.file, _DDPARITY)) and "/tqdm/_monitor.py" not in frame.file
+        for frame in frames
+    )
+
+
 def _may_call(frames: tuple[Frame, ...]) -> bool:
     """Return whether a thread may call a collective now or later, as a timer and an event loop may.
 
