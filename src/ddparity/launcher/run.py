@@ -76,8 +76,7 @@ def run_launch(launch: Launch) -> int:
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
-        place = tempfile.gettempdir()
-        tell(f"no space for the launcher's own files in {place}: {error.strerror}. Set TMPDIR to another folder")
+        tell(f"no space for the launcher's own file {error.filename}: {error.strerror}. Set TMPDIR to another folder")
         return 1
     except NodeLost as error:
         tell(str(error))
