@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -120,6 +121,7 @@ def _orders() -> list[list[Start]]:
     watched = _Watched(6, 4, bucket_cap_mb=1e-5)
     found.append(watched.step([two_left_out, down]))
     found.append(watched.step([two_left_out, down]))
+    found.append(watched.step([down, down]))  # nothing of the steps before is left
     return found
 
 
@@ -133,7 +135,7 @@ def test_the_order_is_that_of_rank_0s_first_backward() -> None:
     assert zero[3] == [(4, 1, True), *[(4, 1, False)] * 4]
     assert zero[4] == [(1, 1, True), (2, 1, True), (3, 1, True), (4, 1, True), (4, 1, False)]
     assert one[3] == at_the_end
-    assert one[4] == [(1, 1, True), (2, 1, True), (4, 1, True), (6, 1, True), (6, 1, True)]
+    assert zero[5] == one[5] == one[4] == [(1, 1, True), (2, 1, True), (4, 1, True), (6, 1, True), (6, 1, True)]
 
 
 def _in_vain() -> list[list[Start]]:
@@ -149,3 +151,23 @@ def test_after_an_average_in_vain_none_starts_early_for_a_while() -> None:
     started = [(1, 1, True), (2, 1, True)]
     for found in run_ranks(_in_vain, 2):
         assert found == [started, started, *[[]] * early.LATE_STEPS, started, started]
+
+
+def _edits_through_data() -> list[float]:
+    """One number of a small gradient is written through `.data` in a late step, on rank 1."""
+    watched = _Watched(3, 4, bucket_cap_mb=1e-5)
+    orders = [[0, 1, 2]] * 2
+    for _ in range(2 * early.CAREFUL_STEPS):
+        watched.step(orders)
+    watched.net.zero_grad()
+    weight = watched.net.layers[2].weight  # the first in the backward
+    for micro in dp.accumulate(watched.model, [torch.ones(1, 4)], equal_counts=True):
+        watched.model(micro.data, orders[0]).sum().backward()
+        expected = weight.grad.flatten()[1].item() + dist.get_rank()
+        weight.grad.data.view(-1)[1] = expected
+    return [weight.grad.flatten()[1].item(), expected]
+
+
+def test_every_number_of_a_small_gradient_is_compared() -> None:
+    (found, zero), (also, one) = run_ranks(_edits_through_data, 2)
+    assert found == also == pytest.approx((zero + one) / 2) and one == zero + 1
