@@ -114,6 +114,10 @@ def test_batches_of_shards_have_the_positions_of_the_whole() -> None:
     assert [seeds[0], seeds[1], seeds[3]] == [5380022565049359998, 8771846743706179342, 7832349006041755858]
 
 
+def test_outputs_of_a_stream_are_in_its_order() -> None:
+    assert dp.predict(torch.nn.Identity(), _Stream(), 2).tolist() == [0, 10, 11, 20, 21, 22]
+
+
 class _InWhom(torch.utils.data.Dataset[int]):
     """Samples 0, 10, 20, ... It notes what this process reads."""
 
