@@ -94,8 +94,9 @@ class _Stream:
 
 
 def test_batches_of_shards_have_the_positions_of_the_whole() -> None:
-    shards = Shards(_Stream(), 2, 5, 0, None, {})
-    assert (len(shards), shards.shards, shards.length) == (3, 3, None)
+    stream = _Stream()
+    shards = Shards(stream, 2, 5, 0, None, {})
+    assert (len(shards), shards.shards, shards.length) == (3, 3, None) and shards.dataset is stream
     loaded = list(shards.loaded(iter([range(3)])))
     assert [data.tolist() for _, data in loaded] == [[0], [10, 11], [20, 21], [22]]
     assert [len(samples) for samples, _ in loaded] == [1, 2, 2, 1]
