@@ -5,8 +5,10 @@ from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint
 from .checkpoint.fingerprint import fingerprint
 from .comm.gather import gather
 from .data.dataset import sample_seed
+from .data.lengths import LengthPlan
 from .data.loader import Loader, ShardSampler
-from .data.plan import BatchPlan, MicroBatch
+from .data.orders import OrderPlan, WeightedPlan
+from .data.plan import BatchPlan, MicroBatch, Plan
 from .data.rng import RandomState, seed_everything
 from .data.step import LoadedMicroBatch, Step
 from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError, WrongArithmetic
@@ -27,10 +29,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchPlan",
     "DDParityError",
+    "LengthPlan",
     "LoadedMicroBatch",
     "Loader",
     "MicroBatch",
+    "OrderPlan",
     "ParityError",
+    "Plan",
     "Predictor",
     "RandomState",
     "RankFailure",
@@ -41,6 +46,7 @@ __all__ = [
     "Step",
     "SyncBatchNorm",
     "Task",
+    "WeightedPlan",
     "World",
     "WrongArithmetic",
     "accumulate",

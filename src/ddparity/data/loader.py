@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ..runtime.progress import mark_progress
 from .dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
-from .plan import BatchPlan, MicroBatch, checked_integer, share
+from .plan import BatchPlan, MicroBatch, Plan, check_plan_methods, checked_integer, share
 from .step import LoadedMicroBatch, Step
 
 # The options of a DataLoader that the plan decides.
@@ -27,7 +27,7 @@ _PLAN_OPTIONS = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last
 
 
 class Loader:
-    """Load this rank's share of the steps of a `BatchPlan`.
+    """Load this rank's share of the steps of a plan.
 
     One worker loads a micro-batch as a whole. Before that, it seeds the streams of Python, NumPy and torch with the
     micro-batch's seed, so augmentation is the same for any number of workers and processes.
@@ -37,11 +37,15 @@ class Loader:
     (`accumulate`'s, or `for micro in step`), or when the script asks for the next step. In a loop over steps of several
     loaders, as in `zip`, all are done whose last micro-batch was taken when the first of them ends. An epoch is done
     when the loop over its steps ends. So save after `optimizer.step()`, and resume with `for epoch in
-    loader.epochs(stop)`.
+    loader.epochs(stop)`, or with `for step in loader.steps(stop)` where steps are counted. `for step in loader` loops
+    over the epoch at the position, or what is left of it.
 
     Args:
-        dataset: a map-style data set of `plan.num_samples` samples.
-        plan: what each step consumes.
+        dataset: a map-style data set of `plan.length` samples. It needs no length where the plan is given: a data set
+            that draws its samples at random has none.
+        plan: what each step consumes: a `BatchPlan`, `WeightedPlan`, `LengthPlan`, `OrderPlan` or a `Plan` of your own.
+            None: a `BatchPlan` of `global_batch`, `micro_batch` (None: the global batch), `seed`, and of `shuffle` and
+            `drop_last` as torch's DataLoader has them, except that `shuffle` is True unless it is given.
         num_workers, collate_fn, dataloader_options: passed to torch.utils.data.DataLoader. As there, each epoch has new
             workers, with a copy of the data set as it is then, unless `persistent_workers=True`. Memory is pinned if
             CUDA is available, unless `pin_memory=False`.
@@ -51,8 +55,9 @@ class Loader:
         dataloader: the torch DataLoader inside.
 
     Raises:
-        TypeError: the data set is iterable, or an option is one that the plan decides.
-        ValueError: the length of the data set is not `plan.num_samples`.
+        TypeError: the data set is iterable, an option is one that the plan decides, there is neither a plan nor a
+            global batch, or there are both; or the plan lacks what `Plan` asks for.
+        ValueError: the length of the data set is not `plan.length`.
 
     Collectives: none.
 
@@ -62,25 +67,26 @@ class Loader:
     def __init__(
         self,
         dataset: Any,
-        plan: BatchPlan,
+        plan: Plan | None = None,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        *,
+        global_batch: int | None = None,
+        micro_batch: int | None = None,
+        seed: int | None = None,
         **dataloader_options: Any,
     ) -> None:
-        length = sized_length(dataset, "Loader")
-        if length != plan.num_samples:
-            raise ValueError(
-                f"the data set has {length} samples and the plan {plan.num_samples}: make the plan with "
-                f"BatchPlan(len(dataset), …)"
-            )
+        sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "seed": seed}
+        plan = _checked_plan(dataset, plan, sizes, dataloader_options)
         if refused := [name for name in _PLAN_OPTIONS if name in dataloader_options]:
             raise TypeError(
-                f"Loader() got {', '.join(refused)}: the plan decides that. Leave it out, and give BatchPlan the sizes "
+                f"Loader() got {', '.join(refused)}: the plan decides that. Leave it out, and give the plan the sizes "
                 f"and the order"
             )
         self.plan = plan
         self._batch_sampler = _MicroBatchSampler(plan)
         self._position = (0, 0)  # the epoch and step that come next
+        self._before = 0  # the steps of the epochs before the position's
         self._resumes = False  # whether the position is that of a checkpoint and no epoch has started since
         self._end_workers: Callable[[], None] = lambda: None  # of the current iterator
         self.dataloader: DataLoader[Any] = DataLoader(
@@ -100,6 +106,14 @@ class Loader:
     def __len__(self) -> int:
         return self.plan.steps_per_epoch
 
+    def __iter__(self) -> Iterator[Step]:
+        """Return an iterator over the steps from the position to the end of its epoch.
+
+        After a loop that ended early, the next one loops over the rest of the epoch.
+        """
+        epoch, step = self._position
+        return self.epoch(epoch, step)
+
     @property
     def position(self) -> tuple[int, int]:
         """The epoch and step that come next."""
@@ -108,6 +122,30 @@ class Loader:
     def epochs(self, stop: int) -> range:
         """Return the epochs from the position to before `stop`: `range(stop)` for a new Loader."""
         return range(self._position[0], stop)
+
+    @property
+    def steps_done(self) -> int:
+        """The number of steps before the position, over all epochs."""
+        return self._before + self._position[1]
+
+    def steps(self, stop: int | None = None) -> Iterator[Step]:
+        """Yield the steps from the position on, over the ends of epochs, until `stop` steps are done in all.
+
+        After `load_state_dict`, the steps that were done before count. None: without end.
+
+        Raises:
+            ValueError: an epoch has no steps, so the loop would not end; and as `epoch`.
+        """
+        while stop is None or self.steps_done < stop:
+            start = self._position
+            if self.plan.steps_in(start[0]) == 0:
+                raise ValueError(f"steps({stop}): epoch {start[0]} of the plan has no steps: {self.plan}")
+            for step in self.epoch(*start):
+                yield step
+                if stop is not None and self._before + step.number + 1 >= stop:
+                    self._pass(step.epoch, step.number + 1)  # the script has asked for the next step
+                    self._end_workers()
+                    return
 
     def epoch(self, epoch: int, start_step: int | None = None) -> Iterator[Step]:
         """Return an iterator over the steps of an epoch, from `start_step` on. It ends the iterator before it.
@@ -125,10 +163,13 @@ class Loader:
         check_world_size(self.plan, world_size)
         if start_step is None:
             start_step = self._resumed_step(epoch)
-        if not 0 <= start_step <= len(self):
-            raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {len(self)} steps")
+        steps = self.plan.steps_in(epoch)
+        if not 0 <= start_step <= steps:
+            raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {steps} steps")
         self._end_workers()
         self._batch_sampler.restart(epoch, start_step, rank, world_size)
+        if epoch != self._position[0]:
+            self._before = epoch * len(self)
         self._position, self._resumes = (epoch, start_step), False
         return self._steps(self._batch_sampler.run, epoch, start_step, rank, world_size)
 
@@ -144,7 +185,9 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plan and the position; they are the same on every rank and for any world size."""
-        return {"plan": dataclasses.asdict(self.plan), "epoch": self._position[0], "step": self._position[1]}
+        epoch, step = self._position
+        plan = self.plan.description(epoch if step else None)
+        return {"plan": plan, "epoch": epoch, "step": step, "steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved position. It ends the current iterator.
@@ -155,26 +198,28 @@ class Loader:
         Raises:
             ValueError: the saved plan differs from this one (the message lists what differs), or has no such position.
         """
-        own, saved, position = dataclasses.asdict(self.plan), state["plan"], (state["epoch"], state["step"])
-        if (continued := _continued(self.plan, saved, *position)) is not None:
-            position, saved = continued, own
+        position = epoch, step = state["epoch"], state["step"]
+        own, saved = self.plan.description(epoch if step else None), {"kind": "BatchPlan", **state["plan"]}
+        before = state.get("steps_done", epoch * len(self) + step) - step
+        if isinstance(self.plan, BatchPlan) and (continued := _continued(self.plan, saved, *position)) is not None:
+            position, saved, before = continued, own, 0
         if differing := [name for name in own if own[name] != saved.get(name)]:
             what = ", ".join(
                 f"{name}={saved.get(name)!r} in the checkpoint and {own[name]!r} here" for name in differing
             )
             raise ValueError(
                 f"the plan of the saved Loader has other steps than this Loader's plan: {what}. Make the same "
-                f"BatchPlan again, or load the checkpoint without the Loader and start an epoch from its beginning"
+                f"plan again, or load the checkpoint without the Loader and start an epoch from its beginning"
             )
         epoch, step = position
-        if epoch < 0 or not 0 <= step <= len(self):
+        if epoch < 0 or not 0 <= step <= self.plan.steps_in(epoch):
             raise ValueError(
                 f"the saved position of the Loader is epoch {epoch}, step {step}, but the plan has no step {step} of "
                 f"epoch {epoch}: load the checkpoint without the Loader"
             )
         self._end_workers()
         self._batch_sampler.run += 1
-        self._position, self._resumes = position, True
+        self._position, self._before, self._resumes = position, before, True
 
     def _steps(self, run: int, epoch: int, start_step: int, rank: int, world_size: int) -> Iterator[Step]:
         def check_current() -> None:
@@ -193,13 +238,14 @@ class Loader:
         def advance(epoch: int, step: int) -> None:
             if self._batch_sampler.run == run:
                 # The maximum: a script may keep a step and loop over it after later steps.
-                self._position = max(self._position, (epoch, step))
+                self._pass(epoch, step)
 
         check_current()
         plan, batches, issued = self.plan, load_batches(self.dataloader), self._batch_sampler.issued
         self._end_workers = _closing(batches)
-        for number in range(start_step, len(self)):
-            shares = _shares(plan.micro_batches_in(number), world_size)
+        steps = plan.steps_in(epoch)
+        for number in range(start_step, steps):
+            shares = _shares(len(plan.sizes(epoch, number)), world_size)
             size = shares[rank]
             again = functools.partial(self._load_again, epoch, number, world_size)
             step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number), plan, again)
@@ -211,6 +257,12 @@ class Loader:
                 step.load(size - 1)  # so that micro-batches that the script did not take do not go to the next step
         advance(epoch + 1, 0)
         batches.close()  # a step that the script keeps would keep the workers alive
+
+    def _pass(self, epoch: int, step: int) -> None:
+        """Let the position be at this step of this epoch, or at the next epoch after the last step of an epoch."""
+        if epoch > self._position[0]:
+            self._before += self.plan.steps_in(self._position[0]) * (epoch - self._position[0])
+        self._position = max(self._position, (epoch, step))
 
     def _load_again(self, epoch: int, step: int, world_size: int, rank: int, number: int) -> LoadedMicroBatch:
         """Return a micro-batch of any rank, loaded beside the others: the position and the workers do not change.
@@ -276,10 +328,10 @@ def _continued(plan: BatchPlan, saved: dict[str, Any], epoch: int, step: int) ->
     None if it is no such plan. A shuffled order of more samples is another order from its first step on, and so is
     every epoch after the first.
     """
-    before = saved.get("num_samples")
+    own, before = plan.description(), saved.get("num_samples")
     if type(before) is not int or not 0 <= before < plan.num_samples or plan.shuffle:
         return None
-    if {**dataclasses.asdict(plan), "num_samples": before} != saved:
+    if {**own, "num_samples": before} != saved:
         return None
     old_steps = dataclasses.replace(plan, num_samples=before).steps_per_epoch
     done = old_steps if (epoch, step) == (1, 0) else step
@@ -288,7 +340,33 @@ def _continued(plan: BatchPlan, saved: dict[str, Any], epoch: int, step: int) ->
     return (0, done) if done * plan.global_batch <= before else None  # a short step would have been longer
 
 
-def check_world_size(plan: BatchPlan, world_size: int) -> None:
+def _checked_plan(dataset: Any, plan: Plan | None, sizes: dict[str, Any], options: dict[str, Any]) -> Plan:
+    """Return the plan that Loader() got, or a BatchPlan of its sizes, and of the order that it takes from `options`."""
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if plan is None:
+        if "global_batch" not in given:
+            raise TypeError(
+                "Loader() got neither a plan nor a global_batch: give Loader(dataset, global_batch=…, micro_batch=…, "
+                "seed=…), or Loader(dataset, plan)"
+            )
+        order: dict[str, Any] = {name: options.pop(name) for name in ("shuffle", "drop_last") if name in options}
+        whole: dict[str, Any] = {"micro_batch": given["global_batch"], **given, **order}
+        return BatchPlan(sized_length(dataset, "Loader"), **whole)
+    if given:
+        raise TypeError(f"Loader() got a plan, and {', '.join(given)}: the plan decides that. Leave it out")
+    check_plan_methods(plan)
+    if not hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
+        return plan
+    length = sized_length(dataset, "Loader")
+    if plan.length is not None and length != plan.length:
+        raise ValueError(
+            f"the data set has {length} samples and the plan {plan.length}: make the plan with "
+            f"{type(plan).__name__}(…) of this data set"
+        )
+    return plan
+
+
+def check_world_size(plan: Plan, world_size: int) -> None:
     """Check that every rank has a micro-batch in a full step.
 
     Raises:
@@ -296,23 +374,29 @@ def check_world_size(plan: BatchPlan, world_size: int) -> None:
     """
     if world_size > plan.micro_batches_per_step:
         raise ValueError(
-            f"there are {world_size} ranks but only {plan.micro_batches_per_step} micro-batches in a step (global "
-            f"batch {plan.global_batch}, micro-batch {plan.micro_batch}), so some ranks would never have work. Start "
+            f"there are {world_size} ranks but only {plan.micro_batches_per_step} micro-batches in a step "
+            f"({_sizes_of(plan)}), so some ranks would never have work. Start "
             f"at most {plan.micro_batches_per_step} processes, or make the micro-batch smaller"
         )
 
 
-def check_even_shares(plan: BatchPlan, world_size: int) -> None:
+def _sizes_of(plan: Plan) -> str:
+    if hasattr(plan, "global_batch") and hasattr(plan, "micro_batch"):
+        return f"global batch {plan.global_batch}, micro-batch {plan.micro_batch}"
+    return type(plan).__name__
+
+
+def check_even_shares(plan: Plan, world_size: int) -> None:
     """Check that all ranks have equally many micro-batches in every step.
 
     Raises:
         ValueError: in some step a rank has more micro-batches than another.
     """
     for step in {0, plan.steps_per_epoch - 1} if plan.steps_per_epoch else ():  # the steps between are like the first
-        count = plan.micro_batches_in(step)
-        if count % world_size:
+        sizes = plan.sizes(0, step)
+        if len(sizes) % world_size:
             raise ValueError(
-                f"step {step} of an epoch has {count} micro-batches (of {plan.samples_in(step)} samples), which "
+                f"step {step} of an epoch has {len(sizes)} micro-batches (of {sum(sizes)} samples), which "
                 f"{world_size} ranks cannot share evenly, but the model has synchronised batch norms, which every rank "
                 f"must run equally often. Start another number of processes, change the batch sizes, or leave out the "
                 f"short last step with drop_last=True"
@@ -322,7 +406,7 @@ def check_even_shares(plan: BatchPlan, world_size: int) -> None:
 class _MicroBatchSampler:
     """The batch sampler of the DataLoader: a rank's micro-batches of an epoch. It records each that it issues."""
 
-    def __init__(self, plan: BatchPlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self.run = 0  # the number of the current iterator; an iterator with another number has ended
         self.issued: deque[MicroBatch] = deque()
@@ -342,7 +426,7 @@ class _MicroBatchSampler:
                 yield _seeded(self._plan, epoch, micro)
 
 
-def _seeded(plan: BatchPlan, epoch: int, micro: MicroBatch) -> SeededIndices:
+def _seeded(plan: Plan, epoch: int, micro: MicroBatch) -> SeededIndices:
     return SeededIndices(micro.samples.tolist(), micro.seed + 1, plan.sample_seeds(epoch, micro.position))
 
 
