@@ -11,6 +11,7 @@ from .data.orders import OrderPlan, WeightedPlan
 from .data.plan import BatchPlan, MicroBatch, Plan
 from .data.rng import RandomState, seed_everything
 from .data.step import LoadedMicroBatch, Step
+from .data.stream import StreamPlan
 from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError, WrongArithmetic
 from .gradients.accumulate import accumulate
 from .gradients.replicate import replicate
@@ -44,6 +45,7 @@ __all__ = [
     "Saving",
     "ShardSampler",
     "Step",
+    "StreamPlan",
     "SyncBatchNorm",
     "Task",
     "WeightedPlan",

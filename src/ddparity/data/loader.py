@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from ..runtime.progress import mark_progress
 from .dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
 from .plan import BatchPlan, MicroBatch, Plan, check_plan_methods, checked_integer, share
 from .step import LoadedMicroBatch, Step
+from .stream import StreamPlan
+from .stream_steps import StreamSteps
 
 # The options of a DataLoader that the plan decides.
 _PLAN_OPTIONS = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "in_order")
@@ -67,7 +69,7 @@ class Loader:
     def __init__(
         self,
         dataset: Any,
-        plan: Plan | None = None,
+        plan: Plan | StreamPlan | None = None,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         *,
@@ -77,19 +79,27 @@ class Loader:
         **dataloader_options: Any,
     ) -> None:
         sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "seed": seed}
-        plan = _checked_plan(dataset, plan, sizes, dataloader_options)
+        self._stream: StreamSteps | None = None
+        if not isinstance(plan, StreamPlan):
+            plan = _checked_plan(dataset, plan, sizes, dataloader_options)
         if refused := [name for name in _PLAN_OPTIONS if name in dataloader_options]:
             raise TypeError(
                 f"Loader() got {', '.join(refused)}: the plan decides that. Leave it out, and give the plan the sizes "
                 f"and the order"
             )
-        self.plan = plan
-        self._batch_sampler = _MicroBatchSampler(plan)
+        self.plan: Plan | StreamPlan = plan
         self._position = (0, 0)  # the epoch and step that come next
         self._before = 0  # the steps of the epochs before the position's
         self._resumes = False  # whether the position is that of a checkpoint and no epoch has started since
         self._end_workers: Callable[[], None] = lambda: None  # of the current iterator
-        self.dataloader: DataLoader[Any] = DataLoader(
+        if isinstance(plan, StreamPlan):
+            if given := [name for name, value in sizes.items() if value is not None]:
+                raise TypeError(f"Loader() got a plan, and {', '.join(given)}: the plan decides that. Leave it out")
+            self._stream = StreamSteps(dataset, plan, num_workers, collate_fn, dataloader_options)
+            self.dataloader: DataLoader[Any] = self._stream.dataloader
+            return
+        self._batch_sampler = _MicroBatchSampler(plan)
+        self.dataloader = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]  # torch types data sets by one index, and this takes many
             batch_sampler=self._batch_sampler,
             num_workers=num_workers,
@@ -104,6 +114,8 @@ class Loader:
         )
 
     def __len__(self) -> int:
+        if self.plan.steps_per_epoch is None:
+            raise TypeError("the steps of a stream are known when it ends: give StreamPlan(steps_per_epoch=…)")
         return self.plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[Step]:
@@ -138,14 +150,15 @@ class Loader:
         """
         while stop is None or self.steps_done < stop:
             start = self._position
-            if self.plan.steps_in(start[0]) == 0:
-                raise ValueError(f"steps({stop}): epoch {start[0]} of the plan has no steps: {self.plan}")
+            empty = start[1] == 0
             for step in self.epoch(*start):
+                empty = False
                 yield step
                 if stop is not None and self._before + step.number + 1 >= stop:
                     self._pass(step.epoch, step.number + 1)  # the script has asked for the next step
-                    self._end_workers()
                     return
+            if empty:
+                raise ValueError(f"steps({stop}): epoch {start[0]} of the plan has no steps: {self.plan}")
 
     def epoch(self, epoch: int, start_step: int | None = None) -> Iterator[Step]:
         """Return an iterator over the steps of an epoch, from `start_step` on. It ends the iterator before it.
@@ -163,13 +176,16 @@ class Loader:
         check_world_size(self.plan, world_size)
         if start_step is None:
             start_step = self._resumed_step(epoch)
-        steps = self.plan.steps_in(epoch)
-        if not 0 <= start_step <= steps:
+        steps = self._steps_in(epoch)
+        if not start_step >= 0 or (steps is not None and start_step > steps):
             raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {steps} steps")
+        if epoch != self._position[0]:
+            self._before = epoch * (self.plan.steps_per_epoch or 0)
+        if self._stream is not None:
+            self._position, self._resumes = (epoch, start_step), False
+            return self._steps_of_stream(self._stream, epoch, start_step, rank, world_size)
         self._end_workers()
         self._batch_sampler.restart(epoch, start_step, rank, world_size)
-        if epoch != self._position[0]:
-            self._before = epoch * len(self)
         self._position, self._resumes = (epoch, start_step), False
         return self._steps(self._batch_sampler.run, epoch, start_step, rank, world_size)
 
@@ -184,10 +200,16 @@ class Loader:
         return self._position[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the plan and the position; they are the same on every rank and for any world size."""
+        """Return the plan and the position; they are the same on every rank and for any world size.
+
+        Of a stream also the states of all readers; all ranks must call it then.
+
+        Collectives: none; of a stream, two all-gathers of the readers' states.
+        """
         epoch, step = self._position
         plan = self.plan.description(epoch if step else None)
-        return {"plan": plan, "epoch": epoch, "step": step, "steps_done": self.steps_done}
+        state = {"plan": plan, "epoch": epoch, "step": step, "steps_done": self.steps_done}
+        return state if self._stream is None else {**state, "readers": self._stream.gathered(self._position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved position. It ends the current iterator.
@@ -200,7 +222,7 @@ class Loader:
         """
         position = epoch, step = state["epoch"], state["step"]
         own, saved = self.plan.description(epoch if step else None), {"kind": "BatchPlan", **state["plan"]}
-        before = state.get("steps_done", epoch * len(self) + step) - step
+        before = state["steps_done"] - step if "steps_done" in state else epoch * len(self)
         if isinstance(self.plan, BatchPlan) and (continued := _continued(self.plan, saved, *position)) is not None:
             position, saved, before = continued, own, 0
         if differing := [name for name in own if own[name] != saved.get(name)]:
@@ -212,13 +234,17 @@ class Loader:
                 f"plan again, or load the checkpoint without the Loader and start an epoch from its beginning"
             )
         epoch, step = position
-        if epoch < 0 or not 0 <= step <= self.plan.steps_in(epoch):
+        steps = self._steps_in(epoch) if epoch >= 0 else 0
+        if epoch < 0 or step < 0 or (steps is not None and step > steps):
             raise ValueError(
                 f"the saved position of the Loader is epoch {epoch}, step {step}, but the plan has no step {step} of "
                 f"epoch {epoch}: load the checkpoint without the Loader"
             )
-        self._end_workers()
-        self._batch_sampler.run += 1
+        if self._stream is not None:
+            self._stream.load(position, state["readers"])
+        else:
+            self._end_workers()
+            self._batch_sampler.run += 1
         self._position, self._before, self._resumes = position, before, True
 
     def _steps(self, run: int, epoch: int, start_step: int, rank: int, world_size: int) -> Iterator[Step]:
@@ -241,7 +267,7 @@ class Loader:
                 self._pass(epoch, step)
 
         check_current()
-        plan, batches, issued = self.plan, load_batches(self.dataloader), self._batch_sampler.issued
+        plan, batches, issued = self._batch_sampler.plan, load_batches(self.dataloader), self._batch_sampler.issued
         self._end_workers = _closing(batches)
         steps = plan.steps_in(epoch)
         for number in range(start_step, steps):
@@ -258,10 +284,28 @@ class Loader:
         advance(epoch + 1, 0)
         batches.close()  # a step that the script keeps would keep the workers alive
 
+    def _steps_of_stream(
+        self, stream: StreamSteps, epoch: int, start_step: int, rank: int, world_size: int
+    ) -> Iterator[Step]:
+        def advance(epoch: int, step: int) -> None:
+            self._pass(epoch, step)
+            stream.keep_from(self._position)
+
+        for step in stream.steps(epoch, start_step, rank, world_size):
+            step.on_end = functools.partial(advance, epoch, step.number + 1)
+            yield step
+            mark_progress()
+            advance(epoch, step.number + 1)
+        advance(epoch + 1, 0)
+
+    def _steps_in(self, epoch: int) -> int | None:
+        """Return the steps of an epoch; None: they are known when the stream ends."""
+        return self.plan.steps_per_epoch if isinstance(self.plan, StreamPlan) else self.plan.steps_in(epoch)
+
     def _pass(self, epoch: int, step: int) -> None:
         """Let the position be at this step of this epoch, or at the next epoch after the last step of an epoch."""
         if epoch > self._position[0]:
-            self._before += self.plan.steps_in(self._position[0]) * (epoch - self._position[0])
+            self._before += self._position[1]
         self._position = max(self._position, (epoch, step))
 
     def _load_again(self, epoch: int, step: int, world_size: int, rank: int, number: int) -> LoadedMicroBatch:
@@ -270,8 +314,9 @@ class Loader:
         If the loader has workers, one more loads it and ends. What a data set opens at its first sample, for example a
         file, must not be open in this process when it forks the next workers.
         """
-        micro = self.plan.step(epoch, step, rank, world_size)[number]
-        indices = _seeded(self.plan, epoch, micro)
+        plan = self._batch_sampler.plan
+        micro = plan.step(epoch, step, rank, world_size)[number]
+        indices = _seeded(plan, epoch, micro)
         like = self.dataloader
         dataloader: DataLoader[Any] = DataLoader(
             like.dataset,
@@ -357,7 +402,7 @@ def _checked_plan(dataset: Any, plan: Plan | None, sizes: dict[str, Any], option
     check_plan_methods(plan)
     if not hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
         return plan
-    length = sized_length(dataset, "Loader")
+    length = sized_length(dataset, "Loader", "; or give a StreamPlan")
     if plan.length is not None and length != plan.length:
         raise ValueError(
             f"the data set has {length} samples and the plan {plan.length}: make the plan with "
@@ -366,7 +411,7 @@ def _checked_plan(dataset: Any, plan: Plan | None, sizes: dict[str, Any], option
     return plan
 
 
-def check_world_size(plan: Plan, world_size: int) -> None:
+def check_world_size(plan: Plan | StreamPlan, world_size: int) -> None:
     """Check that every rank has a micro-batch in a full step.
 
     Raises:
@@ -380,20 +425,21 @@ def check_world_size(plan: Plan, world_size: int) -> None:
         )
 
 
-def _sizes_of(plan: Plan) -> str:
+def _sizes_of(plan: Plan | StreamPlan) -> str:
     if hasattr(plan, "global_batch") and hasattr(plan, "micro_batch"):
         return f"global batch {plan.global_batch}, micro-batch {plan.micro_batch}"
     return type(plan).__name__
 
 
-def check_even_shares(plan: Plan, world_size: int) -> None:
+def check_even_shares(plan: Plan | StreamPlan, world_size: int) -> None:
     """Check that all ranks have equally many micro-batches in every step.
 
     Raises:
         ValueError: in some step a rank has more micro-batches than another.
     """
+    sizes: Sequence[int]
     for step in {0, plan.steps_per_epoch - 1} if plan.steps_per_epoch else ():  # the steps between are like the first
-        sizes = plan.sizes(0, step)
+        sizes = plan.sizes if isinstance(plan, StreamPlan) else plan.sizes(0, step)
         if len(sizes) % world_size:
             raise ValueError(
                 f"step {step} of an epoch has {len(sizes)} micro-batches (of {sum(sizes)} samples), which "
@@ -407,7 +453,7 @@ class _MicroBatchSampler:
     """The batch sampler of the DataLoader: a rank's micro-batches of an epoch. It records each that it issues."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self.plan = plan
         self.run = 0  # the number of the current iterator; an iterator with another number has ended
         self.issued: deque[MicroBatch] = deque()
         self._range = (0, 0, 0, 1)
@@ -420,10 +466,10 @@ class _MicroBatchSampler:
     def __iter__(self) -> Iterator[SeededIndices]:
         epoch, start_step, rank, world_size = self._range
         issued = self.issued
-        for step in self._plan.steps(epoch, start_step, None, rank, world_size):
+        for step in self.plan.steps(epoch, start_step, None, rank, world_size):
             for micro in step:
                 issued.append(micro)
-                yield _seeded(self._plan, epoch, micro)
+                yield _seeded(self.plan, epoch, micro)
 
 
 def _seeded(plan: Plan, epoch: int, micro: MicroBatch) -> SeededIndices:

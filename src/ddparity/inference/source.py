@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..comm.transfer import gather_json
+from ..compat import hide_worker
 from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
 from ..data.plan import checked_integer, share
 from ..data.rng import derive_seed, numbered_seed, seed_streams
@@ -337,6 +338,8 @@ class _Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         worker = get_worker_info()
         mine = self._shards if worker is None else self._shards[worker.id :: worker.num_workers]
+        if worker is not None:
+            hide_worker()  # streams would share out their samples among workers once more
         for shard in mine:
             start = shard * _SHARD_SAMPLES
             try:
