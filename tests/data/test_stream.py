@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 import ddparity as dp
-from tests.ranks import outcomes, run_ranks
+from tests.ranks import kill_self, outcomes, run_ranks
 
 # Parts of different lengths: readers end at different steps.
 PARTS = [range(100 * part, 100 * part + size) for part, size in enumerate((17, 12, 9, 14))]
@@ -204,9 +205,9 @@ def test_a_stream_that_seeks_reads_little_again_at_any_position(buffer: int) -> 
     assert again.state_dict() == state
 
 
-def _train(folder: str, world: tuple[int, int, int], workers: int) -> str:
-    """Train from one step to another with strict bits."""
-    resumed, stop, save = world
+def _train(folder: str, steps: tuple[int, int, int], workers: int) -> str:
+    """Train from one step to another with strict bits. Save after one, and be killed two steps later."""
+    resumed, stop, save = steps
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1))
     model = dp.replicate(net, reduction="strict")
@@ -222,15 +223,17 @@ def _train(folder: str, world: tuple[int, int, int], workers: int) -> str:
         optimizer.zero_grad()
         if loader.steps_done == save:
             dp.save_checkpoint(f"{folder}/{save}", **states)
+        if save and loader.steps_done == save + 2:
+            kill_self()
     return dp.fingerprint(model)
 
 
-def test_strict_bits_on_any_number_of_processes_also_after_resumption(tmp_path: Path) -> None:
+def test_strict_bits_on_any_number_of_processes_killed_and_resumed_elsewhere(tmp_path: Path) -> None:
     expected = run_ranks(_train, 1, str(tmp_path), (0, 17, 0), 0)[0]
     for world_size in (2, 3, 4):
         assert set(run_ranks(_train, world_size, str(tmp_path), (0, 17, 0), world_size % 2)) == {expected}
-    run_ranks(_train, 3, str(tmp_path), (0, 8, 6), 1)  # two steps after the checkpoint are lost
-    run_ranks(_train, 2, str(tmp_path), (6, 13, 11), 0)
+    killed = outcomes(_train, 3, str(tmp_path), (0, 17, 6), 1) + outcomes(_train, 2, str(tmp_path), (6, 17, 11), 0)
+    assert {outcome.exitcode for outcome in killed} == {-signal.SIGKILL}
     assert set(run_ranks(_train, 4, str(tmp_path), (11, 17, 0), 1)) == {expected}
 
 
@@ -256,6 +259,26 @@ def test_a_reader_that_fails_is_an_error_on_every_rank(workers: int) -> None:
     first, second = outcomes(_read_failing, 2, workers)
     assert second.error is not None and "sample 4 of reader 3, in pass 0: OSError: the disk is gone" in second.error
     assert first.error is not None and "rank 1 could not read the next step of the stream" in first.error
+
+
+def _different_plans() -> None:
+    plan = dp.StreamPlan(8, 1 + torch.distributed.get_rank())
+    for step in dp.Loader(lambda reader, readers, epoch: range(3), plan):
+        list(step)
+
+
+def _different_places() -> None:
+    loader = dp.Loader(function, PLANS["in order"])
+    list(loader.epoch(0, start_step=dist.get_rank()))
+
+
+def test_ranks_that_differ_are_told_at_once() -> None:
+    for outcome in outcomes(_different_plans, 2):
+        assert outcome.error is not None and "the plan's micro_batch" in outcome.error
+    for outcome in outcomes(_different_places, 2):
+        assert outcome.error is not None and "the step of the stream" in outcome.error
+    for outcome in outcomes(_counted_collectives, 3, dp.StreamPlan(8, 4)):
+        assert outcome.error is not None and "3 ranks but only 2 micro-batches in a step" in outcome.error
 
 
 def _counted_collectives(plan: dp.StreamPlan) -> int:

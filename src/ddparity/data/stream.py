@@ -57,7 +57,7 @@ class StreamPlan:
         ValueError: a size is out of range.
 
     Collectives: without `steps_per_epoch` one all-gather a step, of 8 bytes a micro-batch, which runs during the step
-    before; with it none.
+    before; with it none. At the start of an epoch the ranks compare the plan and the position through the store.
     """
 
     global_batch: int

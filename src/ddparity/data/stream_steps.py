@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from ..comm.transfer import gather_json, wire_device
 from ..compat import all_gather_single
 from ..errors import SampleError
+from ..runtime.agreement import agreed
 from .dataset import load_batches, worker_options
 from .plan import share
 from .step import LoadedMicroBatch, Step
@@ -97,7 +98,11 @@ class StreamSteps:
         self._states = {at: states for at, states in self._states.items() if at >= position}
 
     def steps(self, epoch: int, step: int, rank: int, world_size: int) -> Iterator[Step]:
-        """Yield the steps of an epoch from `step` on, on this rank."""
+        """Yield the steps of an epoch from `step` on, on this rank. First compare ranks' plans and positions."""
+        with agreed("the start of a stream's epoch") as agreement:
+            if agreement is not None:
+                values = {f"the plan's {name}": value for name, value in self.plan.description().items()}
+                agreement.all_same({**values, "the epoch of the stream": epoch, "the step of the stream": step})
         readers = self.plan.micro_batches_per_step
         self._share = share(readers, rank, world_size)
         if self._goes_on != ((epoch, step), rank, world_size):
