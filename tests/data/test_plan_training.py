@@ -73,15 +73,20 @@ def _by_hand(name: str) -> list[float]:
     return _weights(net)
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_it_is_the_training_of_one_process_by_hand_and_resumes_elsewhere(name: str, tmp_path: Path) -> None:
-    expected = _by_hand(name)
-    for world_size in (1, 2, 3):
-        for weights in run_ranks(_train, world_size, name):
-            np.testing.assert_allclose(weights, expected, rtol=1e-11)
-    run_ranks(_train, 2, name, str(tmp_path), False, 5)
-    for weights in run_ranks(_train, 3, name, str(tmp_path), True, STEPS, 2):
-        np.testing.assert_allclose(weights, expected, rtol=1e-11)
+def _train_all(folder: str = "", resume: bool = False, stop: int = STEPS, workers: int = 0) -> dict[str, list[float]]:
+    return {name: _train(name, f"{folder}/{name}" if folder else "", resume, stop, workers) for name in PLANS}
+
+
+def test_they_are_trainings_of_one_process_by_hand_and_resume_elsewhere(tmp_path: Path) -> None:
+    for name in PLANS:
+        (tmp_path / name).mkdir()
+    found = [one for world_size in (1, 2, 3) for one in run_ranks(_train_all, world_size)]
+    run_ranks(_train_all, 2, str(tmp_path), False, 5)
+    found += run_ranks(_train_all, 3, str(tmp_path), True, STEPS, 1)
+    for name in PLANS:
+        expected = _by_hand(name)
+        for weights in found:
+            np.testing.assert_allclose(weights[name], expected, rtol=1e-11)
 
 
 class Endless:
