@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import ddparity as dp
 from ddparity.data.dataset import KeyedDataset, SeededIndices, load_batches
-from ddparity.data.loader import check_even_shares, check_world_size
+from ddparity.data.fitting import check_even_shares, check_world_size
 from tests.ranks import outcomes, run_ranks
 
 

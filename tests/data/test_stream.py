@@ -237,6 +237,19 @@ def test_strict_bits_on_any_number_of_processes_killed_and_resumed_elsewhere(tmp
     assert set(run_ranks(_train, 4, str(tmp_path), (11, 17, 0), 1)) == {expected}
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_draws_between_steps_do_not_depend_on_workers(plan: str) -> None:
+    drawn = []
+    for workers in (0, 1):
+        dp.seed_everything(0)
+        for step in dp.Loader(function, PLANS[plan], workers):
+            drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+            list(step)
+    half = len(drawn) // 2
+    assert drawn[:half] == drawn[half:]
+    assert len(set(drawn)) == half
+
+
 def _failing(reader: int, readers: int, epoch: int) -> Iterator[int]:
     yield from range(4)
     if reader == 3:

@@ -6,20 +6,20 @@ contiguous share of a data set.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ..runtime.progress import mark_progress
-from .dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
-from .plan import BatchPlan, MicroBatch, Plan, check_plan_methods, checked_integer, share
+from .dataset import KeyedDataset, SeededIndices, load_batches, worker_options
+from .fitting import check_world_size, checked_plan, continued
+from .plan import BatchPlan, MicroBatch, Plan, checked_integer, share
 from .step import LoadedMicroBatch, Step
 from .stream import StreamPlan
 from .stream_steps import StreamSteps
@@ -44,7 +44,9 @@ class Loader:
 
     Args:
         dataset: a map-style data set of `plan.length` samples. It needs no length where the plan is given: a data set
-            that draws its samples at random has none.
+            that draws its samples at random has none. With a `StreamPlan`: anything with `shard(num_shards=, index=)`,
+            as Hugging Face's IterableDataset has, or a function `stream(reader, readers, epoch)` that returns an
+            iterable of a reader's part.
         plan: what each step consumes: a `BatchPlan`, `WeightedPlan`, `LengthPlan`, `OrderPlan` or a `Plan` of your own.
             None: a `BatchPlan` of `global_batch`, `micro_batch` (None: the global batch), `seed`, and of `shuffle` and
             `drop_last` as torch's DataLoader has them, except that `shuffle` is True unless it is given.
@@ -61,7 +63,7 @@ class Loader:
             global batch, or there are both; or the plan lacks what `Plan` asks for.
         ValueError: the length of the data set is not `plan.length`.
 
-    Collectives: none.
+    Collectives: none; of streams, those of `StreamPlan`, and two all-gathers in `state_dict`.
 
     Source: https://pytorch.org/docs/stable/data.html
     """
@@ -81,7 +83,7 @@ class Loader:
         sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "seed": seed}
         self._stream: StreamSteps | None = None
         if not isinstance(plan, StreamPlan):
-            plan = _checked_plan(dataset, plan, sizes, dataloader_options)
+            plan = checked_plan(dataset, plan, sizes, dataloader_options)
         if refused := [name for name in _PLAN_OPTIONS if name in dataloader_options]:
             raise TypeError(
                 f"Loader() got {', '.join(refused)}: the plan decides that. Leave it out, and give the plan the sizes "
@@ -223,8 +225,8 @@ class Loader:
         position = epoch, step = state["epoch"], state["step"]
         own, saved = self.plan.description(epoch if step else None), {"kind": "BatchPlan", **state["plan"]}
         before = state["steps_done"] - step if "steps_done" in state else epoch * len(self)
-        if isinstance(self.plan, BatchPlan) and (continued := _continued(self.plan, saved, *position)) is not None:
-            position, saved, before = continued, own, 0
+        if isinstance(self.plan, BatchPlan) and (longer := continued(self.plan, saved, *position)) is not None:
+            position, saved, before = longer, own, 0
         if differing := [name for name in own if own[name] != saved.get(name)]:
             what = ", ".join(
                 f"{name}={saved.get(name)!r} in the checkpoint and {own[name]!r} here" for name in differing
@@ -365,88 +367,6 @@ class ShardSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.indices)
-
-
-def _continued(plan: BatchPlan, saved: dict[str, Any], epoch: int, step: int) -> tuple[int, int] | None:
-    """Return the position in a plan that has more samples than the saved one, and begins with the same steps.
-
-    None if it is no such plan. A shuffled order of more samples is another order from its first step on, and so is
-    every epoch after the first.
-    """
-    own, before = plan.description(), saved.get("num_samples")
-    if type(before) is not int or not 0 <= before < plan.num_samples or plan.shuffle:
-        return None
-    if {**own, "num_samples": before} != saved:
-        return None
-    old_steps = dataclasses.replace(plan, num_samples=before).steps_per_epoch
-    done = old_steps if (epoch, step) == (1, 0) else step
-    if (epoch, step) != (1, 0) and (epoch != 0 or not 0 <= step <= old_steps):
-        return None
-    return (0, done) if done * plan.global_batch <= before else None  # a short step would have been longer
-
-
-def _checked_plan(dataset: Any, plan: Plan | None, sizes: dict[str, Any], options: dict[str, Any]) -> Plan:
-    """Return the plan that Loader() got, or a BatchPlan of its sizes, and of the order that it takes from `options`."""
-    given = {name: value for name, value in sizes.items() if value is not None}
-    if plan is None:
-        if "global_batch" not in given:
-            raise TypeError(
-                "Loader() got neither a plan nor a global_batch: give Loader(dataset, global_batch=…, micro_batch=…, "
-                "seed=…), or Loader(dataset, plan)"
-            )
-        order: dict[str, Any] = {name: options.pop(name) for name in ("shuffle", "drop_last") if name in options}
-        whole: dict[str, Any] = {"micro_batch": given["global_batch"], **given, **order}
-        return BatchPlan(sized_length(dataset, "Loader"), **whole)
-    if given:
-        raise TypeError(f"Loader() got a plan, and {', '.join(given)}: the plan decides that. Leave it out")
-    check_plan_methods(plan)
-    if not hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
-        return plan
-    length = sized_length(dataset, "Loader", "; or give a StreamPlan")
-    if plan.length is not None and length != plan.length:
-        raise ValueError(
-            f"the data set has {length} samples and the plan {plan.length}: make the plan with "
-            f"{type(plan).__name__}(…) of this data set"
-        )
-    return plan
-
-
-def check_world_size(plan: Plan | StreamPlan, world_size: int) -> None:
-    """Check that every rank has a micro-batch in a full step.
-
-    Raises:
-        ValueError: there are more ranks than micro-batches in a step.
-    """
-    if world_size > plan.micro_batches_per_step:
-        raise ValueError(
-            f"there are {world_size} ranks but only {plan.micro_batches_per_step} micro-batches in a step "
-            f"({_sizes_of(plan)}), so some ranks would never have work. Start "
-            f"at most {plan.micro_batches_per_step} processes, or make the micro-batch smaller"
-        )
-
-
-def _sizes_of(plan: Plan | StreamPlan) -> str:
-    if hasattr(plan, "global_batch") and hasattr(plan, "micro_batch"):
-        return f"global batch {plan.global_batch}, micro-batch {plan.micro_batch}"
-    return type(plan).__name__
-
-
-def check_even_shares(plan: Plan | StreamPlan, world_size: int) -> None:
-    """Check that all ranks have equally many micro-batches in every step.
-
-    Raises:
-        ValueError: in some step a rank has more micro-batches than another.
-    """
-    sizes: Sequence[int]
-    for step in {0, plan.steps_per_epoch - 1} if plan.steps_per_epoch else ():  # the steps between are like the first
-        sizes = plan.sizes if isinstance(plan, StreamPlan) else plan.sizes(0, step)
-        if len(sizes) % world_size:
-            raise ValueError(
-                f"step {step} of an epoch has {len(sizes)} micro-batches (of {sum(sizes)} samples), which "
-                f"{world_size} ranks cannot share evenly, but the model has synchronised batch norms, which every rank "
-                f"must run equally often. Start another number of processes, change the batch sizes, or leave out the "
-                f"short last step with drop_last=True"
-            )
 
 
 class _MicroBatchSampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import SampleError
 from ..runtime.agreement import agreed
 from .dataset import load_batches, worker_options
 from .plan import share
+from .rng import preserve_streams
 from .step import LoadedMicroBatch, Step
 from .stream import Read, Readers, ReaderState, StreamPlan, check_stream
 
@@ -172,8 +174,11 @@ class StreamSteps:
     def _read_ahead(
         self, batches: Generator[list[Read]], epoch: int, step: int, ended: dict[int, Read], world_size: int
     ) -> _Coming:
+        # Without workers, reading seeds this process's streams, and the script's draws must not depend on that.
+        streams = contextlib.nullcontext() if self.dataloader.num_workers else preserve_streams()
         try:
-            reads = self._load(batches, (epoch, step + 1), ended)
+            with streams:
+                reads = self._load(batches, (epoch, step + 1), ended)
         except Exception as error:
             return _Coming({}, self._share, world_size, self.plan, error)
         return _Coming(reads, self._share, world_size, self.plan)

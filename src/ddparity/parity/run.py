@@ -20,7 +20,8 @@ from ..batchnorm import SyncBatchNorm
 from ..checkpoint.fingerprint import fingerprint
 from ..compat import unwrapped
 from ..data.dataset import sized_length
-from ..data.loader import Loader, check_even_shares
+from ..data.fitting import check_even_shares
+from ..data.loader import Loader
 from ..data.plan import BatchPlan, share
 from ..data.step import LoadedMicroBatch, Step
 from ..gradients.replica import Reduction

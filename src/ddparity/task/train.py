@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import convert_sync_batchnorm, synchronises
 from ..checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint.fingerprint import fingerprint
-from ..data.loader import Loader, check_even_shares
+from ..data.fitting import check_even_shares
+from ..data.loader import Loader
 from ..data.plan import BatchPlan
 from ..data.rng import seed_everything
 from ..data.step import LoadedMicroBatch, Step
