@@ -250,6 +250,21 @@ def test_draws_between_steps_do_not_depend_on_workers(plan: str) -> None:
     assert len(set(drawn)) == half
 
 
+def _predicted(workers: int) -> Any:
+    def without_seed(reader: int, readers: int, epoch: int) -> Iterator[torch.Tensor]:
+        assert (readers, epoch) == (4, 0)
+        return (torch.tensor([index, torch.rand(()).item()]) for index in PARTS[reader])
+
+    without_seed.num_shards = 4  # type: ignore[attr-defined]
+    return dp.predict(lambda batch: batch, without_seed, 4, num_workers=workers)
+
+
+def test_predictions_of_a_function() -> None:
+    alone = run_ranks(_predicted, 1, 0)[0]
+    assert alone[:, 0].tolist() == [index for part in PARTS for index in part]
+    assert torch.equal(run_ranks(_predicted, 2, 2)[0], alone)
+
+
 def _failing(reader: int, readers: int, epoch: int) -> Iterator[int]:
     yield from range(4)
     if reader == 3:

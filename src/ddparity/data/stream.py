@@ -116,7 +116,7 @@ def check_stream(dataset: Any, plan: StreamPlan) -> None:
         ValueError: it has fewer shards than the plan has readers.
     """
     readers = plan.micro_batches_per_step
-    if callable(getattr(dataset, "shard", None)):
+    if _has(dataset, "shard"):
         shards = getattr(dataset, "num_shards", None)
         if isinstance(shards, int) and shards < readers:
             raise ValueError(
@@ -289,26 +289,31 @@ class _Open:
     """A reader's part of a stream, and its own state, where it can seek."""
 
     def __init__(self, dataset: Any, reader: int, readers: int, epoch: int) -> None:
-        if callable(getattr(dataset, "shard", None)):
+        if _has(dataset, "shard"):
             part = dataset.shard(num_shards=readers, index=reader)
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         else:
             part = dataset(reader, readers, epoch)
         self._part: Any = part
-        self._seeks = callable(getattr(part, "state_dict", None)) and not _forgets(part)
+        self._resets = _has(part, "state_dict", "reset") and not _has(part, "load_state_dict")  # a torchdata node
+        self._seeks = (self._resets or _has(part, "state_dict", "load_state_dict")) and not _forgets(part)
 
     def start(self, state: Any) -> Iterator[Any]:
         """Return an iterator from the beginning, or from the state on."""
         part: Iterable[Any] = self._part
-        if callable(getattr(part, "reset", None)) and callable(getattr(part, "state_dict", None)):
-            self._part.reset(state)  # a torchdata node
+        if self._resets:
+            self._part.reset(state)
         elif state is not None:
             self._part.load_state_dict(state)
         return iter(part)
 
     def state(self) -> Any:
         return self._part.state_dict() if self._seeks else None
+
+
+def _has(part: Any, *names: str) -> bool:
+    return all(callable(getattr(part, name, None)) for name in names)
 
 
 def _forgets(part: Any) -> bool:
