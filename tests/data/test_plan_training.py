@@ -178,6 +178,20 @@ def test_ranks_whose_orders_differ_are_told_at_the_first_step() -> None:
         assert "the plan's order of the epoch" in outcome.error
 
 
+def _different_kinds() -> None:
+    plans: list[dp.Plan] = [dp.BatchPlan(40, 4, 2), dp.WeightedPlan(40, 4, 2)]
+    model = dp.replicate(nn.Linear(5, 1).double())
+    for step in dp.Loader(X, plans[torch.distributed.get_rank()]):
+        for micro in dp.accumulate(model, step):
+            (model(micro.data).mean() * micro.weight).backward()
+
+
+def test_ranks_whose_plans_are_of_different_kinds_are_told() -> None:
+    for outcome in outcomes(_different_kinds, 2):
+        assert outcome.error is not None
+        assert "the plan's kind" in outcome.error
+
+
 def test_an_order_that_is_another_after_resumption_is_refused() -> None:
     orders = [list(range(20)), list(range(20))]
     loader = dp.Loader(X, dp.OrderPlan(lambda epoch, generator: orders[epoch], 4, 2))

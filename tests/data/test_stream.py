@@ -176,6 +176,23 @@ def test_it_continues_on_another_number_of_ranks(
         assert before + after == alone
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_it_continues_after_every_step(stream: str, plan: str) -> None:
+    alone, _ = _read(stream, plan, 0, 15)
+    for stop in range(15):
+        loader, seen = dp.Loader(STREAMS[stream], PLANS[plan]), []
+        for step in loader.steps(stop):
+            _note(step, seen)
+        state = loader.state_dict()
+        again = dp.Loader(STREAMS[stream], PLANS[plan])
+        again.load_state_dict(state)
+        assert again.state_dict() == state
+        for step in again.steps(15):
+            _note(step, seen)
+        assert seen == alone, stop
+
+
 @pytest.mark.parametrize("buffer", [0, 50])
 def test_a_stream_that_seeks_reads_little_again_at_any_position(buffer: int) -> None:
     opened: list[Any] = []
