@@ -396,6 +396,17 @@ def show_dataset(inner: Callable[[Any], Any]) -> None:
     object.__setattr__(info, "dataset", inner(info.dataset))
 
 
+def hide_worker() -> None:
+    """In a loader's worker, let `get_worker_info()` return None from now on, as outside of workers.
+
+    Streams (datasets.IterableDataset, WebDataset) look at it, and would read only a part of what they are given.
+    """
+    from torch.utils.data._utils import worker
+
+    assert hasattr(worker, "_worker_info"), "torch 2.6 and later have it"
+    worker._worker_info = None
+
+
 # The launcher and its rendezvous.
 
 
