@@ -346,7 +346,7 @@ def audit(
             _refuse(f"{path}: there is no folder {path.absolute().parent}")
     try:
         report = inspect_script(
-            script, arguments or [], nproc=nproc, steps=steps, select=select.split(","), ignore=ignore.split(",")
+            script, arguments or [], nproc=nproc, steps=steps, select=_listed(select), ignore=_listed(ignore)
         )
     except ValueError as error:
         _refuse(str(error))
@@ -366,6 +366,10 @@ def audit(
     except OSError as error:
         _refuse(f"{error.filename}: {error.strerror}")
     raise _LauncherExit(report.exit_code)
+
+
+def _listed(text: str) -> list[str]:
+    return [one for one in text.split(",") if one.strip()]
 
 
 @contextmanager

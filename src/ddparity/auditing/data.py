@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from .catalogue import Finding, finding
-from .records import Pass, Record, Run
+from .records import Pass, Record, Run, Window
 
 _DROPPED_OF_A_PASS, _DROPPED_OF_ALL = 0.10, 0.05
 _SAMPLER = (
@@ -44,7 +44,7 @@ def _all(run: Run) -> Iterator[tuple[Finding, Any]]:
     for found, place in _check_epochs(run):
         yield found, place
     if run.world > 1 and not any(rank.of("loader") for rank in run.ranks):
-        for found in _check_inputs(run):
+        for found in _check_inputs(run) if run.uses("forward") else _check_computed(run):
             yield found, found.line
 
 
@@ -99,8 +99,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     if not first.training:
         return
     complete = all(one.complete for one in pair)
-    repeats = [len(one.indices) - len(own) for one, own in zip(pair, sets)]
-    draws_again = any(extra > (first.loader["batch"] or 1) * len(pair) for extra in repeats)
+    draws_again = any(_repeats(one) for one in pair)
     everything = complete and all(own == sets[0] for own in sets) and not draws_again
     size = first.loader["length"] or 0
     if content != "differs" and (identical or everything):
@@ -118,10 +117,9 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         )
         return
     total, union = sum(len(one.indices) for one in pair), set.union(*sets)
-    batch = max(one.loader["batch"] or 1 for one in pair)
     duplicates, lost = total - len(union), size - len(union)
     if complete and content != "differs" and not draws_again and not subsets_differ and size:
-        if duplicates > len(pair) * batch and lost > 0:
+        if duplicates > len(pair) and lost > 0:
             yield finding(
                 "DDP102",
                 ranks,
@@ -152,6 +150,12 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "Nothing, where a few samples with double weight do no harm; else drop_last=True in the sampler.",
             )
     yield from _check_counts(run, pair)
+
+
+def _repeats(one: Pass) -> bool:
+    """Return whether a rank draws a sample twice before its last batch, which may have padding."""
+    kept = one.indices[: -max(1, len(one.indices) // max(1, one.batches))]
+    return len(kept) > len(set(kept))
 
 
 def _ever(run: Run, one: Pass) -> set[int]:
@@ -407,6 +411,36 @@ def _check_inputs(run: Run) -> Iterator[Finding]:
             f"The model gets the same inputs on all ranks, in each of {shortest} forwards.",
             "Give each rank its own samples: take every world_size-th, or seed the draw with seed + rank.",
         )
+
+
+def _check_computed(run: Run) -> Iterator[Finding]:
+    """DDP101 for a script with neither a DataLoader nor DDP, by the gradients that the ranks compute."""
+    for optimizer in run.ranks[0].optimizers:
+        steps = list(zip(*(rank.windows(optimizer["id"]) for rank in run.ranks)))
+        rows = [[_computed(window) for window in step] for step in steps]
+        known = [row for row in rows if None not in row]
+        if len(known) >= 2 and all(one == row[0] for row in known for one in row):
+            yield finding(
+                "DDP101",
+                [rank.rank for rank in run.ranks],
+                steps[0][0].step["site"],
+                steps[0][0].backwards[-1]["site"] if steps[0][0].backwards else None,
+                f"All ranks compute the same gradients, bit for bit, in each of {len(known)} steps: they train on the "
+                f"same samples.",
+                "Give each rank its own samples: take every world_size-th, or seed the draw with seed + rank.",
+            )
+            return
+
+
+def _computed(window: Window) -> list[Any] | None:
+    """Return checksums of what a rank computed itself: its gradients before a reduction by hand, or at the step."""
+    by_hand = [one.get("digest") for one in window.of("collective") if one.get("gradient")]
+    if by_hand:
+        return by_hand
+    if window.of("collective"):
+        return None
+    grads: list[Any] | None = window.step.get("grads")
+    return grads if grads and any(one is not None for one in grads) else None
 
 
 def _list(values: Any) -> str:

@@ -97,10 +97,15 @@ class Rank:
         return self.of("optimizer")
 
     def windows(self, optimizer: int) -> list[Window]:
-        """The windows of an optimizer. A step that a GradScaler skips ends a window, too, which is left out."""
+        """The windows of an optimizer. A step that a GradScaler skips ends a window, too, which is left out.
+
+        Under `join()` ranks make unequal numbers of steps, so only those of the first such context can be paired.
+        """
+        joins = self.of("join")
+        last = joins[1]["at"] if len(joins) > 1 else len(self.records)
         found: list[Window] = []
         events: list[Record] = []
-        for record in self.records:
+        for record in self.records[:last]:
             if record["k"] == "step" and record["opt"] == optimizer:
                 found.append(Window(events, record))
                 events = []

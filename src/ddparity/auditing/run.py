@@ -143,8 +143,13 @@ def inspect_script(
                 command = ["--nproc", str(processes), "--hang-timeout", str(_HANG_S), str(script), *arguments]
                 code = run_launch(parse(command))
         run = read_run(folder / "records", script, code)
+    return compare(run, wanted, unwanted)
+
+
+def compare(run: Run, select: Sequence[str] = (), ignore: Sequence[str] = ()) -> Report:
+    """Compare the ranks of a run by their records."""
     found = [one for check in _CHECKS for one in check(run)] if run.ranks else []
-    return Report(script, chosen(found, wanted, unwanted), _seen(run), run)
+    return Report(run.script, chosen(found, select, ignore), _seen(run), run)
 
 
 @contextmanager

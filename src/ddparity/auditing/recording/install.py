@@ -18,8 +18,11 @@ from typing import Any
 from .journal import Journal
 
 
-def begin(folder: str, steps: int) -> None:
-    """Record into `folder`. Training loops end after `steps` optimizer steps. Call it before the script runs."""
+def begin(folder: str, steps: int) -> Callable[[], None]:
+    """Record into `folder`. Training loops end after `steps` optimizer steps. Call it before the script runs.
+
+    Return what records the end. It is called at exit, where Python does that.
+    """
     journal = Journal(Path(folder), steps)
     finish = _once(journal)
     atexit.register(finish)
@@ -43,6 +46,7 @@ def begin(folder: str, steps: int) -> None:
     after_import("tqdm.std", lambda module: files.watch_bars(journal, module))
     for name, attribute in files.TRACKERS:
         after_import(name, functools.partial(files.watch_tracker, journal, attribute))
+    return finish
 
 
 def _finalize(finish: Callable[[], None]) -> None:

@@ -74,12 +74,13 @@ def _is_gradient(recorder: _Recorder, tensor: Any) -> bool:
 
 def _watch_ddp(recorder: _Recorder) -> None:
     import torch
+    from torch.distributed.algorithms.join import Join
     from torch.nn.parallel import DistributedDataParallel as DDP
 
     journal = recorder.journal
     make: Any = DDP.__init__
     forward: Any = DDP.forward
-    join: Any = DDP.join
+    join: Any = Join.__enter__
     hook: Any = DDP.register_comm_hook
 
     def init(self: Any, module: Any, *args: Any, **options: Any) -> None:
@@ -145,16 +146,17 @@ def _watch_ddp(recorder: _Recorder) -> None:
         )
         return forward(self, *args, **options)
 
-    def joined(self: Any, *args: Any, **options: Any) -> Any:
+    def joined(self: Any) -> Any:
         recorder.event("join", site=journal.site())
-        return join(self, *args, **options)
+        return join(self)
 
     def hooked(self: Any, *args: Any, **options: Any) -> Any:
         recorder.event("hook", ddp=recorder.ddps.get(self), site=journal.site())
         return hook(self, *args, **options)
 
-    for name, function in (("__init__", init), ("forward", watched), ("join", joined), ("register_comm_hook", hooked)):
+    for name, function in (("__init__", init), ("forward", watched), ("register_comm_hook", hooked)):
         replace(DDP, name, function)
+    replace(Join, "__enter__", joined)
 
 
 def _norm(module: Any) -> tuple[str, bool]:
