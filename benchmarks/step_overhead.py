@@ -2,20 +2,25 @@
 
 python benchmarks/step_overhead.py [--rounds 20] [--steps 30] [--quick]
 
-All contenders run in the same processes, each with its own copy of one model, and take turns. A round runs a number of
-steps of each contender, in an order that rotates from round to round. A contender's ratio is its time over that of
-plain DDP in the same round, so a load on the machine that is longer than a round slows both. Plain DDP runs twice: the
-ratio of the second copy to the first is the noise. `--quick` checks that everything runs, and writes nothing.
+Each contender has processes of its own, which stay and wait while another one's run: in shared processes, what one
+leaves behind (threads, a warm group, its scheduling) would serve the others. A round runs a number of steps of each
+contender, in an order that rotates from round to round. A contender's ratio is its time over that of plain DDP in the
+same round, so a load on the machine that is longer than a round slows both. Plain DDP runs twice: the ratio of the
+second to the first is the noise. `--quick` checks that everything runs, and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
 import gc
 import itertools
+import json
 import os
 import re
+import socket
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -188,19 +193,75 @@ CONTENDERS: dict[str, Callable[[Job], Epoch]] = {
 }
 
 
-def measure(cases: list[Case], rounds: int, steps: int) -> list[dict[str, list[float]]]:
-    """Return the milliseconds of a step, for each case, by contender and round. Every rank calls it."""
+class Contender:
+    """A contender's processes, which train an epoch whenever they are asked to."""
+
+    def __init__(self, name: str, nproc: int, steps: int, source: str | None = None) -> None:
+        command = [sys.executable, __file__, "--contender", name, "--steps", str(steps)]
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        if source is not None:
+            environment["PYTHONPATH"] = source
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._processes = []
+        for rank in range(nproc):
+            # One process is a plain `python train.py`, without a process group and without DDP.
+            described = {} if nproc == 1 else _described(rank, nproc, port)
+            self._processes.append(
+                subprocess.Popen(
+                    command, env=environment | described, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
+
+    def ask(self, *words: object) -> Any:
+        """Send a line to each process, and return rank 0's answer when all have answered."""
+        for process in self._processes:
+            assert process.stdin
+            print(json.dumps(words), file=process.stdin, flush=True)
+        answers = [process.stdout.readline() for process in self._processes if process.stdout]
+        if not all(answers):
+            raise RuntimeError("a contender's process has ended; its error stands above")
+        return json.loads(answers[0])
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.communicate(timeout=60)
+
+
+def _described(rank: int, nproc: int, port: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "GROUP_RANK": 0}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {name: str(number) for name, number in numbers.items()} | address
+
+
+def serve(name: str, steps: int) -> None:
+    """Train epochs for the lines that come, in one rank of a contender."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the other libraries give advice on numbers of workers
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        # One process is a plain `python train.py`, without a process group and without DDP.
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR"):
-            os.environ.pop(name, None)
+    answers, sys.stdout = sys.stdout, sys.stderr
     with dp.world(device="cpu") as world:
-        return [_measured(case, rounds, steps, world) for case in cases]
+        run: Epoch | None = None
+        for line in sys.stdin:
+            word, *rest = json.loads(line)
+            if word == "case":
+                gc.unfreeze()
+                run = CONTENDERS[name](_job(Case(*rest), steps, world))
+                # The first epoch is a warm-up, too: DDP orders its buckets in the first steps.
+                answer = [parameter.tolist() for parameter in run(0).parameters()]
+                gc.collect()
+                gc.freeze()  # a later collection looks at new objects only
+            else:
+                assert run is not None
+                if world.world_size > 1:
+                    dist.barrier()
+                start = time.perf_counter()
+                run(*rest)
+                answer = (time.perf_counter() - start) * 1e3 / steps
+            print(json.dumps(answer), file=answers, flush=True)
 
 
-def _measured(case: Case, rounds: int, steps: int, world: dp.World) -> dict[str, list[float]]:
+def _job(case: Case, steps: int, world: dp.World) -> Job:
     torch.manual_seed(0)
     a_rank = steps * case.micro_batches
     samples = a_rank * MICRO_BATCH * world.world_size
@@ -209,39 +270,46 @@ def _measured(case: Case, rounds: int, steps: int, world: dp.World) -> dict[str,
     if not case.loads:
         every = list(zip(images.split(MICRO_BATCH), targets.split(MICRO_BATCH), strict=True))
         batches = [list(batch) for batch in every[world.rank :: world.world_size]]
-    first = MODELS[case.model]()
-    runs = {
-        name: make(
-            Job(
-                case, steps, world.rank, world.world_size, copy.deepcopy(first), TensorDataset(images, targets), batches
-            )
-        )
-        for name, make in CONTENDERS.items()
-    }
-    models = {name: run(0) for name, run in runs.items()}  # a warm-up, too: DDP orders its buckets in the first steps
+    model = MODELS[case.model]()
+    return Job(case, steps, world.rank, world.world_size, model, TensorDataset(images, targets), batches)
+
+
+BEFORE = "ddparity before"
+
+
+def measure(
+    cases: list[Case], nproc: int, rounds: int, steps: int, before: str | None = None
+) -> list[dict[str, list[float]]]:
+    """Return the milliseconds of a step, for each case, by contender and round."""
+    contenders = {name: Contender(name, nproc, steps) for name in CONTENDERS}
+    if before is not None:
+        contenders[BEFORE] = Contender("ddparity", nproc, steps, before)
+    try:
+        return [_measured(contenders, case, rounds) for case in cases]
+    finally:
+        for contender in contenders.values():
+            contender.close()
+
+
+def _measured(contenders: dict[str, Contender], case: Case, rounds: int) -> dict[str, list[float]]:
+    models = {name: one.ask("case", *dataclasses.astuple(case)) for name, one in contenders.items()}
     if not case.loads:
         _check_same_work(models)
-    gc.collect()
-    gc.freeze()  # a later collection looks at new objects only, so each contender pays for its own garbage
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
     for number in range(rounds):
         for name in order[number % len(order) :] + order[: number % len(order)]:
-            if world.world_size > 1:
-                dist.barrier()
-            start = time.perf_counter()
-            runs[name](number + 1)
-            times[name].append((time.perf_counter() - start) * 1e3 / steps)
-    gc.unfreeze()
+            times[name].append(contenders[name].ask("epoch", number + 1))
     return times
 
 
-def _check_same_work(models: dict[str, nn.Module]) -> None:
+def _check_same_work(models: dict[str, list[Any]]) -> None:
     """Check that all contenders have equal weights, because without a loader all train on the same batches."""
-    expected = list(models["plain"].parameters())
-    for name, model in models.items():
-        for mine, theirs in zip(expected, model.parameters(), strict=True):
-            assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6), f"{name} trains another model than plain DDP"
+    for name, parameters in models.items():
+        for mine, theirs in zip(models["plain"], parameters, strict=True):
+            assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=1e-6), (
+                f"{name} trains another model than plain DDP"
+            )
 
 
 def report(
@@ -252,10 +320,12 @@ def report(
         "## Cost of a training step",
         facts,
         f"`step_overhead.py`, medians of {rounds} interleaved rounds with quartiles; a round is an epoch of {steps} "
-        f"steps. Milliseconds a step of DDP written by hand, then each contender's time over this time in the same "
-        f"round; “plain again” is a second copy of the first column, and shows the noise. Micro-batches of "
-        f"{MICRO_BATCH}, K of them a step on each rank, Gloo, SGD; parameters: {sizes}. One process does not use DDP.",
+        f"steps; each contender has processes of its own. Milliseconds a step of DDP written by hand, then each "
+        f"contender's time over this time in the same round; “plain again” is the first column once more, and shows "
+        f"the noise. Micro-batches of {MICRO_BATCH}, K of them a step on each rank, Gloo, SGD; parameters: {sizes}. "
+        f"One process does not use DDP.",
     ]
+    names = list(itertools.islice(next(iter(measured.values()))[0], 1, None))
     for loads, title in ((True, "Loader included"), (False, "Batches in memory")):
         rows = []
         for nproc, results in measured.items():
@@ -263,10 +333,10 @@ def report(
                 if case.loads == loads:
                     cells = [f"{case.model}, {nproc} process{'es' if nproc > 1 else ''}, K = {case.micro_batches}"]
                     cells.append(spread(times["plain"]))
-                    for name in itertools.islice(CONTENDERS, 1, None):
+                    for name in itertools.islice(times, 1, None):
                         cells.append(spread([a / b for a, b in zip(times[name], times["plain"], strict=True)]))
                     rows.append(cells)
-        parts += [f"### {title}", table(["", "plain, ms", *itertools.islice(CONTENDERS, 1, None)], rows)]
+        parts += [f"### {title}", table(["", "plain, ms", *names], rows)]
     return "\n\n".join(parts)
 
 
@@ -283,18 +353,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="steps of a round")
     parser.add_argument("--nproc", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--quick", action="store_true", help="run two short rounds, and print the results only")
+    parser.add_argument("--before", metavar="SRC", help="an older ddparity's folder, as one more contender")
+    parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.contender:
+        serve(options.contender, options.steps)
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure all contenders, and write their figures."""
     if options.quick:
         options.rounds, options.steps = 2, 3
     cases = [Case(model, count, loads) for model in MODELS for count in (1, 4) for loads in (True, False)]
     facts, start = machine("accelerate", "lightning-fabric"), time.monotonic()
-    measured = {
-        nproc: dp.launch(measure, cases, options.rounds, options.steps, nproc=nproc)[0] for nproc in options.nproc
-    }
+    measured = {nproc: measure(cases, nproc, options.rounds, options.steps, options.before) for nproc in options.nproc}
     text = report(facts, measured, cases, options.rounds, options.steps)
     print(text)
     print(f"\n{time.monotonic() - start:.0f} s")
-    if not options.quick:
+    if not options.quick and options.before is None:
         write_section("step_overhead", text)
         write_section("step_overhead", summary(text), README)
 

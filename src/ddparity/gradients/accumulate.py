@@ -21,6 +21,7 @@ from ..compat import uncompiled
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
+from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
 from .window import Window, words_of
 
@@ -154,12 +155,12 @@ def _accumulate(
     careful = any(replica.careful() for replica in replicas)
     if not careful and not drops and all(replica.alone for replica in replicas):
         for replica in replicas:
-            replica.watch_steps()
+            open_loop(replica)
         try:
             yield from _loaded(micros, 1, device)  # nothing to reduce
         finally:
             for replica in replicas:
-                replica.unwatch_steps()
+                close_loop(replica)
                 replica.skip()
     else:
         window = Window(replicas, numbers, rank, drops, careful)
@@ -195,12 +196,14 @@ def _accumulate(
         step.end()
 
 
-def _device(model: nn.Module) -> torch.device | None:
-    """Return the first parameter's device; `next(model.parameters())` takes several times as long."""
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                return parameter.device
+def _device(module: nn.Module) -> torch.device | None:
+    """Return the first parameter's device; `next(module.parameters())` takes several times as long."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter.device
+    for child in module._modules.values():
+        if child is not None and (device := _device(child)) is not None:
+            return device
     return None
 
 
@@ -210,11 +213,16 @@ def _loaded(micros: Iterable[LoadedMicroBatch], scale: int, device: torch.device
         if micro.seed is not None:
             seed_streams(micro.seed)
         data = micro.data if device is None or device.type == "cpu" else to_device(micro.data, device)
-        yield LoadedMicroBatch(data, micro.share * scale, micro.index, micro.seed, micro.share)
+        if data is micro.data and scale == 1:
+            yield micro
+        else:
+            yield LoadedMicroBatch(data, micro.share * scale, micro.index, micro.seed, micro.share)
 
 
 def _common_group(replicas: Sequence[Replica]) -> dist.ProcessGroup | None:
     """Return the process group of all models of a step; None in a world of one."""
+    if len(replicas) == 1:
+        return replicas[0].group
     ranks = {one.ranks for one in replicas}
     kinds = sorted({one.reduction for one in replicas})
     if len(ranks) > 1 or len(kinds) > 1:
@@ -274,8 +282,7 @@ def _shared_in_training(model: nn.Module) -> int:
 
 def _check_shares(models: Sequence[nn.Module], replicas: Sequence[Replica], numbers: Sequence[int], size: int) -> None:
     """Refuse what cannot run these numbers of micro-batches; every rank with models of this kind does."""
-    static = [one for one in replicas if one.ddp is not None and one.ddp.static_graph]
-    if static and (size > 1 or 0 in numbers):
+    if (size > 1 or 0 in numbers) and any(one.ddp is not None and one.ddp.static_graph for one in replicas):
         raise ValueError(
             f"accumulate() got {size} micro-batches for a DDP module with static_graph=True, whose backwards must "
             f"all reduce: leave static_graph out, or give each rank one micro-batch a step"

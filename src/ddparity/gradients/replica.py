@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from ..batchnorm import Room
 from ..compat import broadcast_buffers, disarm, has_built_in_hook, set_flags, uncompiled, unwrapped
@@ -80,7 +78,6 @@ class Replica:
         self.agreed: object = None
         self.had_gradients: set[int] = set()
         self._built_in_hook: bool | None = None
-        self._watched: RemovableHandle | None = None
         self._broadcasts = False
         self._steps = 0
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
@@ -190,26 +187,6 @@ class Replica:
             ddp.broadcast_buffers = self._broadcasts
             broadcast_buffers(ddp)
             set_flags(ddp, False, False)
-
-    def watch_steps(self) -> None:
-        """Refuse an optimizer's step with these parameters until `unwatch_steps`: their gradients are not complete."""
-        self.unwatch_steps()  # of a loop that was left
-        self._watched = register_optimizer_step_pre_hook(self._refuse_step)
-
-    def unwatch_steps(self) -> None:
-        """Allow optimizers' steps again."""
-        if self._watched is not None:
-            self._watched.remove()
-            self._watched = None
-
-    def _refuse_step(self, optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
-        own = {id(one) for one in self.parameters()}
-        if any(id(one) in own for group in optimizer.param_groups for one in group["params"]):
-            raise RuntimeError(
-                "optimizer.step() inside of the loop of accumulate() over the model, or before that loop has ended, so "
-                "that the step's gradients are not complete: move optimizer.step() behind the loop. A zip() that has a "
-                "name leaves its second loop open: give both models to one, accumulate([first, second], …)"
-            )
 
     def careful(self) -> bool:
         """Return True if the next step makes the checks that take time: one of the first, and some later ones."""

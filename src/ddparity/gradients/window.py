@@ -19,7 +19,7 @@ from ..comm.bits import check_words, parts
 from ..data.step import Step
 from ..errors import DDParityError
 from .early import EarlyAverage
-from .left import forget_left, note_left
+from .incomplete import close_loop, forget_left, note_left, open_loop
 from .recheck import Recheck, Rechecks
 from .replica import Replica, Walk, made_so_far, others_than
 from .state import NO_GRADIENT, State
@@ -118,8 +118,8 @@ class Window:
             for replica in self._own:
                 stack.callback(replica.release)
                 replica.hold()
-                stack.callback(replica.unwatch_steps)
-                replica.watch_steps()
+                stack.callback(close_loop, replica)
+                open_loop(replica)
                 if self.waits:
                     stack.callback(setattr, replica, "supersede", None)
                     replica.supersede = self.supersede

@@ -1,0 +1,85 @@
+"""Gradients that are not complete, since a loop of `accumulate` is open or was left: optimizers may not use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Trained(Protocol):
+    """A model in whose loop we are."""
+
+    def parameters(self) -> list[nn.Parameter]: ...
+
+
+_open: dict[int, Trained] = {}  # by id
+# The parameters of loops that were left, with the gradients that they had then.
+_left: MutableMapping[nn.Parameter, Any] = WeakIdKeyDictionary()
+# One hook for all loops, from the first on: to register one takes longer than to call it.
+_hooks: list[Any] = []
+
+
+def open_loop(model: Trained) -> None:
+    """Refuse an optimizer's step with the model's parameters until `close_loop`."""
+    _open[id(model)] = model
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_check))
+
+
+def close_loop(model: Trained) -> None:
+    """Allow optimizers' steps again."""
+    _open.pop(id(model), None)
+
+
+def note_left(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse, from now on, an optimizer's step with the gradients that the parameters have now.
+
+    zip() leaves the second of two loops after its last micro-batch. Only that generator is told, when it can no longer
+    raise an error; the optimizer's step can.
+    """
+    for parameter in parameters:
+        _left[parameter] = parameter.grad
+
+
+def forget_left(parameters: Iterable[nn.Parameter]) -> None:
+    """Let optimizers step again: a new loop has begun."""
+    if len(_left):
+        for parameter in parameters:
+            _left.pop(parameter, None)
+
+
+def _check(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
+    if _open or len(_left):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        _refuse_open(parameters)
+        _refuse_left(parameters)
+
+
+def _refuse_open(parameters: list[nn.Parameter]) -> None:
+    incomplete = {id(parameter) for model in _open.values() for parameter in model.parameters()}
+    if any(id(parameter) in incomplete for parameter in parameters):
+        raise RuntimeError(
+            "optimizer.step() inside of the loop of accumulate() over the model, or before that loop has ended, so "
+            "that the step's gradients are not complete: move optimizer.step() behind the loop. A zip() that has a "
+            "name leaves its second loop open: give both models to one, accumulate([first, second], …)"
+        )
+
+
+def _refuse_left(parameters: list[nn.Parameter]) -> None:
+    own = [parameter for parameter in parameters if parameter in _left]
+    # Gradients that are zero have been reduced, or zero_grad() was called.
+    if own and all(one.grad is _left[one] for one in own) and any(_is_not_zero(one.grad) for one in own):
+        raise RuntimeError(
+            "optimizer.step() after a loop of accumulate() that was left before its end, so that its gradients are not "
+            "reduced. zip() leaves the second of two loops: give both models to one, accumulate([first, second], …). "
+            "After a break or an exception, call optimizer.zero_grad() and begin a new loop"
+        )
+
+
+def _is_not_zero(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
