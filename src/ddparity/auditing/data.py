@@ -15,6 +15,7 @@ _SAMPLER = (
     "Give the DataLoader sampler=DistributedSampler(dataset), without shuffle=True, and call "
     "sampler.set_epoch(epoch) before each epoch."
 )
+_JOIN = "Call dist.init_process_group() and wrap the model in DistributedDataParallel. "
 _STREAMS = ("torch", "NumPy", "Python's random")
 
 
@@ -113,7 +114,11 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             cause,
             f"Ranks {_list(ranks)} load the same {len(sets[0])} samples {order}, such as "
             f"{_list(first.indices[:4])}{also}: the ranks repeat each other's work.",
-            _SAMPLER if "Distributed" not in first.loader["sampler"] else "Give each rank's sampler its own rank.",
+            _JOIN + _SAMPLER
+            if not run.uses("joined")
+            else _SAMPLER
+            if "Distributed" not in first.loader["sampler"]
+            else "Give each rank's sampler its own rank.",
         )
         return
     total, union = sum(len(one.indices) for one in pair), set.union(*sets)

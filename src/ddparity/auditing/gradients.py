@@ -77,11 +77,12 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
     lengths = [len(window.accumulated) for window in windows]
     if not any(length >= 2 for length in lengths):
         return
+    scales = {one["scale"] for window in windows for one in window.accumulated}
+    summed = any(":sum" in one["node"] for window in windows for one in window.accumulated)
     for window, length in zip(windows, lengths):
-        scales = {one["scale"] for one in window.accumulated}
-        if len(scales) != 1 or None in scales or not length:
-            continue
-        scale = scales.pop()
+        if len(scales) != 1 or None in scales or summed or not length:
+            break
+        (scale,) = scales
         divisor = 1 / scale if scale else math.inf
         whole = round(divisor) if math.isfinite(divisor) else 0
         if whole >= 2 and math.isclose(divisor, whole, rel_tol=1e-6) and whole != length:

@@ -123,7 +123,8 @@ def inspect_script(
     ignore: Sequence[str] = (),
 ) -> Report:
     """Run a script and return the report. Options that are not given come from pyproject.toml."""
-    if not script.is_file():
+    module = str(script) == "-m" and bool(arguments)
+    if not module and not script.is_file():
         raise ValueError(f"{script}: there is no such script")
     options: dict[str, Any] = read_options(script)
     processes = nproc if nproc is not None else options.get("nproc", 2)
@@ -137,7 +138,7 @@ def inspect_script(
     with tempfile.TemporaryDirectory(prefix="ddparity-audit-") as name:
         folder = Path(name)
         with _recording(folder, limit):
-            if starts_processes(script):
+            if not module and starts_processes(script):
                 code = _run_alone(script, arguments, folder / "records")
             else:
                 command = ["--nproc", str(processes), "--hang-timeout", str(_HANG_S), str(script), *arguments]

@@ -79,7 +79,9 @@ def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None
     if site is None:
         return
     path = os.path.realpath(file)
-    if path.startswith(("/dev/", "/proc/", "/sys/")) or path.endswith((".py", ".pyc", ".lock")):
+    if (path.startswith(("/dev/", "/proc/", "/sys/")) and not path.startswith("/dev/shm/")) or path.endswith(
+        (".py", ".pyc", ".lock")
+    ):
         return
     opened[0] += 1
     writes = any(c in mode for c in "wx+")
