@@ -7,6 +7,7 @@ python -m tests.auditing.cases [NAME...]        # runs all cases, or those whose
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import runpy
 import sys
 import tempfile
@@ -63,6 +64,42 @@ CLEAN = [
     _case("clean-hf-like", "hf_like"),
     _case("clean-wgan", "wgan"),
     _case("clean-sharded", "sharded"),
+    _case(
+        "clean-sliced",
+        "functions",
+        (
+            "sampler = DistributedSampler(train, shuffle=True)",
+            "sampler = torch.utils.data.RandomSampler(train, generator=torch.Generator().manual_seed(4))",
+        ),
+        ("        sampler.set_epoch(epoch)\n", ""),
+        (
+            "            optimizer.zero_grad()\n",
+            "            x, y = x[rank::world], y[rank::world]\n            optimizer.zero_grad()\n",
+        ),
+    ),
+    _case(
+        "clean-reducing-optimizer",
+        "functions",
+        (
+            "EPOCHS = 2\n",
+            "EPOCHS = 2\n\n\nclass Reducing(torch.optim.SGD):\n    def step(self, closure=None):\n        for group in self.param_groups:\n            for p in group['params']:\n                dist.all_reduce(p.grad)\n                p.grad /= dist.get_world_size()\n        return super().step(closure)\n",
+        ),
+        ("model = DDP(net)", "model = net"),
+        ("model.module", "model"),
+        ("torch.optim.SGD(model", "Reducing(model"),
+    ),
+    _case(
+        "clean-averaged-parameters",
+        "functions",
+        ("model = DDP(net)", "model = net"),
+        ("model.module", "model"),
+        (
+            "            optimizer.step()\n",
+            "            optimizer.step()\n            with torch.no_grad():\n                for p in model.parameters():\n                    dist.all_reduce(p)\n                    p /= world\n",
+        ),
+        codes="DDP310",
+    ),
+    *([_case("clean-accelerated", "accelerated")] if importlib.util.find_spec("accelerate") else []),
     _case(
         "clean-compiled",
         "functions",

@@ -22,9 +22,10 @@ _STREAMS = ("torch", "NumPy", "Python's random")
 def check_data(run: Run) -> Iterator[Finding]:
     """Find faults in what the ranks draw from their data sets."""
     seen: set[tuple[str, Any]] = set()
-    for found, place in _all(run):
-        if (found.code, place) not in seen:
-            seen.add((found.code, place))
+    for found, _ in _all(run):
+        cause = (found.cause_file, found.cause_line)
+        if (found.code, cause) not in seen:
+            seen.add((found.code, cause))
             yield found
 
 
@@ -55,7 +56,7 @@ def _place(one: Pass) -> Any:
 
 def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     if pair[0].loader["stream"]:
-        yield from _check_stream(pair)
+        yield from _check_stream(run, pair)
         return
     ranks = [one.rank for one in pair]
     first = pair[0]
@@ -80,7 +81,8 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             "generator=torch.Generator().manual_seed(0)).",
         )
         return
-    if content == "differs" and disjoint and not subsets_differ:
+    shares = all(one.complete or "Distributed" in one.loader["sampler"] for one in pair)
+    if content == "differs" and disjoint and shares and not subsets_differ:
         lengths = [one.loader["base_length"] for one in pair]
         what = (
             f"The data set has {_list(lengths)} samples on ranks {_list(ranks)}"
@@ -104,6 +106,8 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     everything = complete and all(own == sets[0] for own in sets) and not draws_again
     size = first.loader["length"] or 0
     if content != "differs" and (identical or everything):
+        if _is_sliced(run, pair):
+            return
         rest = size - len(sets[0])
         also = f", and {rest} of {size} samples are loaded by no rank" if complete and rest > 0.05 * size else ""
         order = "in the same order" if identical else "each in its own order"
@@ -155,6 +159,17 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "Nothing, where a few samples with double weight do no harm; else drop_last=True in the sampler.",
             )
     yield from _check_counts(run, pair)
+
+
+def _is_sliced(run: Run, pair: list[Pass]) -> bool:
+    """Return whether each rank gives its model, or loss, fewer samples than it loads: it takes its part of a batch."""
+    for one in pair:
+        events = run.ranks[_at(run, one.rank)].records[one.begin : one.end]
+        sizes = [e["n"] for e in events if e["k"] == "forward" and e["grad"] and e["n"] is not None]
+        sizes = sizes or [int(e["units"]) for e in events if e["k"] == "backward" and e["units"] is not None]
+        if not sizes or max(sizes) * 2 > len(one.positions) / max(1, one.batches) + 1:
+            return False
+    return True
 
 
 def _repeats(one: Pass) -> bool:
@@ -233,7 +248,7 @@ def _check_counts(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         )
 
 
-def _check_stream(pair: list[Pass]) -> Iterator[Finding]:
+def _check_stream(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     first, ranks = pair[0], [one.rank for one in pair]
     if not first.training:
         return
@@ -260,7 +275,8 @@ def _check_stream(pair: list[Pass]) -> Iterator[Finding]:
             f"Each batch of the stream comes {workers} times: each of the {workers} workers reads all of it.",
             "In the data set's __iter__, share the stream out by torch.utils.data.get_worker_info().",
         )
-    if all(one.how == "exhausted" for one in pair) and len({one.given for one in pair}) > 1:
+    reduced = run.uses("ddp") and not run.uses("join")
+    if reduced and all(one.how == "exhausted" for one in pair) and len({one.given for one in pair}) > 1:
         yield finding(
             "DDP105",
             ranks,

@@ -8,7 +8,7 @@ from typing import Any
 from .catalogue import Finding, finding
 from .records import Rank, Record, Run, Window
 
-_FEW = 8  # samples of a rank's batch
+_FEW = 5  # samples of a rank's batch
 _WRAP = "Wrap the module that holds them in DistributedDataParallel, and call the wrapped one."
 
 
@@ -53,7 +53,7 @@ def _check_steps(
 
     unreduced: dict[int, tuple[Window, ...]] = {}
     for step in shown:
-        for j in differ(step, "grads"):
+        for j in differ(step, "grads") & differ(step, "after"):  # an optimizer may reduce them in its own step
             unreduced.setdefault(j, step)
     healed = _healed(shown, differ)
     if healed is not None:

@@ -241,7 +241,9 @@ def _seen(run: Run) -> dict[str, Any]:
         blind.append("one process: nothing could be compared between ranks")
     if not steps:
         blind.append("no optimizer step: DDP2 and DDP3")
-    if not first.passes:
+    if first.of("ours"):
+        blind.append("loaders of ddparity are not watched: their plan shares the samples out")
+    elif not first.passes:
         blind.append("no data loader: DDP1, but for the model's inputs, and DDP4")
     elif not any(len([p for p in training if p.loader["site"] == one.loader["site"]]) > 1 for one in training):
         blind.append("no second epoch of a loader: DDP103 and DDP113")

@@ -71,6 +71,11 @@ def watch_collectives(journal: Journal) -> None:
             setattr(dist, name, function)
             setattr(dist.distributed_c10d, name, function)
 
+    for name in ("send", "recv", "isend", "irecv", "new_group", "batch_isend_irecv"):
+        function = _counted(journal, getattr(dist, name))
+        setattr(dist, name, function)
+        setattr(dist.distributed_c10d, name, function)
+
     begin, end = dist.init_process_group, dist.destroy_process_group
 
     @functools.wraps(begin)
@@ -81,6 +86,7 @@ def watch_collectives(journal: Journal) -> None:
             result = begin(*args, **options)
         finally:
             journal.hidden -= 1
+        journal.collectives += 1
         journal.world = dist.get_world_size()
         journal.write(
             "joined", rank=dist.get_rank(), world=dist.get_world_size(), backend=dist.get_backend(), site=journal.site()
@@ -95,6 +101,18 @@ def watch_collectives(journal: Journal) -> None:
     for module in (dist, dist.distributed_c10d):
         module.init_process_group, module.destroy_process_group = init, destroyed  # type: ignore[attr-defined]
     journal.at_end.append(lambda: journal.write("ended", group=dist.is_initialized()))
+
+
+def _counted(journal: Journal, function: Any) -> Any:
+    """Return a function whose calls only move the clock: messages between two ranks are no collectives."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        result = function(*args, **options)
+        journal.collectives += 1
+        return result
+
+    return call
 
 
 def _describe(

@@ -89,6 +89,7 @@ def _watch_ddp(recorder: _Recorder) -> None:
             make(self, module, *args, **options)
         finally:
             journal.hidden -= 1
+            journal.collectives += 1
         recorder.ddps[self] = number = len(recorder.ddps) + 1
         ignored = set(getattr(self, "parameters_to_ignore", ()))
         frozen = []
@@ -342,7 +343,7 @@ def _describe_parameters(recorder: _Recorder, optimizer: Any, state: dict[str, A
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     described = [
         [
-            *recorder.names.get(id(p), (0, f"#{i} {tuple(p.shape)}")),
+            *recorder.names.get(id(p), (0, f"parameter {i} {tuple(p.shape)}")),
             id(p) in recorder.frozen,
             hasattr(p, "placements") or hasattr(p, "_ddparity_private"),
         ]
