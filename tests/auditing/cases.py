@@ -65,6 +65,20 @@ CLEAN = [
     _case("clean-wgan", "wgan"),
     _case("clean-sharded", "sharded"),
     _case(
+        "clean-unequal-shards",
+        "functions",
+        (
+            "train, test = make_data(1, 64)",
+            "train, test = torch.utils.data.Subset(make_data(1, 84), range(0, 64) if rank == 0 else range(64, 84))",
+        ),
+        (
+            "sampler = DistributedSampler(train, shuffle=True)",
+            "sampler = torch.utils.data.RandomSampler(train, num_samples=16)",
+        ),
+        ("        sampler.set_epoch(epoch)\n", ""),
+        may="DDP106",
+    ),
+    _case(
         "clean-sliced",
         "functions",
         (
@@ -281,6 +295,15 @@ FAULTY = [
         may="DDP302",
     ),
     _case("211-few", "spawned", ("DataLoader(train, 10,", "DataLoader(train, 2,"), codes="DDP211"),
+    _case(
+        "212-left-out",
+        "imagenet",
+        (
+            "model = torch.nn.parallel.Dist",
+            "import ddparity\n    model = nn.Sequential(ddparity.convert_sync_batchnorm(model), nn.BatchNorm1d(4))\n    model = torch.nn.parallel.Dist",
+        ),
+        codes="DDP212",
+    ),
     _case("213-buffers", "spawned", ("DDP(net())", "DDP(net(), broadcast_buffers=False)"), codes="DDP213"),
     # The gradients.
     _case(
@@ -385,6 +408,16 @@ FAULTY = [
         codes="DDP401",
     ),
     _case("402-shard", "functions", ("    dist.all_reduce(total)\n", ""), codes="DDP402"),
+    _case(
+        "403-order",
+        "functions",
+        (
+            "            total += torch.tensor([(model(x).argmax(1) == y).sum(), len(y)])\n    dist.all_reduce(total)\n",
+            "            outputs.append(model(x))\n    whole = torch.cat(outputs)\n    parts = [torch.zeros_like(whole) for _ in range(dist.get_world_size())]\n    dist.all_gather(parts, whole)\n    labels = loader.dataset.tensors[1]\n    total = torch.tensor([(torch.cat(parts).argmax(1) == labels).sum(), len(labels)])\n",
+        ),
+        ("    total = torch.zeros(2)\n", "    outputs = []\n"),
+        codes="DDP403",
+    ),
     _case("404-everything", "functions", ("sampler=range(rank, len(test), world)", "shuffle=False"), codes="DDP404"),
     _case(
         "405-means",

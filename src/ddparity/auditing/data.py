@@ -39,7 +39,7 @@ def _all(run: Run) -> Iterator[tuple[Finding, Any]]:
             for found in _check_pair(run, chosen):
                 blamed.add((found.code, _place(chosen[0])))
                 yield found, _place(chosen[0])
-        same = {place for code, place in blamed if code in ("DDP101", "DDP104")}
+        same = {place for code, place in blamed if code == "DDP101"}
         for found, place in _check_streams(run, group):
             if place not in same:
                 yield found, place
@@ -67,7 +67,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     subsets_differ = len({one.loader["subset_digest"] for one in pair}) > 1
     positions = [set(one.positions) for one in pair]
     shared = set.intersection(*positions)
-    disjoint = len(shared) <= len(pair) * (first.loader["batch"] or 1) and len(shared) < max(map(len, positions)) / 2
+    disjoint = len(shared) <= len(pair) * (first.loader["batch"] or 1) and len(shared) < min(map(len, positions)) / 2
     if subsets_differ and set.intersection(*sets) and not identical:
         yield finding(
             "DDP104",
@@ -318,6 +318,7 @@ def _check_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
                 continue
             if all(a.indices == b.indices for a, b in zip(earlier, later)):
                 many = len(passes)
+                reshuffles = begin[0].epoch is not None or begin[0].loader["sampler"].startswith("torch.")
                 yield (
                     finding(
                         "DDP103",
@@ -327,6 +328,9 @@ def _check_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
                         f"Epochs load the same samples in the same order, {_list(rows[0][:4])}, … on rank {ranks[0]} "
                         f"({many} epochs seen): the shuffle is that of the first epoch, and so is each rank's share.",
                         "Call sampler.set_epoch(epoch) before each epoch, on the sampler that the loader draws from.",
+                        certainty="proved"
+                        if reshuffles
+                        else "likely",  # a sampler of the user's may have a fixed order
                     ),
                     _place(begin[0]),
                 )

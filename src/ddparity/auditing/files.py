@@ -108,9 +108,18 @@ def _check_sequences(run: Run) -> Iterator[Finding]:
             extra["site"],
             None,
             f"Rank {numbers[most]} calls {extra['name']} in line {str(extra['site']).rpartition(':')[2]}, which rank "
-            f"{', '.join(map(str, missing))} never calls.",
+            f"{', '.join(map(str, missing))} never calls{_in_backward(run, missing[0])}.",
             "Call each collective on all ranks, outside of `if rank == 0:`.",
         )
+
+
+def _in_backward(run: Run, number: int) -> str:
+    """Say where a rank is in a backward that never ended."""
+    rank = next(one for one in run.ranks if one.rank == number)
+    begun, ended = rank.of("begin_backward"), rank.of("backward")
+    if len(begun) <= len(ended):
+        return ""
+    return f": it is in the backward of line {str(begun[-1]['site']).rpartition(':')[2]}"
 
 
 def _waits(run: Run, rows: list[list[Record]]) -> bool:

@@ -50,6 +50,8 @@ def summary(report: Report) -> str:
     lines += [f"  no chance to see: {one}" for one in seen["blind"]]
     if report.failed:
         lines.append(f"  the script ended with exit code {report.run.exit_code}")
+        if report.failure:
+            lines.append(f"  {report.failure.removeprefix('ddparity: ')}")
     return "\n".join(lines)
 
 

@@ -9,8 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Report:
     findings: list[Finding]
     seen: dict[str, Any]
     run: Run
+    failure: str = ""  # what the launcher says of a script that failed, in a line
 
     @property
     def failed(self) -> bool:
@@ -109,7 +110,8 @@ def audit(script: str | os.PathLike[str], *args: str, nproc: int = 2) -> list[Fi
     """
     report = inspect_script(Path(script), [str(one) for one in args], nproc=nproc)
     if report.exit_code == 3:
-        raise RankFailure(f"{script} failed with exit code {report.run.exit_code}; the reason is in its output", -1)
+        reason = report.failure.removeprefix("ddparity: ") or "the reason is in its output"
+        raise RankFailure(f"{script} failed with exit code {report.run.exit_code}: {reason}", -1)
     return report.findings
 
 
@@ -137,20 +139,41 @@ def inspect_script(
     unwanted = check_prefixes([*ignore, *options.get("ignore", ())], "ignore")
     with tempfile.TemporaryDirectory(prefix="ddparity-audit-") as name:
         folder = Path(name)
+        heard = _Heard(sys.stderr)
         with _recording(folder, limit):
             if not module and starts_processes(script):
                 code = _run_alone(script, arguments, folder / "records")
             else:
                 command = ["--nproc", str(processes), "--hang-timeout", str(_HANG_S), str(script), *arguments]
-                code = run_launch(parse(command))
+                launch = parse(command)
+                with redirect_stderr(heard):
+                    code = run_launch(launch)
         run = read_run(folder / "records", script, code)
-    return compare(run, wanted, unwanted)
+    return replace(compare(run, wanted, unwanted), failure=heard.failure() if code else "")
 
 
 def compare(run: Run, select: Sequence[str] = (), ignore: Sequence[str] = ()) -> Report:
     """Compare the ranks of a run by their records."""
     found = [one for check in _CHECKS for one in check(run)] if run.ranks else []
     return Report(run.script, chosen(found, select, ignore), _seen(run), run)
+
+
+class _Heard:
+    """Standard error that also keeps the launcher's lines: the last one says what failed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._lines: list[str] = []
+
+    def write(self, text: str) -> int:
+        self._lines += [line for line in text.splitlines() if line.startswith("ddparity: ")]
+        return int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def failure(self) -> str:
+        return next((one for one in reversed(self._lines) if " failed" in one or "hang" in one), "")
 
 
 @contextmanager

@@ -190,7 +190,7 @@ def _watch_backward(recorder: _Recorder) -> None:
         site = journal.site()
         journal.backwards += 1
         recorder.shape = (*recorder.shape, site)
-        journal.write("begin_backward", site=site) if recorder.events < 5 else None
+        recorder.event("begin_backward", site=site)
         result = backward(self, *args, **options)
         journal.collectives += 1  # DDP's, which ends before `backward` does
         recorder.event("backward", site=site, scale=scale, node=node, units=units, norm=_norms(recorder))
