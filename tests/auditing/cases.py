@@ -78,6 +78,8 @@ CLEAN = [
         ("        sampler.set_epoch(epoch)\n", ""),
         may="DDP106",
     ),
+    _case("clean-short-tail", "trainer", arguments=("--samples", "84", "--accumulate", "3")),
+    _case("clean-autograd", "functions", ("loss.backward()", "torch.autograd.backward([loss])")),
     _case(
         "clean-sliced",
         "functions",
@@ -242,6 +244,7 @@ FAULTY = [
         ),
         codes="DDP113",
     ),
+    _case("111-noise", "gan", ("torch.manual_seed(50 + rank)", "torch.manual_seed(50)"), codes="DDP111"),
     # The model.
     _case("201-no-ddp", "functions", ("model = DDP(net)", "model = net"), ("model.module", "model"), codes="DDP201"),
     _case(

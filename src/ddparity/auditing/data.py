@@ -43,6 +43,9 @@ def _all(run: Run) -> Iterator[tuple[Finding, Any]]:
         for found, place in _check_streams(run, group):
             if place not in same:
                 yield found, place
+    if run.world > 1 and any(one.training for one in run.ranks[0].passes) and not any(c == "DDP101" for c, _ in blamed):
+        for found in _check_noise(run):
+            yield found, found.line
     for found, place in _check_epochs(run):
         yield found, place
     if run.world > 1 and not any(rank.of("loader") for rank in run.ranks):
@@ -436,6 +439,26 @@ def _check_inputs(run: Run) -> Iterator[Finding]:
             f"The model gets the same inputs on all ranks, in each of {shortest} forwards.",
             "Give each rank its own samples: take every world_size-th, or seed the draw with seed + rank.",
         )
+
+
+def _check_noise(run: Run) -> Iterator[Finding]:
+    """DDP111 for a model that gets random numbers, as a generator does, and not the loaders' samples."""
+    for number in {one["id"] for one in run.ranks[0].of("ddp")}:
+        rows = [
+            [one for one in rank.of("forward") if one["ddp"] == number and one["train"] and one["x"] is not None]
+            for rank in run.ranks
+        ]
+        steps = [[row[i]["x"] for row in rows] for i in range(min(map(len, rows)))]
+        if len({step[0] for step in steps}) >= 2 and all(one == step[0] for step in steps for one in step):
+            yield finding(
+                "DDP111",
+                [rank.rank for rank in run.ranks],
+                rows[0][0]["site"],
+                next(one["site"] for one in run.ranks[0].of("ddp") if one["id"] == number),
+                f"The model gets the same inputs on all ranks in each of {len(steps)} forwards, although the ranks "
+                f"load other samples: what it gets is drawn from equal random streams.",
+                "Seed with seed + rank after the models are made.",
+            )
 
 
 def _check_computed(run: Run) -> Iterator[Finding]:

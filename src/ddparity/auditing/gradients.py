@@ -134,6 +134,9 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
         nodes = [one["node"] for window in step for one in window.accumulated]
         if len(scales) != 1 or None in scales or not all(n.startswith(_MEANS) and ":sum" not in n for n in nodes):
             continue
+        # The short last micro-batch of an epoch, alike on all ranks, matters little.
+        short = all(row == rows[0] for row in rows) and len({*counts[: len(rows[0] or []) - 1]}) == 1
+        samples = step[0].accumulated[0]["units"] is None or _all_counted(step)
         what = "counted targets" if step[0].accumulated[0]["units"] is not None else "samples"
         yield finding(
             "DDP305",
@@ -144,8 +147,21 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
             f"all have the same weight: a sample of the smallest counts {max(counts) / min(counts):.3g} times as much.",
             "Take the sum of the losses and divide it by the step's count on all ranks (times the world size, since "
             "DDP averages), or keep all micro-batches equally large.",
+            severity="note" if short and samples else "warning",
         )
         return
+
+
+def _all_counted(step: tuple[Window, ...]) -> bool:
+    """Return whether the counts of cross-entropy are those of the samples: no target is left out."""
+    for window in step:
+        sizes = [one["n"] for one in window.of("forward") if one["grad"]]
+        units = [one["units"] for one in window.accumulated]
+        if len(sizes) != len(units) or None in sizes or None in units:
+            return False
+        if len({unit / size for unit, size in zip(units, sizes) if size}) > 1:
+            return False
+    return True
 
 
 def _counts(window: Window) -> list[float] | None:

@@ -203,7 +203,7 @@ def _passes(rank: Rank) -> Iterator[Pass]:
     for one in rank.records:
         if "it" in one and one["k"] in ("draw", "batch", "end", "given", "seed"):
             by_pass[one["it"]].append(one)
-    backwards = [one["at"] for one in rank.of("backward")]
+    backwards = [one["at"] for kind in ("backward", "step") for one in rank.of(kind)]
     for begin in rank.of("iter"):
         events = by_pass[begin["it"]]
         rows = [row for one in events if one["k"] == "draw" for row in one["rows"]]

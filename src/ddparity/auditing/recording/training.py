@@ -181,22 +181,29 @@ def _watch_backward(recorder: _Recorder) -> None:
     import torch
 
     journal = recorder.journal
-    backward: Any = torch.Tensor.backward
+    backward: Any = torch.autograd.backward  # which `Tensor.backward` calls
+    inside = [False]  # checkpointing calls it again within
 
-    def watched(self: Any, *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or journal.hidden or recorder.events > _MOST_EVENTS:
-            return backward(self, *args, **options)
-        scale, node, units = _scale_of(self, recorder.scale) if self.numel() == 1 else (1.0, "", None)
+    def watched(tensors: Any, *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or inside[0] or journal.hidden or recorder.events > _MOST_EVENTS:
+            return backward(tensors, *args, **options)
+        loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
+        scalar = isinstance(loss, torch.Tensor) and loss.numel() == 1
+        scale, node, units = _scale_of(loss, recorder.scale) if scalar else (None, "", None)
         site = journal.site()
         journal.backwards += 1
         recorder.shape = (*recorder.shape, site)
         recorder.event("begin_backward", site=site)
-        result = backward(self, *args, **options)
+        inside[0] = True
+        try:
+            result = backward(tensors, *args, **options)
+        finally:
+            inside[0] = False
         journal.collectives += 1  # DDP's, which ends before `backward` does
         recorder.event("backward", site=site, scale=scale, node=node, units=units, norm=_norms(recorder))
         return result
 
-    replace(torch.Tensor, "backward", watched)
+    replace(torch.autograd, "backward", watched)
 
 
 def _scale_of(loss: Any, scaler: float | None) -> tuple[float | None, str, float | None]:
