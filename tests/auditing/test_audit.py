@@ -112,6 +112,9 @@ def test_the_module_says_how_a_script_starts(tmp_path: Path) -> None:
     assert not starts_processes(SCRIPTS / "functions.py")
     (tmp_path / "both.py").write_text("mp.spawn(f) if 'RANK' not in os.environ else f(int(os.environ['RANK']))")
     assert not starts_processes(tmp_path / "both.py")
+    (tmp_path / "helper.py").write_text("def go(f):\n    mp.spawn(f)\ndef f(r):\n    os.environ['RANK'] = str(r)\n")
+    (tmp_path / "main.py").write_text("from helper import go, f\ngo(f)\nprint(os.environ['RANK'])\n")
+    assert starts_processes(tmp_path / "main.py")
 
 
 def _found(file: Path, code: str = "DDP304", line: int = 2) -> Finding:

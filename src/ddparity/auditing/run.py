@@ -30,7 +30,7 @@ from .selection import check_prefixes, chosen, read_options
 from .speed import check_speed
 
 STEPS = 50  # of an epoch
-_HANG_S = 60
+_HANG_S = 300  # longer than an evaluation on one rank; hangs that cannot end are known at once
 _CHECKS = (
     check_model,
     check_data,
@@ -196,21 +196,47 @@ def _recording(folder: Path, steps: int) -> Iterator[None]:
 
 
 def starts_processes(script: Path) -> bool:
-    """Return whether a script starts its ranks itself: it calls mp.spawn or alike, and reads no rank of a launcher."""
-    try:
-        tree = ast.parse(script.read_text())
-    except (SyntaxError, ValueError, OSError):
-        return False
-    nodes = list(ast.walk(tree))
-    calls = {
-        node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-        for node in nodes
-        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name))
-    }
+    """Return whether a script starts its ranks itself: it calls mp.spawn or alike, and reads no rank of a launcher.
+
+    Modules beside the script that it imports count as parts of it.
+    """
+    nodes = _nodes(script.resolve(), set())
+    calls: dict[str, list[ast.Call]] = {}
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            calls.setdefault(name, []).append(node)
     launches = any(isinstance(n, ast.Attribute) and n.attr == "launch" and _is_ours(n.value) for n in nodes)
-    if not launches and not calls & _SPAWNERS:
+    if not launches and not calls.keys() & _SPAWNERS:
         return False
-    return not any(_reads_rank(node) for node in nodes)
+    if any(map(_sets_rank, nodes)):
+        return True
+    joins = calls.get("init_process_group", [])
+    given = any(len(one.args) > 2 or any(keyword.arg in ("rank", None) for keyword in one.keywords) for one in joins)
+    return (given or not joins) and not any(map(_reads_rank, nodes))
+
+
+def _nodes(path: Path, seen: set[Path]) -> list[ast.AST]:
+    """Return the nodes of a file's syntax tree, and of the modules in its folder that it imports."""
+    seen.add(path)
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+    except (SyntaxError, ValueError, OSError):
+        return []
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    for name in sorted(names):
+        inner = path.parent / (name.replace(".", "/") + ".py")
+        if inner not in seen and inner.is_file():
+            nodes += _nodes(inner, seen)
+    return nodes
+
+
+def _sets_rank(node: ast.AST) -> bool:
+    """Return whether a node sets RANK in the environment, as functions do that mp.spawn starts."""
+    if not isinstance(node, ast.Subscript) or not isinstance(node.ctx, ast.Store):
+        return False
+    return isinstance(node.slice, ast.Constant) and node.slice.value in _RANK_VARIABLES[:2]
 
 
 def _is_ours(node: ast.expr) -> bool:
