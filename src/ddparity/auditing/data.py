@@ -317,9 +317,7 @@ def _check_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
             )
             continue
         for earlier, later in itertools.pairwise(passes):
-            if not all(a.complete and b.complete for a, b in zip(earlier, later)):
-                continue
-            if all(a.indices == b.indices for a, b in zip(earlier, later)):
+            if all(_repeats_order(run, a, b) for a, b in zip(earlier, later)):
                 many = len(passes)
                 reshuffles = begin[0].epoch is not None or begin[0].loader["sampler"].startswith("torch.")
                 yield (
@@ -338,6 +336,16 @@ def _check_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
                     _place(begin[0]),
                 )
                 break
+
+
+def _repeats_order(run: Run, earlier: Pass, later: Pass) -> bool:
+    """Return whether a pass has the order of a whole one before it. A hang or crash may have ended the later one."""
+    if not earlier.complete:
+        return False
+    if later.complete:
+        return earlier.indices == later.indices
+    known = len(later.indices)
+    return run.exit_code != 0 and known >= 8 and later.batches > 2 and earlier.indices[:known] == later.indices
 
 
 def _unpadded(one: Pass) -> list[int]:
