@@ -687,6 +687,38 @@ FAULTY = [
         ),
         codes="DDP703",
     ),
+    _case("107-never", "functions", ("shuffle=True", "shuffle=False"), codes="DDP107"),
+    _case("108-padding", "functions", ("make_data(1, 64)", "make_data(1, 65)"), codes="DDP108"),
+    _case("114-dropout", "hf_like", ("torch.manual_seed(11 + rank)", "torch.manual_seed(11)"), codes="DDP114"),
+    _case(
+        "404-imagenet",
+        "imagenet",
+        ("sampler=val_sampler", "sampler=None"),
+        ("    if len(loader.sampler) * args.world_size < len(loader.dataset):\n", "    if False:\n"),
+        codes="DDP404",
+    ),
+    _case(
+        "503-hf",
+        "hf_like",
+        ("            dist.all_reduce(tokens)\n", "            dist.all_reduce(tokens) if rank else dist.barrier()\n"),
+        codes="DDP503",
+    ),
+    _case("505-imagenet", "imagenet", ("    dist.destroy_process_group()\n", ""), codes="DDP505"),
+    _case(
+        "601-imagenet",
+        "imagenet",
+        ('    if args.rank == 0:\n        print(f" * Acc', '    if True:\n        print(f" * Acc'),
+        codes="DDP601",
+    ),
+    _case(
+        "704-nanogpt",
+        "nanogpt",
+        (
+            "        scaler.scale(loss).backward()",
+            "        print(loss.item()) if loss.item() < 0 else None\n        scaler.scale(loss).backward()",
+        ),
+        codes="DDP704",
+    ),
 ]
 
 
