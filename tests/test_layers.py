@@ -17,7 +17,7 @@ FLOORS = {
     0: ["errors", "compat"],
     1: ["runtime", "comm"],
     2: ["data", "batchnorm", "checkpoint", "launcher"],
-    3: ["gradients", "inference"],
+    3: ["gradients", "inference", "testing"],
     4: ["task"],
     5: ["auditing", "parity"],
     6: [""],  # the public names
@@ -25,7 +25,7 @@ FLOORS = {
 }
 FLOOR_OF = {folder: floor for floor, folders in FLOORS.items() for folder in folders}
 # Pure functions: no torch.distributed, so that tests can run through all of their inputs.
-PURE = ("data.plan", "data.rng")
+PURE = ("data.lengths", "data.orders", "data.permutation", "data.plan", "data.rng")
 # These need what only some machines have.
 NEEDS_TRITON = "batchnorm.triton_kernels"
 

@@ -6,10 +6,13 @@ from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint
 from .checkpoint.fingerprint import fingerprint
 from .comm.gather import gather
 from .data.dataset import sample_seed
+from .data.lengths import LengthPlan
 from .data.loader import Loader, ShardSampler
-from .data.plan import BatchPlan, MicroBatch
+from .data.orders import OrderPlan, WeightedPlan
+from .data.plan import BatchPlan, MicroBatch, Plan
 from .data.rng import RandomState, seed_everything
 from .data.step import LoadedMicroBatch, Step
+from .data.stream import StreamPlan
 from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError, WrongArithmetic
 from .gradients.accumulate import accumulate
 from .gradients.replicate import replicate
@@ -28,10 +31,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchPlan",
     "DDParityError",
+    "LengthPlan",
     "LoadedMicroBatch",
     "Loader",
     "MicroBatch",
+    "OrderPlan",
     "ParityError",
+    "Plan",
     "Predictor",
     "RandomState",
     "RankFailure",
@@ -40,8 +46,10 @@ __all__ = [
     "Saving",
     "ShardSampler",
     "Step",
+    "StreamPlan",
     "SyncBatchNorm",
     "Task",
+    "WeightedPlan",
     "World",
     "WrongArithmetic",
     "accumulate",

@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,26 @@ def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any
         return None
     whole_group: Any = dist.group.WORLD if group is None else group
     return whole_group._get_backend(value.device)
+
+
+def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's gradient; since torch 2.10 it may be another one than the parameter's."""
+    declared: torch.dtype | None = getattr(parameter, "grad_dtype", None)
+    if declared is None:  # an older torch, or any dtype is allowed
+        return parameter.dtype if parameter.grad is None else parameter.grad.dtype
+    return declared
+
+
+def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the elements of tensors of one dtype and device, behind each other, in one call of C++."""
+    flat: torch.Tensor = torch._utils._flatten_dense_tensors(tensors)
+    return flat
+
+
+def unflatten(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return views of what `flatten` made of tensors of these shapes, none of them empty."""
+    views: tuple[torch.Tensor, ...] = torch._utils._unflatten_dense_tensors(flat, like)
+    return views
 
 
 def compares_calls() -> bool:
@@ -374,6 +394,17 @@ def show_dataset(inner: Callable[[Any], Any]) -> None:
     info = get_worker_info()
     assert info is not None, "only a worker calls this"
     object.__setattr__(info, "dataset", inner(info.dataset))
+
+
+def hide_worker() -> None:
+    """In a loader's worker, let `get_worker_info()` return None from now on, as outside of workers.
+
+    Streams (datasets.IterableDataset, WebDataset) look at it, and would read only a part of what they are given.
+    """
+    from torch.utils.data._utils import worker
+
+    assert hasattr(worker, "_worker_info"), "torch 2.6 and later have it"
+    worker._worker_info = None
 
 
 # The launcher and its rendezvous.

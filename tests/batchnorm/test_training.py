@@ -638,6 +638,14 @@ def test_moments_of_nothing_are_zero() -> None:
     assert torch.equal(mean, torch.zeros(3)) and torch.equal(variance, torch.zeros(3)) and count == 0
 
 
+def test_derivatives_of_the_moments_of_nothing_are_zero() -> None:
+    x, weight = torch.empty(0, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    mean, variance, _ = dp.sync_moments(x, 0)
+    (dx,) = torch.autograd.grad(((mean + variance) * weight).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(dx.sum(), weight)
+    assert dx.shape == (0, 3) and second.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("x", "dims", "error", "message"),
     [

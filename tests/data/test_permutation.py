@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ddparity.data.plan import _factors, permute
+from ddparity.data.permutation import _factors, permute
 
 SIZES = (2, 3, 10, 257, 1024, 1025, 1500, 4099)
 

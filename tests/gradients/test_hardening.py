@@ -404,3 +404,32 @@ def _half() -> torch.Tensor:
 
 def test_an_average_in_half_precision_does_not_overflow() -> None:
     assert [gradient.item() for gradient in run_ranks(_half, 2)] == [40000, 40000]
+
+
+def _wide_gradients(reduction: str, width: int) -> list[tuple[torch.dtype, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = dp.replicate(nn.Sequential(nn.Linear(width, width), nn.Linear(width, 4)).bfloat16(), reduction=reduction)
+    empty = nn.Parameter(torch.zeros(0, 3, dtype=torch.bfloat16))
+    model.register_parameter("empty", empty)
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    plan = dp.BatchPlan(6, 6, 2, shuffle=False)  # with 2 and 3 ranks, and one that has a micro-batch less
+    (step,) = dp.Loader(torch.randn(6, width).bfloat16(), plan).epoch(0)
+    for micro in dp.accumulate(model, step):
+        (model(micro.data).float().square().mean() * micro.weight).backward()
+    return [(one.grad.dtype, one.grad) for one in model.parameters() if one.grad is not None]
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch gives gradients their parameters' dtype"
+)
+@pytest.mark.parametrize("width", [8, 1024])  # the large model's averages start early
+@pytest.mark.parametrize("reduction", ["fast", "strict"])
+def test_gradients_may_have_another_dtype_than_their_parameters(reduction: str, width: int) -> None:
+    (alone,) = run_ranks(_wide_gradients, 1, reduction, width)
+    for world_size in (2, 3):
+        for gradients in run_ranks(_wide_gradients, world_size, reduction, width):
+            assert [dtype for dtype, _ in gradients] == [torch.float32] * 4
+            for (_, mine), (_, theirs) in zip(gradients, alone, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
+                assert reduction == "fast" or torch.equal(mine, theirs)

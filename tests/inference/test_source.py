@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ddparity as dp
-from ddparity.data.rng import derive_seed, numbered_seed
+from ddparity.data.rng import derive_seed, numbered_seed, preserve_streams, seed_streams
 from ddparity.inference import collect
 from ddparity.inference.collect import merged
+from ddparity.inference.samples import digest_of
 from ddparity.inference.source import Batches, Shards, assigned, check_balance, cut, is_stream
+from tests.ranks import kill_self
 
 BOTH = st.sampled_from(["contiguous", "dynamic"])
 
@@ -90,8 +94,9 @@ class _Stream:
 
 
 def test_batches_of_shards_have_the_positions_of_the_whole() -> None:
-    shards = Shards(_Stream(), 2, 5, 0, None, {})
-    assert (len(shards), shards.shards, shards.length) == (3, 3, None)
+    stream = _Stream()
+    shards = Shards(stream, 2, 5, 0, None, {})
+    assert (len(shards), shards.shards, shards.length) == (3, 3, None) and shards.dataset is stream
     loaded = list(shards.loaded(iter([range(3)])))
     assert [data.tolist() for _, data in loaded] == [[0], [10, 11], [20, 21], [22]]
     assert [len(samples) for samples, _ in loaded] == [1, 2, 2, 1]
@@ -108,6 +113,78 @@ def test_batches_of_shards_have_the_positions_of_the_whole() -> None:
     assert len(set(seeds)) == 4 and all(seed % 2 == 0 for seed in seeds)
     # If these numbers change, a prediction with random numbers changes.
     assert [seeds[0], seeds[1], seeds[3]] == [5380022565049359998, 8771846743706179342, 7832349006041755858]
+
+
+def test_outputs_of_a_stream_are_in_its_order() -> None:
+    assert dp.predict(torch.nn.Identity(), _Stream(), 2).tolist() == [0, 10, 11, 20, 21, 22]
+
+
+class _InWhom(torch.utils.data.Dataset[int]):
+    """Samples 0, 10, 20, ... It notes what this process reads."""
+
+    def __init__(self) -> None:
+        self.process, self.read = os.getpid(), list[int]()
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> int:
+        if os.getpid() == self.process:
+            self.read.append(index)
+        return 10 * index
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_are_compared_before_the_first_batch(num_workers: int) -> None:
+    """With workers it is a worker that reads them: this process opens no file of the data set."""
+    dataset, compared = _InWhom(), list[dict[int, str | None]]()
+    batches = Batches(dataset, 2, 5, num_workers, None, {"persistent_workers": False})
+    for number, (samples, data) in enumerate(batches.loaded(iter([range(3)]), compared.append)):
+        assert compared == [{index: digest_of(range(0, 50, 10), index, tensors_alone=True) for index in (0, 2, 4)}]
+        assert data.tolist() == [10 * index for index in samples] and samples == batches[number]
+    assert sorted(set(dataset.read)) == ([] if num_workers else [0, 1, 2, 3, 4])
+
+
+class _Noisy:
+    num_shards = 2
+
+    def shard(self, num_shards: int, index: int) -> Iterator[torch.Tensor]:
+        return (torch.rand(()) for _ in range(3))
+
+
+def test_a_streams_samples_draw_from_the_key_after_the_batchs() -> None:
+    shards = Shards(_Noisy(), 2, 5, 0, None, {})
+    for samples, data in shards.loaded(iter([range(2)])):
+        with preserve_streams():
+            seed_streams(shards.seed(samples) + 1)
+            assert torch.equal(data, torch.rand(len(samples), 1).flatten())
+
+
+def test_a_batch_of_a_stream_that_fails_is_named() -> None:
+    def collate(batch: list[int]) -> list[int]:
+        if 22 in batch:
+            raise OSError("no memory")
+        return batch
+
+    shards = Shards(_Stream(), 2, 5, 0, collate, {})
+    with pytest.raises(dp.SampleError, match=r"^the collate function failed for the samples 2 to 2 of shard 2: OSErr"):
+        list(shards.loaded(iter([range(3)])))
+
+
+class _Killed(_Stream):
+    def shard(self, num_shards: int, index: int) -> Iterator[int]:
+        for sample in super().shard(num_shards, index):
+            if sample == 22:
+                kill_self()
+            yield sample
+
+
+def test_a_worker_of_a_stream_that_is_killed_is_told_with_what_came_before() -> None:
+    shards = Shards(_Killed(), 2, 5, 1, None, {"prefetch_factor": 1})
+    with pytest.raises(
+        dp.SampleError, match=r"before it returned what follows (the beginning|samples \d to \d of shard \d): R"
+    ):
+        list(shards.loaded(iter([range(3)])))
 
 
 @pytest.mark.parametrize(

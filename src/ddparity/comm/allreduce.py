@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ..compat import all_gather_single, all_to_all_single, compares_calls
+from ..compat import all_gather_single, all_to_all_single, compares_calls, flatten, grad_dtype, unflatten
 
 # Gloo's all-gather passes a tensor from rank to rank, in two messages each. Its all-to-all sends as many bytes, but
 # directly and in one message. An all-to-all with a local sum is also faster than the all-reduce, as long as the bytes
@@ -51,8 +51,9 @@ def _added(copies: torch.Tensor) -> torch.Tensor:
     """Return the sum over the first dimension; the same bits on every rank."""
     if not 2 <= len(copies) <= 8:
         return copies.sum(0)
-    total = copies[0] + copies[1]  # in half of the time of sum(0)
-    for copy in copies[2:]:
+    first, second, *others = copies.unbind()
+    total = first + second  # in half of the time of sum(0)
+    for copy in others:
         total += copy
     return total
 
@@ -169,23 +170,19 @@ T = TypeVar("T", bound=torch.Tensor)
 
 def cut(parameters: Sequence[T], part_bytes: int) -> list[list[T]]:
     """Cut parameters into parts of one dtype and device, of at most so many bytes but for a larger parameter."""
-
-    if any((one.dtype, one.device) != (parameters[0].dtype, parameters[0].device) for one in parameters):
-        parameters = sorted(parameters, key=lambda one: (str(one.dtype), str(one.device)))
-    parts: list[list[T]] = []
-    size = 0
+    kinds: dict[tuple[torch.dtype, torch.device], list[T]] = {}
     for parameter in parameters:
-        last = parts[-1][-1] if parts else None
-        if (
-            last is None
-            or size + parameter.nbytes > part_bytes
-            or parameter.dtype != last.dtype
-            or parameter.device != last.device
-        ):
-            parts.append([])
-            size = 0
-        parts[-1].append(parameter)
-        size += parameter.nbytes
+        kinds.setdefault((grad_dtype(parameter), parameter.device), []).append(parameter)
+    parts: list[list[T]] = []
+    for kind in sorted(kinds, key=str) if len(kinds) > 1 else kinds:
+        room = -1
+        for parameter in kinds[kind]:
+            size = parameter.nbytes
+            if size > room:
+                parts.append([])
+                room = part_bytes
+            parts[-1].append(parameter)
+            room -= size
     return parts
 
 
@@ -200,34 +197,37 @@ class FlatGradients:
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters = parameters
-        gradients = [parameter.grad for parameter in parameters]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None and gradient.layout != torch.strided:
-                raise TypeError(
-                    f"a parameter of shape {tuple(parameter.shape)} has a {gradient.layout} gradient, but its module "
-                    f"has no sparse=True that would tell so on every rank: use dense gradients"
-                )
-        present = parameters[0].new_ones(len(parameters))
+        self._parameters = [parameter for parameter in parameters if parameter.numel()]
+        gradients = [parameter.grad for parameter in self._parameters]
+        dtype = grad_dtype(parameters[0])
+        present = parameters[0].new_ones(len(gradients), dtype=dtype)
         if any(gradient is None for gradient in gradients):
             present = torch.tensor([float(gradient is not None) for gradient in gradients]).to(present)
         pieces = [
-            parameter.new_zeros(parameter.numel()) if gradient is None else gradient.reshape(-1)
-            for parameter, gradient in zip(parameters, gradients, strict=True)
+            parameter.new_zeros(parameter.shape, dtype=dtype) if gradient is None else gradient
+            for parameter, gradient in zip(self._parameters, gradients, strict=True)
         ]
-        self.tensor = torch.cat([present, *pieces])
+        for piece in pieces:
+            if piece.layout != torch.strided:
+                raise TypeError(
+                    f"a parameter of shape {tuple(piece.shape)} has a {piece.layout} gradient, but its module "
+                    f"has no sparse=True that would tell so on every rank: use dense gradients"
+                )
+        self.tensor = flatten([present, *pieces])
 
     def write(self, reduced: torch.Tensor) -> None:
         """Set the gradients to what `tensor` has become; None stays where no rank has a gradient."""
         parameters = self._parameters
-        exists, *values = reduced.split([len(parameters), *(parameter.numel() for parameter in parameters)])
-        own = [(one.grad, value) for one, value in zip(parameters, values, strict=True) if one.grad is not None]
+        exists = reduced[: len(parameters)]
+        values = unflatten(reduced[len(parameters) :], parameters) if parameters else ()
+        gradients = [parameter.grad for parameter in parameters]
+        own = [(one, value) for one, value in zip(gradients, values, strict=True) if one is not None]
         if own:
-            torch._foreach_copy_([one for one, _ in own], [value.view(one.shape) for one, value in own])
+            torch._foreach_copy_([one for one, _ in own], [value for _, value in own])
         if len(own) < len(parameters):
             for parameter, some, value in zip(parameters, exists.tolist(), values, strict=True):
                 if some and parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter).copy_(value.view_as(parameter))
+                    parameter.grad = torch.empty_like(parameter, dtype=reduced.dtype).copy_(value)
 
 
 def _reduce_sparse(parameter: torch.Tensor, group: dist.ProcessGroup | None, average: bool) -> None:

@@ -36,7 +36,7 @@ def gather_json(value: Any) -> list[Any]:
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world_size == 1:
         return [value]
-    device = _wire_device()
+    device = wire_device()
     text = json.dumps(value).encode()
     mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     sizes = torch.empty(world_size, dtype=torch.int64, device=device)
@@ -76,7 +76,7 @@ def move(tensors: Sequence[torch.Tensor], source: int, to: Receiver) -> None:
 
     Collectives: these messages or broadcasts; the ranks for which `takes_part` is True call it.
     """
-    wire, sends = _wire_device(), dist.get_rank() == source
+    wire, sends = wire_device(), dist.get_rank() == source
     views = [byte_view(tensor) for tensor in tensors]
     for first, last in _runs([view.numel() for view in views]):
         parts = views[first:last]
@@ -119,7 +119,7 @@ def _pass(message: torch.Tensor, source: int, to: Receiver) -> None:
         dist.recv(message, source)
 
 
-def _wire_device() -> torch.device:
+def wire_device() -> torch.device:
     """Return the device from which the backend sends."""
     on_gpu = "nccl" in str(dist.get_backend())
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

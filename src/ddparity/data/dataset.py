@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,17 @@ def sample_seed(number: int | None = None) -> int:
         raise IndexError(f"sample_seed({number}): the batch has {len(batch)} samples")
     key, first = batch.sample_seeds
     return numbered_seed(key, first + number)
+
+
+@contextmanager
+def reading_sample(key: int, number: int) -> Iterator[None]:
+    """Let `sample_seed()` return the seed of this number of the series `key`, while the body reads one sample."""
+    before = _loading.batch, _loading.number
+    _loading.batch, _loading.number = SeededIndices([number], 0, (key, number)), 0
+    try:
+        yield
+    finally:
+        _loading.batch, _loading.number = before
 
 
 class KeyedDataset:

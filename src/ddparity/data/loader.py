@@ -6,7 +6,6 @@ contiguous share of a data set.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import weakref
 from collections import deque
@@ -18,16 +17,19 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
 from ..runtime.progress import mark_progress
-from .dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
-from .plan import BatchPlan, MicroBatch, checked_integer, share
+from .dataset import KeyedDataset, SeededIndices, load_batches, worker_options
+from .fitting import check_world_size, checked_plan, continued
+from .plan import BatchPlan, MicroBatch, Plan, checked_integer, share
 from .step import LoadedMicroBatch, Step
+from .stream import StreamPlan
+from .stream_steps import StreamSteps
 
 # The options of a DataLoader that the plan decides.
 _PLAN_OPTIONS = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "in_order")
 
 
 class Loader:
-    """Load this rank's share of the steps of a `BatchPlan`.
+    """Load this rank's share of the steps of a plan.
 
     One worker loads a micro-batch as a whole. Before that, it seeds the streams of Python, NumPy and torch with the
     micro-batch's seed, so augmentation is the same for any number of workers and processes.
@@ -37,11 +39,17 @@ class Loader:
     (`accumulate`'s, or `for micro in step`), or when the script asks for the next step. In a loop over steps of several
     loaders, as in `zip`, all are done whose last micro-batch was taken when the first of them ends. An epoch is done
     when the loop over its steps ends. So save after `optimizer.step()`, and resume with `for epoch in
-    loader.epochs(stop)`.
+    loader.epochs(stop)`, or with `for step in loader.steps(stop)` where steps are counted. `for step in loader` loops
+    over the epoch at the position, or what is left of it.
 
     Args:
-        dataset: a map-style data set of `plan.num_samples` samples.
-        plan: what each step consumes.
+        dataset: a map-style data set of `plan.length` samples. It needs no length where the plan is given: a data set
+            that draws its samples at random has none. With a `StreamPlan`: anything with `shard(num_shards=, index=)`,
+            as Hugging Face's IterableDataset has, or a function `stream(reader, readers, epoch)` that returns an
+            iterable of a reader's part.
+        plan: what each step consumes: a `BatchPlan`, `WeightedPlan`, `LengthPlan`, `OrderPlan` or a `Plan` of your own.
+            None: a `BatchPlan` of `global_batch`, `micro_batch` (None: the global batch), `seed`, and of `shuffle` and
+            `drop_last` as torch's DataLoader has them, except that `shuffle` is True unless it is given.
         num_workers, collate_fn, dataloader_options: passed to torch.utils.data.DataLoader. As there, each epoch has new
             workers, with a copy of the data set as it is then, unless `persistent_workers=True`. Memory is pinned if
             CUDA is available, unless `pin_memory=False`.
@@ -51,10 +59,11 @@ class Loader:
         dataloader: the torch DataLoader inside.
 
     Raises:
-        TypeError: the data set is iterable, or an option is one that the plan decides.
-        ValueError: the length of the data set is not `plan.num_samples`.
+        TypeError: the data set is iterable, an option is one that the plan decides, there is neither a plan nor a
+            global batch, or there are both; or the plan lacks what `Plan` asks for.
+        ValueError: the length of the data set is not `plan.length`.
 
-    Collectives: none.
+    Collectives: none; of streams, those of `StreamPlan`, and two all-gathers in `state_dict`.
 
     Source: https://pytorch.org/docs/stable/data.html
     """
@@ -62,28 +71,37 @@ class Loader:
     def __init__(
         self,
         dataset: Any,
-        plan: BatchPlan,
+        plan: Plan | StreamPlan | None = None,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        *,
+        global_batch: int | None = None,
+        micro_batch: int | None = None,
+        seed: int | None = None,
         **dataloader_options: Any,
     ) -> None:
-        length = sized_length(dataset, "Loader")
-        if length != plan.num_samples:
-            raise ValueError(
-                f"the data set has {length} samples and the plan {plan.num_samples}: make the plan with "
-                f"BatchPlan(len(dataset), …)"
-            )
+        sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "seed": seed}
+        self._stream: StreamSteps | None = None
+        if not isinstance(plan, StreamPlan):
+            plan = checked_plan(dataset, plan, sizes, dataloader_options)
         if refused := [name for name in _PLAN_OPTIONS if name in dataloader_options]:
             raise TypeError(
-                f"Loader() got {', '.join(refused)}: the plan decides that. Leave it out, and give BatchPlan the sizes "
+                f"Loader() got {', '.join(refused)}: the plan decides that. Leave it out, and give the plan the sizes "
                 f"and the order"
             )
-        self.plan = plan
-        self._batch_sampler = _MicroBatchSampler(plan)
+        self.plan: Plan | StreamPlan = plan
         self._position = (0, 0)  # the epoch and step that come next
+        self._before = 0  # the steps of the epochs before the position's
         self._resumes = False  # whether the position is that of a checkpoint and no epoch has started since
         self._end_workers: Callable[[], None] = lambda: None  # of the current iterator
-        self.dataloader: DataLoader[Any] = DataLoader(
+        if isinstance(plan, StreamPlan):
+            if given := [name for name, value in sizes.items() if value is not None]:
+                raise TypeError(f"Loader() got a plan, and {', '.join(given)}: the plan decides that. Leave it out")
+            self._stream = StreamSteps(dataset, plan, num_workers, collate_fn, dataloader_options)
+            self.dataloader: DataLoader[Any] = self._stream.dataloader
+            return
+        self._batch_sampler = _MicroBatchSampler(plan)
+        self.dataloader = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]  # torch types data sets by one index, and this takes many
             batch_sampler=self._batch_sampler,
             num_workers=num_workers,
@@ -98,7 +116,17 @@ class Loader:
         )
 
     def __len__(self) -> int:
+        if self.plan.steps_per_epoch is None:
+            raise TypeError("the steps of a stream are known when it ends: give StreamPlan(steps_per_epoch=…)")
         return self.plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Step]:
+        """Return an iterator over the steps from the position to the end of its epoch.
+
+        After a loop that ended early, the next one loops over the rest of the epoch.
+        """
+        epoch, step = self._position
+        return self.epoch(epoch, step)
 
     @property
     def position(self) -> tuple[int, int]:
@@ -108,6 +136,31 @@ class Loader:
     def epochs(self, stop: int) -> range:
         """Return the epochs from the position to before `stop`: `range(stop)` for a new Loader."""
         return range(self._position[0], stop)
+
+    @property
+    def steps_done(self) -> int:
+        """The number of steps before the position, over all epochs."""
+        return self._before + self._position[1]
+
+    def steps(self, stop: int | None = None) -> Iterator[Step]:
+        """Yield the steps from the position on, over the ends of epochs, until `stop` steps are done in all.
+
+        After `load_state_dict`, the steps that were done before count. None: without end.
+
+        Raises:
+            ValueError: an epoch has no steps, so the loop would not end; and as `epoch`.
+        """
+        while stop is None or self.steps_done < stop:
+            start = self._position
+            empty = start[1] == 0
+            for step in self.epoch(*start):
+                empty = False
+                yield step
+                if stop is not None and self._before + step.number + 1 >= stop:
+                    self._pass(step.epoch, step.number + 1)  # the script has asked for the next step
+                    return
+            if empty:
+                raise ValueError(f"steps({stop}): epoch {start[0]} of the plan has no steps: {self.plan}")
 
     def epoch(self, epoch: int, start_step: int | None = None) -> Iterator[Step]:
         """Return an iterator over the steps of an epoch, from `start_step` on. It ends the iterator before it.
@@ -125,8 +178,14 @@ class Loader:
         check_world_size(self.plan, world_size)
         if start_step is None:
             start_step = self._resumed_step(epoch)
-        if not 0 <= start_step <= len(self):
-            raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {len(self)} steps")
+        steps = self._steps_in(epoch)
+        if not start_step >= 0 or (steps is not None and start_step > steps):
+            raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {steps} steps")
+        if epoch != self._position[0]:
+            self._before = epoch * (self.plan.steps_per_epoch or 0)
+        if self._stream is not None:
+            self._position, self._resumes = (epoch, start_step), False
+            return self._steps_of_stream(self._stream, epoch, start_step, rank, world_size)
         self._end_workers()
         self._batch_sampler.restart(epoch, start_step, rank, world_size)
         self._position, self._resumes = (epoch, start_step), False
@@ -143,8 +202,16 @@ class Loader:
         return self._position[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the plan and the position; they are the same on every rank and for any world size."""
-        return {"plan": dataclasses.asdict(self.plan), "epoch": self._position[0], "step": self._position[1]}
+        """Return the plan and the position; they are the same on every rank and for any world size.
+
+        Of a stream also the states of all readers; all ranks must call it then.
+
+        Collectives: none; of a stream, two all-gathers of the readers' states.
+        """
+        epoch, step = self._position
+        plan = self.plan.description(epoch if step else None)
+        state = {"plan": plan, "epoch": epoch, "step": step, "steps_done": self.steps_done}
+        return state if self._stream is None else {**state, "readers": self._stream.gathered(self._position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved position. It ends the current iterator.
@@ -155,26 +222,32 @@ class Loader:
         Raises:
             ValueError: the saved plan differs from this one (the message lists what differs), or has no such position.
         """
-        own, saved, position = dataclasses.asdict(self.plan), state["plan"], (state["epoch"], state["step"])
-        if (continued := _continued(self.plan, saved, *position)) is not None:
-            position, saved = continued, own
+        position = epoch, step = state["epoch"], state["step"]
+        own, saved = self.plan.description(epoch if step else None), {"kind": "BatchPlan", **state["plan"]}
+        before = state["steps_done"] - step if "steps_done" in state else epoch * len(self)
+        if isinstance(self.plan, BatchPlan) and (longer := continued(self.plan, saved, *position)) is not None:
+            position, saved, before = longer, own, 0
         if differing := [name for name in own if own[name] != saved.get(name)]:
             what = ", ".join(
                 f"{name}={saved.get(name)!r} in the checkpoint and {own[name]!r} here" for name in differing
             )
             raise ValueError(
                 f"the plan of the saved Loader has other steps than this Loader's plan: {what}. Make the same "
-                f"BatchPlan again, or load the checkpoint without the Loader and start an epoch from its beginning"
+                f"plan again, or load the checkpoint without the Loader and start an epoch from its beginning"
             )
         epoch, step = position
-        if epoch < 0 or not 0 <= step <= len(self):
+        steps = self._steps_in(epoch) if epoch >= 0 else 0
+        if epoch < 0 or step < 0 or (steps is not None and step > steps):
             raise ValueError(
                 f"the saved position of the Loader is epoch {epoch}, step {step}, but the plan has no step {step} of "
                 f"epoch {epoch}: load the checkpoint without the Loader"
             )
-        self._end_workers()
-        self._batch_sampler.run += 1
-        self._position, self._resumes = position, True
+        if self._stream is not None:
+            self._stream.load(position, state["readers"])
+        else:
+            self._end_workers()
+            self._batch_sampler.run += 1
+        self._position, self._before, self._resumes = position, before, True
 
     def _steps(self, run: int, epoch: int, start_step: int, rank: int, world_size: int) -> Iterator[Step]:
         def check_current() -> None:
@@ -193,13 +266,14 @@ class Loader:
         def advance(epoch: int, step: int) -> None:
             if self._batch_sampler.run == run:
                 # The maximum: a script may keep a step and loop over it after later steps.
-                self._position = max(self._position, (epoch, step))
+                self._pass(epoch, step)
 
         check_current()
-        plan, batches, issued = self.plan, load_batches(self.dataloader), self._batch_sampler.issued
+        plan, batches, issued = self._batch_sampler.plan, load_batches(self.dataloader), self._batch_sampler.issued
         self._end_workers = _closing(batches)
-        for number in range(start_step, len(self)):
-            shares = _shares(plan.micro_batches_in(number), world_size)
+        steps = plan.steps_in(epoch)
+        for number in range(start_step, steps):
+            shares = _shares(len(plan.sizes(epoch, number)), world_size)
             size = shares[rank]
             again = functools.partial(self._load_again, epoch, number, world_size)
             step = Step(epoch, number, size, load_next, shares, plan.seed_after(epoch, number), plan, again)
@@ -212,14 +286,39 @@ class Loader:
         advance(epoch + 1, 0)
         batches.close()  # a step that the script keeps would keep the workers alive
 
+    def _steps_of_stream(
+        self, stream: StreamSteps, epoch: int, start_step: int, rank: int, world_size: int
+    ) -> Iterator[Step]:
+        def advance(epoch: int, step: int) -> None:
+            self._pass(epoch, step)
+            stream.keep_from(self._position)
+
+        for step in stream.steps(epoch, start_step, rank, world_size):
+            step.on_end = functools.partial(advance, epoch, step.number + 1)
+            yield step
+            mark_progress()
+            advance(epoch, step.number + 1)
+        advance(epoch + 1, 0)
+
+    def _steps_in(self, epoch: int) -> int | None:
+        """Return the steps of an epoch; None: they are known when the stream ends."""
+        return self.plan.steps_per_epoch if isinstance(self.plan, StreamPlan) else self.plan.steps_in(epoch)
+
+    def _pass(self, epoch: int, step: int) -> None:
+        """Let the position be at this step of this epoch, or at the next epoch after the last step of an epoch."""
+        if epoch > self._position[0]:
+            self._before += self._position[1]
+        self._position = max(self._position, (epoch, step))
+
     def _load_again(self, epoch: int, step: int, world_size: int, rank: int, number: int) -> LoadedMicroBatch:
         """Return a micro-batch of any rank, loaded beside the others: the position and the workers do not change.
 
         If the loader has workers, one more loads it and ends. What a data set opens at its first sample, for example a
         file, must not be open in this process when it forks the next workers.
         """
-        micro = self.plan.step(epoch, step, rank, world_size)[number]
-        indices = _seeded(self.plan, epoch, micro)
+        plan = self._batch_sampler.plan
+        micro = plan.step(epoch, step, rank, world_size)[number]
+        indices = _seeded(plan, epoch, micro)
         like = self.dataloader
         dataloader: DataLoader[Any] = DataLoader(
             like.dataset,
@@ -270,60 +369,11 @@ class ShardSampler(Sampler[int]):
         return len(self.indices)
 
 
-def _continued(plan: BatchPlan, saved: dict[str, Any], epoch: int, step: int) -> tuple[int, int] | None:
-    """Return the position in a plan that has more samples than the saved one, and begins with the same steps.
-
-    None if it is no such plan. A shuffled order of more samples is another order from its first step on, and so is
-    every epoch after the first.
-    """
-    before = saved.get("num_samples")
-    if type(before) is not int or not 0 <= before < plan.num_samples or plan.shuffle:
-        return None
-    if {**dataclasses.asdict(plan), "num_samples": before} != saved:
-        return None
-    old_steps = dataclasses.replace(plan, num_samples=before).steps_per_epoch
-    done = old_steps if (epoch, step) == (1, 0) else step
-    if (epoch, step) != (1, 0) and (epoch != 0 or not 0 <= step <= old_steps):
-        return None
-    return (0, done) if done * plan.global_batch <= before else None  # a short step would have been longer
-
-
-def check_world_size(plan: BatchPlan, world_size: int) -> None:
-    """Check that every rank has a micro-batch in a full step.
-
-    Raises:
-        ValueError: there are more ranks than micro-batches in a step.
-    """
-    if world_size > plan.micro_batches_per_step:
-        raise ValueError(
-            f"there are {world_size} ranks but only {plan.micro_batches_per_step} micro-batches in a step (global "
-            f"batch {plan.global_batch}, micro-batch {plan.micro_batch}), so some ranks would never have work. Start "
-            f"at most {plan.micro_batches_per_step} processes, or make the micro-batch smaller"
-        )
-
-
-def check_even_shares(plan: BatchPlan, world_size: int) -> None:
-    """Check that all ranks have equally many micro-batches in every step.
-
-    Raises:
-        ValueError: in some step a rank has more micro-batches than another.
-    """
-    for step in {0, plan.steps_per_epoch - 1} if plan.steps_per_epoch else ():  # the steps between are like the first
-        count = plan.micro_batches_in(step)
-        if count % world_size:
-            raise ValueError(
-                f"step {step} of an epoch has {count} micro-batches (of {plan.samples_in(step)} samples), which "
-                f"{world_size} ranks cannot share evenly, but the model has synchronised batch norms, which every rank "
-                f"must run equally often. Start another number of processes, change the batch sizes, or leave out the "
-                f"short last step with drop_last=True"
-            )
-
-
 class _MicroBatchSampler:
     """The batch sampler of the DataLoader: a rank's micro-batches of an epoch. It records each that it issues."""
 
-    def __init__(self, plan: BatchPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.run = 0  # the number of the current iterator; an iterator with another number has ended
         self.issued: deque[MicroBatch] = deque()
         self._range = (0, 0, 0, 1)
@@ -336,13 +386,13 @@ class _MicroBatchSampler:
     def __iter__(self) -> Iterator[SeededIndices]:
         epoch, start_step, rank, world_size = self._range
         issued = self.issued
-        for step in self._plan.steps(epoch, start_step, None, rank, world_size):
+        for step in self.plan.steps(epoch, start_step, None, rank, world_size):
             for micro in step:
                 issued.append(micro)
-                yield _seeded(self._plan, epoch, micro)
+                yield _seeded(self.plan, epoch, micro)
 
 
-def _seeded(plan: BatchPlan, epoch: int, micro: MicroBatch) -> SeededIndices:
+def _seeded(plan: Plan, epoch: int, micro: MicroBatch) -> SeededIndices:
     return SeededIndices(micro.samples.tolist(), micro.seed + 1, plan.sample_seeds(epoch, micro.position))
 
 

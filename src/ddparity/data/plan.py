@@ -1,37 +1,31 @@
 """The plan: which samples each step, micro-batch and rank gets. It depends only on the seed, the epoch and the step.
 
-A plan cuts an epoch into steps and micro-batches, and gives each rank a contiguous share of them. The order of the
-samples is a keyed permutation of range(num_samples), which is computed at the positions that are needed.
+A plan cuts an epoch into steps and micro-batches, and gives each rank a contiguous share of them. `Plan` says what a
+plan must give, and has the rest. `BatchPlan` is the usual one: its order is a keyed permutation of range(num_samples),
+which is computed at the positions that are needed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
-import math
 import operator
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .permutation import permute
 from .rng import derive_seed, numbered_seed
 
 # How many samples of a rank `BatchPlan.steps` computes at once: they take 80 kB during the computation.
 _SAMPLES_AT_ONCE = 4096
-
-# Constants of the permutation. They are 0-d arrays, because NumPy computes with 0-d and 1-element arrays in two thirds
-# of the time that it needs for its scalars.
-_ODD_1 = np.array(0x9E3779B97F4A7C15, np.uint64)
-_ODD_2 = np.array(0xD6E8FEB86659FD93, np.uint64)
-_HALF = np.array(32, np.uint64)
-_HEADROOM = np.array(16, np.uint64)
-_ROUNDS = 6
-# Up to this size `permute` sorts random keys: it takes less than 20 µs and makes every permutation equally likely. A
-# Feistel network over so few values would be measurably less random.
-_SORTED = 1024
+_STEP_POSITIONS = 32  # bits: in a `Plan`, the sample at place p of step s has the position s * 2**32 + p
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +37,7 @@ class MicroBatch:
         samples: 1-D int64 data-set indices.
         seed: the seed of its random streams; `seed + 1` is the seed while it is loaded.
         weight: its share of the step's samples.
-        position: where in the epoch its first sample is; the others follow.
+        position: a number of its first sample that no other sample of the epoch has; the others have the next numbers.
     """
 
     index: int
@@ -53,8 +47,150 @@ class MicroBatch:
     position: int
 
 
+class Plan(Protocol):
+    """Say which samples each step consumes. Derive your own plan from this class, and write what it lacks.
+
+    A plan must be a function of its arguments alone: the same on every rank, in every process, and when it is asked
+    again. Everything else follows from that: any number of ranks and workers, and a training that continues at any
+    step. `ddparity.testing.check_plan(plan)` checks it.
+
+    You write:
+
+    - `steps_per_epoch`: the steps of an epoch, 0 or more.
+    - `micro_batches_per_step`: the largest number of micro-batches that a step has, 1 or more. More ranks are refused.
+    - `sizes(epoch, step)`: how many samples each micro-batch of the step has, over all ranks; each 1 or more. It should
+      take time that does not grow with `step`, since a training continues at a step by asking for it.
+    - `samples(epoch, step, start, stop)`: the data-set indices at the places from `start` to before `stop` in the step,
+      as a 1-D int64 array. A rank asks only for its own. An index may come up again, in the same step or later.
+
+    You may write:
+
+    - `seed`: the random streams of loading and of the model depend on it. Default 0.
+    - `length`: the number of samples of the data set, which a `Loader` compares. Default None: any.
+    - `steps_in(epoch)`: the steps of this epoch, if epochs differ. Default `steps_per_epoch`.
+    - `description(epoch)`: what ranks compare before an epoch, and a checkpoint before it continues. Default: the
+      fields of a dataclass; of arrays and lists a digest, of functions the name.
+
+    You need not write the others: `step` and `steps` give each rank a contiguous share of the micro-batches, whose
+    numbers differ by at most one. A micro-batch has the seed of its epoch, step and number, and a weight by its size.
+
+    A plan is picklable if its fields are. Make it a frozen dataclass; compare by identity (`eq=False`) if it has an
+    array.
+
+    Collectives: none.
+
+    Example: classes in turn, so that each micro-batch has as many of one as of the other.
+        >>> @dataclass(frozen=True)
+        ... class InTurn(Plan):
+        ...     per_class: int
+        ...     seed: int = 0
+        ...     steps_per_epoch = property(lambda self: self.per_class // 2)
+        ...     micro_batches_per_step = 2
+        ...     def sizes(self, epoch, step):
+        ...         return [2, 2]
+        ...     def samples(self, epoch, step, start, stop):
+        ...         turns, classes = np.divmod(np.arange(4 * step + start, 4 * step + stop), 2)
+        ...         return permute(turns, self.per_class, self.seed, epoch) + classes * self.per_class
+        >>> [len(micro.samples) for micro in InTurn(per_class=50).step(epoch=0, step=3)]
+        [2, 2]
+    """
+
+    @property
+    def seed(self) -> int:
+        return 0
+
+    @property
+    def length(self) -> int | None:
+        return None
+
+    @property
+    @abstractmethod
+    def steps_per_epoch(self) -> int: ...
+    @property
+    @abstractmethod
+    def micro_batches_per_step(self) -> int: ...
+    @abstractmethod
+    def sizes(self, epoch: int, step: int) -> Sequence[int]: ...
+    @abstractmethod
+    def samples(self, epoch: int, step: int, start: int, stop: int) -> NDArray[np.int64]: ...
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of steps of an epoch."""
+        return self.steps_per_epoch
+
+    def step(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:
+        """Return the micro-batches of `rank` in `step` of `epoch`.
+
+        The list is empty if the step has fewer micro-batches than there are ranks and this rank gets none.
+
+        Raises:
+            IndexError: the epoch has no such step.
+            ValueError: `rank` is not in a world of `world_size`.
+        """
+        steps = self.steps_in(epoch)
+        if not 0 <= step < steps:
+            raise IndexError(f"step {step} is not in the plan: an epoch has {steps} steps, from 0")
+        return next(self.steps(epoch, step, step + 1, rank, world_size))
+
+    def steps(
+        self, epoch: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[list[MicroBatch]]:
+        """Yield what `step` returns for each step from `start` to before `stop`; None: to the end of the epoch."""
+        steps = self.steps_in(epoch)
+        for step in range(start, steps if stop is None else min(stop, steps)):
+            sizes = self.sizes(epoch, step)
+            places = list(itertools.accumulate(sizes, initial=0))
+            mine = share(len(sizes), rank, world_size)
+            first, last = places[mine.start], places[mine.stop]
+            samples = self.samples(epoch, step, first, last) if mine else np.empty(0, np.int64)
+            yield [
+                MicroBatch(
+                    index,
+                    samples[places[index] - first : places[index + 1] - first],
+                    self._seed(epoch, step, index),
+                    sizes[index] / places[-1],
+                    (step << _STEP_POSITIONS) + places[index],
+                )
+                for index in mine
+            ]
+
+    def seed_after(self, epoch: int, step: int) -> int:
+        """Return the seed of the random streams between a step and the next; it is the same on every rank."""
+        return self._seed(epoch, step, self.micro_batches_per_step)
+
+    def sample_seeds(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return the key and the number of the seed of the sample at this position of an epoch; see `numbered_seed`.
+
+        The samples at the following positions have the following numbers.
+        """
+        step, place = divmod(position, 1 << _STEP_POSITIONS)
+        return derive_seed(self.seed, "samples", epoch, step), place
+
+    def description(self, epoch: int | None = None) -> dict[str, Any]:
+        """Return plain values that are equal if the steps are: of the plan, and with `epoch` also of that epoch."""
+        fields: Sequence[dataclasses.Field[Any]] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        return {"kind": type(self).__name__, **{one.name: _plain(getattr(self, one.name)) for one in fields}}
+
+    def _seed(self, epoch: int, step: int, micro_batch: int) -> int:
+        return numbered_seed(_epoch_key(self.seed, epoch), step * (self.micro_batches_per_step + 1) + micro_batch)
+
+
+def check_plan_methods(plan: Any) -> None:
+    """Check that a plan has what `Plan` asks for.
+
+    Raises:
+        TypeError: something is missing; the message names it.
+    """
+    names = [name for name in vars(Plan) if not name.startswith("_")]
+    if missing := [name for name in names if not hasattr(plan, name)]:
+        raise TypeError(
+            f"the plan is a {type(plan).__name__} without {', '.join(missing)}: derive its class from ddparity.Plan, "
+            f"which says what a plan must have"
+        )
+
+
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchPlan(Plan):
     """Cut a data set into global batches and micro-batches, in the same way for every world size.
 
     A step consumes `global_batch` samples in the fewest micro-batches that hold them, ceil(samples / micro_batch),
@@ -89,12 +225,11 @@ class BatchPlan:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 0), ("global_batch", 1), ("micro_batch", 1)):
-            value = checked_integer(getattr(self, name), name)
-            object.__setattr__(self, name, value)
-            if value < least:
-                raise ValueError(f"BatchPlan({name}={value}): must be at least {least}")
-        object.__setattr__(self, "seed", checked_integer(self.seed, "seed"))
+        check_sizes(self, num_samples=0, global_batch=1, micro_batch=1)
+
+    @property
+    def length(self) -> int:
+        return self.num_samples
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,17 +258,15 @@ class BatchPlan:
             raise IndexError(f"step {step} is not in the plan: an epoch has {self.steps_per_epoch} steps, from 0")
         return min(self.global_batch, self.num_samples - step * self.global_batch)
 
-    def step(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:
-        """Return the micro-batches of `rank` in `step` of `epoch`.
+    def sizes(self, epoch: int, step: int) -> tuple[int, ...]:
+        """Return the number of samples of each micro-batch of `step`, over all ranks."""
+        return cut_sizes(self.samples_in(step), self.micro_batch)
 
-        The list is empty if the step has fewer micro-batches than there are ranks and this rank gets none.
-
-        Raises:
-            IndexError: the epoch has no such step.
-            ValueError: `rank` is not in a world of `world_size`.
-        """
-        self.samples_in(step)  # raises IndexError
-        return next(self.steps(epoch, step, step + 1, rank, world_size))
+    def samples(self, epoch: int, step: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the data-set indices at the places from `start` to before `stop` of a step."""
+        first = step * self.global_batch
+        positions = np.arange(first + start, first + stop, dtype=np.int64)
+        return permute(positions, self.num_samples, self.seed, "order", epoch) if self.shuffle else positions
 
     def steps(
         self, epoch: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
@@ -198,6 +331,21 @@ def share(count: int, rank: int, world_size: int) -> range:
     return range(_part_start(count, rank, world_size), _part_start(count, rank + 1, world_size))
 
 
+def check_sizes(plan: Any, **least: int) -> None:
+    """Make the named fields of a frozen plan, and its seed, integers of Python.
+
+    Raises:
+        TypeError: one is not an integer.
+        ValueError: one is below its least value.
+    """
+    for name, bound in least.items():
+        value = checked_integer(getattr(plan, name), name)
+        object.__setattr__(plan, name, value)
+        if value < bound:
+            raise ValueError(f"{type(plan).__name__}({name}={value}): must be at least {bound}")
+    object.__setattr__(plan, "seed", checked_integer(plan.seed, "seed"))
+
+
 def checked_integer(value: object, name: str) -> int:
     """Return `value` as an int.
 
@@ -210,38 +358,43 @@ def checked_integer(value: object, name: str) -> int:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give an integer") from None
 
 
-def permute(positions: NDArray[np.int64], n: int, *key: int | str) -> NDArray[np.int64]:
-    """Return the elements at `positions` of the permutation of range(n) that `key` names.
-
-    It is a Feistel network over Z_a x Z_b, with a and b near the square root of n. The few values from n to a*b are
-    put through the network again (cycle walking). So it needs constant memory, and gives the same result on every
-    machine and with every version of NumPy. n may be up to 2**62.
-
-    Args:
-        positions: 1-D int64, each at least 0 and less than n.
-
-    Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
-
-    Example:
-        >>> sorted(permute(np.arange(5), 5, "epoch", 0).tolist())
-        [0, 1, 2, 3, 4]
-    """
-    if n <= _SORTED:
-        words = _sort_keys(np.arange(n, dtype=np.uint64), _round_keys(*key))
-        return np.argsort(words, kind="stable")[positions]
-    keys = _round_keys(*key)
-    a, b = _factors(n)
-    values = _feistel(positions.astype(np.uint64), a, b, keys)
-    # The network is a permutation of range(a * b), so repeating it on a value from n on ends at a value below n.
-    while values.max(initial=0) >= n:
-        outside = np.flatnonzero(values >= n)
-        values[outside] = _feistel(values[outside], a, b, keys)
-    return values.view(np.int64)
-
-
 @functools.lru_cache(maxsize=16)
 def _series_key(seed: int) -> int:
     return derive_seed(seed, "micro-batches")
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_key(seed: int, epoch: int) -> int:
+    return derive_seed(seed, "micro-batches", epoch)
+
+
+@functools.lru_cache(maxsize=64)
+def cut_sizes(samples: int, micro_batch: int) -> tuple[int, ...]:
+    """Return the sizes of the fewest micro-batches that hold so many samples; they differ by at most one."""
+    count = -(-samples // micro_batch)
+    return tuple(_part_start(samples, part + 1, count) - _part_start(samples, part, count) for part in range(count))
+
+
+def digest(value: Any) -> str:
+    """Return a digest of the bytes of an array, and of its dtype and shape."""
+    array = np.ascontiguousarray(value)
+    about = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.blake2b(about + array.tobytes(), digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return a field of a plan as a plain value that is equal in every process."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, tuple, np.ndarray)) or hasattr(value, "__array__"):
+        return digest(np.asarray(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return repr({one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)})
+    named = getattr(value, "func", value)  # of a functools.partial
+    named = named if hasattr(named, "__qualname__") else type(named)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @functools.lru_cache(maxsize=16)
@@ -266,51 +419,3 @@ def _part_start(count: int, part: int, parts: int) -> int:
     """Return where part `part` begins if range(count) is cut into `parts` parts, larger ones first."""
     size, larger = divmod(count, parts)
     return part * size + min(part, larger)
-
-
-@functools.lru_cache(maxsize=16)
-def _factors(n: int) -> tuple[int, int]:
-    """Return a and b near the square root of n with the least product of at least n, so that few values are outside."""
-    root = math.isqrt(n - 1) + 1
-    return min(((a, -(-n // a)) for a in range(root, max(root // 2, root - 256), -1)), key=lambda ab: ab[0] * ab[1])
-
-
-def _round_keys(*key: int | str) -> list[NDArray[np.uint64]]:
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8 * _ROUNDS).digest()
-    words = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-    return [words[number : number + 1] for number in range(_ROUNDS)]
-
-
-def _feistel(values: NDArray[np.uint64], a: int, b: int, keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Return a keyed permutation of range(a * b) at `values`."""
-    height, width = np.array(a, np.uint64), np.array(b, np.uint64)
-    left, right = np.divmod(values, width)
-    words = np.empty_like(left)
-    for number in range(0, _ROUNDS, 2):
-        left += _mixed(right, keys[number], words)
-        left %= height
-        right += _mixed(left, keys[number + 1], words)
-        right %= width
-    left *= width
-    left += right
-    return left
-
-
-def _mixed(half: NDArray[np.uint64], key: NDArray[np.uint64], out: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return a word of 48 bits for each value (multiply, xor-shift, multiply); a half plus a word cannot overflow."""
-    np.add(half, key, out=out)
-    np.multiply(out, _ODD_1, out=out)
-    np.bitwise_xor(out, np.right_shift(out, _HALF), out=out)
-    np.multiply(out, _ODD_2, out=out)
-    return np.right_shift(out, _HEADROOM, out=out)
-
-
-def _sort_keys(values: NDArray[np.uint64], keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Return a 64-bit sort key for each value, unrelated between values and between `keys`."""
-    words = values * _ODD_1
-    for key in keys[:4]:
-        words += key
-        words ^= words >> _HALF
-        words *= _ODD_2
-    words ^= words >> _HALF
-    return words

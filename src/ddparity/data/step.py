@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+from .plan import Plan
 from .rng import seed_streams
+from .stream import StreamPlan
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class Step(Sequence[LoadedMicroBatch]):
         load_next: Callable[[], LoadedMicroBatch],
         shares: tuple[int, ...],
         seed: int,
-        plan: object = None,
+        plan: Plan | StreamPlan | None = None,
         load_again: Callable[[int, int], LoadedMicroBatch] | None = None,
     ) -> None:
         self.epoch = epoch

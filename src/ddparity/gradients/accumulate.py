@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -268,9 +267,8 @@ def _agree(
         values["the kind of batches"] = "foreign batches"
     else:
         values |= {"the kind of batches": "a Loader's step", "the epoch": step.epoch, "the step": step.number}
-        if dataclasses.is_dataclass(step.plan):
-            for field in dataclasses.fields(step.plan):
-                values[f"the plan's {field.name}"] = repr(getattr(step.plan, field.name))
+        if step.plan is not None:
+            values |= {f"the plan's {name}": repr(value) for name, value in step.plan.description(step.epoch).items()}
     with agreed("accumulate()", group) as agreement:
         assert agreement is not None, "a group of several ranks"
         agreement.all_same(values)

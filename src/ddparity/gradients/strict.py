@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..comm.allreduce import copies_of_ranks, exchange, gathers
+from ..compat import grad_dtype
 
 Gradients = list[Tensor | None]  # of one or several micro-batches, one entry a parameter
 
@@ -103,7 +104,7 @@ class StrictReduction:
         sums: Gradients = [None] * len(self._parameters)
 
         def kind(index: int) -> tuple[str, str]:
-            return str(self._parameters[index].dtype), str(self._parameters[index].device)
+            return str(grad_dtype(self._parameters[index])), str(self._parameters[index].device)
 
         own = [gradients for _, gradients in self._tree.nodes]
         self._tree.nodes.clear()
@@ -120,12 +121,13 @@ class StrictReduction:
     def _summed(self, parameters: list[nn.Parameter], rows: list[Gradients], group: dist.ProcessGroup) -> Gradients:
         """Return the tree's sums of parameters of one kind; `rows`: their gradients in each of this rank's subtrees."""
         sizes = [len(parameters)] + [parameter.numel() for parameter in parameters]
-        aligned = [_aligned(size, parameters[0].element_size()) for size in sizes]
+        like = parameters[0].new_empty(0, dtype=grad_dtype(parameters[0]))
+        aligned = [_aligned(size, like.element_size()) for size in sizes]
         most = max(map(len, self._nodes))
-        if gathers(most * sum(aligned), parameters[0], group):
-            total = self._gathered(parameters, rows, aligned, most, group)
+        if gathers(most * sum(aligned), like, group):
+            total = self._gathered(parameters, like, rows, aligned, most, group)
         else:
-            total = self._sliced(parameters, rows, aligned, group)
+            total = self._sliced(parameters, like, rows, aligned, group)
         parts = total[: sum(aligned)].split(aligned)
         exists, *values = [part[:size] for part, size in zip(parts, sizes, strict=True)]
         return [
@@ -136,13 +138,14 @@ class StrictReduction:
     def _gathered(
         self,
         parameters: list[nn.Parameter],
+        like: Tensor,
         rows: list[Gradients],
         aligned: list[int],
         most: int,
         group: dist.ProcessGroup,
     ) -> Tensor:
         """Finish the whole tree on every rank: more bytes than with slices, but one wait instead of two."""
-        own = parameters[0].new_empty(most, sum(aligned))
+        own = like.new_empty(most, sum(aligned))
         for row in range(len(rows)):
             _flatten(parameters, rows, row, aligned, own[row])
         own[len(rows) :] = 0.0
@@ -150,12 +153,17 @@ class StrictReduction:
         return self._tree_sum(copies[rank, row] for rank, nodes in enumerate(self._nodes) for row in range(len(nodes)))
 
     def _sliced(
-        self, parameters: list[nn.Parameter], rows: list[Gradients], aligned: list[int], group: dist.ProcessGroup
+        self,
+        parameters: list[nn.Parameter],
+        like: Tensor,
+        rows: list[Gradients],
+        aligned: list[int],
+        group: dist.ProcessGroup,
     ) -> Tensor:
         """Finish the tree for one slice on each rank, and send the slice to the others."""
         rank, world_size, width = dist.get_rank(group), len(self._nodes), sum(aligned)
         piece = -(-width // world_size)
-        own = parameters[0].new_empty(world_size, len(rows), piece)
+        own = like.new_empty(world_size, len(rows), piece)
         for row in range(len(rows)):
             flat = own.new_empty(world_size * piece) if len(rows) > 1 else own.view(-1)
             _flatten(parameters, rows, row, aligned, flat[:width])
@@ -208,7 +216,7 @@ def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, al
     padding = out.new_zeros(_ALIGNED_BYTES // out.element_size())
     pieces: list[Tensor] = []
     values = [
-        _nothing(parameter) if gradient is None else gradient.reshape(-1)
+        _nothing(parameter.numel(), out) if gradient is None else gradient.reshape(-1)
         for parameter, gradient in zip(parameters, gradients, strict=True)
     ]
     for value, size in zip([exists.to(out), *values], aligned, strict=True):
@@ -219,10 +227,9 @@ def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, al
     rows[row] = []
 
 
-def _nothing(parameter: nn.Parameter) -> Tensor:
+def _nothing(size: int, like: Tensor) -> Tensor:
     """Return what does not change the bits of a sum, in both parts of complex numbers."""
-    value = complex(_NOTHING, _NOTHING) if parameter.is_complex() else _NOTHING
-    return parameter.new_full((parameter.numel(),), value)
+    return like.new_full((size,), complex(_NOTHING, _NOTHING) if like.is_complex() else _NOTHING)
 
 
 def _aligned(size: int, element_size: int) -> int:
@@ -235,7 +242,7 @@ def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return a gradient with the parameter's memory layout, as autograd makes one: the bits of a norm depend on it."""
     if parameter.is_contiguous():
         return value.view_as(parameter)
-    return torch.empty_like(parameter).copy_(value.view_as(parameter))
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value.view_as(parameter))
 
 
 def sparse_refusal(name: str) -> str:

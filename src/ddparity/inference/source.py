@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..comm.transfer import gather_json
+from ..compat import hide_worker
 from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
 from ..data.plan import checked_integer, share
 from ..data.rng import derive_seed, numbered_seed, seed_streams
@@ -248,13 +250,12 @@ def is_stream(dataset: Any) -> bool:
     """Return whether a data set can only be iterated, and can be cut into a fixed number of shards.
 
     It has `num_shards` (or `n_shards`), and `shard(num_shards=n, index=i)` returns shard i, as
-    datasets.IterableDataset does. The shards in order are the whole.
+    datasets.IterableDataset does; or it is a function `stream(reader, readers, epoch)`, as a `Loader` takes, with an
+    attribute `num_shards`. The shards in order are the whole.
     """
-    return (
-        (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"))
-        and callable(getattr(dataset, "shard", None))
-        and isinstance(_shards_of(dataset), int)
-    )
+    shards = callable(getattr(dataset, "shard", None)) or inspect.isfunction(dataset)
+    iterable = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    return iterable and shards and isinstance(_shards_of(dataset), int)
 
 
 def _shards_of(dataset: Any) -> Any:
@@ -337,10 +338,15 @@ class _Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         worker = get_worker_info()
         mine = self._shards if worker is None else self._shards[worker.id :: worker.num_workers]
+        if worker is not None:
+            hide_worker()  # streams would share out their samples among workers once more
         for shard in mine:
             start = shard * _SHARD_SAMPLES
             try:
-                samples = iter(self.dataset.shard(num_shards=self._count, index=shard))
+                if inspect.isfunction(self.dataset):
+                    samples = iter(self.dataset(shard, self._count, 0))
+                else:
+                    samples = iter(self.dataset.shard(num_shards=self._count, index=shard))
             except Exception as error:
                 raise SampleError(
                     f"the data set failed to give shard {shard}: {type(error).__name__}: {error}"

@@ -20,8 +20,9 @@ from ..batchnorm import SyncBatchNorm
 from ..checkpoint.fingerprint import fingerprint
 from ..compat import unwrapped
 from ..data.dataset import sized_length
-from ..data.loader import Loader, check_even_shares
-from ..data.plan import share
+from ..data.fitting import check_even_shares
+from ..data.loader import Loader
+from ..data.plan import BatchPlan, share
 from ..data.step import LoadedMicroBatch, Step
 from ..gradients.replica import Reduction
 from ..gradients.replicate import replicate
@@ -157,9 +158,11 @@ def _has_sync_batchnorm(net: nn.Module) -> bool:
 
 def _steps(loader: Loader, count: int) -> Iterator[Step]:
     """Yield the first `count` steps, from as many epochs as they need."""
+    plan = loader.plan
+    assert isinstance(plan, BatchPlan), "a Task's plan"
     if len(loader) == 0:
         raise ValueError(
-            f"the training set of {loader.plan.num_samples} samples has no full step of {loader.plan.global_batch}, "
+            f"the training set of {plan.num_samples} samples has no full step of {plan.global_batch}, "
             f"and drop_last=True drops the short one: give more samples, or drop_last=False"
         )
     epoch = done = 0

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..data.loader import check_world_size
+from ..data.fitting import check_world_size
 from ..data.plan import BatchPlan, checked_integer
 
 Split = Literal["train", "test"]

@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import convert_sync_batchnorm, synchronises
 from ..checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint.fingerprint import fingerprint
-from ..data.loader import Loader, check_even_shares
+from ..data.fitting import check_even_shares
+from ..data.loader import Loader
+from ..data.plan import BatchPlan
 from ..data.rng import seed_everything
 from ..data.step import LoadedMicroBatch, Step
 from ..gradients.accumulate import accumulate
@@ -221,6 +223,7 @@ def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
 def _steps_and_samples(loader: Loader) -> tuple[int, int]:
     """Return how many steps and samples are done, over all epochs."""
     plan, (epoch, step) = loader.plan, loader.position
+    assert isinstance(plan, BatchPlan), "a Task's plan"
     in_epoch = min(plan.num_samples, len(loader) * plan.global_batch)
     return epoch * len(loader) + step, epoch * in_epoch + min(step * plan.global_batch, in_epoch)
 
