@@ -15,6 +15,7 @@ from .data.step import LoadedMicroBatch, Step
 from .data.stream import StreamPlan
 from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError, WrongArithmetic
 from .gradients.accumulate import accumulate
+from .gradients.batch_loss import backward_over_batch
 from .gradients.replicate import replicate
 from .inference.predict import Predictor, predict
 from .inference.reading import read_predictions
@@ -54,6 +55,7 @@ __all__ = [
     "WrongArithmetic",
     "accumulate",
     "audit",
+    "backward_over_batch",
     "convert_sync_batchnorm",
     "fingerprint",
     "first",

@@ -1,0 +1,174 @@
+"""Losses over the whole batch: exact on any number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import ddparity as dp
+from tests.ranks import outcomes, run_ranks
+
+DATA = torch.randn(20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _info_nce(rows: torch.Tensor) -> torch.Tensor:
+    a, b = F.normalize(rows[:, :3], dim=1), F.normalize(rows[:, 3:], dim=1)
+    return F.cross_entropy(a @ b.T * 5, torch.arange(len(rows)))
+
+
+def _triplet(rows: torch.Tensor) -> torch.Tensor:
+    """Hardest positive and hardest negative of each sample."""
+    labels = torch.arange(len(rows)) % 3
+    same = labels[:, None] == labels
+    distances = (rows[:, None] - rows).square().sum(2)
+    positive = distances.masked_fill(~same, -1).amax(1)
+    negative = distances.masked_fill(same, torch.inf).amin(1)
+    return F.relu(positive - negative + 1).mean()
+
+
+def _barlow(rows: torch.Tensor) -> torch.Tensor:
+    a, b = rows[:, :3], rows[:, 3:]
+    a, b = ((one - one.mean(0)) / one.std(0) for one in (a, b))
+    return (a.T @ b / len(rows) - torch.eye(3, dtype=rows.dtype)).square().sum()
+
+
+LOSSES = {"InfoNCE": _info_nce, "triplet": _triplet, "Barlow Twins": _barlow}
+
+
+def _net(kind: str = "plain") -> nn.Module:
+    torch.manual_seed(3)
+    middle = [nn.BatchNorm1d(8), nn.Dropout(0.3)] if kind != "plain" else []
+    return nn.Sequential(nn.Linear(6, 8), *middle, nn.Tanh(), nn.Linear(8, 6)).double()
+
+
+def _embed(model: Any, data: Any) -> Any:
+    return model(data)
+
+
+def _steps(seed: int = 0) -> dp.Loader:
+    # Steps of two, two and one micro-batches.
+    return dp.Loader(list(DATA), dp.BatchPlan(20, global_batch=8, micro_batch=4, seed=seed))
+
+
+def _trained(loss: str, kind: str, reduction: Any) -> Any:
+    model = dp.replicate(_net(kind), reduction=reduction)
+    losses, gradients = [], []
+    for step in _steps().epoch(0):
+        losses.append(dp.backward_over_batch(model, step, _embed, LOSSES[loss]))
+        gradients.append([one.grad.clone() for one in model.parameters()])
+        model.zero_grad()
+    # After them, streams and buffers are as on any number of ranks.
+    buffers = [one.clone() for one in model.buffers()]
+    return losses, gradients, buffers, torch.rand(1)
+
+
+def _reference(loss: str, kind: str) -> Any:
+    """The same micro-batches with all graphs at once, in one process."""
+    model = _net(kind)
+    losses, gradients = [], []
+    for step in _steps().epoch(0):
+        value = LOSSES[loss](torch.cat([model(micro.data) for micro in step]))
+        value.backward()
+        losses.append(value.detach())
+        gradients.append([one.grad.clone() for one in model.parameters()])
+        model.zero_grad()
+    return losses, gradients, [one.clone() for one in model.buffers()]
+
+
+@pytest.mark.parametrize("kind", ["plain", "noisy"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradients_are_those_of_one_big_batch(world_size: int, kind: str) -> None:
+    """The last step has one micro-batch, so other ranks have none; of three ranks one has none in each step."""
+    for losses, gradients, buffers in run_ranks(_all_losses, world_size, kind, "fast"):
+        for loss, *found in zip(LOSSES, losses, gradients, buffers, strict=True):
+            torch.testing.assert_close(tuple(found), _reference(loss, kind), rtol=1e-12, atol=1e-12)
+
+
+def _all_losses(kind: str, reduction: str) -> Any:
+    return list(zip(*[_trained(loss, kind, reduction)[:3] for loss in LOSSES], strict=True))
+
+
+def _strict() -> Any:
+    return [_trained(loss, "noisy", "strict") for loss in LOSSES]
+
+
+def test_strict_bits_do_not_depend_on_the_number_of_processes() -> None:
+    one = run_ranks(_strict, 1)[0]
+    for world_size in (2, 3):
+        for found in run_ranks(_strict, world_size):
+            torch.testing.assert_close(found, one, rtol=0, atol=0)
+
+
+def _foreign() -> Any:
+    net = _net("noisy")
+    scale = net.register_parameter("scale", nn.Parameter(torch.ones((), dtype=torch.float64)))
+    outside = nn.Parameter(torch.ones((), dtype=torch.float64))
+    model = dp.replicate(net)
+    scale = model.module.scale if hasattr(model, "module") else model.scale
+    batches = list(DATA[:12].split([4, 3, 5]))
+    if dist.is_initialized() and dist.get_world_size() == 2:
+        batches = [batches[:2], batches[2:]][dist.get_rank()]
+    torch.manual_seed(7)
+    value = dp.backward_over_batch(model, batches, _embed, lambda rows: _info_nce(rows * scale[None]) * outside)
+    return value, [one.grad for one in model.parameters()], outside.grad
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parameters_of_the_loss_and_foreign_batches(world_size: int) -> None:
+    for value, gradients, outside in run_ranks(_foreign, world_size):
+        torch.testing.assert_close(outside, value)
+        assert all(one is not None for one in gradients)
+
+
+def _collectives() -> Any:
+    model = dp.replicate(_net())
+    counts = {}
+    loader = _steps()
+    for step in (step for epoch in range(2) for step in loader.epoch(epoch)):
+        if len(step.shares) == 2 and 0 in step.shares:
+            dp.backward_over_batch(model, step, _embed, _barlow)
+            continue
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            dp.backward_over_batch(model, step, _embed, _barlow)
+        counts = {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
+        model.zero_grad()
+    return counts
+
+
+def test_three_collectives_a_step() -> None:
+    """One of numbers, one of the rows, one of the gradients."""
+    assert run_ranks(_collectives, 2) == [{"gloo:all_to_all": 3}] * 2
+
+
+def _wrong(fault: str) -> None:
+    model = dp.replicate(_net())
+    embed, loss = _embed, _barlow
+    if fault == "rows" and dist.get_rank() == 1:
+        embed = lambda model, data: model(data)[:1]  # noqa: E731
+    elif fault == "kind":
+        embed = lambda model, data: model(data).long()  # noqa: E731
+    elif fault == "scalar":
+        loss = lambda rows: rows  # noqa: E731
+    elif fault == "gradient":
+        loss = lambda rows: rows.detach().sum()  # noqa: E731
+    dp.backward_over_batch(model, next(_steps().epoch(0)), embed, loss)
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("rows", "embed gave 1 rows for 4 samples"),
+        ("kind", "embed gave a tensor of torch.int64"),
+        ("scalar", r"loss gave a tensor of shape (8, 6)"),
+        ("gradient", "without a gradient"),
+    ],
+)
+def test_errors_on_every_rank(fault: str, text: str) -> None:
+    for outcome in outcomes(_wrong, 2, fault):
+        assert outcome.error is not None
+        assert text in outcome.error
