@@ -13,7 +13,7 @@ from torch import nn
 import ddparity as dp
 from tests.ranks import outcomes, run_ranks
 
-DATA = torch.randn(20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+DATA = torch.randn(22, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def _info_nce(rows: torch.Tensor) -> torch.Tensor:
@@ -51,8 +51,8 @@ def _embed(model: Any, data: Any) -> Any:
 
 
 def _steps(seed: int = 0) -> dp.Loader:
-    # Steps of two, two and one micro-batches.
-    return dp.Loader(list(DATA), dp.BatchPlan(20, global_batch=8, micro_batch=4, seed=seed))
+    # Steps of 9, 9 and 4 samples, in 3, 3 and 2 micro-batches.
+    return dp.Loader(list(DATA), dp.BatchPlan(22, global_batch=9, micro_batch=3, seed=seed))
 
 
 def _trained(loss: str, kind: str, reduction: Any) -> Any:
@@ -68,11 +68,13 @@ def _trained(loss: str, kind: str, reduction: Any) -> Any:
 
 
 def _reference(loss: str, kind: str) -> Any:
-    """The same micro-batches with all graphs at once, in one process."""
+    """One big batch; of a noisy net the same micro-batches, with all graphs at once."""
     model = _net(kind)
     losses, gradients = [], []
     for step in _steps().epoch(0):
-        value = LOSSES[loss](torch.cat([model(micro.data) for micro in step]))
+        batches = [micro.data for micro in step] if kind == "plain" else None
+        rows = model(torch.cat(batches)) if batches else torch.cat([model(micro.data) for micro in step])
+        value = LOSSES[loss](rows)
         value.backward()
         losses.append(value.detach())
         gradients.append([one.grad.clone() for one in model.parameters()])
@@ -83,7 +85,7 @@ def _reference(loss: str, kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["plain", "noisy"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gradients_are_those_of_one_big_batch(world_size: int, kind: str) -> None:
-    """The last step has one micro-batch, so other ranks have none; of three ranks one has none in each step."""
+    """Two ranks have uneven shares; of three the last has no micro-batch in the short last step."""
     for losses, gradients, buffers in run_ranks(_all_losses, world_size, kind, "fast"):
         for loss, *found in zip(LOSSES, losses, gradients, buffers, strict=True):
             torch.testing.assert_close(tuple(found), _reference(loss, kind), rtol=1e-12, atol=1e-12)
@@ -105,24 +107,61 @@ def test_strict_bits_do_not_depend_on_the_number_of_processes() -> None:
 
 
 def _foreign() -> Any:
-    net = _net("noisy")
-    scale = net.register_parameter("scale", nn.Parameter(torch.ones((), dtype=torch.float64)))
-    outside = nn.Parameter(torch.ones((), dtype=torch.float64))
-    model = dp.replicate(net)
-    scale = model.module.scale if hasattr(model, "module") else model.scale
+    net = _net()
+    net.register_parameter("scale", nn.Parameter(torch.full((), 2.0, dtype=torch.float64)))
+    outside = nn.Parameter(torch.full((), 3.0, dtype=torch.float64))
     batches = list(DATA[:12].split([4, 3, 5]))
-    if dist.is_initialized() and dist.get_world_size() == 2:
+    model = dp.replicate(net)
+    if dist.is_initialized() and dist.get_world_size() > 1:
         batches = [batches[:2], batches[2:]][dist.get_rank()]
-    torch.manual_seed(7)
-    value = dp.backward_over_batch(model, batches, _embed, lambda rows: _info_nce(rows * scale[None]) * outside)
-    return value, [one.grad for one in model.parameters()], outside.grad
+    loss = lambda rows: _triplet(rows * net.scale) * outside  # noqa: E731
+    value = dp.backward_over_batch(model, batches, _embed, loss)
+    found = [value, outside.grad, *(one.grad.clone() for one in net.parameters())]
+    net.zero_grad()
+    outside.grad = None
+    expected = loss(net(DATA[:12]))
+    expected.backward()
+    return found, [expected.detach(), outside.grad, *(one.grad for one in net.parameters())]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_parameters_of_the_loss_and_foreign_batches(world_size: int) -> None:
-    for value, gradients, outside in run_ranks(_foreign, world_size):
-        torch.testing.assert_close(outside, value)
-        assert all(one is not None for one in gradients)
+    for found, expected in run_ranks(_foreign, world_size):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def _rechecked_under_autocast() -> Any:
+    model = dp.replicate(_net("noisy").float(), recheck_every=1)
+    loader = dp.Loader(list(DATA.float()), dp.BatchPlan(22, global_batch=9, micro_batch=3, seed=0))
+    with torch.autocast("cpu", torch.bfloat16):
+        for step in loader.epoch(0):
+            dp.backward_over_batch(model, step, _embed, lambda rows: _info_nce(rows.float()))
+    return [float(one.grad.abs().sum()) for one in model.parameters()]
+
+
+def test_rechecks_and_autocast() -> None:
+    one, two = run_ranks(_rechecked_under_autocast, 2)
+    assert one == two
+    assert all(one)
+
+
+def _foreign_with_dropout() -> Any:
+    batches = list(DATA[:12].split([4, 3, 5]))
+    ends = []
+    for cached in (True, False):
+        net = _net("noisy")
+        torch.manual_seed(9)
+        if cached:
+            dp.backward_over_batch(dp.replicate(net), batches, _embed, _barlow)
+        else:
+            _barlow(torch.cat([net(one) for one in batches])).backward()
+        ends.append([*(one.grad for one in net.parameters()), *net.buffers(), torch.rand(1)])
+    return ends
+
+
+def test_foreign_batches_draw_the_same_numbers_twice() -> None:
+    ((found, expected),) = run_ranks(_foreign_with_dropout, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def _collectives() -> Any:
@@ -130,9 +169,6 @@ def _collectives() -> Any:
     counts = {}
     loader = _steps()
     for step in (step for epoch in range(2) for step in loader.epoch(epoch)):
-        if len(step.shares) == 2 and 0 in step.shares:
-            dp.backward_over_batch(model, step, _embed, _barlow)
-            continue
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             dp.backward_over_batch(model, step, _embed, _barlow)
         counts = {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
@@ -162,9 +198,9 @@ def _wrong(fault: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        ("rows", "embed gave 1 rows for 4 samples"),
+        ("rows", "embed gave 1 rows for 3 samples"),
         ("kind", "embed gave a tensor of torch.int64"),
-        ("scalar", r"loss gave a tensor of shape (8, 6)"),
+        ("scalar", r"loss gave a tensor of shape (9, 6)"),
         ("gradient", "without a gradient"),
     ],
 )
