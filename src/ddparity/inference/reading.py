@@ -130,8 +130,13 @@ def _difference(found: str, recorded: str | None) -> str | None:
 def check_no_folders(path: Path, run: RunInfo) -> None:
     """Raise a ValueError if a folder is in place of a part: neither can it be read, nor can a part be written there."""
     for number in range(files_of(run)):
-        if (file := file_of(path, run, number)).is_dir():
-            raise ValueError(f"{file} is a folder, and a part of the predictions goes there: remove it")
+        check_no_folder(file_of(path, run, number), "a part of the predictions")
+
+
+def check_no_folder(file: Path, what: str) -> None:
+    """Raise a ValueError if a folder has the name of a file."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder, and {what} goes there: remove it")
 
 
 def files_of(run: RunInfo) -> int:
