@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,16 @@ def test_a_record_of_the_run_without_a_number_is_refused(tmp_path: Path) -> None
     del run["rows_per_file"]
     (tmp_path / "_run.json").write_bytes(reading.run_text(token, run, digests))
     _is_refused(tmp_path, "_run.json is damaged")
+
+
+def test_a_forged_length_takes_no_time(tmp_path: Path) -> None:
+    token, run, digests = reading.read_run(_writes(tmp_path))
+    (tmp_path / "_run.json").write_bytes(reading.run_text(token, run | {"length": 2 * 10**19 - 8}, digests))
+    start = time.monotonic()
+    for call, message in ((dp.read_predictions, "is not complete: 4999999999999999995 of"), (_writes, "another run")):
+        with pytest.raises(ValueError, match=message):
+            call(tmp_path)
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("name", ["_run.json", "part-000000000004.parquet", "_part-000000000004.sha256"])
