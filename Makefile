@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 WAIT_S ?= 75
 
-.PHONY: train verify test test-matrix programs mutants waits scale fuzz damage rechecks format docs-picture clean
+.PHONY: train verify test test-matrix programs mutants waits scale fuzz audit-corpus damage rechecks format docs-picture clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -57,6 +57,10 @@ waits: $(VENV)/.installed-test
 # benchmarks/RESULTS.md.
 scale: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python benchmarks/scale.py
+
+# All faulty and clean scripts of tests/auditing through the audit, also those that take long; `make test` runs some.
+audit-corpus: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -m tests.auditing.cases
 
 # Mutated checkpoints (tests/checkpoint/fuzz.py), seeds FIRST to FIRST + FILES.
 fuzz: $(VENV)/.installed-test

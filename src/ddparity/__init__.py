@@ -1,5 +1,6 @@
 """Train a PyTorch model on one process or on many, and get the same model. All public names are listed here."""
 
+from .auditing.run import audit
 from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm, sync_moments
 from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint
 from .checkpoint.fingerprint import fingerprint
@@ -52,6 +53,7 @@ __all__ = [
     "World",
     "WrongArithmetic",
     "accumulate",
+    "audit",
     "convert_sync_batchnorm",
     "fingerprint",
     "first",

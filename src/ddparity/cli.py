@@ -1,4 +1,4 @@
-"""The command `ddparity`, with its subcommands run, doctor, train, predict and verify."""
+"""The command `ddparity`, with its subcommands run, doctor, train, predict, verify and audit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ import typer
 import typer.core
 
 from . import __version__
+from .auditing.page import write_page
+from .auditing.report import github_lines, show_catalogue, write_json
+from .auditing.report import show as show_audit
+from .auditing.run import STEPS, inspect_script
 from .errors import RankFailure
 from .launcher import find_submission, parse, run_command, run_launch, submit_job
 from .launcher.doctor import doctor as examine_machine
@@ -292,6 +296,80 @@ def verify(
         except (OSError, ValueError) as error:  # an unwritable folder, or an unknown image format
             _refuse(f"--plot {picture}: {error}")
     raise SystemExit(0 if found.parity else 1)
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def audit(
+    script: Annotated[
+        Path | None, typer.Argument(metavar="SCRIPT", help="A training script.", show_default=False)
+    ] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGUMENTS", help="The script's arguments.", show_default=False)
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", "-n", metavar="N", help="Processes. Default: 2.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="S",
+            help=f"End the training loop of an epoch after S optimizer steps. Default: {STEPS}.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON.", show_default=False)
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures.", show_default=False)
+    ] = None,
+    select: Annotated[
+        str, typer.Option(metavar="CODES", help="Show only codes that begin so, as in DDP1,DDP301.", show_default=False)
+    ] = "",
+    ignore: Annotated[
+        str, typer.Option(metavar="CODES", help="Leave codes out that begin so.", show_default=False)
+    ] = "",
+    github: Annotated[bool, typer.Option("--github", help="Print annotations for GitHub's workflows.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Show the catalogue of codes and exit.")] = False,
+) -> None:
+    """Run anybody's training script on N processes, and show what is wrong with its data parallelism.
+
+    Exit code 0: no error was proved. 1: at least one. 2: a wrong argument. 3: the script failed.
+    """
+    if listed:
+        show_catalogue()
+        return
+    if script is None:
+        _refuse("audit: name a script, or give --list")
+    for path in (json_file, html_file):
+        if path is not None and not path.absolute().parent.is_dir():
+            _refuse(f"{path}: there is no folder {path.absolute().parent}")
+    try:
+        report = inspect_script(
+            script, arguments or [], nproc=nproc, steps=steps, select=_listed(select), ignore=_listed(ignore)
+        )
+    except ValueError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        print("ddparity: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    sys.stdout.flush()
+    if github:
+        print(github_lines(report))
+    else:
+        show_audit(report)
+    try:
+        if json_file is not None:
+            write_json(report, json_file)
+        if html_file is not None:
+            write_page(report, html_file)
+    except OSError as error:
+        _refuse(f"{error.filename}: {error.strerror}")
+    raise _LauncherExit(report.exit_code)
+
+
+def _listed(text: str) -> list[str]:
+    return [one for one in text.split(",") if one.strip()]
 
 
 @contextmanager

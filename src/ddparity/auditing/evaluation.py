@@ -1,0 +1,125 @@
+"""Look at evaluations: DDP401 to DDP405. What depends on what a script does with its metrics is only likely."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from .catalogue import Finding, finding
+from .records import Pass, Record, Run
+
+
+def check_evaluation(run: Run) -> Iterator[Finding]:
+    """Find evaluations that count samples twice, or take a part for the whole."""
+    if run.world < 2 or not run.uses("step"):
+        return
+    told: set[tuple[str, str | None]] = set()
+    for pair in run.pairs:
+        first = pair[0]
+        if first.training or first.loader["stream"] or not all(one.complete for one in pair):
+            continue
+        if not all(one.indices for one in pair):
+            continue
+        for found in _check(run, pair):
+            place = (found.code, first.loader["site"])
+            if place not in told and not (found.code == "DDP402" and ("DDP401", first.loader["site"]) in told):
+                told.add(place)
+                yield found
+
+
+def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
+    first, ranks = pair[0], [one.rank for one in pair]
+    site, cause = first.site, first.loader["site"]
+    sets = [set(one.indices) for one in pair]
+    if all(own == sets[0] for own in sets):
+        yield finding(
+            "DDP404",
+            ranks,
+            site,
+            cause,
+            f"All ranks evaluate the same {len(sets[0])} samples.",
+            "Share the samples out without padding (ddparity's ShardSampler or predict), or evaluate on rank 0.",
+        )
+        return
+    total, union = sum(len(one.indices) for one in pair), len(set.union(*sets))
+    windows = [_after(run, one) for one in pair]
+    reductions = [[e for e in events if e["k"] == "collective"] for events in windows]
+    lengths = [len(one.indices) for one in pair]
+    counted = _counted(reductions, lengths)
+    if total > union and counted is not None:
+        yield finding(
+            "DDP401",
+            ranks,
+            counted["site"],
+            cause,
+            f"The evaluation counts {total} samples where the data set has {union}: the sampler's padding repeats "
+            f"{total - union} of them.",
+            "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out of "
+            "the sums.",
+        )
+    gathers = [e for e in reductions[0] if "gather" in e["name"]]
+    if gathers and all("object" not in e["name"] for e in gathers) and _strided(first):
+        floats = [e for e in gathers if "float" in e.get("dtype", "") and (e.get("shape") or [0])[0] > 1]
+        if floats and len(floats) == len(gathers):
+            yield finding(
+                "DDP403",
+                ranks,
+                floats[0]["site"],
+                cause,
+                "Outputs of all ranks are joined in rank order, and nothing else is gathered, but the sampler gives "
+                "each rank every world_size-th sample: the joined outputs are not in the order of the data set.",
+                "Gather the labels or the indices in the same way, or use a contiguous sampler.",
+                certainty="likely",
+            )
+    if not any(reductions) and any(e["k"] == "line" for events in windows for e in events):
+        lines = [e for events in windows for e in events if e["k"] == "line"]
+        yield finding(
+            "DDP402",
+            ranks,
+            lines[0]["site"],
+            cause,
+            f"Each rank evaluates its own {lengths[0]} of {union} samples, and nothing is reduced or gathered before a "
+            f"line is printed.",
+            "Sum the counts over the ranks with all_reduce, and divide then.",
+            certainty="likely",
+        )
+    scalars = [e for e in reductions[0] if e["name"] in ("all_reduce", "reduce") and len(e.get("values") or []) == 1]
+    if len(set(lengths)) > 1 and scalars and counted is None:
+        yield finding(
+            "DDP405",
+            ranks,
+            scalars[0]["site"],
+            cause,
+            f"The ranks evaluate {', '.join(map(str, lengths))} samples and reduce one number each, but no count: a "
+            f"mean of their means gives the samples unequal weights.",
+            "Reduce the sum and the count, and divide then.",
+            certainty="likely",
+        )
+
+
+def _after(run: Run, one: Pass) -> list[Record]:
+    """Return what a rank does from the begin of an evaluation to the next backward or the next pass."""
+    rank = next(rank for rank in run.ranks if rank.rank == one.rank)
+    found = []
+    for record in rank.records[one.begin + 1 :]:
+        if record["k"] == "backward" or (record["k"] == "iter" and record["at"] > one.end):
+            break
+        found.append(record)
+    return found
+
+
+def _counted(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
+    """Return the reduction to which each rank gives its number of samples."""
+    for calls in zip(*reductions):
+        rows = [one.get("values") or [] for one in calls]
+        if len({len(row) for row in rows}) == 1 and any(
+            all(row[i] == length for row, length in zip(rows, lengths)) for i in range(len(rows[0]))
+        ):
+            found: Record = calls[0]
+            return found
+    return None
+
+
+def _strided(one: Pass) -> bool:
+    steps = {b - a for a, b in itertools.pairwise(one.positions)}
+    return len(one.positions) > 2 and steps != {1}

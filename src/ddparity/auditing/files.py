@@ -1,0 +1,133 @@
+"""Compare the files and the collectives of the ranks: DDP501 to DDP505."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from .catalogue import Finding, finding
+from .records import Record, Run
+
+
+def check_files(run: Run) -> Iterator[Finding]:
+    """Find files that several ranks write, and reads that no collective orders after the write."""
+    by_path: dict[str, list[tuple[int, Record]]] = defaultdict(list)
+    for rank in run.ranks:
+        for one in rank.of("file"):
+            by_path[one["path"]].append((rank.rank, one))
+    told = set()
+    for path, uses in by_path.items():
+        writers = {rank: one for rank, one in uses if one["how"] == "write"}
+        if len(writers) > 1:
+            first = next(iter(writers.values()))
+            if ("DDP501", first["site"]) in told:
+                continue
+            told.add(("DDP501", first["site"]))
+            yield finding(
+                "DDP501",
+                sorted(writers),
+                first["site"],
+                None,
+                f"Ranks {', '.join(map(str, sorted(writers)))} write {_short(path)}: what is left may be mixed or "
+                f"broken.",
+                "Write on rank 0 alone (`if dist.get_rank() == 0:`), or give each rank a name of its own.",
+            )
+            continue
+        for writer, write in [(rank, one) for rank, one in uses if one["how"] == "write"]:
+            for reader, read in uses:
+                if reader != writer and read["how"] == "read" and read["clock"] == write["clock"]:
+                    if ("DDP502", read["site"]) in told:
+                        continue
+                    told.add(("DDP502", read["site"]))
+                    yield finding(
+                        "DDP502",
+                        sorted({writer, reader}),
+                        read["site"],
+                        write["site"],
+                        f"Rank {reader} reads {_short(path)}, which rank {writer} writes, with no collective in "
+                        f"between: the file may be missing, old or half written.",
+                        "Call dist.barrier() on all ranks between the write and the read.",
+                    )
+
+
+def _short(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def check_collectives(run: Run) -> Iterator[Finding]:
+    """DDP503: the first place where the ranks call different collectives. DDP505: a group that is not destroyed."""
+    ranks = [rank.rank for rank in run.ranks]
+    if run.world > 1:
+        yield from _check_sequences(run)
+    left = [rank.rank for rank in run.ranks if rank.of("joined") and not rank.of("left") and rank.of("ended")]
+    if left and len(left) == len(ranks) and run.exit_code == 0:
+        site = run.ranks[0].of("joined")[0]["site"]
+        yield finding(
+            "DDP505",
+            left,
+            site,
+            None,
+            "The script ends without dist.destroy_process_group(): a rank may end while another still waits.",
+            "Call dist.destroy_process_group() at the end.",
+        )
+
+
+def _check_sequences(run: Run) -> Iterator[Finding]:
+    world = tuple(range(run.world))
+    rows = [
+        [one for one in rank.of("collective") if one["group"] is None or tuple(one["group"]) == world]
+        for rank in run.ranks
+    ]
+    numbers = [rank.rank for rank in run.ranks]
+    for n, calls in enumerate(zip(*rows)):
+        names = [one["name"] for one in calls]
+        shapes = [(one.get("shape"), one.get("dtype")) for one in calls]
+        sized = names[0] in ("all_reduce", "broadcast", "reduce")
+        if len(set(names)) > 1 or (sized and any(shape != shapes[0] for shape in shapes)):
+            what = [
+                f"rank {rank} calls {one['name']}{_tensor(one)} in line {str(one['site']).rpartition(':')[2]}"
+                for rank, one in zip(numbers, calls)
+            ]
+            yield finding(
+                "DDP503",
+                numbers,
+                calls[0]["site"],
+                calls[-1]["site"],
+                f"As collective {n + 1} {', '.join(what)}.",
+                "Call the same collectives in the same order, with tensors of the same shape, on all ranks.",
+            )
+            return
+    counts = [len(row) for row in rows]
+    if len(set(counts)) > 1 and (run.exit_code == 0 or _waits(run, rows)):
+        most = max(range(len(rows)), key=lambda i: counts[i])
+        extra = rows[most][min(counts)]
+        missing = [numbers[i] for i in range(len(rows)) if counts[i] == min(counts)]
+        yield finding(
+            "DDP503",
+            numbers,
+            extra["site"],
+            None,
+            f"Rank {numbers[most]} calls {extra['name']} in line {str(extra['site']).rpartition(':')[2]}, which rank "
+            f"{', '.join(map(str, missing))} never calls{_in_backward(run, missing[0])}.",
+            "Call each collective on all ranks, outside of `if rank == 0:`.",
+        )
+
+
+def _in_backward(run: Run, number: int) -> str:
+    """Say where a rank is in a backward that never ended."""
+    rank = next(one for one in run.ranks if one.rank == number)
+    begun, ended = rank.of("begin_backward"), rank.of("backward")
+    if len(begun) <= len(ended):
+        return ""
+    return f": it is in the backward of line {str(begun[-1]['site']).rpartition(':')[2]}"
+
+
+def _waits(run: Run, rows: list[list[Record]]) -> bool:
+    """Return whether a rank's last collective never ended while another rank's script came to its end."""
+    done = [rank.of("ended") for rank in run.ranks]
+    most = max(range(len(rows)), key=lambda i: len(rows[i]))
+    return run.exit_code == 124 or (not done[most] and any(done))
+
+
+def _tensor(one: Record) -> str:
+    return f" of {one['shape']} {one['dtype'].removeprefix('torch.')}" if one.get("shape") is not None else ""

@@ -1,0 +1,324 @@
+"""Look at the windows between optimizer steps: DDP302 to DDP309. Pure functions of the records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .catalogue import Finding, finding
+from .records import Record, Run, Window
+
+_UNEQUAL = 1.1  # ratio of counts from which their means are told to have wrong weights
+_MEANS = ("NllLoss", "Mean", "MseLoss", "BinaryCrossEntropy", "L1Loss", "SmoothL1", "HuberLoss", "KlDiv")
+_WORLD = ("world_size", "num_processes", "nproc", "n_procs", "num_gpus", "ngpus", "size()")
+
+
+def check_gradients(run: Run) -> Iterator[Finding]:
+    """Find faults of accumulation, clipping, scaling and reduction."""
+    hooked = run.uses("hook")
+    for optimizer in run.ranks[0].optimizers if run.ranks else []:
+        number = optimizer["id"]
+        by_rank = [rank.windows(number) for rank in run.ranks]
+        if not by_rank[0]:
+            continue
+        yield from _check_reductions(run, by_rank[0])
+        if not hooked:
+            yield from _check_divisor(run, by_rank[0])
+        yield from _check_weights(run, by_rank)
+        yield from _check_clips(run, by_rank)
+        yield from _check_scaler(run, by_rank[0])
+        yield from _check_thrown(run, by_rank[0], number)
+        yield from _check_twice(run, by_rank)
+        if not hooked:
+            yield from _check_world_scale(run, by_rank[0])
+
+
+def _ranks(run: Run) -> list[int]:
+    return [rank.rank for rank in run.ranks]
+
+
+def _reductions(window: Window) -> list[Record]:
+    """Return the backwards of a window's micro-batches that DDP followed by a reduction."""
+    found, synchronised = [], False
+    site = window.backwards[-1]["site"] if window.backwards else None
+    for event in window.events:
+        if event["k"] == "forward" and event["grad"]:
+            synchronised = synchronised or event["sync"]
+        elif event["k"] == "backward":
+            if synchronised and event["site"] == site:
+                found.append(event)
+            synchronised = False
+    return found
+
+
+def _check_reductions(run: Run, windows: list[Window]) -> Iterator[Finding]:
+    if run.world < 2:
+        return
+    for window in windows:
+        many, reduced = len(window.accumulated), len(_reductions(window))
+        if many >= 2 and reduced >= 2:
+            partly = any(not one["sync"] for one in window.of("forward") if one["grad"])
+            yield finding(
+                "DDP302",
+                _ranks(run),
+                window.backwards[-1]["site"],
+                next(one["site"] for one in window.of("forward") if one["sync"]),
+                f"{reduced} of the {many} backwards before step {window.step['n']} reduce the gradients, where one "
+                f"would do{'' if partly else ': no forward runs under no_sync()'}.",
+                "Run forward and backward of all micro-batches but the last under `with model.no_sync():` (the "
+                "forward, too: it decides).",
+            )
+            return
+
+
+def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
+    lengths = [len(window.accumulated) for window in windows]
+    if not any(length >= 2 for length in lengths):
+        return
+    scales = {one["scale"] for window in windows for one in window.accumulated}
+    summed = any(":sum" in one["node"] for window in windows for one in window.accumulated)
+    for window, length in zip(windows, lengths):
+        if len(scales) != 1 or None in scales or summed or not length:
+            break
+        (scale,) = scales
+        divisor = 1 / scale if scale else math.inf
+        whole = round(divisor) if math.isfinite(divisor) else 0
+        if whole >= 2 and math.isclose(divisor, whole, rel_tol=1e-6) and whole != length:
+            yield finding(
+                "DDP303",
+                _ranks(run),
+                window.step["site"],
+                window.accumulated[0]["site"],
+                f"Step {window.step['n']} follows {length} micro-batch{'es' if length > 1 else ''}, whose losses are "
+                f"divided by {whole}: its gradient is {length}/{whole} of the mean.",
+                "Divide by the number of micro-batches that the step has, also at the start and at the end of an "
+                "epoch.",
+            )
+            return
+    node = windows[0].accumulated[0]["node"] if windows[0].accumulated else ""
+    for window, length in zip(windows, lengths):
+        if length >= 2 and all(
+            one["scale"] == 1 and one["node"].startswith(_MEANS) and ":sum" not in one["node"]
+            for one in window.accumulated
+        ):
+            norm, last = window.step.get("norm"), window.backwards[-1].get("norm")
+            if norm and last and norm < 0.9 * last and not window.of("clip"):
+                return  # divided by hand before the step
+            if window.of("scale"):
+                return
+            yield finding(
+                "DDP304",
+                _ranks(run),
+                window.backwards[-1]["site"],
+                None,
+                f"The losses of {length} micro-batches are means ({node.removesuffix('Backward0')}) and are added up "
+                f"without a division: the gradient is {length} times that of their mean.",
+                f"Divide the loss by {length} before backward, unless the learning rate makes up for it.",
+                certainty="likely",
+            )
+            return
+
+
+def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
+    """DDP305: micro-batches of one step with unequal counts whose means have equal weights."""
+    for step in zip(*by_rank):
+        rows = [_counts(window) for window in step]
+        if any(row is None for row in rows):
+            continue
+        counts = [count for row in rows if row is not None for count in row]
+        if len(counts) < 2 or min(counts) <= 0 or max(counts) < _UNEQUAL * min(counts):
+            continue
+        scales = {one["scale"] for window in step for one in window.accumulated}
+        nodes = [one["node"] for window in step for one in window.accumulated]
+        if len(scales) != 1 or None in scales or not all(n.startswith(_MEANS) and ":sum" not in n for n in nodes):
+            continue
+        # The short last micro-batch of an epoch, alike on all ranks, matters little.
+        short = all(row == rows[0] for row in rows) and len({*counts[: len(rows[0] or []) - 1]}) == 1
+        samples = step[0].accumulated[0]["units"] is None or _all_counted(step)
+        what = "counted targets" if step[0].accumulated[0]["units"] is not None else "samples"
+        yield finding(
+            "DDP305",
+            _ranks(run),
+            step[0].accumulated[-1]["site"],
+            None,
+            f"The losses of step {step[0].step['n']} are means over {', '.join(f'{c:g}' for c in counts)} {what}, and "
+            f"all have the same weight: a sample of the smallest counts {max(counts) / min(counts):.3g} times as much.",
+            "Take the sum of the losses and divide it by the step's count on all ranks (times the world size, since "
+            "DDP averages), or keep all micro-batches equally large.",
+            severity="note" if short and samples else "warning",
+        )
+        return
+
+
+def _all_counted(step: tuple[Window, ...]) -> bool:
+    """Return whether the counts of cross-entropy are those of the samples: no target is left out."""
+    for window in step:
+        sizes = [one["n"] for one in window.of("forward") if one["grad"]]
+        units = [one["units"] for one in window.accumulated]
+        if len(sizes) != len(units) or None in sizes or None in units:
+            return False
+        if len({unit / size for unit, size in zip(units, sizes) if size}) > 1:
+            return False
+    return True
+
+
+def _counts(window: Window) -> list[float] | None:
+    """Return the units of the loss of each micro-batch, or their samples; None where they are not known."""
+    found: list[float] = []
+    size: int | None = None
+    site = window.backwards[-1]["site"] if window.backwards else None
+    for event in window.events:
+        if event["k"] == "forward" and event["grad"]:
+            size = event["n"]
+        elif event["k"] == "backward" and event["site"] == site:
+            count = event["units"] if event["units"] is not None else size
+            if count is None:
+                return None
+            found.append(float(count))
+    return found
+
+
+def _check_clips(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
+    """DDP306: norms that differ between ranks were taken of gradients that had not been reduced."""
+    if run.world < 2:
+        return
+    for step in zip(*by_rank):
+        clips = [window.of("clip") for window in step]
+        for calls in zip(*clips):
+            norms = [one["norm"] for one in calls]
+            if None in norms or not all(map(math.isfinite, norms)):
+                continue
+            apart = max(norms) - min(norms) > 1e-5 * max(norms)
+            limit = calls[0]["limit"] or math.inf
+            grads = [window.step.get("grads") for window in step]
+            reduced = None not in grads and all(row == grads[0] for row in grads)
+            if apart and reduced and max(norms) > limit:
+                yield finding(
+                    "DDP306",
+                    _ranks(run),
+                    calls[0]["site"],
+                    None,
+                    f"Before step {step[0].step['n']} gradients with the norms "
+                    f"{', '.join(f'{norm:.4g}' for norm in norms)} on the ranks are clipped to {limit:g}, and only "
+                    f"then reduced: each rank's share is scaled by another factor.",
+                    "Clip after the backward that reduces the gradients, right before the step.",
+                )
+                return
+
+
+def _check_scaler(run: Run, windows: list[Window]) -> Iterator[Finding]:
+    for window in windows:
+        scaled = False
+        for event in window.events:
+            if event["k"] == "scale":
+                scaled = True
+            elif event["k"] == "unscale":
+                scaled = False
+            elif event["k"] == "clip" and scaled:
+                yield finding(
+                    "DDP308",
+                    _ranks(run),
+                    event["site"],
+                    None,
+                    f"Gradients are clipped to {event['limit']:g} while they are still multiplied by the GradScaler's "
+                    f"factor" + (f" (their norm is {event['norm']:.4g})." if event["norm"] is not None else "."),
+                    "Call scaler.unscale_(optimizer) before the clip.",
+                )
+                return
+
+
+def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[Finding]:
+    for window in windows:
+        if len(window.accumulated) < 2:
+            continue
+        site, seen = window.backwards[-1]["site"], 0
+        for event in window.events:
+            if event["k"] == "backward" and event["site"] == site:
+                seen += 1
+            elif (
+                event["k"] == "zero"
+                and event["opt"] == optimizer
+                and event["held"]
+                and 0 < seen < len(window.accumulated)
+            ):
+                yield finding(
+                    "DDP309",
+                    _ranks(run),
+                    event["site"],
+                    site,
+                    f"zero_grad() runs after {seen} of the {len(window.accumulated)} backwards before step "
+                    f"{window.step['n']}: the gradients of the earlier ones are thrown away.",
+                    "Call zero_grad() once, after the step.",
+                )
+                return
+
+
+def _check_twice(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
+    """DDP307: gradients that DDP has reduced are reduced again by hand."""
+    if run.world < 2:
+        return
+    for step in zip(*by_rank):
+        rows = [[one for one in window.of("collective") if one.get("gradient")] for window in step]
+        if not rows[0] or not any(one["sync"] for one in step[0].of("forward") if one["grad"]):
+            continue
+        if step[0].events.index(rows[0][0]) < max(
+            (i for i, e in enumerate(step[0].events) if e["k"] == "backward"), default=0
+        ):
+            continue
+        same = all(len({one.get("digest") for one in calls}) == 1 for calls in zip(*rows))
+        if not same or len({len(row) for row in rows}) > 1 or rows[0][0].get("digest") is None:
+            continue
+        after, before = step[0].step.get("norm"), step[0].backwards[-1].get("norm")
+        ratio = after / before if after and before and not step[0].of("clip") else None
+        scaled = ratio is not None and abs(ratio - 1) > 0.05
+        effect = (
+            f", which makes them {ratio:.3g} times as large"
+            if scaled and ratio is not None
+            else ", which changes nothing"
+        )
+        yield finding(
+            "DDP307",
+            _ranks(run),
+            rows[0][0]["site"],
+            None,
+            f"{len(rows[0])} all_reduce calls before step {step[0].step['n']} reduce gradients that DDP has made equal "
+            f"on all ranks already{effect}.",
+            "Leave the reduction by hand out: DDP averages the gradients in the backward.",
+            severity="error" if scaled else "warning",
+        )
+        return
+
+
+def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
+    """DDP307, likely: a loss that is multiplied or divided by the world size, although DDP averages."""
+    if run.world < 2 or not run.uses("ddp"):
+        return
+    scales = {one["scale"] for window in windows for one in window.accumulated}
+    lengths = {len(window.accumulated) for window in windows}
+    if len(scales) != 1 or lengths != {1} or None in scales:
+        return
+    scale = scales.pop()
+    site = windows[0].accumulated[0]["site"]
+    if any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world)) and _speaks_of_world(site):
+        yield finding(
+            "DDP307",
+            _ranks(run),
+            site,
+            None,
+            f"The loss is {'multiplied' if scale > 1 else 'divided'} by {run.world}, the number of ranks, although DDP "
+            f"averages the gradients already.",
+            "Take the loss of the rank's batch as it is, unless the factor makes up for another.",
+            certainty="likely",
+        )
+
+
+def _speaks_of_world(site: Any) -> bool:
+    file, _, line = str(site).rpartition(":")
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return False
+    near = "\n".join(lines[max(0, int(line) - 12) : int(line)])
+    return any(word in near for word in _WORLD)

@@ -1,0 +1,139 @@
+"""Watch the process group: who joined it, the sequence of collectives, and small values that are reduced."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from .journal import Journal, checksum
+
+_NAMES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "gather",
+    "scatter",
+    "barrier",
+    "monitored_barrier",
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "scatter_object_list",
+)
+_SMALL = 64  # values that are recorded
+_MOST = 20_000
+_DIGESTS = 400
+
+
+def watch_collectives(journal: Journal) -> None:
+    """Put the recorder around the functions of torch.distributed, and `init_process_group`."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return
+    count = [0]
+
+    def watched(name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            import torch
+
+            if torch.compiler.is_compiling() or journal.hidden or count[0] > _MOST:
+                return function(*args, **options)
+            count[0] += 1
+            group = options.get("group")
+            if group is None:
+                group = next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
+            values = _describe(journal, name, args, options, count[0])
+            ranks = None
+            if group is not None and group is not dist.group.WORLD and isinstance(group, dist.ProcessGroup):
+                ranks = dist.get_process_group_ranks(group)
+            journal.write("collective", name=name, n=count[0], group=ranks, site=journal.site(), **values)
+            journal.hidden += 1
+            try:
+                return function(*args, **options)
+            finally:
+                journal.hidden -= 1
+                journal.collectives += 1
+                journal.write("completed", n=count[0])
+
+        return call
+
+    for name in _NAMES:
+        if hasattr(dist, name):
+            function = watched(name, getattr(dist, name))
+            setattr(dist, name, function)
+            setattr(dist.distributed_c10d, name, function)
+
+    for name in ("send", "recv", "isend", "irecv", "new_group", "batch_isend_irecv"):
+        function = _counted(journal, getattr(dist, name))
+        setattr(dist, name, function)
+        setattr(dist.distributed_c10d, name, function)
+
+    begin, end = dist.init_process_group, dist.destroy_process_group
+
+    @functools.wraps(begin)
+    def init(*args: Any, **options: Any) -> Any:
+        journal.write("joining", site=journal.site())
+        journal.hidden += 1
+        try:
+            result = begin(*args, **options)
+        finally:
+            journal.hidden -= 1
+        journal.collectives += 1
+        journal.world = dist.get_world_size()
+        journal.write(
+            "joined", rank=dist.get_rank(), world=dist.get_world_size(), backend=dist.get_backend(), site=journal.site()
+        )
+        return result
+
+    @functools.wraps(end)
+    def destroyed(*args: Any, **options: Any) -> Any:
+        journal.write("left", site=journal.site())
+        return end(*args, **options)
+
+    for module in (dist, dist.distributed_c10d):
+        module.init_process_group, module.destroy_process_group = init, destroyed  # type: ignore[attr-defined]
+    journal.at_end.append(lambda: journal.write("ended", group=dist.is_initialized()))
+
+
+def _counted(journal: Journal, function: Any) -> Any:
+    """Return a function whose calls only move the clock: messages between two ranks are no collectives."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        result = function(*args, **options)
+        journal.collectives += 1
+        return result
+
+    return call
+
+
+def _describe(
+    journal: Journal, name: str, args: tuple[Any, ...], options: dict[str, Any], number: int
+) -> dict[str, Any]:
+    """Return the shape and type of the first tensor; its values where they are few; whether it is a gradient."""
+    import torch
+    import torch.distributed as dist
+
+    found = next((one for one in (*args, *options.values()) if isinstance(one, torch.Tensor)), None)
+    op = next(
+        (one for one in (*args, *options.values()) if isinstance(one, dist.ReduceOp | dist.ReduceOp.RedOpType)), None
+    )
+    values: dict[str, Any] = {"op": None if op is None else str(op).rpartition(".")[2]}
+    if name == "all_reduce" and op is None:
+        values["op"] = "SUM"
+    if found is None:
+        return values
+    values |= {"shape": list(found.shape), "dtype": str(found.dtype)}
+    if found.numel() <= _SMALL and found.device.type == "cpu" and not hasattr(found, "placements"):
+        values["values"] = [float(v) for v in found.detach().reshape(-1).tolist()] if not found.is_complex() else None
+    if name == "all_reduce" and number < _DIGESTS and found.is_floating_point() and not hasattr(found, "placements"):
+        values |= {"digest": checksum(found), "gradient": journal.is_gradient(found)}
+    return values

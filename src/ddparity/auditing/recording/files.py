@@ -1,0 +1,169 @@
+"""Watch what a process writes and reads, prints, and which progress bars and trackers it starts."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import io
+import logging
+import os
+import sys
+import tempfile
+import zlib
+from types import ModuleType
+from typing import Any
+
+from .journal import Journal, replace
+
+TRACKERS = (("wandb", "init"), ("torch.utils.tensorboard", "SummaryWriter"), ("mlflow", "start_run"))
+_MOST = 5_000  # files that are recorded
+_LINES = 1_000  # printed
+_DEEPEST = 40  # frames between the user's line and the opening of a file
+
+
+def watch_files(journal: Journal) -> None:
+    """Put the recorder around `open`, `print` and the handlers of logging. Nothing needs torch here."""
+    opening, printing, emitting = builtins.open, builtins.print, logging.StreamHandler.emit
+    opened, lines = [0], [0]
+
+    def watched(file: Any, mode: Any = "r", *args: Any, **options: Any) -> Any:
+        result = opening(file, mode, *args, **options)
+        if not journal.hidden and isinstance(file, (str, os.PathLike)) and isinstance(mode, str) and opened[0] < _MOST:
+            note_file(journal, file, mode, opened)
+        return result
+
+    def printed(*values: Any, **options: Any) -> None:
+        printing(*values, **options)
+        if options.get("file") not in (None, sys.stdout, sys.stderr) or lines[0] > _LINES:
+            return
+        lines[0] += 1
+        text = " ".join(map(str, values)) if all(isinstance(v, (str, int, float)) for v in values) else None
+        if text is None or text.strip():
+            journal.write(
+                "line",
+                d=None if text is None else zlib.crc32(text.encode()),
+                text=(text or "")[:80],
+                site=journal.site(),
+            )
+
+    def emitted(self: Any, record: Any) -> None:
+        emitting(self, record)
+        if lines[0] < _LINES and type(self) is logging.StreamHandler and not journal.is_library(record.pathname):
+            lines[0] += 1
+            text = str(record.msg)
+            journal.write(
+                "line", d=zlib.crc32(text.encode()), text=text[:80], site=f"{record.pathname}:{record.lineno}"
+            )
+
+    builtins.open = io.open = functools.wraps(opening)(watched)
+    builtins.print = functools.wraps(printing)(printed)
+    logging.StreamHandler.emit = emitted  # type: ignore[method-assign]
+
+
+def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None:
+    """Record that the user's code opened a file. Those that libraries open for themselves are left out."""
+    frame, site = sys._getframe(2), None
+    for _ in range(_DEEPEST):
+        name = frame.f_code.co_filename
+        if any(
+            part in name
+            for part in ("importlib", "_inductor", "_dynamo", "triton", "logging", "filelock", "huggingface")
+        ):
+            return
+        if not journal.is_library(name):
+            site = f"{os.path.realpath(name)}:{frame.f_lineno}"
+            break
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+    if site is None:
+        return
+    path = os.path.realpath(file)
+    if (path.startswith(("/dev/", "/proc/", "/sys/")) and not path.startswith("/dev/shm/")) or path.endswith(
+        (".py", ".pyc", ".lock")
+    ):
+        return
+    opened[0] += 1
+    writes = any(c in mode for c in "wx+")
+    journal.write(
+        "file",
+        path=path,
+        how="append" if "a" in mode else "write" if writes else "read",
+        clock=journal.collectives,
+        site=site,
+    )
+
+
+def watch_saves(journal: Journal) -> None:
+    """Put the recorder around `torch.save` and `torch.load`, which open files in C++."""
+    import torch
+
+    save: Any = torch.save
+    load: Any = torch.load
+
+    def saved(value: Any, file: Any, *args: Any, **options: Any) -> Any:
+        journal.hidden += 1
+        try:
+            result = save(value, file, *args, **options)
+        finally:
+            journal.hidden -= 1
+        if isinstance(file, (str, os.PathLike)) and not journal.hidden:
+            path = os.path.realpath(file)
+            journal.write("file", path=path, how="write", clock=journal.collectives, site=journal.site(), save=True)
+        return result
+
+    def loaded(file: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(file, (str, os.PathLike)) and not journal.hidden:
+            path = os.path.realpath(file)
+            journal.write("file", path=path, how="read", clock=journal.collectives, site=journal.site(), save=True)
+        journal.hidden += 1
+        try:
+            return load(file, *args, **options)
+        finally:
+            journal.hidden -= 1
+
+    for module in (torch, torch.serialization):
+        replace(module, "save", saved)
+        replace(module, "load", loaded)
+
+
+def watch_bars(journal: Journal, module: ModuleType) -> None:
+    """Record progress bars of tqdm that are shown."""
+    make = module.tqdm.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        if not getattr(self, "disable", True):
+            journal.write("bar", site=journal.site())
+
+    replace(module.tqdm, "__init__", init)
+
+
+def watch_tracker(journal: Journal, attribute: str, module: ModuleType) -> None:
+    """Record that a tracker of experiments is started."""
+    start = getattr(module, attribute)
+
+    def note(name: str) -> None:
+        journal.write("tracker", name=name, site=journal.site(3))
+
+    if isinstance(start, type):
+        make: Any = start.__init__  # type: ignore[misc]
+
+        def init(self: Any, *args: Any, **options: Any) -> None:
+            note(attribute)
+            make(self, *args, **options)
+
+        replace(start, "__init__", init)
+    else:
+
+        @functools.wraps(start)
+        def call(*args: Any, **options: Any) -> Any:
+            note(f"{module.__name__}.{attribute}")
+            return start(*args, **options)
+
+        setattr(module, attribute, call)
+
+
+def is_temporary(path: str) -> bool:
+    """Return whether a path lies in the folder for temporary files."""
+    return path.startswith(os.path.realpath(tempfile.gettempdir()) + os.sep)

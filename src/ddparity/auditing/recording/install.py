@@ -1,0 +1,99 @@
+"""Begin to record in this process: wait for the script's import of torch, then put recorders around its functions."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib.abc
+import importlib.util
+import multiprocessing.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .journal import Journal
+
+
+def begin(folder: str, steps: int) -> Callable[[], None]:
+    """Record into `folder`. Training loops end after `steps` optimizer steps. Call it before the script runs.
+
+    Return what records the end. It is called at exit, where Python does that.
+    """
+    journal = Journal(Path(folder), steps)
+    finish = _once(journal)
+    atexit.register(finish)
+    from . import files
+
+    files.watch_files(journal)
+
+    def after_torch(torch: ModuleType) -> None:
+        from . import collectives, loaders, training
+
+        watches = (loaders.watch_loaders, training.watch_training, collectives.watch_collectives, files.watch_saves)
+        for watch in watches:
+            try:
+                watch(journal)
+            except Exception as error:  # another version of torch: the script goes on
+                journal.write("problem", text=f"{watch.__name__}: {type(error).__name__}: {error}")
+        # A process of multiprocessing ends without atexit where it is forked.
+        multiprocessing.util.register_after_fork(journal, lambda _: _finalize(finish))
+
+    after_import("torch", after_torch)
+    after_import("tqdm.std", lambda module: files.watch_bars(journal, module))
+    for name, attribute in files.TRACKERS:
+        after_import(name, functools.partial(files.watch_tracker, journal, attribute))
+    return finish
+
+
+def _finalize(finish: Callable[[], None]) -> None:
+    multiprocessing.util.Finalize(None, finish, exitpriority=0)
+
+
+def _once(journal: Journal) -> Callable[[], None]:
+    done: set[int] = set()
+
+    def finish() -> None:
+        torch = sys.modules.get("torch")
+        if torch is None or os.getpid() in done or torch.utils.data.get_worker_info() is not None:
+            return
+        done.add(os.getpid())
+        for task in journal.at_end:
+            try:
+                task()
+            except Exception as error:
+                journal.write("problem", text=f"{type(error).__name__}: {error}")
+
+    return finish
+
+
+def after_import(name: str, function: Callable[[ModuleType], Any]) -> None:
+    """Call the function with a module once it has been imported."""
+    if name in sys.modules:
+        function(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _After(name, function))
+
+
+class _After(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, function: Callable[[ModuleType], Any]) -> None:
+        self.name, self.function = name, function
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def and_then(module: ModuleType) -> None:
+            execute(module)
+            self.function(module)
+
+        spec.loader.exec_module = and_then  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,246 @@
+"""Read the records of a run: which process was which rank, its passes over loaders, its steps and their windows."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Pass:
+    """One pass over a loader, on one rank. `indices`: what it drew, in the data set below all Subsets."""
+
+    rank: int
+    loader: Record
+    number: int  # passes of this loader before
+    site: str | None
+    begin: int  # positions in the rank's records
+    end: int
+    planned: int | None
+    epoch: int | None
+    positions: list[int]
+    batches: int
+    given: int
+    complete: bool
+    how: str | None  # exhausted, cut, left; None: the process ended in it
+    digests: list[int]
+    training: bool
+    base: int | None
+    workers: int
+
+    @cached_property
+    def indices(self) -> list[int]:
+        mapped = self.loader.get("subset")
+        if mapped is None:
+            return self.positions
+        return [mapped[i] for i in self.positions if 0 <= i < len(mapped)]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What pairs this pass with that of another rank."""
+        return (self.loader["site"], self.loader["dataset"], self.loader["ordinal"], self.number)
+
+
+@dataclass
+class Window:
+    """What happened between two steps of an optimizer, in order."""
+
+    events: list[Record]
+    step: Record
+
+    def of(self, kind: str) -> list[Record]:
+        return [one for one in self.events if one["k"] == kind]
+
+    @cached_property
+    def backwards(self) -> list[Record]:
+        return self.of("backward")
+
+    @cached_property
+    def accumulated(self) -> list[Record]:
+        """The backwards of the line whose backward is the last: the micro-batches of this step."""
+        return [one for one in self.backwards if one["site"] == self.backwards[-1]["site"]] if self.backwards else []
+
+
+@dataclass
+class Rank:
+    """The records of the process of one rank, in order."""
+
+    rank: int
+    head: Record
+    records: list[Record]
+    fetches: list[Record] = field(default_factory=list)  # of its workers, too
+
+    def of(self, kind: str) -> list[Record]:
+        return self._kinds.get(kind, [])
+
+    @cached_property
+    def _kinds(self) -> dict[str, list[Record]]:
+        found = defaultdict(list)
+        for position, record in enumerate(self.records):
+            record["at"] = position
+            found[record["k"]].append(record)
+        return dict(found)
+
+    @cached_property
+    def passes(self) -> list[Pass]:
+        return list(_passes(self))
+
+    @cached_property
+    def optimizers(self) -> list[Record]:
+        return self.of("optimizer")
+
+    def windows(self, optimizer: int) -> list[Window]:
+        """The windows of an optimizer. A step that a GradScaler skips ends a window, too, which is left out.
+
+        Under `join()` ranks make unequal numbers of steps, so only those of the first such context can be paired.
+        """
+        joins = self.of("join")
+        last = joins[1]["at"] if len(joins) > 1 else len(self.records)
+        found: list[Window] = []
+        events: list[Record] = []
+        for record in self.records[:last]:
+            if record["k"] == "step" and record["opt"] == optimizer:
+                found.append(Window(events, record))
+                events = []
+            elif record["k"] == "scaler_step" and record["opt"] == optimizer:
+                events = []
+            else:
+                events.append(record)
+        return found
+
+    def parameters(self, optimizer: int) -> list[Any]:
+        found = [one["params"] for one in self.of("parameters") if one["opt"] == optimizer]
+        return found[-1] if found else []
+
+
+@dataclass
+class Run:
+    """All ranks of a run, and how it ended."""
+
+    script: Path
+    ranks: list[Rank]
+    exit_code: int
+
+    @property
+    def world(self) -> int:
+        return len(self.ranks)
+
+    @cached_property
+    def pairs(self) -> list[list[Pass]]:
+        """The passes of all ranks that belong together, those of ranks that share a model's gradients."""
+        by_rank = [{one.key: one for one in rank.passes} for rank in self.ranks]
+        common = [key for key in by_rank[0] if all(key in other for other in by_rank)] if by_rank else []
+        return [[passes[key] for passes in by_rank] for key in common]
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """The groups of ranks that reduce gradients together; all ranks where no DDP says otherwise."""
+        found = {tuple(ddp["ranks"]) for rank in self.ranks for ddp in rank.of("ddp")}
+        whole = tuple(range(self.world))
+        if not found or whole in found:
+            return [list(whole)]
+        return [list(group) for group in sorted(found) if len(group) > 1]
+
+    def uses(self, kind: str) -> bool:
+        return any(rank.of(kind) for rank in self.ranks)
+
+
+def read_run(folder: Path, script: Path, exit_code: int) -> Run:
+    """Read the records in a folder. A last line that a crash cut short is left out."""
+    processes = []
+    for path in sorted(folder.glob("*.jsonl")):
+        records = []
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        if records and records[0]["k"] == "process":
+            processes.append((records[0], records[1:]))
+    ranks: dict[int, Rank] = {}
+    loads = []
+    for head, records in processes:
+        joined = next((one for one in records if one["k"] == "joined"), None)
+        if any(one["k"] == "fetch" and one["worker"] is not None for one in records):
+            loads.append((head, records))
+            continue
+        rank = joined["rank"] if joined is not None else int(head["rank"] or 0) if head["rank"] is not None else None
+        if rank is None and not any(one["k"] in ("loader", "optimizer", "step") for one in records):
+            continue
+        rank = rank or 0
+        kept = ranks.get(rank)
+        works = sum(one["k"] in ("step", "iter", "joined") for one in records)
+        if kept is None or works > sum(one["k"] in ("step", "iter", "joined") for one in kept.records):
+            ranks[rank] = Rank(rank, head, records)
+    for _, records in loads:
+        for one in records:
+            if one["k"] != "fetch":
+                continue
+            for rank in ranks.values():
+                if rank.head["pid"] == one["parent"]:
+                    rank.fetches.append(one)
+    for rank in ranks.values():
+        rank.fetches += [one for one in rank.records if one["k"] == "fetch"]
+    ordered = [ranks[rank] for rank in sorted(ranks)]
+    return Run(script, ordered, exit_code)
+
+
+def _passes(rank: Rank) -> Iterator[Pass]:
+    loaders: dict[int, Record] = {}
+    ordinals: dict[Any, int] = defaultdict(int)
+    for one in rank.of("loader"):
+        place = (one["site"], one["dataset"])
+        loaders[one["id"]] = {**one, "ordinal": ordinals[place]}
+        ordinals[place] += 1
+    by_pass: dict[int, list[Record]] = defaultdict(list)
+    for one in rank.records:
+        if "it" in one and one["k"] in ("draw", "batch", "end", "given", "seed"):
+            by_pass[one["it"]].append(one)
+    backwards = [one["at"] for kind in ("backward", "step") for one in rank.of(kind)]
+    for begin in rank.of("iter"):
+        events = by_pass[begin["it"]]
+        rows = [row for one in events if one["k"] == "draw" for row in one["rows"]]
+        end = next((one for one in events if one["k"] == "end"), None)
+        how = end["how"] if end is not None else None
+        complete = any(one["k"] == "draw" and one["complete"] for one in events)
+        notes = [one for one in events if one["k"] in ("draw", "batch", "given")]
+        last = end["at"] if end is not None and how != "left" else max((n["at"] for n in notes), default=begin["at"])
+        if how is None and not complete and notes:
+            last = len(rank.records)
+        given = (
+            end["given"]
+            if end is not None
+            else max(
+                [n["n"] + 1 for n in notes if n["k"] == "batch"] + [n["given"] for n in notes if n["k"] == "given"],
+                default=0,
+            )
+        )
+        if how == "left":
+            rows = rows[: max(given, 1)]
+        seed = next((one for one in events if one["k"] == "seed"), {"base": None, "workers": 0})
+        yield Pass(
+            rank=rank.rank,
+            loader=loaders[begin["loader"]],
+            number=begin["n"],
+            site=begin["site"],
+            begin=begin["at"],
+            end=last,
+            planned=begin["planned"],
+            epoch=begin["epoch"],
+            positions=[i for row in rows for i in row],
+            batches=len(rows),
+            given=given,
+            complete=complete and how != "left",
+            how=how,
+            digests=[one["d"] for one in events if one["k"] == "batch"],
+            training=any(begin["at"] < at <= last for at in backwards),
+            base=seed["base"],
+            workers=int(seed["workers"] or 0),
+        )

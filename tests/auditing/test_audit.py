@@ -1,0 +1,199 @@
+"""The corpus of faulty and clean scripts, shortened; the command; what silences a finding; the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddparity as dp
+from ddparity.auditing.catalogue import CATALOGUE, Finding, finding
+from ddparity.auditing.recording.install import begin
+from ddparity.auditing.run import starts_processes
+from ddparity.auditing.selection import check_prefixes, chosen, read_options
+from tests.auditing.cases import CLEAN, FAULTY, SCRIPTS, Case, judge
+from tests.ranks import outcomes
+
+PAGE = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+# Launched as the command does it, they take some seconds each: `make audit-corpus` runs all.
+QUICK = [one for one in CLEAN + FAULTY if one.script != "spawned" and not one.hangs]
+SHORT = [
+    *(one for one in QUICK if one.name.startswith("clean")),
+    *{code: one for one in reversed(QUICK) for code in one.expected}.values(),
+]
+
+
+@pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
+def test_what_is_planted_is_found_and_nothing_else(case: Case) -> None:
+    wrong, words = judge(case)
+    assert not wrong, "\n".join(words)
+
+
+def test_a_script_that_spawns_its_ranks(tmp_path: Path) -> None:
+    case = next(one for one in FAULTY if one.name == "308-clip-scaled")
+    path = tmp_path / "train.py"
+    path.write_text(case.text())
+    found = dp.audit(path)
+    assert {one.code for one in found if one.severity != "note"} == {"DDP308"}
+    [one] = [one for one in found if one.code == "DDP308"]
+    assert "clip_grad_norm_" in path.read_text().splitlines()[one.line - 1]
+    assert one.ranks == (0, 1) and one.certainty == "proved" and Path(one.file) == path.resolve()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """A hang is ended, its cause is the finding, and JSON, HTML and annotations say the same."""
+    case = next(one for one in FAULTY if one.name == "503-one-rank")
+    (tmp_path / "train.py").write_text(case.text())
+    command = [
+        sys.executable,
+        "-m",
+        "ddparity",
+        "audit",
+        "--github",
+        "--json",
+        "o.json",
+        "--html",
+        "o.html",
+        "train.py",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 1, done.stderr
+    document = json.loads((tmp_path / "o.json").read_text())
+    assert [one["code"] for one in document["findings"] if one["severity"] == "error"] == ["DDP503"]
+    assert document["seen"]["world_size"] == 2 and document["seen"]["epochs"] == 2
+    assert document["versions"]["torch"] == torch.__version__
+    assert re.search(r"^::error file=train.py,line=\d+,title=DDP503", done.stdout, re.MULTILINE)
+    page = (tmp_path / "o.html").read_text()
+    assert "DDP503" in page and "<svg" in page and "http" not in page
+
+
+def test_a_script_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise KeyError('lost')\n")
+    command = [sys.executable, "-m", "ddparity", "audit", "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert "KeyError: 'lost'" in done.stderr
+
+
+def _train(folder: str | None, script: str) -> list[str]:
+    finish = begin(folder, 50) if folder is not None else lambda: None
+    prints: list[str] = []
+    runpy.run_path(script, init_globals={"print": lambda *values: prints.append(repr(values))}, run_name="__main__")
+    finish()
+    return prints
+
+
+@pytest.mark.parametrize("name", ["trainer", "by_hand"])
+def test_a_script_computes_the_same_bits_as_without_the_audit(name: str, tmp_path: Path) -> None:
+    text = (SCRIPTS / f"{name}.py").read_text()
+    end = "    dist.destroy_process_group()\n"
+    weights = "Trainer(model, options)" if name == "trainer" else "model"
+    show = "    print(torch.get_rng_state().sum(), [p.detach().double().sum().item() for p in model.parameters()])\n"
+    assert weights in text
+    (tmp_path / "train.py").write_text(
+        text.replace(end, show + end).replace("parser.parse_args()", "parser.parse_args([])")
+    )
+    (tmp_path / "records").mkdir()
+    script = str(tmp_path / "train.py")
+    plain = [one.value for one in outcomes(_train, 2, None, script, in_world=False)]
+    audited = [one.value for one in outcomes(_train, 2, str(tmp_path / "records"), script, in_world=False)]
+    assert plain == audited
+    assert all(plain)
+
+
+def test_the_module_says_how_a_script_starts(tmp_path: Path) -> None:
+    assert starts_processes(SCRIPTS / "spawned.py")
+    assert not starts_processes(SCRIPTS / "functions.py")
+    (tmp_path / "both.py").write_text("mp.spawn(f) if 'RANK' not in os.environ else f(int(os.environ['RANK']))")
+    assert not starts_processes(tmp_path / "both.py")
+    (tmp_path / "helper.py").write_text("def go(f):\n    mp.spawn(f)\ndef f(r):\n    os.environ['RANK'] = str(r)\n")
+    (tmp_path / "main.py").write_text("from helper import go, f\ngo(f)\nprint(os.environ['RANK'])\n")
+    assert starts_processes(tmp_path / "main.py")
+
+
+def _found(file: Path, code: str = "DDP304", line: int = 2) -> Finding:
+    return finding(code, [0, 1], f"{file}:{line}", f"{file}:1", "message", "fix", certainty="likely")
+
+
+@pytest.mark.parametrize(
+    ("comment", "shown"),
+    [
+        ("", True),
+        ("  # ddparity: ignore", False),
+        ("  # ddparity: ignore[DDP304]", False),
+        ("  # why # ddparity:ignore[DDP1, ddp3]", False),
+        ("  # ddparity: ignore[DDP305]", True),
+    ],
+)
+def test_a_comment_silences_a_finding(comment: str, shown: bool, tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(f"import torch\nloss.backward(){comment}\n")
+    assert bool(chosen([_found(path)], (), ())) is shown
+
+
+def test_select_and_ignore_take_prefixes(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    codes = ["DDP601", "DDP304", "DDP301", "DDP106"]
+    found = [finding(code, [0], f"{path}:1", None, "m", "f") for code in codes]
+    assert [one.code for one in chosen(found, (), ())] == ["DDP301", "DDP304", "DDP106", "DDP601"]
+    assert [one.code for one in chosen(found, ("DDP3", "DDP1"), ("DDP304",))] == ["DDP301", "DDP106"]
+
+
+def test_what_is_likely_is_never_an_error(tmp_path: Path) -> None:
+    likely = finding("DDP307", [0], f"{tmp_path}/a.py:1", None, "m", "f", certainty="likely")
+    assert likely.severity == "warning"
+
+
+WRONG = [
+    ("--select DDP9 train.py", "select DDP9: no code begins so"),
+    ("missing.py", "missing.py: there is no such script"),
+    ("--nproc 0 train.py", "nproc=0: start at least 1 process"),
+    ("--steps 0 train.py", "steps=0: give at least 1 step"),
+    ("--json no/where.json train.py", "there is no folder"),
+    ("", "name a script"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_a_wrong_argument_is_refused(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from ddparity.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("")
+    done = CliRunner().invoke(app, ["audit", *arguments.split()])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_options_of_pyproject(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.ddparity.audit]\nignore = ["DDP6"]\nnproc = 3\n')
+    assert read_options(tmp_path / "src" / "train.py") == {"ignore": ["DDP6"], "nproc": 3}
+    (tmp_path / "pyproject.toml").write_text('[tool.ddparity.audit]\nignore = "DDP6"\n')
+    with pytest.raises(ValueError, match="ignore = 'DDP6': give a list of codes"):
+        read_options(tmp_path / "train.py")
+    with pytest.raises(ValueError, match="DDP8: no code begins so"):
+        check_prefixes(["DDP8"], "ignore")
+
+
+def test_the_page_has_a_section_for_each_code() -> None:
+    assert set(re.findall(r"^## (DDP\d+)$", PAGE, re.MULTILINE)) == set(CATALOGUE)
+
+
+SNIPPETS = re.findall(r"<!-- (faulty|right) (\S+) -->\n```\n(.*?)\n```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("kind", "name", "snippet"), SNIPPETS, ids=[f"{kind}-{name}" for kind, name, _ in SNIPPETS])
+def test_the_snippets_of_the_page_are_those_of_the_corpus(kind: str, name: str, snippet: str) -> None:
+    case = next(one for one in FAULTY if one.name == name)
+    text = case.text() if kind == "faulty" else (SCRIPTS / f"{case.script}.py").read_text()
+    assert all(line.strip() in text for line in snippet.splitlines())
