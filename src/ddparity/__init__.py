@@ -4,7 +4,9 @@ from .auditing.run import audit
 from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm, sync_moments
 from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint
 from .checkpoint.fingerprint import fingerprint
+from .comm.broadcast import broadcast
 from .comm.gather import gather
+from .comm.reduce import reduce
 from .data.dataset import sample_seed
 from .data.lengths import LengthPlan
 from .data.loader import Loader, ShardSampler
@@ -54,6 +56,7 @@ __all__ = [
     "WrongArithmetic",
     "accumulate",
     "audit",
+    "broadcast",
     "convert_sync_batchnorm",
     "fingerprint",
     "first",
@@ -63,6 +66,7 @@ __all__ = [
     "predict",
     "preemption",
     "read_predictions",
+    "reduce",
     "replicate",
     "revert_sync_batchnorm",
     "sample_seed",
