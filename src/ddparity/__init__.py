@@ -4,7 +4,9 @@ from .auditing.run import audit
 from .batchnorm import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm, sync_moments
 from .checkpoint.checkpoint import Saving, load_checkpoint, save_checkpoint
 from .checkpoint.fingerprint import fingerprint
+from .comm.broadcast import broadcast
 from .comm.gather import gather
+from .comm.reduce import reduce
 from .data.dataset import sample_seed
 from .data.lengths import LengthPlan
 from .data.loader import Loader, ShardSampler
@@ -56,6 +58,7 @@ __all__ = [
     "accumulate",
     "audit",
     "backward_over_batch",
+    "broadcast",
     "convert_sync_batchnorm",
     "fingerprint",
     "first",
@@ -65,6 +68,7 @@ __all__ = [
     "predict",
     "preemption",
     "read_predictions",
+    "reduce",
     "replicate",
     "revert_sync_batchnorm",
     "sample_seed",

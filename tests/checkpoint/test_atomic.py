@@ -28,14 +28,34 @@ def _number(path: Path) -> int:
     return int(dp.load_checkpoint(path)["number"])
 
 
-def test_a_folder_beside_it_stays(tmp_path: Path) -> None:
-    """It has the name of an earlier file that `keep` would delete."""
+def test_what_an_earlier_save_cannot_have_left_stays(tmp_path: Path) -> None:
     (tmp_path / "c.100").mkdir()
-    (tmp_path / "c.101").touch()
-    for _ in range(3):
-        with atomic.replacing(tmp_path / "c", keep=2) as draft:
+    for name in ("c.3", "c.4", "c.2026", "c.007"):
+        (tmp_path / name).touch()
+    for _ in range(4):
+        with atomic.replacing(tmp_path / "c", keep=3) as draft:
             draft.write(b"x")
-    assert sorted(os.listdir(tmp_path)) == ["c", "c.1", "c.100"]
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.007", "c.1", "c.100", "c.2", "c.2026"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_with_the_name_of_an_earlier_file_is_not_touched(number: int, linked: bool, tmp_path: Path) -> None:
+    folder = tmp_path / f"c.{number}"
+    target = tmp_path / "of the user" if linked else folder
+    target.mkdir()
+    if linked:
+        folder.symlink_to(target)
+    (target / "notes").write_text("mine")
+    dp.save_checkpoint(tmp_path / "c", number=1)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(FileExistsError, match=rf"keep=3 .* move it.*c\.{number}'"):
+        dp.save_checkpoint(tmp_path / "c", keep=3, number=2)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (folder / "notes").read_text() == "mine"
+    for keep in (None, number):
+        dp.save_checkpoint(tmp_path / "c", keep=keep, number=3)
+        assert _number(tmp_path / "c") == 3
 
 
 def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,15 @@ LARGE = {
 }  # fmt: skip
 
 
+# MiB beyond twice the file's size that refusing each took, as measured, and 16 more for other versions of Python. Text
+# takes none. The values of JSON take up to 128 bytes each, and a wide character makes its string 4 times as large;
+# format allows them 256 MiB, so that lists and many small tensors can be loaded.
+BEYOND = {
+    "empty lists": 83, "empty strings": 170, "a wide character": 202, "quotes": 0, "escapes": 0, "brackets": 0,
+    "entries": 204, "a long key above many tensors": 4, "long keys on many levels": 39,
+}  # fmt: skip
+
+
 def _nested_keys() -> bytes:
     """Return a file with a value whose path is 15 MB long, and which cannot be built."""
     node: dict[str, Any] = {"kind": "array", "name": "x", "dtype": "bfloat16", "shape": [0]}
@@ -248,7 +257,7 @@ def test_a_large_hostile_header_takes_bounded_memory(name: str, tmp_path: Path) 
     assert outcome.error is None, outcome.trace
     memory, size, seconds = outcome.value
     print(f"{name}: {memory / 2**20:.0f} MiB for {size / 2**20:.0f} MiB, {seconds:.2f} s")
-    assert memory < 2 * size + 2**28
+    assert memory < 2 * size + (BEYOND[name] + 16) * 2**20 < 2 * size + 2**28
     assert seconds < 30
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import itertools
 import json
+import time
 from collections import OrderedDict, defaultdict, namedtuple
 from typing import Any
 
@@ -183,6 +184,16 @@ def test_chunks_that_need_much_memory_are_refused() -> None:
             check_chunks(node, 4**6)
 
 
+def test_chunks_that_need_much_time_are_refused() -> None:
+    """Many large chunks over one another, each from another place on: 1.8 * 10**11 cells to count."""
+    shape, half = [12 * 10**5], 6 * 10**5
+    chunks = [[number, [number], [half]] for number in range(half)]
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="do not cover it"):
+        check_chunks({**FLOAT, "shape": shape, "chunks": chunks}, half)
+    assert time.monotonic() - start < 12  # 1.5 s; without a limit on the cells 23 s
+
+
 def test_names_of_tensors_are_distinct() -> None:
     value = {"a.b": 0, "a": {"b": 1}, "a.b#1": 2, "": {"": 3}, ".": 4}
     tensors: dict[str, torch.Tensor] = {}
@@ -227,6 +238,10 @@ def test_types_are_found_wherever_they_are() -> None:
     itself: list[Any] = []
     itself.append(itself)
     assert types_in(itself) == types_in("text") == {}
+    shared: Any = [run]
+    for _ in range(DEPTH):  # 2**100 places
+        shared = {"a": [shared, shared], "b": shared}
+    assert types_in(shared) == expected
     assert named_types(3) == named_types({"kind": "list", "items": [1]}) == set()
 
 

@@ -497,3 +497,42 @@ def _deep_copied() -> None:
 
 def test_the_module_inside_can_be_copied() -> None:
     run_ranks(_deep_copied, 2)
+
+
+def _compressed(kind: str) -> list[list[float]]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    power = PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1)
+    torch.manual_seed(0)
+    model = dp.replicate(nn.Linear(6, 4), comm_hook={"bf16": bf16_compress_hook, "power": (power, powerSGD_hook)}[kind])
+    plan = dp.BatchPlan(24, 8, 2, shuffle=False)
+    data = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+    steps = []
+    for step in dp.Loader(data, plan).epoch(0):
+        for micro in dp.accumulate(model, step):
+            (model(micro.data).square().mean() * micro.weight).backward()
+        gradient = next(model.parameters()).grad
+        steps.append(gradient.flatten().tolist())
+        model.zero_grad()
+    if isinstance(model, DistributedDataParallel):
+        rank_of_matrix = torch.linalg.matrix_rank(gradient).item()
+        as_sent = torch.equal(gradient, gradient.bfloat16().float())
+        assert rank_of_matrix == 1 if kind == "power" else as_sent, "the hook was not run"
+    return steps
+
+
+@pytest.mark.parametrize(("kind", "rtol"), [("bf16", 1e-2), ("power", None)])
+def test_a_communication_hook_of_torch(kind: str, rtol: float | None) -> None:
+    (alone,) = run_ranks(_compressed, 1, kind)
+    first, second = run_ranks(_compressed, 2, kind)
+    assert first == second
+    last = len(alone) if rtol else 2  # from there on PowerSGD sends an approximation
+    torch.testing.assert_close(torch.tensor(first[:last]), torch.tensor(alone[:last]), rtol=rtol or 1e-5, atol=1e-3)
+
+
+def test_a_communication_hook_that_cannot_be_is_refused() -> None:
+    with pytest.raises(TypeError, match="comm_hook=3"):
+        dp.replicate(nn.Linear(1, 1), comm_hook=3)
+    with pytest.raises(ValueError, match="leave comm_hook out"):
+        dp.replicate(nn.Linear(1, 1), reduction="strict", comm_hook=lambda state, bucket: None)

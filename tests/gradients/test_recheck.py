@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -184,6 +185,54 @@ class Large(nn.Module):
         return self.layers((x * self.power).repeat(1, 50))
 
 
+class Teacher(nn.Module):
+    """A frozen module that the loss runs; each forward moves its buffers, and its output depends on some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        linear = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.layers = nn.Sequential(linear, nn.BatchNorm1d(6), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def _compiled_teacher() -> Any:
+    model, plain = dp.replicate(Net(), recheck_every=1), nn.BatchNorm1d(6).requires_grad_(False)
+    teacher = torch.compile(plain, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for step in loader(dist.get_world_size(), steps=2, micros=2).epoch(0):
+            for micro in dp.accumulate(model, step):
+                loss = (model(micro.data) - teacher(micro.data).mean()).square().mean()
+                (loss * micro.weight).backward()
+    return plain.num_batches_tracked.item(), recheck_of(model).done
+
+
+def test_a_compiled_module_beside_the_model_is_as_without() -> None:
+    assert run_ranks(_compiled_teacher, 2, timeout_s=120) == [(4, 2)] * 2
+
+
+def _draws_alone() -> str:
+    silent()
+    model = dp.replicate(Net(), recheck_every=1)
+    try:
+        for step in loader(dist.get_world_size(), steps=2).epoch(0):
+            for micro in dp.accumulate(model, step):
+                if dist.get_rank() == 1:
+                    torch.rand(3)  # for a log
+                (model(nn.functional.dropout(micro.data)).square().mean() * micro.weight).backward()
+    except dp.WrongArithmetic as error:
+        return str(error)
+    return "none"
+
+
+def test_a_loop_that_draws_on_one_rank_alone_is_told_of_it() -> None:
+    for told in run_ranks(_draws_alone, 3):
+        assert "rank 1 computes wrong numbers" in told
+        assert "a loop that draws random numbers on it alone" in told
+
+
 def _healthy(kind: str, reduction: str, every: int | None) -> Any:
     torch.manual_seed(1)
     make = Large if kind in ("large", "one micro-batch") else Net
@@ -194,6 +243,7 @@ def _healthy(kind: str, reduction: str, every: int | None) -> Any:
         models.append(second)
     if kind == "another model":  # which the loss runs, but accumulate() does not get
         second = dp.replicate(nn.Linear(6, 6), reduction=reduction)
+    teacher = Teacher().requires_grad_(False) if kind == "a teacher" else None
     parameters = [one for each in (model, second) if each is not None for one in each.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.01)
     micros = 1 if kind == "one micro-batch" else 2
@@ -213,19 +263,21 @@ def _healthy(kind: str, reduction: str, every: int | None) -> Any:
                 continue
             x = micro.data if second is None else second(micro.data)
             loss = model(x).square().mean()
+            if teacher is not None:
+                loss = loss + (model(x).mean() - teacher(x).mean()).square()
             if kind == "two backwards":
                 (loss * micro.weight).backward(retain_graph=True)
             (loss * micro.weight).backward()
         optimizer.step()
         if kind != "old gradients" or step.number % 2:
             optimizer.zero_grad(set_to_none=kind != "zeros")
-    states = [dp.fingerprint(each) for each in (model, second) if each is not None]
+    states = [dp.fingerprint(each) for each in (model, second, teacher) if each is not None]
     done = -1 if every is None else recheck_of(model).done
     return states, seen, torch.rand(()).item(), done
 
 
 KINDS = ["large", "one micro-batch", "two models", "another model", "count", "workers", "dropped", "two backwards",
-         "old gradients", "zeros"]  # fmt: skip
+         "old gradients", "zeros", "a teacher"]  # fmt: skip
 
 
 def _all_kinds(reduction: str, every: int | None) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,51 @@ def test_a_record_of_the_run_without_a_number_is_refused(tmp_path: Path) -> None
     _is_refused(tmp_path, "_run.json is damaged")
 
 
+def test_a_forged_length_takes_no_time(tmp_path: Path) -> None:
+    token, run, digests = reading.read_run(_writes(tmp_path))
+    (tmp_path / "_run.json").write_bytes(reading.run_text(token, run | {"length": 2 * 10**19 - 8}, digests))
+    start = time.monotonic()
+    for call, message in ((dp.read_predictions, "is not complete: 4999999999999999995 of"), (_writes, "another run")):
+        with pytest.raises(ValueError, match=message):
+            call(tmp_path)
+    assert time.monotonic() - start < 5
+
+
 @pytest.mark.parametrize("name", ["_run.json", "part-000000000004.parquet", "_part-000000000004.sha256"])
 def test_a_folder_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
     (_writes(tmp_path) / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
     _is_refused(tmp_path, f"{name} is (damaged|a folder, and .* remove it)")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_folder_in_place_of_the_types_is_refused_and_stays(broken: bool, tmp_path: Path) -> None:
+    path = _writes(tmp_path / "out")
+    (path / "_common_metadata").unlink()
+    (path / "_common_metadata").mkdir()
+    (path / "_common_metadata" / "notes").write_text("mine")
+    if broken:
+        for part in path.glob("part-*"):
+            part.unlink()
+    before = sorted(path.iterdir())
+    with pytest.raises(
+        ValueError, match=r"_common_metadata is a folder, and the file of the columns' types goes there"
+    ):
+        _writes(path)
+    assert sorted(path.iterdir()) == before
+    assert (path / "_common_metadata" / "notes").read_text() == "mine"
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    path = _writes(tmp_path / "out")
+    own = ("notes", "part-2.parquet", ".hidden", ".part-old.parquet.17", "_part-1.sha256", "_run.json.1")
+    for name in own:
+        (path / name).write_text("mine")
+    (path / "figures").mkdir()
+    (path / "part-000000000004.parquet").unlink()
+    _writes(path)
+    assert len(dp.read_predictions(path)) == 12
+    assert all((path / name).read_text() == "mine" for name in own) and (path / "figures").is_dir()
 
 
 def _is_refused(path: Path, message: str) -> None:

@@ -207,15 +207,13 @@ raise SystemExit(0)
 
 @pytest.mark.parametrize(
     ("command", "safe"),
-    [(["link.py", "a"], ""), (["-m", "folder.shown", "a"], ""), (["folder/shown.py"], "1"), (["app", "a"], "")],
-    ids=["link", "module", "safe path", "folder"],
+    [(["link.py", "a"], ""), (["-m", "folder.shown", "a"], ""), (["folder/shown.py"], "1")],
+    ids=["link", "module", "safe path"],
 )
 def test_a_script_finds_what_it_finds_under_python(tmp_path: Path, command: list[str], safe: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "shown.py").write_text(SHOWN)
     (tmp_path / "link.py").symlink_to("folder/shown.py")
-    (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "__main__.py").write_text(SHOWN)
     starts = ([], ["-m", "ddparity", "run", "--nproc", "1"])
     outputs = []
     for start in starts:
@@ -265,55 +263,3 @@ def test_a_pod_of_a_pytorch_job_starts_several_processes(tmp_path: Path) -> None
             pod.kill()
             pod.wait()
     assert sorted(lines) == ["0 4 0 0", "1 4 1 0", "2 4 0 1", "3 4 1 1"]
-
-
-# What a rank that has failed still does.
-
-UPLOADS = """
-    import atexit, threading
-
-    def upload():
-        while not os.path.exists(sys.argv[1]):
-            time.sleep(0.01)
-        print("uploaded", flush=True)
-
-    if rank == 1:
-        if sys.argv[2] == "thread":
-            threading.Thread(target=upload).start()
-        elif sys.argv[2] == "atexit":
-            atexit.register(upload)
-        try:
-            raise ValueError("bad batch")
-        finally:
-            if sys.argv[2] == "finally":
-                upload()
-    elif sys.argv[3] == "fails":
-        while not any("error.json" in files for _, _, files in os.walk(os.environ["DDPARITY_JOB"].split(":")[-1])):
-            time.sleep(0.01)
-        sys.exit(3)  # as a rank that waited for rank 1
-    time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize(("where", "other"), [("atexit", "waits"), ("atexit", "fails"), ("thread", "waits")])
-def test_a_rank_that_has_failed_has_the_time_to_save(tmp_path: Path, where: str, other: str) -> None:
-    script = _script(tmp_path, UPLOADS)
-    with _started("--nproc", "2", "--show", "1", script, str(tmp_path / "go"), where, other) as process:
-        assert process.stderr is not None
-        said = _line_with(process.stderr, "waiting up to")
-        (tmp_path / "go").touch()
-        out, err = process.communicate(timeout=30)
-    start = r"ddparity: rank 1 failed: ValueError: bad batch; waiting up to \d+ s for rank 1 \("
-    assert re.match(start + r".*\): a signal \(Ctrl-C\) ends this now\n", said)
-    assert "uploaded" in out
-    assert process.returncode == 1
-    assert err.startswith("ddparity: rank 1 failed: ValueError: bad batch\nTraceback")
-
-
-def test_a_rank_that_still_saves_when_its_time_is_over_is_told(tmp_path: Path) -> None:
-    script = _script(tmp_path, UPLOADS)
-    code, _, err = _run("--nproc", "2", "--shutdown-timeout", "4", script, "never", "atexit", "waits")
-    late = r"which still ran 4 s after its exception \(--shutdown-timeout\)"
-    assert code == 1
-    assert re.search(rf"ddparity: ending rank 1 \(sleeping, {re.escape(script)}:\d+, in upload\), {late}\n", err)
-    assert "ddparity: rank 1 failed: ValueError: bad batch\nTraceback" in err

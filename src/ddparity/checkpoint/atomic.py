@@ -44,6 +44,8 @@ def replacing(path: Path, keep: int | None = None) -> Iterator[BinaryIO]:
 
     `keep`: as for `publish`.
     """
+    if keep is not None:
+        _check_earlier(path, keep)  # before much is written
     draft = new_draft(path)
     try:
         yield draft.file
@@ -90,9 +92,11 @@ def publish(draft: Draft, path: Path, keep: int | None = None) -> None:
     """Replace `path` by its draft. A crash at any instant leaves the complete old file or the complete new one.
 
     With `keep` the replaced file becomes `path.1`, the file before it `path.2`, and so on. `keep` files stay in all,
-    the new one included. None: only `path` changes. One process at a time does this in a folder.
+    the new one included: those from `path.<keep>` on are deleted, up to the first number that is no file. None: only
+    `path` changes. One process at a time does this in a folder.
 
     Raises:
+        FileExistsError: `path.1`, or another number below `keep`, is a folder or anything else that is no file.
         OSError: a file cannot be flushed, renamed or deleted.
     """
     draft.file.flush()
@@ -102,9 +106,11 @@ def publish(draft: Draft, path: Path, keep: int | None = None) -> None:
             _rotate(path, keep)
         os.replace(draft.path, path)
         if keep is not None:
-            for number in _earlier_numbers(path):
-                if number >= keep:
-                    earlier_file(path, number).unlink(missing_ok=True)
+            end = keep
+            while earlier_file(path, end).is_file():
+                end += 1
+            for number in range(end - 1, keep - 1, -1):  # the last one first: a crash leaves no gap
+                earlier_file(path, number).unlink(missing_ok=True)
     flush_folder(path.parent)  # the rename itself is on disk only then
 
 
@@ -214,6 +220,7 @@ def _rotate(path: Path, keep: int) -> None:
 
     `path` itself exists all the time.
     """
+    _check_earlier(path, keep)
     before = earlier_file(path, 1)
     # If both names are the same file, a crash came after the last rotation: rotating again would lose a file.
     if keep < 2 or not path.exists() or (before.exists() and before.samefile(path)):
@@ -241,10 +248,27 @@ def _rotate(path: Path, keep: int) -> None:
         os.replace(name, before)
 
 
-def _earlier_numbers(path: Path) -> list[int]:
-    found = [file for file in path.parent.glob(f"{glob.escape(path.name)}.*") if not file.is_dir()]
-    suffixes = (file.name.removeprefix(f"{path.name}.") for file in found)
-    return sorted(int(suffix) for suffix in suffixes if suffix.isascii() and suffix.isdigit())
+def _check_earlier(path: Path, keep: int) -> None:
+    """Raise FileExistsError if a folder or the like has the name of an earlier file: it would be moved or replaced."""
+    for found in path.parent.glob(f"{glob.escape(path.name)}.*"):
+        suffix = found.name.removeprefix(f"{path.name}.")
+        number = int(suffix) if suffix.isascii() and suffix.isdigit() else 0
+        if 0 < number < keep and found == earlier_file(path, number) and not _is_file(found):
+            raise FileExistsError(
+                errno.EEXIST,
+                f"keep={keep} renames earlier files to {path.name}.1 and so on, and this is no file: move it, give "
+                f"another path, or leave keep out",
+                str(found),
+            )
+
+
+def _is_file(path: Path) -> bool:
+    """Return True if it is a file or a link to one, or has just been moved by another process."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return True
+    return path.is_file() if stat.S_ISLNK(mode) else stat.S_ISREG(mode)
 
 
 def _prefix(name: str) -> str:

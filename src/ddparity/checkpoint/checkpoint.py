@@ -97,7 +97,8 @@ def save_checkpoint(
         path: the file. A symbolic link to a file is followed. A new file has the mode and the owner of the one that it
             replaces.
         keep: how many files stay, the new one included. The replaced file becomes `path.1`, the file before it
-            `path.2`, and so on; the files from `path.<keep>` on are deleted. None: only `path` changes.
+            `path.2`, and so on; the files from `path.<keep>` on are deleted, up to the first number that is no file.
+            None: only `path` changes.
         background: copy the states, return, and write the copy in a thread. On rank 0 this takes the size of the states
             in main memory, with sharded states on each rank that of its shards. Later changes of the objects do not
             change the file. A failure is raised on every rank by `Saving.wait`, or by the next save or load.
@@ -111,7 +112,8 @@ def save_checkpoint(
     Raises:
         TypeError: an object is neither, or has something that would not come back as it is; the message says where.
         ValueError: `keep` is less than 1.
-        OSError: the file cannot be written; raised on the rank that writes it. The old file stays.
+        OSError: the file cannot be written, or a folder has the name of an earlier file (`keep`); raised on the rank
+            that writes it. The old file stays.
         RankFailure: another rank failed.
 
     Collectives: those of the objects' `state_dict`, and of a ZeroRedundancyOptimizer's `consolidate_state_dict`. There

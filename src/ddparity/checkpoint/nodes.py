@@ -330,13 +330,17 @@ def check_chunks(node: dict[str, Any], files: int) -> None:
     if math.prod(map(len, edges)) > 10**6 or len(places) != len(chunks):
         raise ValueError(f"{node['name']} has chunks that are no grid")
     covered = np.zeros([max(len(edge) - 1, 0) for edge in edges], np.int32)
+    left = covered.size
     for _, offsets, sizes in chunks:
         box = tuple(
             slice(bisect_left(edge, offset), bisect_left(edge, offset + size))
             for edge, offset, size in zip(edges, offsets, sizes, strict=False)
         )
+        left -= covered[box].size
+        if left < 0:  # many large chunks over one another would take hours
+            break
         covered[box] += 1
-    if not (covered == 1).all() or sum(math.prod(sizes) for _, _, sizes in chunks) != math.prod(shape):
+    if left or not (covered == 1).all() or sum(math.prod(sizes) for _, _, sizes in chunks) != math.prod(shape):
         raise ValueError(f"the chunks of {node['name']} do not cover it, each element once")
 
 
@@ -351,25 +355,33 @@ def named_types(node: Node) -> set[str]:
 # Put together
 
 
-def types_in(value: Any, depth: int = 0) -> Types:
-    """Return the named tuples, dataclasses and enums that a value has."""
-    cls: Any = type(value)
+def types_in(value: Any) -> Types:
+    """Return the named tuples, dataclasses and enums that a value has. A value in several places is looked at once."""
     found: Types = {}
+    known: dict[int, Any] = {}  # by id; it keeps them alive, so that no other value gets the id
+    level = [value]
+    while level:
+        new = {id(one): one for one in level if type(one) not in _PLAIN and id(one) not in known}
+        known |= new
+        level = [item for one in new.values() for item in _entries(one, found)]
+    return found
+
+
+def _entries(value: Any, found: Types) -> Sequence[Any]:
+    """Return the values in a value, and put its type into `found` if it is one of those that `build` asks for."""
+    cls: Any = type(value)
     if isinstance(value, enum.Enum):
         found[cls.__qualname__, ()] = cls
-    elif depth <= DEPTH and cls not in _PLAIN:
-        if nesting_kind(cls) == "fields":
-            found[cls.__qualname__, tuple(field.name for field in dataclasses.fields(cls))] = cls
-            items = [getattr(value, field.name, None) for field in dataclasses.fields(cls)]
-        elif isinstance(value, tuple) and hasattr(cls, "_fields"):
-            found[cls.__qualname__, tuple(cls._fields)] = cls
-            items = list(value)
-        else:
-            items = list(value.values()) if isinstance(value, Mapping) else []
-            items = list(value) if isinstance(value, (list, tuple)) else items
-        for item in items:
-            found |= types_in(item, depth + 1)
-    return found
+        return ()
+    if nesting_kind(cls) == "fields":
+        names = tuple(field.name for field in dataclasses.fields(cls))
+        found[cls.__qualname__, names] = cls
+        return [getattr(value, name, None) for name in names]
+    if isinstance(value, tuple) and hasattr(cls, "_fields"):
+        found[cls.__qualname__, tuple(cls._fields)] = cls
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def build(

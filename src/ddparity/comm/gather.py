@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import RankFailure
 from .nesting import Description
-from .transfer import Receiver, checked_receiver, gather_json, move, takes_part
+from .transfer import Receiver, checked_receiver, described, move, takes_part
 from .trees import new_tensor, put_together, take_apart
 
 
@@ -39,20 +38,15 @@ def gather(value: Any, to: Receiver = 0) -> Any:
     """
     joined = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    problem: Exception | None = None
     leaves: list[torch.Tensor] = []
-    try:
-        to = checked_receiver(to, world_size)
-        node, leaves = take_apart(value)
-        node["to"] = to
-    except Exception as error:
-        problem, node = error, {"error": str(error)}
-    nodes = gather_json(node)
-    if problem is not None:
-        raise problem
-    for other, theirs in enumerate(nodes):
-        if "error" in theirs:
-            raise RankFailure(f"rank {other} failed in gather: {theirs['error']}", other)
+
+    def describe() -> Description:
+        receiver = checked_receiver(to, world_size)
+        node, found = take_apart(value)
+        leaves.extend(found)
+        return {**node, "to": receiver}
+
+    nodes = described("gather", describe)
     receivers = [theirs.pop("to") for theirs in nodes]
     for other, receiver in enumerate(receivers):
         if receiver != receivers[0]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from ..compat import all_gather_single
+from ..errors import RankFailure
 from .trees import byte_view
 
 Receiver = int | Literal["all"]
@@ -48,6 +49,28 @@ def gather_json(value: Any) -> list[Any]:
     all_gather_single(texts, padded)
     rows = texts.cpu().view(world_size, longest)
     return [json.loads(bytes(row[:size].numpy())) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
+def described(what: str, describe: Callable[[], Any]) -> list[Any]:
+    """Return what `describe` returns on each rank, which is sent as JSON, on every rank.
+
+    Collectives: two all-gathers; all ranks call it.
+
+    Raises:
+        Exception: what `describe` raises on this rank. The other ranks raise `RankFailure`.
+    """
+    problem: Exception | None = None
+    try:
+        mine = {"value": describe()}
+    except Exception as error:
+        problem, mine = error, {"error": str(error)}
+    everyones = gather_json(mine)
+    if problem is not None:
+        raise problem
+    for rank, theirs in enumerate(everyones):
+        if "error" in theirs:
+            raise RankFailure(f"rank {rank} failed in {what}: {theirs['error']}", rank)
+    return [theirs["value"] for theirs in everyones]
 
 
 def takes_part(source: int, to: Receiver) -> bool:

@@ -49,14 +49,14 @@ def take_apart(value: Any, path: str = "value") -> tuple[Description, list[torch
             value = [item.item() if isinstance(item, np.generic) else item for item in value]
             if all(map(_is_plain, value)):
                 return _describe_plain(value, leaves, "plain list")
-            items = [walk(item, leaf, _describe_nesting, f"{path}[{i}]") for i, item in enumerate(value)]
+            items = [walk(item, leaf, describe_nesting, f"{path}[{i}]") for i, item in enumerate(value)]
             return {"kind": "list", "items": items}
         raise cannot_travel(value, path)
 
-    return walk(value, leaf, _describe_nesting, path), leaves
+    return walk(value, leaf, describe_nesting, path), leaves
 
 
-def _describe_nesting(value: Any, path: str, nesting: Nesting, items: list[Description]) -> Description:
+def describe_nesting(value: Any, path: str, nesting: Nesting, items: list[Description]) -> Description:
     """Describe a nesting.
 
     Raises:

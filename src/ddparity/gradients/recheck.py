@@ -19,6 +19,8 @@ import hashlib
 import json
 import logging
 import struct
+import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..comm.allreduce import copies_of_ranks
 from ..comm.bits import check_words, is_same, parts, put_back
@@ -113,6 +116,8 @@ class Recheck:
         self._wire = next((parameter.device for _, parameter in weights), torch.device("cpu"))
         self._before: list[torch.Tensor | None] | None = None
         self._stack = contextlib.ExitStack()
+        self._known = {id(one): one for root in modules for one in root.modules()}
+        self._others: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers of other modules, with copies, see `_seen`
 
     # The rank's own first micro-batch
 
@@ -125,6 +130,7 @@ class Recheck:
         for _, parameter in self._trained:
             parameter.grad = None
         self._stack.enter_context(repeatable(self._device))
+        self._stack.enter_context(self._seen())
 
     @torch.no_grad()
     def keep(self, micro: LoadedMicroBatch, number: int) -> None:
@@ -210,12 +216,41 @@ class Recheck:
     @contextlib.contextmanager
     def _buffers_of_then(self) -> Iterator[None]:
         """Give the buffers what they held before the first micro-batch; put back at the end what they hold now."""
-        now = buffers_of(self._modules)
+        now, known = buffers_of(self._modules), len(self._others)
+        beside = [(buffer, buffer.clone()) for buffer, _ in self._others]
         set_buffers(self._buffers)
+        _set_values(self._others)
         try:
-            yield
+            with self._seen():
+                yield
         finally:
             set_buffers(now)
+            _set_values([*beside, *self._others[known:]])
+
+    @contextlib.contextmanager
+    def _seen(self) -> Iterator[None]:
+        """Keep the buffers of modules beside the models, such as a frozen teacher, as they are before the body runs it.
+
+        Only their content is put back, not which tensor a module has as its buffer: `functional_call` lends it others.
+        """
+        thread = threading.get_ident()
+
+        def keep(module: nn.Module, _: Any) -> None:
+            if torch.compiler.is_compiling() or id(module) in self._known or threading.get_ident() != thread:
+                return
+            new = {id(one): one for one in module.modules() if id(one) not in self._known}
+            self._known |= new  # which also keeps them, so that no other module gets the id
+            buffers = [buffer for one in new.values() for buffer in one._buffers.values() if buffer is not None]
+            with torch.no_grad():
+                self._others += [(buffer, buffer.clone()) for buffer in buffers]
+
+        with warnings.catch_warnings():  # that hooks run for the wrapper of a compiled module, too, which does no harm
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+            hook = register_module_forward_pre_hook(keep)
+            try:
+                yield
+            finally:
+                hook.remove()
 
     @torch.no_grad()
     def _words(self, of_data: int) -> Words:
@@ -330,8 +365,9 @@ class Recheck:
         raise WrongArithmetic(
             f"accumulate(): {who}: {why}, for micro-batch {index} of step {record['step']} of epoch {record['epoch']}; "
             f"the first difference is in {record['differs'] or 'the result'}. The step is not taken. Take the device "
-            f"out of the job and continue from a checkpoint. If that helps nothing, look for a loop, a data set or a "
-            f"setting that differs on that rank",
+            f"out of the job and continue from a checkpoint. If that helps nothing, look for what differs on that "
+            f"rank: a loop that draws random numbers on it alone, such as torch.rand() for a log, a module beside the "
+            f"model with other weights or buffers, a data set or a setting",
             record,
         )
 
@@ -355,6 +391,12 @@ def set_buffers(buffers: Buffers) -> None:
     for module, name, buffer, value in buffers:
         module._buffers[name] = buffer
         if buffer is not None and value is not None and not is_same(buffer, value):
+            put_back(buffer, value)
+
+
+def _set_values(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for buffer, value in buffers:
+        if not is_same(buffer, value):
             put_back(buffer, value)
 
 

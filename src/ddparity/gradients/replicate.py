@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -19,6 +20,8 @@ from .strict import sparse_refusal
 
 logger = logging.getLogger(__name__)
 
+CommHook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]  # of a state and a dist.GradBucket
+
 
 def replicate(
     model: nn.Module,
@@ -26,6 +29,7 @@ def replicate(
     batchnorm_statistics: Statistics = "all",
     check_every: int = CHECK_EVERY,
     recheck_every: int | None = None,
+    comm_hook: CommHook | tuple[Any, CommHook] | None = None,
     **ddp_options: Any,
 ) -> DistributedDataParallel | nn.Module:
     """Wrap a model in torch's DistributedDataParallel, for the steps of `accumulate`.
@@ -48,6 +52,9 @@ def replicate(
             another rank's micro-batches, and the ranks compare the bits of both gradients, and of the weights.
             `WrongArithmetic` names the device that is wrong on every rank, and the step is not taken. The loop gets one
             micro-batch more, two at the first use, with `.recheck` True and a `.share` of 0. None: never.
+        comm_hook: how DDP's buckets are reduced, fast only: a communication hook of torch, as `bf16_compress_hook`, or
+            `(state, hook)`, as `(PowerSGDState(None), powerSGD_hook)`. It gets DDP's process group where no state is
+            given. A world of one leaves it out, and a step that leaves a rank without a micro-batch does.
         ddp_options: of DistributedDataParallel: `find_unused_parameters`, `static_graph`, `process_group`, …
 
     Collectives: DDP's: at construction the parameters and buffers; a step the gradients once, and the buffers once in
@@ -56,12 +63,13 @@ def replicate(
     A strict one also agrees on the number of threads, at construction, through the group's store.
 
     Raises:
-        TypeError: the model is wrapped already, or no module.
+        TypeError: the model is wrapped already, or no module, or `comm_hook` is no function.
         ValueError: an option is unknown. For strict: a batch norm is synchronised over several ranks, an embedding has
-            sparse gradients, static_graph or mixed_precision is set, or the ranks' numbers of intra-op threads differ
-            (`RankFailure` on those that came first).
+            sparse gradients, static_graph, mixed_precision or comm_hook is set, or the ranks' numbers of intra-op
+            threads differ (`RankFailure` on those that came first).
 
-    Source: https://pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
+    Sources: https://pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html,
+    https://pytorch.org/docs/stable/ddp_comm_hooks.html
     """
     for name, value, known in (
         ("reduction", reduction, get_args(Reduction)),
@@ -75,7 +83,8 @@ def replicate(
         raise TypeError("replicate() got a DistributedDataParallel: give the module inside, model.module")
     refuse_nested(model, "replicate() got a module that holds a DistributedDataParallel")
     words = (reduction, batchnorm_statistics, operator.index(check_every), _checked_recheck(model, recheck_every))
-    _agree(model, words, ddp_options.get("process_group"))
+    state_and_hook = _checked_hook(comm_hook, reduction, recheck_every)
+    _agree(model, words, comm_hook is not None, ddp_options.get("process_group"))
     if reduction == "strict":
         _check_strict(model, ddp_options)
     if not dist.is_initialized() or dist.get_world_size(ddp_options.get("process_group")) == 1:
@@ -89,6 +98,9 @@ def replicate(
     if device is not None and device.type == "cuda":
         ddp_options.setdefault("device_ids", [device])
     replicated = DistributedDataParallel(model, **ddp_options)
+    if state_and_hook is not None:
+        state, hook = state_and_hook
+        replicated.register_comm_hook(replicated.process_group if state is None else state, hook)
     asked(replicated, words, equal=ddp_options.get("init_sync", True))
     return replicated
 
@@ -108,7 +120,31 @@ def _checked_recheck(model: nn.Module, every: int | None) -> int:
     return steps
 
 
-def _agree(model: nn.Module, words: Words, group: dist.ProcessGroup | None) -> None:
+def _checked_hook(
+    given: CommHook | tuple[Any, CommHook] | None, reduction: Reduction, recheck_every: int | None
+) -> tuple[Any, CommHook] | None:
+    """Return a communication hook with its state."""
+    if given is None:
+        return None
+    state, hook = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
+    if isinstance(hook, tuple) or not callable(hook):
+        raise TypeError(
+            f"replicate(comm_hook={given!r}): give a function of a state and a bucket, or (state, function)"
+        )
+    if reduction == "strict":
+        raise ValueError(
+            'replicate(reduction="strict", comm_hook=…): strict reduces by itself, in an order that does not depend on '
+            "the number of processes: leave comm_hook out"
+        )
+    if recheck_every is not None:
+        raise ValueError(
+            "replicate(recheck_every=…, comm_hook=…): a hook reduces in the backward, and recheck_every compares the "
+            "gradients of one micro-batch: leave one out"
+        )
+    return state, hook
+
+
+def _agree(model: nn.Module, words: Words, hooked: bool, group: dist.ProcessGroup | None) -> None:
     """Compare what the ranks ask for, before DDP's collectives would hang where it differs."""
     with agreed("replicate()", group) as agreement:
         if agreement is not None:
@@ -118,6 +154,7 @@ def _agree(model: nn.Module, words: Words, group: dist.ProcessGroup | None) -> N
                     "replicate(batchnorm_statistics=…)": words[1],
                     "replicate(check_every=…)": words[2],
                     "replicate(recheck_every=…)": words[3],
+                    "replicate(comm_hook=…), given or not": hooked,
                     "the number of synchronised batch norms": len(shared_layers(model)),
                 }
             )

@@ -27,6 +27,7 @@ from .reading import (
     RUN,
     SCHEMA,
     RunInfo,
+    check_no_folder,
     check_no_folders,
     digest_file_of,
     file_of,
@@ -41,7 +42,7 @@ from .source import Batches
 
 _EMPTY = "part-empty.parquet"  # the only file of a data set without samples
 # See checkpoint.atomic.new_draft; a process id is that of earlier versions.
-_DRAFT = re.compile(r"\.(part-.+\.parquet|_run\.json|_common_metadata)\.(\d+|[0-9a-f]{8}-[0-9a-f]{16})")
+_DRAFT = re.compile(r"\.(part-(\d{12,}|empty)\.parquet|_run\.json|_common_metadata)\.(\d+|[0-9a-f]{8}-[0-9a-f]{16})")
 _FILES = 128  # files of a data set, as a default; more if a file would have more than `_ROWS` rows
 _ROWS = 65_536
 _ROW_GROUP_BYTES = 16 * 2**20
@@ -83,6 +84,8 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
         if uncompared and run["key"] is None:
             return json.dumps({"refused": _needs_key(path, before.get("key"), uncompared)})
         _check_same(path, before, run)
+        check_no_folders(path, run)  # before a file is deleted
+        check_no_folder(path / SCHEMA, "the file of the columns' types")
     elif found:
         raise ValueError(
             f"{path} holds {found[0]}, which is no result of predict(): give a directory that is empty or new"
@@ -93,9 +96,9 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
     for left in drafts:  # a rank that was killed leaves one
         left.unlink()
     if not run["length"]:
+        check_no_folder(path / _EMPTY, "a file without rows")
         with replacing(path / _EMPTY) as draft:
             pq.write_table(pa.table({INDEX: pa.array([], pa.int64())}), draft)
-    check_no_folders(path, run)
     whole = whole_parts(path, run, digests | new_digests(path, run))
     _record(path, token, run, whole)
     _write_schema(path, run, whole)

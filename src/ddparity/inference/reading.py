@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # the import is slow
 RUN = "_run.json"  # Arrow's readers skip names with an underscore
 SCHEMA = "_common_metadata"  # Parquet's name for a file without rows
 DESCRIPTION = b"ddparity"  # key in the schema's metadata of what Arrow's types do not say
+_PART = re.compile(r"part-(\d{12,})\.parquet")
 _THREADS = 4  # that read parts: a digest takes about as long as Parquet does
 _NAMED = 5  # parts that an error names
 
@@ -52,10 +54,16 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
     if not (path / RUN).exists():
         raise ValueError(f"{path} is no result of predict(): it has no {RUN}")
     _, run, _ = read_run(path)
-    if missing := [number for number in range(files_of(run)) if not file_of(path, run, number).exists()]:
-        first = rows_of(run, missing[0])
+    # A forged length asks for any number of files, so the search ends at the first one that is missing.
+    names, number, files = set(os.listdir(path)), 0, files_of(run)
+    while number < files and file_of(path, run, number).name in names:
+        number += 1
+    if number < files:
+        parts = (int(found[1]) for name in names if (found := _PART.fullmatch(name)))
+        there = sum(start % run["rows_per_file"] == 0 and start < run["length"] for start in parts)
+        first = rows_of(run, number)
         raise ValueError(
-            f"{path} is not complete: {len(missing)} of {files_of(run)} files are missing, the first is that of "
+            f"{path} is not complete: {files - there} of {files} files are missing, the first is that of "
             f"samples {first.start} to {first.stop - 1}. The same predict() again writes them"
         )
     check_no_folders(path, run)
@@ -130,8 +138,13 @@ def _difference(found: str, recorded: str | None) -> str | None:
 def check_no_folders(path: Path, run: RunInfo) -> None:
     """Raise a ValueError if a folder is in place of a part: neither can it be read, nor can a part be written there."""
     for number in range(files_of(run)):
-        if (file := file_of(path, run, number)).is_dir():
-            raise ValueError(f"{file} is a folder, and a part of the predictions goes there: remove it")
+        check_no_folder(file_of(path, run, number), "a part of the predictions")
+
+
+def check_no_folder(file: Path, what: str) -> None:
+    """Raise a ValueError if a folder has the name of a file."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder, and {what} goes there: remove it")
 
 
 def files_of(run: RunInfo) -> int:

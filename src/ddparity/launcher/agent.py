@@ -41,13 +41,13 @@ from .diagnosis.late import describe_doing, only_waits, stacks_of
 from .diagnosis.watch import Watch, WatchedRank
 from .ending import Guardian, RankProcesses, end, end_left, runs, send
 from .exchange import SILENT_S, Exchange, Node, plain_reason
-from .lingering import LINGER_S, Lingering
 from .output import RankFiles, say, tell
 from .resources import MemoryWatch
 from .signals import Signals
 
 _CAUSE_TIMEOUT_S = 3.0  # for the rank that failed first to end, when only ranks that failed because of it have ended
 _SAME_CAUSE_S = 0.4  # for other ranks that fail for the same reason
+_LINGER_S = 3.0  # a rank that has written its exception and runs for longer counts as ended
 _OUTPUT_TIMEOUT_S = 2.0  # for the last output, when a signal has come
 _PROGRESS_S = 60.0  # a rank that ran for this long counts as one that made progress
 _NODE_JOINED = "a machine has joined: all ranks start again with it"
@@ -88,7 +88,6 @@ class Agent(LocalElasticAgent):
         self._host = socket.gethostname()
         self._mark = files.root_log_dir  # in the environment of all that the ranks start
         self._guardian = Guardian(self._mark)
-        self._lingering = Lingering(options.grace_s, self._tell)
         self._memory = MemoryWatch()
         self._ranks = RankProcesses({}, {}, files)
         self._watch: Watch | None = None
@@ -207,8 +206,6 @@ class Agent(LocalElasticAgent):
             failed_elsewhere = self._exchange is not None and self._exchange.failed()
             if not (changes or failed_elsewhere) and self._waits_for_prompt(hang):
                 return RunResult(state=WorkerState.HEALTHY)
-            if hang is None and not changes and self._have_failed() and self._ranks.saving(self._lingering.may_run):
-                return RunResult(state=WorkerState.HEALTHY)
             hang, self._later = hang or self._later, None
             if hang is not None or changes or failed_elsewhere or self._have_failed():
                 self._end_after_failure(worker_group, hang)
@@ -310,9 +307,9 @@ class Agent(LocalElasticAgent):
     def _rank(self, local_rank: int) -> int:
         return int(self._worker_group.workers[local_rank].global_rank)
 
-    def _look(self, at_once: bool = False) -> set[int]:
-        """Note the ranks that have ended; return their exit codes. `at_once`: those that have failed count, too."""
-        ended = self._ranks.look(0.0) if at_once else self._ranks.look(LINGER_S, self._lingering.may_run)
+    def _look(self, linger_s: float = _LINGER_S) -> set[int]:
+        """Note the ranks that have ended; return their exit codes."""
+        ended = self._ranks.look(linger_s)
         for rank, code in ended:
             if self._watch is not None:
                 self._watch.ended(rank, code)
@@ -365,7 +362,7 @@ class Agent(LocalElasticAgent):
         """Wait until the cause is known, end the other ranks, and keep how each rank ended."""
         assert self._watch is not None
         exchange = self._exchange
-        if hang is not None and self._look(at_once=True) - {0}:
+        if hang is not None and self._look(linger_s=0.0) - {0}:
             hang = None  # a rank waits for a thread of its own, and has written its exception: that is the cause
         if hang is None:
             self._wait_for_cause()

@@ -57,9 +57,7 @@ class RankProcesses:
 
     def __init__(self, pids: Mapping[int, int], ranks: Mapping[int, int], files: RankFiles) -> None:
         self._pids, self._ranks, self._files = dict(pids), dict(ranks), files
-        self._ended: dict[
-            int, tuple[int, float]
-        ] = {}  # local rank: exit code, time when it was seen, or of its exception
+        self._ended: dict[int, tuple[int, float]] = {}  # local rank: exit code, time when it was seen
 
     @property
     def pids(self) -> list[int]:
@@ -84,48 +82,29 @@ class RankProcesses:
         """The exit codes of the ranks that have ended."""
         return {code for code, _ in self._ended.values()}
 
-    def look(
-        self, linger_s: float, may_run: Callable[[int, int, Path, float], bool] = lambda *rank: False
-    ) -> list[tuple[int, int]]:
+    def look(self, linger_s: float) -> list[tuple[int, int]]:
         """Return the global rank and the exit code of each rank that has ended since the last look.
 
         A rank that wrote its exception more than `linger_s` ago and still runs counts as ended, with the exit code of
-        the exception, unless `may_run(rank, pid, folder, seconds since then)`: it may save what is left.
+        the exception: another thread of it keeps the process.
         """
         found = []
         for local, pid in self._pids.items():
             if local in self._ended:
                 continue
             code = how_ended(pid)
-            since_s = self._since_exception_s(local)
-            if (
-                code is None
-                and since_s is not None
-                and since_s > linger_s
-                and not self._may_run(local, since_s, may_run)
-            ):
+            if code is None and self._lingers(local, linger_s):
                 code = self._code_of_exception(local)
             if code is not None:
-                self._ended[local] = code, time.time() - (since_s or 0.0)
+                self._ended[local] = code, time.time()
                 found.append((self._ranks[local], code))
         return found
 
-    def saving(self, may_run: Callable[[int, int, Path, float], bool]) -> bool:
-        """Return whether a rank that has written its exception runs and `may_run`, as for `look`."""
-        running = {local: self._since_exception_s(local) for local, pid in self._pids.items() if runs(pid)}
-        return any(
-            since_s is not None and local not in self._ended and self._may_run(local, since_s, may_run)
-            for local, since_s in running.items()
-        )
-
-    def _may_run(self, local_rank: int, since_s: float, may_run: Callable[[int, int, Path, float], bool]) -> bool:
-        return may_run(self._ranks[local_rank], self._pids[local_rank], self._files.folders[local_rank], since_s)
-
-    def _since_exception_s(self, local_rank: int) -> float | None:
-        """Return how many seconds ago a rank has written its exception; None: it has not."""
+    def _lingers(self, local_rank: int, linger_s: float) -> bool:
         with suppress(OSError):
-            return time.time() - (self._files.folders[local_rank] / "error.json").stat().st_mtime
-        return None
+            written = (self._files.folders[local_rank] / "error.json").stat().st_mtime
+            return time.time() - written > linger_s
+        return False
 
     def _code_of_exception(self, local_rank: int) -> int:
         with suppress(OSError, ValueError, LookupError, TypeError):

@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Protocol, TextIO
@@ -73,8 +73,6 @@ class RankFiles(LogsSpecs):
         ranks = {local: int(env["RANK"]) for local, env in envs.items()}
         attempt = f"attempt{self._attempts}" if self._attempts else ""
         self._attempts += 1
-        if self.kept is not None and not attempt:
-            self.kept = _new_logs(self.kept, [rank for rank in ranks.values() if not self._writes_itself(rank)])
         self.folders = {local: self._folder / attempt / f"rank{rank}" for local, rank in ranks.items()}
         for local, folder in self.folders.items():
             folder.mkdir(parents=True)
@@ -159,17 +157,6 @@ class Source(Protocol):
     def close(self, terminal: int | None) -> None: ...
 
 
-def _new_logs(logs: Path, ranks: Sequence[int]) -> Path:
-    """Return the folder `logs`, or one like `run2` in it if an earlier run has written output of these ranks there."""
-    found, number = logs, 1
-    while (found / "waits.txt").exists() or any((found / f"rank{rank}").exists() for rank in ranks):
-        number += 1
-        found = logs / f"run{number}"
-    if number > 1:
-        tell(f"the logs go to {found}, since those of an earlier run are in {logs}")
-    return found
-
-
 def _source(folder: Path, logs: Path | None, rank: int, stream: str, shown: bool) -> Source:
     if logs is None:
         return RankPipe(folder / stream, shown)
@@ -245,10 +232,7 @@ class Forwarder:
                     pass
                 if self._begun[rank]:
                     self._show(rank, b"\n")
-        except (OSError, ValueError) as error:  # the terminal is closed, or its disk is full: the job goes on
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                name = "standard output" if self._terminal is sys.stdout else "standard error"
-                tell(f"cannot write what the ranks write to {name}: {error.strerror}. The job goes on without it")
+        except (OSError, ValueError):  # the terminal is closed: the job goes on
             while not self._ended.wait(_PAUSE_S):
                 for source in self._sources.values():
                     source.next()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import io
 import logging
@@ -39,7 +38,6 @@ from .output import Inherited, RankFiles, printable, say, tell
 from .rendezvous import NodeInfo, RendezvousSetup, add_node_check, check_rendezvous, explain, node_info
 from .resources import decide_threads
 from .signals import Signals
-from .terminal import restored
 
 HANG_EXIT_CODE = 124  # that of `timeout`
 RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
@@ -47,7 +45,6 @@ LOST_EXIT_CODE = 137  # a machine is lost: the code of killed ranks, after which
 _LONGEST_INTERVAL_S = 1.0  # between two looks at the ranks, at which signals are answered, too
 _ENDING_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 _SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LONGEST_FOLDER = 60  # of the 107 bytes that the path of a Unix socket may have
 
 
@@ -73,11 +70,6 @@ def run_launch(launch: Launch) -> int:
             if launch.alone or not _is_of_rendezvous(error):
                 raise
             raise explain(error, launch, setup, time.monotonic() - start) from error
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        tell(f"no space for the launcher's own file {error.filename}: {error.strerror}. Set TMPDIR to another folder")
-        return 1
     except NodeLost as error:
         tell(str(error))
         return LOST_EXIT_CODE
@@ -284,7 +276,7 @@ def _agent(
     os.environ.setdefault(FLIGHT_VARIABLE, FLIGHT_ENTRIES)
     os.environ[_SIGNALS_VARIABLE] = ""  # the handlers of torch's agent may raise while a rank is started
     try:
-        with restored(), _temporary_folder() as folder, signals.handled(ending):
+        with _temporary_folder() as folder, signals.handled(ending):
             spec = _spec(setup, entrypoint, args)
             if info is not None:
                 add_node_check(spec.rdzv_handler, info)

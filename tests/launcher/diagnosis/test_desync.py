@@ -127,41 +127,6 @@ def test_a_collective_of_an_earlier_group_of_the_same_name_is_no_mismatch() -> N
     assert find_mismatch(_states(root, before), "0") is None
 
 
-_BEFORE = [_op(1, "broadcast", created_s=1.0), _op(2, created_s=2.0), _op(3, "barrier", created_s=2.5)]
-
-
-@pytest.mark.parametrize(("exitcode", "kind"), [(None, "absent"), (0, "finished")])
-@pytest.mark.parametrize("sequence", [1, 2, 3])
-def test_a_rank_that_has_not_called_anything_in_the_new_group_is_missing(
-    sequence: int, exitcode: int | None, kind: str
-) -> None:
-    """Its calls in the earlier group of the same name, as many or more, are no calls in this one."""
-    new = [_op(number, pending=number == sequence, created_s=3.0 + number) for number in range(1, sequence + 1)]
-    exits = {} if exitcode is None else {1: exitcode}
-    states = _states(new, _BEFORE, exits=exits)
-    found = find_missing(states, "0", (0, 1))
-    assert found is not None and (found.kind, found.blamed, found.waiting) == (kind, (1,), (0,))
-    assert "the last call" not in headline(found, states)
-    left = find_left(_states([replace(one, pending=False) for one in new], _BEFORE, exits=exits), "0", (0, 1))
-    assert (left is not None) == (exitcode == 0)
-    waits = StragglerCount()
-    waits.add(states, {"0": (0, 1)})
-    assert waits.awaited == {1: 1}
-
-
-def test_a_rank_that_ended_in_the_new_group_did_not_leave_the_earlier_one() -> None:
-    """Rank 0 failed between the two groups. Rank 1 has called all that there was in the new one."""
-    states = _states(_BEFORE, [_op(1, created_s=4.0), _op(2, created_s=5.0)], exits={0: 1, 1: 0})
-    assert find_left(states, "0", (0, 1)) is None
-
-
-def test_the_root_of_a_broadcast_that_went_on_has_called_it() -> None:
-    """It may be of an earlier group, but that is not sure: no rank is ended for it."""
-    states = _states([_op(1, "broadcast", created_s=1.0)], [_op(1, "broadcast", pending=True, created_s=2.0)])
-    found = find_missing(states, "0", (0, 1))
-    assert found is not None and found.kind == "stalled"
-
-
 def test_a_rank_that_went_on_without_the_others_is_a_mismatch() -> None:
     """The root of a broadcast does not wait for them."""
     sent = _op(1, "broadcast", created_s=1.0)

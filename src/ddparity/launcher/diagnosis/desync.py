@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .flight import AGREEMENT, DEFAULT_GROUP, Operation
@@ -155,9 +155,16 @@ def find_mismatch(states: Mapping[int, RankState], group: str, aborted: bool = F
     Sizes and dtypes are compared only if a rank waits in that collective: if all ranks have returned, they fitted.
     `aborted`: a rank has aborted, as Gloo does where sizes differ. The others may have returned from that collective.
     """
-    early = {} if aborted else _of_earlier_group(states, group)
-    for sequence, operations in _calls(states, group):
-        operations = {rank: one for rank, one in operations.items() if one.record not in early.get(rank, ())}
+    called: dict[int, dict[int, Operation]] = {}
+    for rank, state in states.items():
+        for one in state.operations:
+            if one.group == group and not one.point_to_point:
+                called.setdefault(one.sequence, {})[rank] = one
+    for sequence, operations in sorted(called.items()):
+        newest_s = max(one.created_s for one in operations.values())
+        operations = {
+            rank: one for rank, one in operations.items() if aborted or not _is_of_before(states[rank], one, newest_s)
+        }
         if len(operations) < 2:
             continue
         waited = any(one.pending for one in operations.values())
@@ -169,57 +176,19 @@ def find_mismatch(states: Mapping[int, RankState], group: str, aborted: bool = F
     return None
 
 
-# torch names a group that is created again as before, and its numbers begin at 1 again. Within one rank's record that
-# is seen at once. Which of two ranks has not called anything yet in the new group is seen from the times of the calls.
+def _is_of_before(state: RankState, one: Operation, newest_s: float) -> bool:
+    """Return whether a collective may be of an earlier group of the same name, whose numbers also began at 1.
 
-
-def _calls(states: Mapping[int, RankState], group: str) -> list[tuple[int, dict[int, Operation]]]:
-    """Return the calls of each collective of a group, by rank, in the order of their sequence numbers."""
-    called: dict[int, dict[int, Operation]] = {}
-    for rank, state in states.items():
-        for one in state.operations:
-            if one.group == group and not one.point_to_point:
-                called.setdefault(one.sequence, {})[rank] = one
-    return sorted(called.items())
-
-
-def _of_earlier_group(states: Mapping[int, RankState], group: str, surely: bool = False) -> dict[int, set[int]]:
-    """Return by rank the records of calls that may be, or `surely` are, of an earlier group of the same name.
-
-    A rank has returned from a collective and has called nothing since, when another rank calls the one of this number.
-    Within one group it could only do that where it sends, as the root of a broadcast does: otherwise the call is surely
-    of an earlier group.
+    `newest_s`: when the last rank called the collective of this number. A rank that has returned and that has called
+    nothing since then in the group says nothing about that call. An exception: it waits in a later collective, and
+    could reach that one without the other ranks.
     """
-    own = {
-        rank: [one for one in state.operations if one.group == group and not one.point_to_point]
-        for rank, state in states.items()
-    }
-    found: dict[int, set[int]] = {}
-    for sequence, operations in _calls(states, group):
-        newest_s = max(one.created_s for one in operations.values())
-        for rank, one in operations.items():
-            if one.pending or own[rank][-1].created_s >= newest_s:
-                continue
-            waits = states[rank].pending(group)
-            until = waits.sequence if waits is not None else own[rank][-1].sequence + 1
-            passed = [each.name for each in own[rank] if sequence <= each.sequence < until]
-            sent = all(name in _ONE_WAY for name in passed)
-            if not sent or (waits is None and not surely):
-                found.setdefault(rank, set()).add(one.record)
-    return found
-
-
-def _of_newest_group(states: Mapping[int, RankState], group: str) -> Mapping[int, RankState]:
-    """Return the states without a rank's calls in a group, if they are surely of an earlier group of the same name."""
-    early = _of_earlier_group(states, group, surely=True)
-    if not early:
-        return states
-    return {
-        rank: replace(state, operations=tuple(one for one in state.operations if one.group != group))
-        if rank in early
-        else state
-        for rank, state in states.items()
-    }
+    own = [each for each in state.operations if each.group == one.group and not each.point_to_point]
+    if one.pending or own[-1].created_s >= newest_s:
+        return False
+    waits = state.pending(one.group)
+    passed = [each.name for each in own if waits is not None and one.sequence <= each.sequence < waits.sequence]
+    return not passed or any(name not in _ONE_WAY for name in passed)
 
 
 def _signature(one: Operation, with_tensors: bool) -> tuple[object, ...]:
@@ -254,7 +223,6 @@ def find_missing(states: Mapping[int, RankState], group: str, ranks: Iterable[in
     if no rank is missing.
     """
     ranks = tuple(ranks)
-    states = _of_newest_group(states, group)
     pending = {rank: one for rank in ranks if (one := states[rank].pending(group)) is not None}
     if not pending:
         return None
@@ -286,7 +254,6 @@ def find_left(states: Mapping[int, RankState], group: str, ranks: Iterable[int])
     For ranks that have ended: no rank waits any more, so `find_missing` finds nothing.
     """
     ranks = tuple(ranks)
-    states = _of_newest_group(states, group)
     reached = {rank: states[rank].reached(group) for rank in ranks}
     highest = max(reached.values(), default=0)
     finished = tuple(rank for rank in ranks if states[rank].exitcode == 0 and reached[rank] < highest)
@@ -320,10 +287,9 @@ class StragglerCount:
         self.samples += 1
         pairs = set()
         for group, ranks in groups.items():
-            own = _of_newest_group(states, group)
-            pending = {rank: one.sequence for rank in ranks if (one := own[rank].pending(group)) is not None}
+            pending = {rank: one.sequence for rank in ranks if (one := states[rank].pending(group)) is not None}
             for rank in ranks:
-                reached = own[rank].reached(group)
+                reached = states[rank].reached(group)
                 pairs |= {(rank, other) for other, sequence in pending.items() if reached < sequence}
         self.awaited.update({rank for rank, _ in pairs})
         self.pairs.update(pairs)

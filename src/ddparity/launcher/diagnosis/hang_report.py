@@ -81,7 +81,7 @@ def headline(finding: Finding, states: Mapping[int, RankState]) -> str:
         what = f"finished without calling {call}"
     else:
         what = f"{_verb(finding.blamed, 'have', 'has')} not called {call}"
-    lasts = {states[rank].last(finding.group) if finding.operations.get(rank) else None for rank in finding.blamed}
+    lasts = {states[rank].last(finding.group) for rank in finding.blamed}
     last = lasts.pop() if len(lasts) == 1 else None
     evidence = f", the last call of {who} was {last.name} #{last.sequence}" if last is not None else ""
     return f"{who} {what}: {waiting}{evidence}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .desync import describe_ranks
-from .stacks import SLOW_ACTIVITIES, Frame, Stack, ask_by_signal, is_users, read_stacks, works
+from .stacks import SLOW_ACTIVITIES, Stack, ask_by_signal, is_users, read_stacks
 
 
 def stacks_of(ranks: Mapping[int, tuple[int, Path]], before_kill: bool) -> dict[int, Stack]:
@@ -25,18 +25,10 @@ def stacks_of(ranks: Mapping[int, tuple[int, Path]], before_kill: bool) -> dict[
 
 
 def only_waits(stack: Stack) -> bool:
-    """Return whether the main thread waits in a collective, or at its end for other threads, and no other one works.
-
-    It does not wait in a handler that has interrupted a collective, or in a save.
-    """
+    """Return whether a rank waits in a collective, and not in a handler that has interrupted one, or in a save."""
     inner = tuple(itertools.takewhile(lambda frame: not is_users(frame), stack.frames))
-    waits = bool(inner) and (replace(stack, frames=inner).in_collective() or any(map(_joins, inner)))
-    return waits and stack.activity() not in SLOW_ACTIVITIES and not any(map(works, stack.others))
-
-
-def _joins(frame: Frame) -> bool:
-    """Return whether Python waits here for the threads of a script that has ended."""
-    return frame.file.endswith("threading.py") and frame.function.rpartition(".")[2] == "_shutdown"
+    waits = bool(inner) and replace(stack, frames=inner).in_collective()
+    return waits and stack.activity() not in SLOW_ACTIVITIES
 
 
 def describe_doing(ranks: Mapping[int, object], stacks: Mapping[int, Stack]) -> str:

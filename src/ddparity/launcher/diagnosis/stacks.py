@@ -95,7 +95,6 @@ _BACKWARD = "torch/autograd/graph.py"
 _OURS = ("comm", "gradients", "batchnorm", "compat.py")
 _NO_COLLECTIVE = ("new_group", "_new_group_with_tag", "init_process_group", "_store_based_barrier", "monitored_barrier")
 _LOCKS = ("wait", "acquire", "join", "_wait_for_tstate_lock", "__enter__")
-_HARMLESS = ("concurrent/futures/thread.py", "/multiprocessing/", "/logging/", "/torch/", "/tqdm/_monitor.py")
 _KERNEL_FILES = ("pipe_", "vfs_", "folio", "nfs", "fuse", "ext4", "xfs")
 _KERNEL_SOCKETS = ("sk_", "inet_", "tcp_", "unix_", "skb", "poll", "select")
 
@@ -186,27 +185,11 @@ class Stack:
         return "running Python" if top is not None and (self.running or self.state == "R") else ""
 
 
-def works(frames: tuple[Frame, ...]) -> bool:
-    """Return whether a thread runs code of the user, of a library or of ddparity, which may save or upload something.
-
-    One that runs the standard library alone, as an idle executor's does, does not; nor does one of torch or tqdm.
-    """
-    return any(
-        (not _is_internal(frame) or _is_below(frame.file, _DDPARITY)) and "/tqdm/_monitor.py" not in frame.file
-        for frame in frames
-    )
-
-
 def _may_call(frames: tuple[Frame, ...]) -> bool:
-    """Return whether a thread may call a collective now or later, as a timer and an event loop may.
-
-    No thread may that only waits for work of other threads, and none of those that torch and tqdm start.
-    """
-    if any(
+    """Return whether a thread may call a collective: it is in code of the user, of torch.distributed or of ddparity."""
+    return any(
         is_users(frame) or "torch/distributed/" in frame.file or _is_below(frame.file, _DDPARITY) for frame in frames
-    ):
-        return True
-    return bool(frames) and not any(part in frame.file for frame in frames for part in _HARMLESS)
+    )
 
 
 # The stacks of processes that run: from py-spy, from torch's server in the process, and from /proc.
