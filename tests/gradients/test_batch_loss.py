@@ -145,6 +145,25 @@ def test_rechecks_and_autocast() -> None:
     assert all(one)
 
 
+def _synchronised(uneven: bool) -> Any:
+    model = dp.replicate(dp.convert_sync_batchnorm(_net("noisy")[:2].append(nn.Linear(8, 6).double())))
+    batches = [DATA[:4], DATA[4:8]][dist.get_rank()]
+    value = dp.backward_over_batch(model, [batches] * (1 + uneven * dist.get_rank()), _embed, _barlow)
+    found = [value, *(one.grad for one in model.parameters())]
+    net = _net("noisy")[:2].append(nn.Linear(8, 6).double())
+    net.load_state_dict({name.removeprefix("module."): one for name, one in model.state_dict().items()})
+    expected = _barlow(net(DATA[:8]))
+    expected.backward()
+    return found, [expected.detach(), *(one.grad for one in net.parameters())]
+
+
+def test_synchronised_batch_norms() -> None:
+    for found, expected in run_ranks(_synchronised, 2, False):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for outcome in outcomes(_synchronised, 2, True):
+        assert "give each rank as many micro-batches" in (outcome.error or "")
+
+
 def _foreign_with_dropout() -> Any:
     batches = list(DATA[:12].split([4, 3, 5]))
     ends = []
