@@ -362,8 +362,10 @@ class Agent(LocalElasticAgent):
         """Wait until the cause is known, end the other ranks, and keep how each rank ended."""
         assert self._watch is not None
         exchange = self._exchange
-        if hang is not None and self._look(linger_s=0.0) - {0}:
-            hang = None  # a rank waits for a thread of its own, and has written its exception: that is the cause
+        self._look(linger_s=0.0)
+        failed = self._ranks.codes - {0}
+        if hang is not None and failed and self._warning_of(failed) is None:
+            hang = None  # a rank that failed is the cause, also one that runs on for a thread of its own
         if hang is None:
             self._wait_for_cause()
             own = [one for one in self._ranks.exit_reports(self._memory) if one.code]

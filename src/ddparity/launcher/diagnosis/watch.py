@@ -236,7 +236,7 @@ class Watch:
         """Return what a rank that has not come is to be reported for; None: for nothing now."""
         known, ranks = self._known, self._known.ranks_of(finding.group)
         idle_s = known.idle_s(ranks, now)
-        if known.may_end(ranks) or any(has_prompt(known, rank) for rank in finding.blamed):
+        if known.may_end(ranks) or any(has_prompt(known, rank) or self._is_leaving(rank) for rank in finding.blamed):
             return None
         new = finding.key() not in self._reported
         limit_s, waited_s = finding.timeout_s(), known.since_s(finding.waited_since_s())
@@ -320,8 +320,10 @@ class Watch:
             ended = read_ended(watched.pid, watched.folder) if known.alive(rank) else None
             waited_s = known.since_s(ended.at_s) if ended is not None else 0.0
             key = ("unended", rank)
+            if ended is None or self._is_leaving(rank):
+                continue
             too_long = waited_s >= self._own_timeout_s and key not in self._reported
-            if ended is None or not (too_long or self._schedule.due(key, key, waited_s)):
+            if not (too_long or self._schedule.due(key, key, waited_s)):
                 continue
             said = f"the script of rank {rank} has ended, but its process still runs"
             said += f": {ended.keeps} keeps it" if ended.keeps else ""
@@ -333,6 +335,14 @@ class Watch:
             self._schedule.reported(key, waited_s)
             self._notices.append(Notice(describe_unended(said, waited_s, self._timeout_s), report))
         return None
+
+    def _is_leaving(self, rank: int) -> bool:
+        """Return whether a rank's script has ended and nothing is known that keeps its process: Python is ending it."""
+        known = self._known
+        ended = read_ended(known.ranks[rank].pid, known.ranks[rank].folder) if known.alive(rank) else None
+        if ended is None or ended.keeps:
+            return False
+        return known.since_s(ended.at_s) < min(self._own_timeout_s * _LONG_WAIT, REPORT_S)
 
     # Several machines: all publish their states, the leading agent compares them, asks where all ranks are, and
     # announces the report.
