@@ -38,6 +38,7 @@ from .output import Inherited, RankFiles, printable, say, tell
 from .rendezvous import NodeInfo, RendezvousSetup, add_node_check, check_rendezvous, explain, node_info
 from .resources import decide_threads
 from .signals import Signals
+from .terminal import restored
 
 HANG_EXIT_CODE = 124  # that of `timeout`
 RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
@@ -276,7 +277,7 @@ def _agent(
     os.environ.setdefault(FLIGHT_VARIABLE, FLIGHT_ENTRIES)
     os.environ[_SIGNALS_VARIABLE] = ""  # the handlers of torch's agent may raise while a rank is started
     try:
-        with _temporary_folder() as folder, signals.handled(ending):
+        with restored(), _temporary_folder() as folder, signals.handled(ending):
             spec = _spec(setup, entrypoint, args)
             if info is not None:
                 add_node_check(spec.rdzv_handler, info)

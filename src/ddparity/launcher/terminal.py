@@ -10,7 +10,9 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import signal
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,17 +22,19 @@ from typing import Any
 _LOCK = "terminal"  # in the folder of the job: the rank that has the terminal holds its lock
 
 
-def follow(folder: Path, prompt: str, after_import: Callable[[str, Callable[[], None]], None]) -> None:
+def follow(
+    folder: Path, write_prompt: Callable[[Path], Path], after_import: Callable[[str, Callable[[], None]], None]
+) -> None:
     """Prepare this process. Call it before the standard input is replaced; without a terminal, nothing happens.
 
     Args:
-        folder: the rank's own. The file `prompt` is in it while the rank has, or waits for, the terminal.
-        prompt: the name of that file.
+        folder: the rank's own.
+        write_prompt: writes a file in it, which is there while this process has, or waits for, the terminal.
         after_import: runs a function after a module has been imported.
     """
     descriptor = _open_terminal()
     if descriptor is not None:
-        terminal = _Terminal(descriptor, folder, prompt)
+        terminal = _Terminal(descriptor, folder, write_prompt)
         after_import("pdb", terminal.serve_pdb)
 
 
@@ -45,8 +49,8 @@ def _open_terminal() -> int | None:
 
 
 class _Terminal:
-    def __init__(self, descriptor: int, folder: Path, prompt: str) -> None:
-        self._descriptor, self._lock_file, self._prompt = descriptor, folder.parent / _LOCK, folder / prompt
+    def __init__(self, descriptor: int, folder: Path, write_prompt: Callable[[Path], Path]) -> None:
+        self._descriptor, self._folder, self._write_prompt = descriptor, folder, write_prompt
         self._rank = os.environ.get("RANK", "0")
         self._threads = threading.RLock()
         self._depth = 0
@@ -61,6 +65,7 @@ class _Terminal:
         def at_terminal(debugger: Any, *args: Any, **options: Any) -> Any:
             if not debugger.use_rawinput:  # the script has given it other streams
                 return interaction(debugger, *args, **options)
+            debugger.nosigint = True  # Ctrl-C ends the job, also after `continue`
             with self._held():
                 return interaction(debugger, *args, **options)
 
@@ -74,22 +79,21 @@ class _Terminal:
                 yield
                 return
             self._depth += 1
-            with suppress(OSError):
-                self._prompt.touch()
+            prompt = self._write_prompt(self._folder)
             try:
-                with self._turn() as before, self._as_streams():
+                with self._turn() as before, self._as_streams(), _interrupt_ends():
                     if before != self._rank:
                         os.write(2, f"ddparity: rank {self._rank} has the terminal\n".encode())
                     yield
             finally:
                 self._depth -= 1
-                self._prompt.unlink(missing_ok=True)
+                prompt.unlink(missing_ok=True)
 
     @contextmanager
     def _turn(self) -> Iterator[str]:
         """Wait until no other rank has the terminal, and yield the rank that had it before. It begins with rank 0."""
         try:
-            lock = self._lock_file.open("a+")
+            lock = (self._folder.parent / _LOCK).open("a+")
         except OSError:  # the disk is full
             yield self._rank
             return
@@ -118,6 +122,41 @@ class _Terminal:
             for number, descriptor in enumerate(kept):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
+
+
+@contextmanager
+def _interrupt_ends() -> Iterator[None]:
+    """Let Ctrl-C end the script in this block. pdb would show its prompt again after a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Restore at the end of this block how the terminal behaves: a prompt that is killed leaves it without echo."""
+    try:
+        before = termios.tcgetattr(0)
+    except (termios.error, OSError):  # no terminal
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(termios.error, OSError):
+            # A process in the background would be stopped.
+            if os.tcgetpgrp(0) == os.getpgrp() and termios.tcgetattr(0) != before:
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
 def _flush() -> None:

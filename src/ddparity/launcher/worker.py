@@ -51,7 +51,7 @@ def main() -> None:
     _end_with(int(agent))
     if folder is not None and arguments[0] != "--exec":
         instruments = _instruments()
-        _load("_ddparity_terminal", "terminal.py").follow(folder, instruments.PROMPT, instruments.after_import)
+        _load("_ddparity_terminal", "terminal.py").follow(folder, instruments.write_prompt, instruments.after_import)
     _close_standard_input()
     if arguments[0] == "--exec":
         _replace_process(arguments[1:], folder)

@@ -38,7 +38,7 @@ FATAL = "fatal.txt"
 STACKS = "stacks.txt"
 FLIGHT = "flight.json"
 ENDED = "ended.json"  # there when the script has ended
-PROMPT = "prompt"  # there while the rank is at a debugger's prompt
+PROMPTS = "prompt.*"  # one for each process of the rank that is at a debugger's prompt, with its process id
 
 # Real-time signals, which no library uses. The first one has the process write its stacks, the second one only ends a
 # sleep.
@@ -81,6 +81,35 @@ def write_record(folder: Path) -> None:
             written = path.with_suffix(".tmp")
             written.write_bytes(record)
             written.replace(path)
+
+
+def write_prompt(folder: Path) -> Path:
+    """Tell the agent that this process is at a debugger's prompt, and return the file that tells it."""
+    path = folder / PROMPTS.replace("*", str(os.getpid()))
+    with contextlib.suppress(OSError):  # the disk is full
+        partial = folder / f"partial.{path.name}"
+        partial.write_text(_started(os.getpid()) or "")
+        partial.replace(path)
+    return path
+
+
+def has_prompt(folder: Path) -> bool:
+    """Return whether a process that runs has told by `write_prompt` that it is at a prompt. It may have been killed."""
+    for path in folder.glob(PROMPTS):
+        with contextlib.suppress(OSError, ValueError):
+            if _started(int(path.suffix[1:])) == path.read_text():
+                return True
+    return False
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process was started, in ticks; None if it has ended. Another process may get its id later."""
+    if sys.platform != "linux":
+        return ""
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    return None
 
 
 def write_end(folder: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from . import instruments
 from .desync import Finding
 from .flight import AGREEMENT
 from .hang_report import ABORTING, HangReport, Row, headline, make_row
-from .instruments import PROMPT
 from .known import Known, is_idle
 from .stacks import AT_PROMPT, Stack, read_stacks
 from .unended import Handled, ask_exceptions, read_ended
@@ -66,7 +66,7 @@ def _activity(known: Known, rank: int) -> str:
 
 def has_prompt(known: Known, rank: int) -> bool:
     """Return whether a rank of this machine is at a debugger's prompt, or waits for the terminal to show one."""
-    return known.alive(rank) and (known.ranks[rank].folder / PROMPT).exists()
+    return known.alive(rank) and instruments.has_prompt(known.ranks[rank].folder)
 
 
 def stacks_of(known: Known, ranks: Iterable[int]) -> dict[int, Stack]:
