@@ -55,12 +55,14 @@ def all_gather_single(
     return None
 
 
-def all_to_all_single(output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None) -> Any:
-    """Start to send part i of the value, all parts of one size, to rank i; return the work without a wait."""
+def all_to_all_single(
+    output: torch.Tensor, value: torch.Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
+) -> Any:
+    """Start to send part i of the value to rank i, and to receive as much from it; return the work without a wait."""
     backend = _direct_backend(value, group)
     if backend is None:
-        return dist.all_to_all_single(output, value, group=group, async_op=True)
-    return backend.alltoall_base(output, value, [], [])
+        return dist.all_to_all_single(output, value, sizes, sizes, group=group, async_op=True)
+    return backend.alltoall_base(output, value, sizes, sizes)
 
 
 def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
@@ -76,10 +78,17 @@ def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any
 
 
 def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """Return the dtype of a parameter's gradient; since torch 2.10 it may be another one than the parameter's."""
-    declared: torch.dtype | None = getattr(parameter, "grad_dtype", None)
-    if declared is None:  # an older torch, or any dtype is allowed
-        return parameter.dtype if parameter.grad is None else parameter.grad.dtype
+    """Return the dtype of a parameter's gradient; since torch 2.10 it may be another one than the parameter's.
+
+    Raises:
+        TypeError: gradients of any dtype are allowed, so that ranks need not have one dtype.
+    """
+    declared: torch.dtype | None = getattr(parameter, "grad_dtype", parameter.dtype)
+    if declared is None:
+        raise TypeError(
+            f"a parameter of shape {tuple(parameter.shape)} has grad_dtype=None, so its gradients may have another "
+            f"dtype on each rank: set its grad_dtype to one, such as torch.float32"
+        )
     return declared
 
 

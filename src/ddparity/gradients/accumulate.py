@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -154,21 +153,20 @@ def _accumulate(
     careful = any(replica.careful() for replica in replicas)
     if not careful and not drops and all(replica.alone for replica in replicas):
         for replica in replicas:
-            open_loop(replica)
+            open_loop(replica, micros)
         try:
             yield from _loaded(micros, 1, device)  # nothing to reduce
         finally:
             for replica in replicas:
-                close_loop(replica)
+                close_loop(replica, micros)
                 replica.skip()
     else:
         window = Window(replicas, numbers, rank, drops, careful)
         rechecks = next((one.rechecks for one in replicas if one.rechecks is not None), None)
         recheck = window.recheck(rechecks, step, device) if rechecks is not None and rechecks.due(numbers) else None
         position, last = -1, numbers[rank] - 1
-        with window.opened(device), contextlib.ExitStack() as stack:
-            if recheck is not None:
-                stack.callback(recheck.close)
+        window.open(device)
+        try:
             try:
                 if last == 0:
                     window.begin_last()
@@ -190,6 +188,10 @@ def _accumulate(
                     )
                 raise
             window.finish()
+        finally:
+            if recheck is not None:
+                recheck.close()
+            window.close()
     if step is not None:
         seed_streams(step.seed)
         step.end()

@@ -21,7 +21,7 @@ from ..errors import DDParityError
 from .early import EarlyAverage
 from .incomplete import close_loop, forget_left, note_left, open_loop
 from .recheck import Recheck, Rechecks
-from .replica import Replica, Walk, made_so_far, others_than
+from .replica import Holder, Replica, Walk, made_so_far, others_than
 from .state import NO_GRADIENT, State
 from .strict import StrictReduction, deterministic
 
@@ -89,6 +89,10 @@ class Window:
         self._dropped: list[float] = []
         self._ran = True
         self._finished = self._superseded = self._paused = False
+        self._statistics: list[RunningStatistics | None] = []
+        self._held: list[Replica] = []
+        self._inside: list[tuple[Holder, Replica]] = []
+        self._reduction: _Reduction | None = None
         self._stack = contextlib.ExitStack()
 
     @property
@@ -101,48 +105,52 @@ class Window:
         """Whether the gradients are not complete before `finish`."""
         return self._strict or self._sums or self._group is not None
 
-    @contextlib.contextmanager
-    def opened(self, device: torch.device | None) -> Iterator[None]:
-        """Hold back what DDP would do in the loop. What was set before is set again at the end."""
+    def open(self, device: torch.device | None) -> None:
+        """Hold back what DDP would do in the loop, until `close`."""
+        try:
+            self._open(device)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Set what was set before."""
+        self._stack.close()
+
+    def _open(self, device: torch.device | None) -> None:
         for replica in self._own:
             if replica.supersede is not None:
                 replica.supersede()  # a loop that was left, or one of a zip(), which finds out when it goes on
             replica.warn_of_old_gradients()
         self._device = device
         forget_left(self._parameters)
-        with self._stack as stack:
-            for replica in self._own:
-                if replica.holder is not None:  # a loop inside of another model's
-                    stack.callback(replica.holder.take_up, replica)
-                    replica.holder.let_go(replica)
-            for replica in self._own:
-                stack.callback(replica.release)
-                replica.hold()
-                stack.callback(close_loop, replica)
-                open_loop(replica)
-                if self.waits:
-                    stack.callback(setattr, replica, "supersede", None)
-                    replica.supersede = self.supersede
-            self._statistics = [
-                self._recorded(replica, buffered, stack)
-                for replica, buffered in zip(self._own, self._buffered, strict=True)
-            ]
-            self._share_buffers()
-            if self._strict:
-                stack.enter_context(deterministic(device))
-            self._reduction = self._make(self._named)
-            stack.callback(self._restore)
+        self._stack.callback(self._close)
+        for replica in self._own:
+            if replica.holder is not None:  # a loop inside of another model's
+                self._inside.append((replica.holder, replica))
+                replica.holder.let_go(replica)
+        for replica in self._own:
+            replica.hold()
+            self._held.append(replica)
+            open_loop(replica, self)
             if self.waits:
-                self._alive = others_than(self._own)
-                for replica, _ in self._alive:
-                    self._adopt(replica)
-            watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
-            # A lazy layer writes its parameters in its first forward.
-            self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
-            yield
+                replica.supersede = self.supersede
+        for replica, buffered in zip(self._own, self._buffered, strict=True):
+            self._statistics.append(self._recorded(replica, buffered, self._stack))
+        self._share_buffers()
+        if self._strict:
+            self._stack.enter_context(deterministic(device))
+        self._reduction = self._make(self._named)
+        if self.waits:
+            self._alive = others_than(self._own)
+            for replica, _ in self._alive:
+                self._adopt(replica)
+        watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
+        # A lazy layer writes its parameters in its first forward.
+        self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
 
-    def _restore(self) -> None:
-        """Let go of the others; after a loop that was left, give the gradients back that were put aside."""
+    def _close(self) -> None:
+        """Let go of all; after a loop that was left, give the gradients back that were put aside."""
         for other in self._others.values():
             if not self._finished:
                 other.reduction.restore()
@@ -151,15 +159,23 @@ class Window:
         self._others.clear()
         if self._early is not None:
             self._early.end()
-        if not self._finished:
+        if not self._finished and self._reduction is not None:
             self._reduction.restore()
             if self.waits and not self._superseded:
                 note_left(self._parameters)
+        for replica in self._held:
+            if self.waits:
+                replica.supersede = None
+            close_loop(replica, self)
+            replica.release()
+        for holder, replica in self._inside:
+            holder.take_up(replica)
 
     def _make(self, named: Named, *others: Replica) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
         sparse = {one for replica in (*self._own, *others) for one in replica.sparse}
-        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse)
+        watched = tree is None and (self._careful or bool(others))
+        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse, watched)
 
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
@@ -290,6 +306,7 @@ class Window:
             )
         if not self._careful and not self._strict:
             return
+        assert self._reduction is not None
         self._ran = self._reduction.take()
         if not self._ran:
             self._dropped.append(share)
@@ -317,6 +334,7 @@ class Window:
         elif self._early is not None:
             self._early.finish()
         else:
+            assert self._reduction is not None
             self._reduction.reduce(left)
         for replica, statistics in zip(self._own, self._statistics, strict=True):
             if statistics is not None:
@@ -461,6 +479,7 @@ class _Reduction:
         tree: StrictReduction | None,
         sums: bool,
         sparse: Container[int] = (),
+        watched: bool = True,
     ) -> None:
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self._touched = False
@@ -469,7 +488,7 @@ class _Reduction:
             self._before = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
-        self._first = self._last = State(parameters if tree is None else ())
+        self._first = self._last = State(parameters if watched else ())
 
     def take(self) -> bool:
         """Return True if the micro-batch has changed a gradient."""
