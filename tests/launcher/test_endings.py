@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -263,3 +264,60 @@ def test_a_pod_of_a_pytorch_job_starts_several_processes(tmp_path: Path) -> None
             pod.kill()
             pod.wait()
     assert sorted(lines) == ["0 4 0 0", "1 4 1 0", "2 4 0 1", "3 4 1 1"]
+
+
+# What a rank that has failed still does.
+
+LINGERS = """
+    import atexit, subprocess, threading
+
+    def upload():
+        while not os.path.exists(sys.argv[1]):
+            time.sleep(0.01)
+        print("uploaded", flush=True)
+
+    how = sys.argv[2]
+    if rank == 1:
+        if how == "others fail":
+            threading.Thread(target=upload).start()
+        elif how == "child":  # the main thread waits for a thread that does nothing
+            work = "until [ -e $0 ]; do echo; sleep 0.01; done >> $0.log; echo uploaded; kill $PPID"
+            subprocess.Popen(["sh", "-c", work, sys.argv[1]])
+            threading.Thread(target=time.sleep, args=(600,)).start()
+        else:
+            atexit.register(upload)
+        raise ValueError("bad batch")
+    if how == "others fail":
+        while not any("error.json" in files for _, _, files in os.walk(os.environ["DDPARITY_JOB"].split(":")[-1])):
+            time.sleep(0.01)
+        raise KeyError("as a rank that waited for rank 1")
+    time.sleep(600)
+"""
+
+
+def test_a_rank_that_has_failed_has_the_time_to_save(tmp_path: Path) -> None:
+    """All jobs run at once, since each one is told after 3 s."""
+    script, go = _script(tmp_path, LINGERS), tmp_path / "go"
+    hows = ("others fail", "child", "Ctrl-C", "never")
+    with ExitStack() as stack:
+        jobs = {}
+        for how in hows:
+            options = ["--nproc", "2", "--show", "1", *(["--shutdown-timeout", "4"] if how == "never" else [])]
+            arguments = [*options, script, str(tmp_path / how if how == "never" else go), how]
+            jobs[how] = stack.enter_context(_started(*arguments))
+        said = {how: _line_with(job.stderr, "waiting up to") for how, job in jobs.items()}
+        jobs["Ctrl-C"].send_signal(signal.SIGINT)
+        ended = {"Ctrl-C": jobs["Ctrl-C"].communicate(timeout=30)}
+        go.touch()
+        ended |= {how: jobs[how].communicate(timeout=30) for how in hows if how != "Ctrl-C"}
+        codes = {how: job.returncode for how, job in jobs.items()}
+    start = r"ddparity: rank 1 failed: ValueError: bad batch; waiting up to \d+ s for rank 1 \("
+    assert all(re.match(start + r".*\): a signal \(Ctrl-C\) ends this now\n", line) for line in said.values()), said
+    assert codes == dict.fromkeys(hows, 1)
+    assert [how for how in hows if "uploaded" in ended[how][0]] == ["others fail", "child"]
+    heads = {how: err[err.index("ddparity: rank 1 failed") :].splitlines()[:2] for how, (_, err) in ended.items()}
+    head = ["ddparity: rank 1 failed: ValueError: bad batch", "Traceback (most recent call last):"]
+    assert heads == dict.fromkeys(hows, head)
+    late = r"which still ran 4 s after its exception \(--shutdown-timeout\)"
+    doing = rf"ddparity: ending rank 1 \(sleeping, {re.escape(script)}:\d+, in upload\), {late}\n"
+    assert re.search(doing, ended["never"][1])

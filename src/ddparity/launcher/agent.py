@@ -41,13 +41,13 @@ from .diagnosis.late import describe_doing, only_waits, stacks_of
 from .diagnosis.watch import Watch, WatchedRank
 from .ending import Guardian, RankProcesses, end, end_left, runs, send
 from .exchange import SILENT_S, Exchange, Node, plain_reason
+from .lingering import LINGER_S, Lingering
 from .output import RankFiles, say, tell
 from .resources import MemoryWatch
 from .signals import Signals
 
 _CAUSE_TIMEOUT_S = 3.0  # for the rank that failed first to end, when only ranks that failed because of it have ended
 _SAME_CAUSE_S = 0.4  # for other ranks that fail for the same reason
-_LINGER_S = 3.0  # a rank that has written its exception and runs for longer counts as ended
 _OUTPUT_TIMEOUT_S = 2.0  # for the last output, when a signal has come
 _PROGRESS_S = 60.0  # a rank that ran for this long counts as one that made progress
 _NODE_JOINED = "a machine has joined: all ranks start again with it"
@@ -90,6 +90,7 @@ class Agent(LocalElasticAgent):
         self._guardian = Guardian(self._mark)
         self._memory = MemoryWatch()
         self._ranks = RankProcesses({}, {}, files)
+        self._lingering = Lingering(options.grace_s)
         self._watch: Watch | None = None
         self._exchange: Exchange | None = None
         self._started = 0.0
@@ -176,6 +177,7 @@ class Agent(LocalElasticAgent):
         # multiprocessing runs functions. torch waits for them itself, for as long as they take.
         pids = dict(self._pcontext.pids()) if isinstance(self._pcontext, SubprocessContext) else {}
         self._ranks = RankProcesses(pids, {local: self._rank(local) for local in pids}, self._files)
+        self._lingering = Lingering(self._options.grace_s)
         if not pids:
             self._signals.raising = True
             self._signals.check()
@@ -186,7 +188,8 @@ class Agent(LocalElasticAgent):
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._signals.check()
+        if not self._lingering.told:  # otherwise a signal ends the wait, and the failure is told
+            self._signals.check()
         if self._ranks.pids:
             self._look()
             assert self._watch is not None
@@ -204,10 +207,13 @@ class Agent(LocalElasticAgent):
             self._forward_warnings()
             changes = self._exchange is not None and self._exchange.changes()
             failed_elsewhere = self._exchange is not None and self._exchange.failed()
-            if not (changes or failed_elsewhere) and self._waits_for_prompt(hang):
+            if not (changes or failed_elsewhere or self._signals.ending) and self._waits_for_prompt(hang):
                 return RunResult(state=WorkerState.HEALTHY)
             hang, self._later = hang or self._later, None
-            if hang is not None or changes or failed_elsewhere or self._have_failed():
+            failed = hang is not None or failed_elsewhere or self._have_failed()
+            if failed and not changes and not self._signals.ending and self._ranks.saving(self._may_run):
+                return RunResult(state=WorkerState.HEALTHY)
+            if failed or changes:
                 self._end_after_failure(worker_group, hang)
                 super()._monitor_workers(worker_group)  # collects the exit codes of the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
@@ -265,7 +271,7 @@ class Agent(LocalElasticAgent):
         own = Node(self._host, ranks, maximum - self._remaining_restarts, is_listening_at(address[1]))
         if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
             store = PrefixStore(f"round{own.restarts}", store)
-        timeout_s = _CAUSE_TIMEOUT_S + self._options.grace_s + 2
+        timeout_s = _CAUSE_TIMEOUT_S + 2 * self._options.grace_s + 2  # a failed rank saves, then others on a signal
         self._exchange = Exchange(
             store, node_rank, nnodes, own, timeout_s, self._count_waiting_nodes, address, self._signals.patience
         )
@@ -307,13 +313,15 @@ class Agent(LocalElasticAgent):
     def _rank(self, local_rank: int) -> int:
         return int(self._worker_group.workers[local_rank].global_rank)
 
-    def _look(self, linger_s: float = _LINGER_S) -> set[int]:
-        """Note the ranks that have ended; return their exit codes."""
-        ended = self._ranks.look(linger_s)
-        for rank, code in ended:
+    def _look(self, at_once: bool = False) -> None:
+        """Note the ranks that have ended. `at_once`: those that have failed and still run count, whatever they do."""
+        for rank, code in self._ranks.look(0.0) if at_once else self._ranks.look(LINGER_S, self._may_run):
             if self._watch is not None:
                 self._watch.ended(rank, code)
-        return {code for _, code in ended}
+
+    def _may_run(self, rank: int, pid: int, folder: Path, since_s: float) -> bool:
+        """Return whether a rank may go on after its exception."""
+        return not self._signals.ending and self._lingering.may_run(self._tell, rank, pid, folder, since_s)
 
     def _waits_for_prompt(self, hang: HangReport | None) -> bool:
         """Return whether the job goes on, despite a failure or a hang, since a person is at a debugger's prompt."""
@@ -362,7 +370,7 @@ class Agent(LocalElasticAgent):
         """Wait until the cause is known, end the other ranks, and keep how each rank ended."""
         assert self._watch is not None
         exchange = self._exchange
-        self._look(linger_s=0.0)
+        self._look(at_once=True)
         failed = self._ranks.codes - {0}
         if hang is not None and failed and self._warning_of(failed) is None:
             hang = None  # a rank that failed is the cause, also one that runs on for a thread of its own
@@ -416,7 +424,8 @@ class Agent(LocalElasticAgent):
         def slow(pids: list[int], left_s: float) -> bool:
             ranks = self._ranks.ranks_of(pids)
             stacks = {} if hurry() else stacks_of(ranks, before_kill=not left_s)
-            if stacks and not on and all(only_waits(stack) for stack in stacks.values()):
+            had_time = {rank for rank, one in ranks.items() if self._lingering.is_over(*one)}
+            if stacks and not on and all(rank in had_time or only_waits(stack) for rank, stack in stacks.items()):
                 return False
             ranks = {rank: one for rank, one in ranks.items() if runs(one[0])}  # reading stacks takes a moment
             if not ranks:

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from .diagnosis.exits import ExitReport, read_exit_report
+from .diagnosis.instruments import ENDED
 from .diagnosis.limits import FILE, read_file, read_json
 from .output import RankFiles
 from .resources import MemoryWatch
@@ -46,6 +47,8 @@ for round in 1 2 3; do
 done
 """
 SLOW_S = 3.0  # a process that has not ended this long after a signal is worth a line
+# Whether a rank may go on after its exception, by its global rank, process id, folder and the seconds since then.
+MayRun = Callable[[int, int, Path, float], bool]
 
 
 class RankProcesses:
@@ -57,7 +60,8 @@ class RankProcesses:
 
     def __init__(self, pids: Mapping[int, int], ranks: Mapping[int, int], files: RankFiles) -> None:
         self._pids, self._ranks, self._files = dict(pids), dict(ranks), files
-        self._ended: dict[int, tuple[int, float]] = {}  # local rank: exit code, time when it was seen
+        self._ended: dict[int, tuple[int, float]] = {}  # local rank: exit code, when its script ended
+        self._looked_s = time.time()
 
     @property
     def pids(self) -> list[int]:
@@ -82,29 +86,50 @@ class RankProcesses:
         """The exit codes of the ranks that have ended."""
         return {code for code, _ in self._ended.values()}
 
-    def look(self, linger_s: float) -> list[tuple[int, int]]:
+    def look(self, linger_s: float, may_run: MayRun = lambda *rank: False) -> list[tuple[int, int]]:
         """Return the global rank and the exit code of each rank that has ended since the last look.
 
         A rank that wrote its exception more than `linger_s` ago and still runs counts as ended, with the exit code of
-        the exception: another thread of it keeps the process.
+        the exception, unless it may run: it may save what is left.
         """
         found = []
+        before, self._looked_s = self._looked_s, time.time()
         for local, pid in self._pids.items():
             if local in self._ended:
                 continue
-            code = how_ended(pid)
-            if code is None and self._lingers(local, linger_s):
+            code, since_s = how_ended(pid), self._since_exception_s(local) or 0.0
+            if code is None and since_s > linger_s and not self._may_run(local, since_s, may_run):
                 code = self._code_of_exception(local)
             if code is not None:
-                self._ended[local] = code, time.time()
+                # Without a note of its own, as after a kill, it ended after the look before this one.
+                at = self._noted(local, "error.json") or self._noted(local, ENDED) or before
+                self._ended[local] = code, at
                 found.append((self._ranks[local], code))
         return found
 
-    def _lingers(self, local_rank: int, linger_s: float) -> bool:
+    def saving(self, may_run: MayRun) -> bool:
+        """Return whether a rank that has written its exception, and that has not ended, may run."""
+        return any(
+            local not in self._ended
+            and (since_s := self._since_exception_s(local)) is not None
+            and runs(pid)
+            and self._may_run(local, since_s, may_run)
+            for local, pid in self._pids.items()
+        )
+
+    def _may_run(self, local_rank: int, since_s: float, may_run: MayRun) -> bool:
+        return may_run(self._ranks[local_rank], self._pids[local_rank], self._files.folders[local_rank], since_s)
+
+    def _since_exception_s(self, local_rank: int) -> float | None:
+        """Return how many seconds ago a rank wrote its exception; None if it has written none."""
+        at = self._noted(local_rank, "error.json")
+        return time.time() - at if at is not None else None
+
+    def _noted(self, local_rank: int, name: str) -> float | None:
+        """Return when a rank wrote a file of its folder, in seconds since 1970."""
         with suppress(OSError):
-            written = (self._files.folders[local_rank] / "error.json").stat().st_mtime
-            return time.time() - written > linger_s
-        return False
+            return (self._files.folders[local_rank] / name).stat().st_mtime
+        return None
 
     def _code_of_exception(self, local_rank: int) -> int:
         with suppress(OSError, ValueError, LookupError, TypeError):

@@ -84,7 +84,7 @@ class Cause(IntEnum):
 class ExitReport:
     """How one rank ended.
 
-    `code`: the exit code, negative for a signal. `at`: when the agent saw the end, in seconds since 1970.
+    `code`: the exit code, negative for a signal. `at`: when its script ended, in seconds since 1970.
     `message`: the exception, as "Type: text". `traceback`: of the exception or of the crash. `blames`: the rank that
     failed first, as this rank was told. `evidence`: what else is known, such as full memory. `said`: the last lines of
     its output, without its traceback. `left_early`: it ended with exit code 0 while other ranks waited for it. `lost`:

@@ -38,6 +38,7 @@ FATAL = "fatal.txt"
 STACKS = "stacks.txt"
 FLIGHT = "flight.json"
 ENDED = "ended.json"  # there when the script has ended
+EXITED = "exited"  # there when the exit functions of the script have returned, too
 PROMPTS = "prompt.*"  # one for each process of the rank that is at a debugger's prompt, with its process id
 
 # Real-time signals, which no library uses. The first one has the process write its stacks, the second one only ends a
@@ -300,3 +301,5 @@ def _at_exit(folder: Path, pid: int) -> None:
     write_record(folder)
     # The agent must not ask while the interpreter shuts down. The server itself ends with the process.
     (folder / SERVER).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (folder / EXITED).touch()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .desync import describe_ranks
-from .stacks import SLOW_ACTIVITIES, Stack, ask_by_signal, is_users, read_stacks
+from .stacks import SLOW_ACTIVITIES, Frame, Stack, ask_by_signal, is_users, read_stacks, works
 
 
 def stacks_of(ranks: Mapping[int, tuple[int, Path]], before_kill: bool) -> dict[int, Stack]:
@@ -24,11 +24,20 @@ def stacks_of(ranks: Mapping[int, tuple[int, Path]], before_kill: bool) -> dict[
     return found
 
 
-def only_waits(stack: Stack) -> bool:
-    """Return whether a rank waits in a collective, and not in a handler that has interrupted one, or in a save."""
+def only_waits(stack: Stack, libraries: bool = False) -> bool:
+    """Return whether the main thread waits in a collective, or at its end for other threads, and no other one works.
+
+    It does not wait in a handler that has interrupted a collective, or in a save. `libraries`: a thread that runs code
+    of a library alone works, too.
+    """
     inner = tuple(itertools.takewhile(lambda frame: not is_users(frame), stack.frames))
-    waits = bool(inner) and replace(stack, frames=inner).in_collective()
-    return waits and stack.activity() not in SLOW_ACTIVITIES
+    waits = bool(inner) and (replace(stack, frames=inner).in_collective() or any(map(_joins, inner)))
+    return waits and stack.activity() not in SLOW_ACTIVITIES and not any(works(one, libraries) for one in stack.others)
+
+
+def _joins(frame: Frame) -> bool:
+    """Return whether Python waits here for the threads of a script that has ended."""
+    return frame.file.endswith("threading.py") and frame.function.rpartition(".")[2] == "_shutdown"
 
 
 def describe_doing(ranks: Mapping[int, object], stacks: Mapping[int, Stack]) -> str:

@@ -185,6 +185,19 @@ class Stack:
         return "running Python" if top is not None and (self.running or self.state == "R") else ""
 
 
+def works(frames: tuple[Frame, ...], libraries: bool) -> bool:
+    """Return whether a thread runs code of the user, or saves a checkpoint. `libraries`: or runs code of a library.
+
+    It does not while it waits for another thread, as for a queue or a lock.
+    """
+    top = frames[0] if frames else Frame("", 0, "")
+    if top.file.endswith("threading.py") and top.function.rpartition(".")[2] in _LOCKS:
+        return False
+    if Stack(frames).activity() in SLOW_ACTIVITIES:
+        return True
+    return any(is_users(frame) or (libraries and not _is_internal(frame)) for frame in frames)
+
+
 def _may_call(frames: tuple[Frame, ...]) -> bool:
     """Return whether a thread may call a collective: it is in code of the user, of torch.distributed or of ddparity."""
     return any(
