@@ -47,7 +47,7 @@ def _ended(job: Job) -> bool:
         (
             "from ddparity.comm.allreduce import copies_of_ranks\ncopies_of_ranks(torch.ones(4 if rank == 0 else 8))",
             "the ranks do not agree on collective #4: "
-            "rank 0 calls all_to_all of 8 float32, rank 1 calls all_to_all of 16 float32",
+            "rank 0 calls all_to_all of 4 float32, rank 1 calls all_to_all of 8 float32",
         ),
     ],
     ids=["kind", "shape", "dtype", "shape of a short one"],

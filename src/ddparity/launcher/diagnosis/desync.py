@@ -168,7 +168,8 @@ def find_mismatch(states: Mapping[int, RankState], group: str, aborted: bool = F
         if len(operations) < 2:
             continue
         waited = any(one.pending for one in operations.values())
-        signatures = {rank: _signature(one, waited) for rank, one in operations.items()}
+        # Ranks may give an all-to-all other numbers of rows; but Gloo aborts a rank that waits where they do not fit.
+        signatures = {rank: _signature(one, waited, waited and aborted) for rank, one in operations.items()}
         if len(set(signatures.values())) > 1:
             blamed = _minority(signatures)
             others = tuple(sorted(set(operations) - set(blamed)))
@@ -191,15 +192,18 @@ def _is_of_before(state: RankState, one: Operation, newest_s: float) -> bool:
     return not passed or any(name not in _ONE_WAY for name in passed)
 
 
-def _signature(one: Operation, with_tensors: bool) -> tuple[object, ...]:
-    """Return what must be the same on all ranks: the name of the collective, and what it requires of its tensors."""
+def _signature(one: Operation, with_tensors: bool, with_rows: bool) -> tuple[object, ...]:
+    """Return what must be the same on all ranks: the name of the collective, and what it requires of its tensors.
+
+    `with_rows`: also of a collective to which ranks may give other numbers of rows.
+    """
     name = one.name
     if not with_tensors:
         return (name,)
     over_gloo = one.backend == "gloo"
-    if over_gloo and name in _ROWS_GLOO:
+    if over_gloo and name in _ROWS_GLOO and not with_rows:
         return (name, one.dtypes[:1], one.row)
-    sized = name in _SAME_SIZES or (over_gloo and name in _SAME_SIZES_GLOO)
+    sized = name in _SAME_SIZES or (over_gloo and name in (*_SAME_SIZES_GLOO, *_ROWS_GLOO))
     return (
         name,
         None if any(name.startswith(kind) for kind in _ANY_DTYPE) else one.dtypes[:1],
