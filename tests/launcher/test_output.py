@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -199,19 +200,20 @@ def test_a_closed_standard_output_does_not_stop_a_job(tmp_path: Path) -> None:
 
 
 SMALL = """
-mount -t tmpfs -o size=1m,mode=1777 tmpfs "$1" || exit 77
+mount -t tmpfs -o size=1m,nr_inodes=$2,mode=1777 tmpfs "$1" || exit 77
 export TMPDIR="$1"
-shift
+shift 2
 exec "$@"
 """
 
 
-def _in_small_folder(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `ddparity run` with a temporary folder of 1 MB. Skip the test where this machine permits no such mount."""
+def _in_small_folder(folder: Path, *arguments: str, files: int = 1000) -> subprocess.CompletedProcess[str]:
+    """Run `ddparity run` with a temporary folder of 1 MB, `small`. Skip the test where this machine permits no mount."""
     small = folder / "small"
     small.mkdir()
-    command = ["unshare", "-rm", "sh", "-c", SMALL, "sh", str(small), sys.executable, "-m", "ddparity", "run"]
-    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    alone = ["unshare", "-rm", "sh", "-c", SMALL, "sh", str(small), str(files)]
+    command = [*alone, sys.executable, "-m", "ddparity", "run", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if ended.returncode == 77 or "unshare" in ended.stderr:
         pytest.skip(f"not permitted here: {ended.stderr}")
     return ended
@@ -236,10 +238,15 @@ FILLS = """
 """
 
 
-def test_a_full_temporary_folder_does_not_end_a_job(tmp_path: Path) -> None:
-    """20 MB are written by each of 3 ranks."""
-    ended = _in_small_folder(tmp_path, "--nproc", "3", _script(tmp_path, FILLS), str(tmp_path / "filled"))
-    assert (ended.returncode, ended.stderr) == (0, "")
+@pytest.mark.parametrize("logs", [False, True], ids=["pipe", "logs"])
+def test_a_full_disk_does_not_end_a_job(logs: bool, tmp_path: Path) -> None:
+    """20 MB are written by each of 3 ranks, where the temporary folder and the logs are on a disk of 1 MB."""
+    options = ["--logs", str(tmp_path / "small" / "logs")] if logs else []
+    script, filled = _script(tmp_path, FILLS), str(tmp_path / "filled")
+    ended = _in_small_folder(tmp_path, "--nproc", "3", *options, script, filled)
+    said = r"ddparity: cannot write \S+small/logs/rank\d/std\w+\.log \(--logs\): No space left.* The job goes on.*\n"
+    assert ended.returncode == 0
+    assert re.fullmatch(said if logs else "", ended.stderr), ended.stderr
     assert len(ended.stdout) == 20_000 * 1001
 
 
@@ -247,3 +254,28 @@ def test_a_failure_is_told_where_the_temporary_folder_is_full(tmp_path: Path) ->
     ended = _in_small_folder(tmp_path, "--nproc", "2", _script(tmp_path, FILLS), str(tmp_path / "filled"), "fail")
     assert ended.returncode == 1
     assert "ddparity: rank 1 failed: ValueError: bad batch\nTraceback" in ended.stderr
+
+
+def test_a_job_without_room_for_the_launchers_own_files_ends_with_a_message(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as short:  # where sockets may have longer paths, the launcher uses /tmp
+        ended = _in_small_folder(Path(short), "--nproc", "2", _script(tmp_path, "print(rank)"), files=3)
+    assert ended.returncode == 1
+    assert re.search(r"no space for the launcher's own file .*small/\S+: No space left.* Set TMPDIR", ended.stderr)
+    assert "Traceback" not in ended.stderr
+
+
+def test_logs_that_cannot_be_written_end_a_job_with_a_message(tmp_path: Path) -> None:
+    script = _script(tmp_path, "print(rank)")
+    code, _, err = _run("--nproc", "2", "--logs", f"{script}/logs", script)
+    assert code == 1
+    assert err.endswith(f"ddparity: cannot write {script}/logs/rank1: Not a directory. Give --logs another folder\n")
+
+
+def test_a_full_disk_behind_standard_output_is_told_once(tmp_path: Path) -> None:
+    script = _script(tmp_path, "for number in range(100): print(number, flush=True)")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ddparity", "run", "--nproc", "2", "--show", "all", script]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    said = "cannot write what the ranks write to standard output: No space left on device. The job goes on without it"
+    assert (ended.returncode, ended.stderr.count(said)) == (0, 1), ended.stderr
+    assert "Exception ignored" not in ended.stderr

@@ -9,7 +9,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -492,15 +491,23 @@ class Agent(LocalElasticAgent):
         for line in notice.lines:
             self._tell(line)
         if self._files.kept is not None:
-            with suppress(OSError), (self._files.kept / "waits.txt").open("a") as file:
-                file.write(
-                    f"{time.strftime('%Y-%m-%d %H:%M:%S')} {notice.lines[0]}\n{describe_rows(notice.report.rows)}\n"
-                )
+            path = self._files.kept / "waits.txt"
+            try:
+                with path.open("a") as file:
+                    file.write(
+                        f"{time.strftime('%Y-%m-%d %H:%M:%S')} {notice.lines[0]}\n{describe_rows(notice.report.rows)}\n"
+                    )
+            except OSError as error:
+                self._files.lose(path, error)
             self._keep_stacks(notice.report, ends=False)
 
     def _keep_stacks(self, hang: HangReport, ends: bool) -> None:
         if self._files.kept is not None and self._watch is not None:
-            self._watch.keep_stacks(hang, self._files.kept, ends)
+            try:
+                self._watch.keep_stacks(hang, self._files.kept, ends)
+            except OSError as error:
+                self._files.lose(self._files.kept, error)
+                return
             if ends:
                 self._tell(f"the stacks of all ranks are in {self._files.kept}")
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, Protocol, TextIO
+from typing import Literal, TextIO
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
@@ -46,8 +46,8 @@ def printable(text: str) -> str:
 class RankFiles(LogsSpecs):
     """Where the output of each local rank goes, and its folder for its agent. Each start of the ranks has new ones.
 
-    `folder`: for folders like `rank1`; its path must be short, since sockets are in it. `logs`: a folder for the
-    output, in files like `rank1/stderr.log`; without it, the launcher reads the output from pipes and keeps its end.
+    `folder`: for folders like `rank1`; its path must be short, since sockets are in it. The launcher reads the output
+    from pipes and keeps its end. `logs`: a folder for all of it, in files like `rank1/stderr.log`.
     `show`: the ranks whose output goes to the terminal. If that is rank 0 alone, it writes to the terminal itself. The
     lines of several ranks are forwarded, with their host and rank in front.
     """
@@ -58,9 +58,10 @@ class RankFiles(LogsSpecs):
         self.kept = logs  # it stays after the job has ended
         self._show = show
         self._attempts = 0
+        self._lost = False  # it was told that logs cannot be written
         self._forwarders: list[Forwarder] = []
         self._reader: PipeReader | None = None
-        self._outputs: dict[str, dict[int, Source]] = {}  # by stream, then by local rank
+        self._outputs: dict[str, dict[int, RankPipe]] = {}  # by stream, then by local rank
         self.folders: dict[int, Path] = {}  # of each local rank, in the current attempt
         above = os.environ.get(JOB_VARIABLE)
         self.variables = {JOB_VARIABLE: f"{above}:{folder}" if above else str(folder)}  # not for this process
@@ -78,16 +79,16 @@ class RankFiles(LogsSpecs):
             folder.mkdir(parents=True)
             envs[local].update(self.variables)
             envs[local]["TORCHELASTIC_ERROR_FILE"] = str(folder / "error.json")
-        logs = dict.fromkeys(ranks, self.kept / attempt if self.kept else None)
+        logs = self.kept / attempt if self.kept else None
         self._outputs = {
             stream: {
-                local: _source(self.folders[local], logs[local], rank, stream, self._is_shown(rank))
+                local: self._pipe(self.folders[local], logs, rank, stream)
                 for local, rank in ranks.items()
                 if not self._writes_itself(rank)
             }
             for stream in ("stdout", "stderr")
         }
-        pipes = [one for of_ranks in self._outputs.values() for one in of_ranks.values() if isinstance(one, RankPipe)]
+        pipes = [one for of_ranks in self._outputs.values() for one in of_ranks.values()]
         self._reader = PipeReader(pipes) if pipes else None
         for stream, terminal in (("stdout", sys.stdout), ("stderr", sys.stderr)):
             shown = {ranks[local]: one for local, one in self._outputs[stream].items() if self._is_shown(ranks[local])}
@@ -119,9 +120,21 @@ class RankFiles(LogsSpecs):
             forwarder.close(hurry)
         for stream, number in (("stdout", 1), ("stderr", 2)):
             for source in self._outputs.get(stream, {}).values():
-                source.close(number if isinstance(source, RankPipe) and source.shown else None)
+                source.close(number if source.shown else None)
         self._forwarders.clear()
         self._reader, self._outputs = None, {}
+
+    def _pipe(self, folder: Path, logs: Path | None, rank: int, stream: str) -> RankPipe:
+        if logs is None:
+            return RankPipe(folder / stream, self._is_shown(rank))
+        (logs / f"rank{rank}").mkdir(parents=True, exist_ok=True)
+        return RankPipe(folder / stream, self._is_shown(rank), logs / f"rank{rank}" / f"{stream}.log", self.lose)
+
+    def lose(self, path: Path, error: OSError) -> None:
+        """Tell once that a file of the logs cannot be written. The job goes on."""
+        if not self._lost:
+            self._lost = True
+            tell(f"cannot write {path} (--logs): {error.strerror}. The job goes on, and what does not fit is lost")
 
     def _writes_itself(self, rank: int) -> bool:
         return rank == 0 and self._show == frozenset({0})
@@ -140,72 +153,13 @@ class Inherited(RankFiles):
         return True
 
 
-class Source(Protocol):
-    """One stream of one rank. `next` returns what is new, for the terminal.
-
-    `rest` returns what is left when the rank has ended, then b"". A process that the rank left running may still write.
-    """
-
-    path: Path
-
-    def next(self) -> bytes: ...
-
-    def rest(self) -> bytes: ...
-
-    def end(self, size: int) -> bytes: ...
-
-    def close(self, terminal: int | None) -> None: ...
-
-
-def _source(folder: Path, logs: Path | None, rank: int, stream: str, shown: bool) -> Source:
-    if logs is None:
-        return RankPipe(folder / stream, shown)
-    (logs / f"rank{rank}").mkdir(parents=True, exist_ok=True)
-    return LogFile(logs / f"rank{rank}" / f"{stream}.log")
-
-
-class LogFile:
-    """A file that a rank writes. It has no size limit: the user has asked for all of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = 0
-        self._size: int | None = None  # when the rank had ended
-
-    def next(self) -> bytes:
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self._offset)
-                text = file.read(_CHUNK)
-        except FileNotFoundError:
-            return b""
-        self._offset += len(text)
-        return text
-
-    def rest(self) -> bytes:
-        if self._size is None:
-            self._size = self.path.stat().st_size if self.path.exists() else 0
-        return self.next() if self._offset < self._size else b""
-
-    def end(self, size: int) -> bytes:
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-                return file.read(size)
-        except OSError:
-            return b""
-
-    def close(self, terminal: int | None) -> None:
-        """Do nothing: the rank's processes write to the file themselves."""
-
-
 class Forwarder:
     """Copy the lines that ranks write to the terminal, with host and rank in front of each.
 
     `terminal`: None if it is closed, as in `>&-`. Then the lines are read and left out.
     """
 
-    def __init__(self, sources: Mapping[int, Source], terminal: TextIO | None) -> None:
+    def __init__(self, sources: Mapping[int, RankPipe], terminal: TextIO | None) -> None:
         host = socket.gethostname()
         self._prefixes = {rank: f"[{host} r{rank}] ".encode() for rank in sources}
         self._sources, self._terminal = sources, terminal
@@ -232,7 +186,10 @@ class Forwarder:
                     pass
                 if self._begun[rank]:
                     self._show(rank, b"\n")
-        except (OSError, ValueError):  # the terminal is closed: the job goes on
+        except (OSError, ValueError) as error:  # the terminal is closed, or the disk behind it is full: the job goes on
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                name = "standard output" if self._terminal is sys.stdout else "standard error"
+                tell(f"cannot write what the ranks write to {name}: {error.strerror}. The job goes on without it")
             while not self._ended.wait(_PAUSE_S):
                 for source in self._sources.values():
                     source.next()

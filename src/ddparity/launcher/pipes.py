@@ -1,11 +1,11 @@
-"""Read what ranks write where no file keeps it: the launcher reads their pipes and keeps the end of each in memory."""
+"""Read what ranks write from their pipes: the launcher keeps the end of each in memory, and all of it in a log."""
 
 from __future__ import annotations
 
 import os
 import select
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,9 +18,21 @@ _BUSY_BYTES = _PIPE_BYTES // 2  # a rank that has written more since the last re
 
 
 class RankPipe:
-    """One stream of one rank. `shown`: `next` returns all of it, for the terminal."""
+    """One stream of one rank.
 
-    def __init__(self, path: Path, shown: bool) -> None:
+    `shown`: `next` returns all of it, for the terminal. `log`: a file that gets all of it. `lose(log, error)` is called
+    where the log cannot be written, as on a full disk: the rank itself must not notice.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shown: bool,
+        log: Path | None = None,
+        lose: Callable[[Path, OSError], None] = lambda log, error: None,
+    ) -> None:
+        self._log, self._lose = log, lose
+        self._logged = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666) if log else -1
         os.mkfifo(path, 0o600)
         self.path, self.shown = path, shown
         self._rested = False
@@ -44,12 +56,23 @@ class RankPipe:
         with self._lock, suppress(BlockingIOError):
             while count < _PIPE_BYTES and self.number >= 0 and (chunk := os.read(self._reader, _CHUNK)):
                 count += len(chunk)
+                self._write(chunk)
                 self._kept += chunk
                 if self.shown:
                     self._backlog += chunk
                 if len(self._kept) > 2 * KEPT_BYTES:
                     del self._kept[:-KEPT_BYTES]
         return count
+
+    def _write(self, chunk: bytes) -> None:
+        """Write to the log. What a full disk does not take is lost; a later chunk may find room again."""
+        if self._log is None:
+            return
+        try:
+            while chunk:
+                chunk = chunk[os.write(self._logged, chunk) :]
+        except OSError as error:
+            self._lose(self._log, error)
 
     def next(self) -> bytes:
         """Return what has been read since the last call, for the terminal."""
@@ -73,19 +96,23 @@ class RankPipe:
         return bytes(self._kept[-size:])
 
     def close(self, terminal: int | None) -> None:
-        """Close the pipe. If a process still holds its other end, a program takes over and writes to `terminal`.
+        """Close the pipe. If a process still holds its other end, a program takes over and writes to the log.
 
         Otherwise that process, which may have outlived its rank, would end at its next output. `terminal`: a file
-        descriptor; None: its output is dropped.
+        descriptor to write to where there is no log; None: its output is dropped.
         """
         if self._reader < 0:
             return
+        self.read()
+        terminal = self._logged if self._log is not None else terminal
         if self._has_writers():
             os.set_blocking(self._reader, True)
             with suppress(OSError, NotImplementedError):  # there is no such program, or no such call
                 _drain(self._reader, terminal)
         os.close(self._reader)
         self._reader = -1
+        if self._log is not None:
+            os.close(self._logged)
 
     def _has_writers(self) -> bool:
         poll = select.poll()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import logging
@@ -46,6 +47,7 @@ LOST_EXIT_CODE = 137  # a machine is lost: the code of killed ranks, after which
 _LONGEST_INTERVAL_S = 1.0  # between two looks at the ranks, at which signals are answered, too
 _ENDING_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 _SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LONGEST_FOLDER = 60  # of the 107 bytes that the path of a Unix socket may have
 
 
@@ -71,6 +73,11 @@ def run_launch(launch: Launch) -> int:
             if launch.alone or not _is_of_rendezvous(error):
                 raise
             raise explain(error, launch, setup, time.monotonic() - start) from error
+    except OSError as error:
+        if not (advice := _advice(error, launch)):
+            raise
+        tell(advice)
+        return 1
     except NodeLost as error:
         tell(str(error))
         return LOST_EXIT_CODE
@@ -103,6 +110,16 @@ def _run(launch: Launch, setup: RendezvousSetup) -> int:
             return 128 + number
         say(agent.failure_report())
         return HANG_EXIT_CODE if agent.hang is not None else root_cause(agent.exit_reports).exit_code
+
+
+def _advice(error: OSError, launch: Launch) -> str:
+    """Return what to do where the launcher cannot write a file of its own; "" for an error of another kind."""
+    if launch.logs is not None and error.filename and Path(error.filename).is_relative_to(launch.logs):
+        return f"cannot write {error.filename}: {error.strerror}. Give --logs another folder"
+    if error.errno in _NO_SPACE or "No usable temporary directory" in str(error):
+        where = error.filename or "in the temporary folder"
+        return f"no space for the launcher's own file {where}: {error.strerror}. Set TMPDIR to another folder"
+    return ""
 
 
 def _is_of_rendezvous(error: Exception) -> bool:

@@ -63,7 +63,8 @@ def install(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FLIGHT).unlink(missing_ok=True)
-    _dump_stacks(folder)
+    with contextlib.suppress(OSError):  # no space for another file: the script runs without it
+        _dump_stacks(folder)
     if sys.platform == "linux":
         _allow_tracing()
     os.register_at_fork(after_in_child=_uninstall)
