@@ -95,6 +95,7 @@ _BACKWARD = "torch/autograd/graph.py"
 _OURS = ("comm", "gradients", "batchnorm", "compat.py")
 _NO_COLLECTIVE = ("new_group", "_new_group_with_tag", "init_process_group", "_store_based_barrier", "monitored_barrier")
 _LOCKS = ("wait", "acquire", "join", "_wait_for_tstate_lock", "__enter__")
+_SERVING = ("concurrent/futures/", "/multiprocessing/", "/logging/")  # an idle executor, a queue's feeder, a log's
 _KERNEL_FILES = ("pipe_", "vfs_", "folio", "nfs", "fuse", "ext4", "xfs")
 _KERNEL_SOCKETS = ("sk_", "inet_", "tcp_", "unix_", "skb", "poll", "select")
 
@@ -199,9 +200,20 @@ def works(frames: tuple[Frame, ...], libraries: bool) -> bool:
 
 
 def _may_call(frames: tuple[Frame, ...]) -> bool:
-    """Return whether a thread may call a collective: it is in code of the user, of torch.distributed or of ddparity."""
-    return any(
+    """Return whether a thread may call a collective, now or later.
+
+    It may if it is in code of the user, of torch.distributed or of ddparity; or if it is in the standard library alone,
+    as a timer and an event loop are before they call back. Threads that only serve others do not.
+    """
+    if any(
         is_users(frame) or "torch/distributed/" in frame.file or _is_below(frame.file, _DDPARITY) for frame in frames
+    ):
+        return True
+    alone = bool(frames) and all(frame.file.startswith("<") or _is_below(frame.file, *_STDLIB) for frame in frames)
+    return (
+        alone
+        and not any("-packages" in frame.file for frame in frames)
+        and not any(part in frame.file for frame in frames for part in _SERVING)
     )
 
 
