@@ -15,6 +15,7 @@ from ddparity.launcher.diagnosis.exits import ExitReport, find_traceback, last_l
 from ddparity.launcher.output import printable
 from ddparity.launcher.pipes import KEPT_BYTES, RankPipe
 
+from ..ranks import free_port
 from .test_launch import _run, _script
 
 ASSERTION = "IndexKernel.cu:93: Assertion `t < n_classes` failed."
@@ -208,7 +209,7 @@ exec "$@"
 
 
 def _in_small_folder(folder: Path, *arguments: str, files: int = 1000) -> subprocess.CompletedProcess[str]:
-    """Run `ddparity run` with a temporary folder of 1 MB, `small`. Skip the test where this machine permits no mount."""
+    """Run `ddparity run` with a temporary folder of 1 MB, `small`. Skip the test where no mount is permitted."""
     small = folder / "small"
     small.mkdir()
     alone = ["unshare", "-rm", "sh", "-c", SMALL, "sh", str(small), str(files)]
@@ -279,3 +280,39 @@ def test_a_full_disk_behind_standard_output_is_told_once(tmp_path: Path) -> None
     said = "cannot write what the ranks write to standard output: No space left on device. The job goes on without it"
     assert (ended.returncode, ended.stderr.count(said)) == (0, 1), ended.stderr
     assert "Exception ignored" not in ended.stderr
+
+
+def test_the_logs_of_an_earlier_run_stay(tmp_path: Path) -> None:
+    script, logs = _script(tmp_path, "print(sys.argv[1])"), tmp_path / "logs"
+    for word in ("first", "second"):
+        ended = _run("--nproc", "2", "--logs", str(logs), script, word)
+        assert ended[0] == 0
+    assert f"ddparity: the logs go to {logs / 'run2'}, since those of an earlier run are in {logs}" in ended[2]
+    kept = [logs / "rank1", logs / "run2" / "rank1"]
+    assert [(one / "stdout.log").read_text() for one in kept] == ["first\n", "second\n"]
+
+
+def test_machines_that_share_a_folder_write_to_one_run_of_it(tmp_path: Path) -> None:
+    """The earlier run had another number of ranks, and one machine has other ranks than any of it."""
+    script, logs, port = _script(tmp_path, "print(sys.argv[1])"), tmp_path / "logs", str(free_port())
+    (logs / "rank1").mkdir(parents=True)
+    (logs / "rank1" / "stdout.log").write_text("first\n")
+    machines = []
+    for node in ("0", "1"):
+        options = ["--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        options += ["--nproc", "2", "--logs", str(logs), script, "second"]
+        command = [sys.executable, "-m", "ddparity", "run", *options]
+        machines.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        said = [machine.communicate(timeout=60)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.wait()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert sorted(str(path.relative_to(logs)) for path in logs.glob("**/stdout.log")) == [
+        "rank1/stdout.log",
+        "run2/rank1/stdout.log",
+        "run2/rank2/stdout.log",
+        "run2/rank3/stdout.log",
+    ]

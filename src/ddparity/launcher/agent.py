@@ -94,6 +94,7 @@ class Agent(LocalElasticAgent):
         self._exchange: Exchange | None = None
         self._started = 0.0
         self._world_size = 0
+        self._logs_run = 0  # the number of this run in the folder of the logs
         self._succeeded = False  # all ranks of the job have ended well
         self._finished: RunResult | None = None  # of this machine's ranks, while other machines' ranks still run
         self._count_waiting_nodes = spec.rdzv_handler.num_nodes_waiting
@@ -169,6 +170,7 @@ class Agent(LocalElasticAgent):
         self._forwarded.clear()
         self._waits_for_nodes = False
         several = self._address is not None and self._open_exchange(worker_group, self._address)
+        self._begin_logs()
         with self._signals.starting():
             started: dict[int, Any] = super()._start_workers(worker_group)
         self._started = time.monotonic()
@@ -267,7 +269,8 @@ class Agent(LocalElasticAgent):
         assert store is not None and node_rank is not None and nnodes is not None, "the rendezvous sets them"
         maximum = worker_group.spec.max_restarts
         ranks = tuple(worker.global_rank for worker in worker_group.workers)
-        own = Node(self._host, ranks, maximum - self._remaining_restarts, is_listening_at(address[1]))
+        restarts, logs = maximum - self._remaining_restarts, self._logs_run or self._files.free_run()
+        own = Node(self._host, ranks, restarts, is_listening_at(address[1]), logs, bool(self._logs_run))
         if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
             store = PrefixStore(f"round{own.restarts}", store)
         timeout_s = _CAUSE_TIMEOUT_S + 2 * self._options.grace_s + 2  # a failed rank saves, then others on a signal
@@ -282,6 +285,14 @@ class Agent(LocalElasticAgent):
             self._tell(f"the job continues with {world_size} ranks on {nnodes} machines")
         self._world_size = world_size
         return nnodes > 1
+
+    def _begin_logs(self) -> None:
+        """Keep the logs of earlier runs. Machines that share the folder write to one run, also those that join."""
+        if not self._logs_run:
+            nodes = self._exchange.nodes if self._exchange is not None else ()
+            numbers = [one.logs for one in nodes if one.begun] or [one.logs for one in nodes]
+            self._logs_run = max(numbers, default=0) or self._files.free_run()
+            self._files.begin_run(self._logs_run)
 
     def _prepare_another_rendezvous(self, error: Exception) -> None:
         """Use one restart for another rendezvous. Raise NodeLost where the store is lost or no restart remains."""

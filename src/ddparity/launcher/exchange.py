@@ -40,12 +40,17 @@ _SHARED_KEYS = ("verdict", "failed", "changes", "signals", "beat")
 
 @dataclass(frozen=True)
 class Node:
-    """One machine, as it describes itself when a round begins. `holds`: it holds the store of the job."""
+    """One machine, as it describes itself when a round begins. `holds`: it holds the store of the job.
+
+    `logs`: the number of the run in the folder of the logs; `begun`: it has begun, and is not a proposal.
+    """
 
     host: str
     ranks: tuple[int, ...]
     restarts: int
     holds: bool
+    logs: int = 1
+    begun: bool = False
 
 
 class Exchange:
@@ -368,7 +373,8 @@ def plain_reason(error: BaseException) -> str:
 def _node(fields: Any) -> Node:
     try:
         node = Node(**{**fields, "ranks": tuple(map(int, fields["ranks"]))})
-        return replace(node, host=str(node.host), restarts=int(node.restarts), holds=bool(node.holds))
+        node = replace(node, host=str(node.host), restarts=int(node.restarts), holds=bool(node.holds))
+        return replace(node, logs=int(node.logs), begun=bool(node.begun))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RendezvousError(
             f"a machine described itself in a way that cannot be read ({error}): does another program use the port?"

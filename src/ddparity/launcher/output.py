@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -18,6 +19,7 @@ from .pipes import PipeReader, RankPipe
 
 Show = Literal["all"] | frozenset[int]
 JOB_VARIABLE = "DDPARITY_JOB"  # in all that a rank starts: the folders of the launchers above it
+_OF_RUNS = ("rank[0-9]*", "attempt[0-9]*", "waits.txt", "stacks-rank-*.txt")  # in a folder of logs
 _PAUSE_S = 0.1  # between two reads of the files
 _CHUNK = 1 << 16  # bytes that are read at once
 _LONGEST_LINE = 1 << 20  # a longer one is shown in parts
@@ -55,7 +57,7 @@ class RankFiles(LogsSpecs):
     def __init__(self, folder: Path, show: Show, logs: Path | None = None) -> None:
         super().__init__()
         self._folder = folder
-        self.kept = logs  # it stays after the job has ended
+        self._logs = self.kept = logs  # it stays after the job has ended
         self._show = show
         self._attempts = 0
         self._lost = False  # it was told that logs cannot be written
@@ -100,6 +102,18 @@ class RankFiles(LogsSpecs):
         }
         errors = {local: str(folder / "error.json") for local, folder in self.folders.items()}
         return LogsDest(stdouts=paths["stdout"], stderrs=paths["stderr"], error_files=errors)
+
+    def free_run(self) -> int:
+        """Return the number of the first run for which the folder of the logs has no output of an earlier job."""
+        if self._logs is None or not any(found for name in _OF_RUNS for found in self._logs.glob(name)):
+            return 1
+        return next(number for number in itertools.count(2) if not (self._logs / f"run{number}").exists())
+
+    def begin_run(self, number: int) -> None:
+        """Write to a folder like `run2` in that of the logs, from the second run on. Machines agree on the number."""
+        if self._logs is not None and number > 1:
+            self.kept = self._logs / f"run{number}"
+            tell(f"the logs go to {self.kept}, since those of an earlier run are in {self._logs}")
 
     def end_of(self, local_rank: int) -> str:
         """Return the end of what a rank has written to standard error, or if that is nothing, to standard output.
