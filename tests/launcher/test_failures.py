@@ -139,6 +139,35 @@ def test_a_lost_data_loader_worker_is_no_closed_connection_of_another_rank() -> 
     assert replace(closed, traceback=trace).cause is Cause.FAILED
 
 
+_SAVE = '  File ".../torch/distributed/checkpoint/state_dict_saver.py", line 1, in save\n'
+_UPLOAD = '  File ".../fsspec/core.py", line 2, in flush\n    self.socket.send(data)\n'
+
+
+@pytest.mark.parametrize(
+    ("message", "trace", "cause"),
+    [
+        ("ConnectionResetError: Connection reset by peer", _SAVE + _UPLOAD, Cause.FAILED),
+        ("ConnectionResetError: Connection reset by peer", _UPLOAD + _SAVE, Cause.FAILED),
+        (
+            "CheckpointException: ranks:dict_keys([1])\nTraceback (most recent call last): (RANK 1)\n"
+            '  File ".../torch/distributed/utils.py", line 3, in reduce_scatter\nBroken pipe',
+            _SAVE,
+            Cause.FAILED,
+        ),
+        (
+            "EOFError: Connection closed by peer",
+            _UPLOAD + '  File ".../torch/distributed/distributed_c10d.py", line 4, in all_reduce\n    work.wait()\n',
+            Cause.CONSEQUENCE,
+        ),
+    ],
+    ids=["upload", "storage", "quoted", "collective"],
+)
+def test_what_a_checkpoints_upload_raises_is_no_consequence(message: str, trace: str, cause: Cause) -> None:
+    """torch's distributed checkpoints and FSDP call storage in code of torch.distributed."""
+    full = f"Traceback (most recent call last):\n{trace}{message}"
+    assert ExitReport(1, "node0", 1, 0.0, message=message, traceback=full).cause is cause
+
+
 @pytest.mark.parametrize(
     ("message", "cause"),
     [

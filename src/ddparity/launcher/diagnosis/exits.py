@@ -36,7 +36,7 @@ _MEANING: dict[int, str] = {
 # Only these, or what was raised inside of torch.distributed, have their cause in the network between ranks. An
 # exception of another type may come from a file, a program or a web server.
 _OF_THE_GROUP = re.compile(r"([\w.]+\.)?(RankFailure|RendezvousError|RuntimeError|Dist\w*Error):")
-_FRAME_OF_THE_GROUP = "/torch/distributed/"
+_FILES = re.compile(r'^ *File "(.+?)"', re.MULTILINE)
 _LOADER_WORKER = re.compile(r"DataLoader worker.*(killed|exited)")
 _CLOSED = re.compile(r"(Connection\w+|BrokenPipe|EOF|FileNotFound|Authentication)Error:")
 
@@ -253,8 +253,18 @@ def _read_crash(path: Path) -> str:
 
 def _is_of_another_rank(message: str, traceback: str = "") -> bool:
     """Return whether the end of another rank caused an exception, by its text and by its type or its traceback."""
-    of_the_group = bool(_OF_THE_GROUP.match(message)) or _FRAME_OF_THE_GROUP in traceback
+    of_the_group = bool(_OF_THE_GROUP.match(message)) or _raised_in_the_group(message, traceback)
     return of_the_group and bool(_CONSEQUENCE.search(message))
+
+
+def _raised_in_the_group(message: str, traceback: str) -> bool:
+    """Return whether torch.distributed itself raised an exception.
+
+    It also calls others, as a checkpoint's storage does that uploads. The message may quote a traceback itself.
+    """
+    text = message.partition(": ")[2] or message
+    frames = _FILES.findall((traceback.rpartition(text)[0] if text else "") or traceback)
+    return bool(frames) and "/torch/distributed/" in frames[-1] and "/torch/distributed/checkpoint/" not in frames[-1]
 
 
 def is_own_failure(message: str) -> bool:
