@@ -208,13 +208,15 @@ raise SystemExit(0)
 
 @pytest.mark.parametrize(
     ("command", "safe"),
-    [(["link.py", "a"], ""), (["-m", "folder.shown", "a"], ""), (["folder/shown.py"], "1")],
-    ids=["link", "module", "safe path"],
+    [(["link.py", "a"], ""), (["-m", "folder.shown", "a"], ""), (["folder/shown.py"], "1"), (["app", "a"], "")],
+    ids=["link", "module", "safe path", "folder"],
 )
 def test_a_script_finds_what_it_finds_under_python(tmp_path: Path, command: list[str], safe: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "shown.py").write_text(SHOWN)
     (tmp_path / "link.py").symlink_to("folder/shown.py")
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__main__.py").write_text(SHOWN)
     starts = ([], ["-m", "ddparity", "run", "--nproc", "1"])
     outputs = []
     for start in starts:

@@ -164,6 +164,9 @@ def _command(given: argparse.Namespace) -> tuple[str, ...]:
     if given.no_python:
         if shutil.which(script) is None:
             raise ValueError(f"there is no program {script}")
+    elif Path(script).is_dir():
+        if not (Path(script) / "__main__.py").is_file():
+            raise ValueError(f"there is no __main__.py in the folder {script}")
     elif not Path(script).is_file():
         hint = f" (an option is written --{script})" if "=" in script else ""
         raise ValueError(f"there is no script {script}{hint}")

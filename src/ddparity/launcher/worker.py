@@ -99,8 +99,11 @@ def _run(arguments: list[str], folder: Path | None) -> None:
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments
-        _set_first_path(os.path.dirname(os.path.realpath(arguments[0])))
-        _run_script(arguments[0])
+        if os.path.isdir(arguments[0]) or zipfile.is_zipfile(arguments[0]):
+            _run_archive(arguments[0])
+        else:
+            _set_first_path(os.path.dirname(os.path.realpath(arguments[0])))
+            _run_script(arguments[0])
 
 
 def _set_first_path(folder: str) -> None:
@@ -109,9 +112,16 @@ def _set_first_path(folder: str) -> None:
         sys.path[0] = folder
 
 
+def _run_archive(path: str) -> None:
+    """Run the `__main__.py` of a folder or of a zip file as `python PATH` does."""
+    sys.path[: 0 if sys.flags.safe_path else 1] = [os.path.abspath(path)]
+    sys.modules["__main__"] = ModuleType("__main__")
+    runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]  # what Python itself calls
+
+
 def _run_script(path: str) -> None:
     """Run a script as `python SCRIPT` does: in a module `__main__` that stays, with an absolute `__file__`."""
-    if path.endswith(".pyc") or zipfile.is_zipfile(path):
+    if path.endswith(".pyc"):
         runpy.run_path(path, run_name="__main__")
         return
     file = os.path.abspath(path)

@@ -31,6 +31,7 @@ _POLL_S = (0.0005, 0.05)  # shortest and longest pause between two polls of the 
 _PATIENCE = 0.05  # a pause is this part of the time waited so far: polling adds at most this part to a wait
 _LIVENESS_S = 0.5  # between two searches of the process table
 _MANY = 256  # with more ranks than this, each asks the store less often, so that together they ask no more
+_ABSENT_S = 5.0  # how long to wait for the rank that asks which ranks have not come
 _CAUSE_S = 2.0  # how long to wait for the cause of a broken connection
 
 
@@ -239,8 +240,7 @@ class Agreement:
         waited = f"rank {self._rank} waited {timeout_s:g} s"
         if self._calls is None:
             raise RankFailure(f"{waited} for the other ranks in {self._what}")
-        series, call = self._calls.series, self._calls.call
-        absent = [rank for rank in self._ranks if self._root.add(f"{series}/{rank}", 0) < call]
+        absent = self._absent(self._calls)
         if absent:
             who = (
                 ("ranks " if len(absent) > 1 else "rank ") + ", ".join(map(str, absent[:8])) + " …" * (len(absent) > 8)
@@ -249,6 +249,18 @@ class Agreement:
                 f"{waited}, the group's time-out, in {self._what} for {who}, which did not come to it: every rank must "
                 f"call it, in the same order as the others"
             )
+
+    def _absent(self, calls: Calls) -> list[int]:
+        """Return the ranks that have not come. One rank asks the store for each of them, and tells the others."""
+        deadline = time.monotonic() + _ABSENT_S
+        if self._store.add("absent/asked", 1) > 1:
+            while time.monotonic() < deadline:
+                if self._store.check(["absent/found"]):
+                    return [int(rank) for rank in json.loads(self._store.get("absent/found"))]
+                time.sleep(_POLL_S[1])
+        absent = [rank for rank in self._ranks if self._root.add(f"{calls.series}/{rank}", 0) < calls.call]
+        self._store.set("absent/found", json.dumps(absent))
+        return absent
 
     def _report(self, rank: int, message: str, text: str) -> None:
         with store_access(self._what):
