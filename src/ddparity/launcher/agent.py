@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
@@ -331,7 +333,9 @@ class Agent(LocalElasticAgent):
 
     def _may_run(self, rank: int, pid: int, folder: Path, since_s: float) -> bool:
         """Return whether a rank may go on after its exception."""
-        return not self._signals.ending and self._lingering.may_run(self._tell, rank, pid, folder, since_s)
+        with suppress(SignalException):  # a signal during the message: it ends the wait, and the failure is told
+            return not self._signals.ending and self._lingering.may_run(self._tell, rank, pid, folder, since_s)
+        return False
 
     def _waits_for_prompt(self, hang: HangReport | None) -> bool:
         """Return whether the job goes on, despite a failure or a hang, since a person is at a debugger's prompt."""
