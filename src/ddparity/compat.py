@@ -56,13 +56,13 @@ def all_gather_single(
 
 
 def all_to_all_single(
-    output: torch.Tensor, value: torch.Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
+    output: torch.Tensor, value: torch.Tensor, rows: list[int], group: dist.ProcessGroup | None = None
 ) -> Any:
-    """Start to send part i of the value to rank i, and to receive as much from it; return the work without a wait."""
+    """Start to send so many rows to each rank, and to receive as many from it; return the work without a wait."""
     backend = _direct_backend(value, group)
     if backend is None:
-        return dist.all_to_all_single(output, value, sizes, sizes, group=group, async_op=True)
-    return backend.alltoall_base(output, value, sizes, sizes)
+        return dist.all_to_all_single(output, value, rows, rows, group=group, async_op=True)
+    return backend.alltoall_base(output, value, rows, rows)
 
 
 def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:

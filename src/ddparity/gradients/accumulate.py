@@ -21,7 +21,7 @@ from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
 from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
-from .window import Window, words_of
+from .window import Window, names_of, trained_by, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ def accumulate(
     one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
     foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
     Where this process has replicated several models, one of 128 bytes. In some steps (`replicate(check_every=…)`) one
-    of 8 bytes a parameter. In the first step of an epoch, requests to the group's store. Every rank must run the loop.
+    of 8 bytes a parameter. In the first step of an epoch, and where other parameters are trained than before, requests
+    to the group's store. Every rank must run the loop.
 
     Raises:
         TypeError: a plain module in a world of several processes, a batch whose units cannot be counted, or in strict
@@ -162,6 +163,7 @@ def _accumulate(
                 replica.skip()
     else:
         window = Window(replicas, numbers, rank, drops, careful)
+        window.agree()
         rechecks = next((one.rechecks for one in replicas if one.rechecks is not None), None)
         recheck = window.recheck(rechecks, step, device) if rechecks is not None and rechecks.due(numbers) else None
         position, last = -1, numbers[rank] - 1
@@ -250,14 +252,16 @@ def _agree(
     key = (about, batches is None, counted)
     if replica.agreed == key:
         return
-    replica.agreed = key
     # Without those that DDP was told to ignore, which may differ between ranks.
-    trained = [one for each in replicas for one in each.parameters()]
+    named, _ = trained_by(replicas, [one.walk() for one in replicas])
+    trained = [parameter for _, parameter in named]
+    names, said = names_of(named) if replica.agreed is None else ({}, {})
+    replica.agreed = key
     values: dict[str, object] = {
         "the number of models given to accumulate()": len(models),
+        **names,
         "accumulate(count=…), given or not": counted,
         "the batches with accumulate(equal_counts=True)": batches,
-        "the number of trained parameters": sum(parameter.numel() for parameter in trained),
         "the number of synchronised batch norms in training": sum(map(_shared_in_training, models)),
     }
     if replica.rechecks is None or replica.rechecks.off:
@@ -273,7 +277,8 @@ def _agree(
             values |= {f"the plan's {name}": repr(value) for name, value in step.plan.description(step.epoch).items()}
     with agreed("accumulate()", group) as agreement:
         assert agreement is not None, "a group of several ranks"
-        agreement.all_same(values)
+        agreement.all_same(values, said)
+    replica.compared[tuple(map(id, trained))] = None
 
 
 def _shared_in_training(model: nn.Module) -> int:
