@@ -22,6 +22,7 @@ from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
 from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
+from .sharded import Sharded, ShardedWindow, sharded_of
 from .window import Window, words_of
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,10 @@ def accumulate(
     return _accumulate(models, list(map(_replica, models)), batches, count, equal_counts, skipped == "drop")
 
 
-def _replica(model: nn.Module) -> Replica:
+def _replica(model: nn.Module) -> Replica | Sharded:
     inner = uncompiled(model)
+    if not isinstance(inner, DistributedDataParallel) and (sharded := sharded_of(inner)) is not None:
+        return sharded
     if not isinstance(inner, DistributedDataParallel) and dist.is_initialized() and dist.get_world_size() > 1:
         raise TypeError(
             f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
@@ -122,7 +125,7 @@ def _replica(model: nn.Module) -> Replica:
 
 def _accumulate(
     models: list[nn.Module],
-    replicas: list[Replica],
+    replicas: Sequence[Replica | Sharded],
     batches: Iterable[Any],
     count: Callable[[Any], float] | None,
     equal_counts: bool,
@@ -130,7 +133,8 @@ def _accumulate(
 ) -> Iterator[LoadedMicroBatch]:
     group = _common_group(replicas)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    device = _device(models[0])
+    sharded = [one for one in replicas if isinstance(one, Sharded)]
+    device = sharded[0].shards.device if sharded else _device(models[0])
     step = batches if isinstance(batches, Step) else None
     if step is not None and len(step.shares) != world_size:
         raise ValueError(
@@ -162,9 +166,15 @@ def _accumulate(
                 close_loop(replica)
                 replica.skip()
     else:
-        window = Window(replicas, numbers, rank, drops, careful)
+        window: Window | ShardedWindow
+        if sharded:
+            window = ShardedWindow(sharded, numbers, rank, drops)
+        else:
+            window = Window([one for one in replicas if isinstance(one, Replica)], numbers, rank, drops, careful)
         rechecks = next((one.rechecks for one in replicas if one.rechecks is not None), None)
-        recheck = window.recheck(rechecks, step, device) if rechecks is not None and rechecks.due(numbers) else None
+        recheck = None
+        if rechecks is not None and rechecks.due(numbers) and isinstance(window, Window):
+            recheck = window.recheck(rechecks, step, device)
         position, last = -1, numbers[rank] - 1
         with window.opened(device), contextlib.ExitStack() as stack:
             if recheck is not None:
@@ -206,7 +216,9 @@ def _device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def _loaded(micros: Iterable[LoadedMicroBatch], scale: int, device: torch.device | None) -> Iterator[LoadedMicroBatch]:
+def _loaded(
+    micros: Iterable[LoadedMicroBatch], scale: float, device: torch.device | None
+) -> Iterator[LoadedMicroBatch]:
     """Yield micro-batches on their device, with their weights, each after its random streams are set."""
     for micro in micros:
         if micro.seed is not None:
@@ -218,7 +230,7 @@ def _loaded(micros: Iterable[LoadedMicroBatch], scale: int, device: torch.device
             yield LoadedMicroBatch(data, micro.share * scale, micro.index, micro.seed, micro.share)
 
 
-def _common_group(replicas: Sequence[Replica]) -> dist.ProcessGroup | None:
+def _common_group(replicas: Sequence[Replica | Sharded]) -> dist.ProcessGroup | None:
     """Return the process group of all models of a step; None in a world of one."""
     if len(replicas) == 1:
         return replicas[0].group
@@ -234,7 +246,7 @@ def _common_group(replicas: Sequence[Replica]) -> dist.ProcessGroup | None:
 
 def _agree(
     models: Sequence[nn.Module],
-    replicas: Sequence[Replica],
+    replicas: Sequence[Replica | Sharded],
     step: Step | None,
     batches: int | None,
     counted: bool,
@@ -278,7 +290,9 @@ def _shared_in_training(model: nn.Module) -> int:
     return sum(layer.training for _, layer in shared_layers(model))
 
 
-def _check_shares(models: Sequence[nn.Module], replicas: Sequence[Replica], numbers: Sequence[int], size: int) -> None:
+def _check_shares(
+    models: Sequence[nn.Module], replicas: Sequence[Replica | Sharded], numbers: Sequence[int], size: int
+) -> None:
     """Refuse what cannot run these numbers of micro-batches; every rank with models of this kind does."""
     if (size > 1 or 0 in numbers) and any(one.ddp is not None and one.ddp.static_graph for one in replicas):
         raise ValueError(
