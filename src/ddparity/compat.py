@@ -345,6 +345,7 @@ class FullySharded:
         """
         names = ("reduce_grads", "all_reduce_grads", "reduce_scatter_unused_params")
         before = [(group, *(getattr(group, name, False) for name in names)) for group in self._groups]
+        self.reshard()  # whole parameters that a forward has left would hide what an optimizer did since
         try:
             self.let_reduce(False)
             yield

@@ -60,9 +60,9 @@ def accumulate(
     the `Step`; foreign batches in rank order, as if one process ran rank 0's, then rank 1's.
 
     Args:
-        model: what `replicate` returned, any DistributedDataParallel, or a plain module in a world of one; or a list of
-            these, whose gradients the loop's losses give together (a generator and a discriminator). Another replicated
-            model that a loss runs is reduced after the loop, too.
+        model: what `replicate` returned, any DistributedDataParallel, a model of torch's `fully_shard`, or a plain
+            module in a world of one; or a list of these, whose gradients the loop's losses give together (a generator
+            and a discriminator). Another replicated model that a loss runs is reduced after the loop, too.
         batches: a step of a `Loader`, or any batches, whose number may differ between ranks.
         count: units (samples, unmasked tokens) that the mean loss of a batch's data is over; None: for a `Step` the
             plan's samples, else the first dimension of the first tensor. Batches without units are left out: their
@@ -80,11 +80,12 @@ def accumulate(
     one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
     foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
     Where this process has replicated several models, one of 128 bytes. In some steps (`replicate(check_every=…)`) one
-    of 8 bytes a parameter. In the first step of an epoch, requests to the group's store. Every rank must run the loop.
+    of 8 bytes a parameter. In the first step of an epoch, requests to the group's store. Of sharded models those of
+    `ShardedWindow`. Every rank must run the loop.
 
     Raises:
-        TypeError: a plain module in a world of several processes, a batch whose units cannot be counted, or in strict
-            mode a sparse gradient.
+        TypeError: a plain module in a world of several processes, a model of which `fully_shard` has sharded parts
+            alone, a batch whose units cannot be counted, or in strict mode a sparse gradient.
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
             not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches,
             or a `Step` is shared among another number of ranks than the model, or the model is strict and compiled with
@@ -105,10 +106,15 @@ def accumulate(
         raise ValueError(f'accumulate(skipped={skipped!r}) is unknown: use "zero" or "drop"')
     if not models:
         raise ValueError("accumulate() got an empty list of models")
-    return _accumulate(models, list(map(_replica, models)), batches, count, equal_counts, skipped == "drop")
+    return _accumulate(models, list(map(state_of, models)), batches, count, equal_counts, skipped == "drop")
 
 
-def _replica(model: nn.Module) -> Replica | Sharded:
+def state_of(model: nn.Module) -> Replica | Sharded:
+    """Return what is kept of a model between its steps.
+
+    Raises:
+        TypeError: its gradients would not be reduced, or would be by somebody else.
+    """
     inner = uncompiled(model)
     if not isinstance(inner, DistributedDataParallel) and (sharded := sharded_of(inner)) is not None:
         return sharded

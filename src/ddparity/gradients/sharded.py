@@ -56,6 +56,17 @@ class Sharded:
         """The shards of the parameters that are trained now."""
         return [parameter for _, parameter in self.shards.parameters if parameter.requires_grad]
 
+    @property
+    def held(self) -> bool:
+        """Whether a step of `accumulate` is at work on it."""
+        return self.supersede is not None
+
+    def hold(self) -> None:
+        """Do nothing, since forwards of `fully_shard` broadcast no buffers."""
+
+    def release(self) -> None:
+        """Do nothing."""
+
     def careful(self) -> bool:
         """Return True if the next step makes the checks that take time."""
         return self._steps < CAREFUL_STEPS
