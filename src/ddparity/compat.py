@@ -55,12 +55,14 @@ def all_gather_single(
     return None
 
 
-def all_to_all_single(output: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup | None = None) -> Any:
-    """Start to send part i of the value, all parts of one size, to rank i; return the work without a wait."""
+def all_to_all_single(
+    output: torch.Tensor, value: torch.Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
+) -> Any:
+    """Start to send part i of the value to rank i, and to receive as much from it; return the work without a wait."""
     backend = _direct_backend(value, group)
     if backend is None:
-        return dist.all_to_all_single(output, value, group=group, async_op=True)
-    return backend.alltoall_base(output, value, [], [])
+        return dist.all_to_all_single(output, value, sizes, sizes, group=group, async_op=True)
+    return backend.alltoall_base(output, value, sizes, sizes)
 
 
 def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
@@ -76,10 +78,17 @@ def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any
 
 
 def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """Return the dtype of a parameter's gradient; since torch 2.10 it may be another one than the parameter's."""
-    declared: torch.dtype | None = getattr(parameter, "grad_dtype", None)
-    if declared is None:  # an older torch, or any dtype is allowed
-        return parameter.dtype if parameter.grad is None else parameter.grad.dtype
+    """Return the dtype of a parameter's gradient; since torch 2.10 it may be another one than the parameter's.
+
+    Raises:
+        TypeError: gradients of any dtype are allowed, so that ranks need not have one dtype.
+    """
+    declared: torch.dtype | None = getattr(parameter, "grad_dtype", parameter.dtype)
+    if declared is None:
+        raise TypeError(
+            f"a parameter of shape {tuple(parameter.shape)} has grad_dtype=None, so its gradients may have another "
+            f"dtype on each rank: set its grad_dtype to one, such as torch.float32"
+        )
     return declared
 
 
@@ -323,14 +332,17 @@ class FullySharded:
         if not self._groups:
             raise ValueError("fully_shard() has found no parameter in this model")
         self._params = [one for group in self._groups for one in group.fsdp_params]
-        meshes, factors = (
-            [group.mesh_info.mesh for group in self._groups],
-            {group.gradient_divide_factor for group in self._groups},
-        )
-        if any(mesh != meshes[0] for mesh in meshes) or len(factors) > 1:
-            what = "set_gradient_divide_factor()" if len(factors) > 1 else "meshes"
-            raise ValueError(f"parts of the model were given to fully_shard() with different {what}: give all the same")
-        self.mesh, self.device, self.divisor = meshes[0], self._groups[0].device, next(iter(factors))
+        meshes = [group.mesh_info.mesh for group in self._groups]
+        if any(mesh != meshes[0] for mesh in meshes):
+            raise ValueError("parts of the model were given to fully_shard() with different meshes: give all the same")
+        old = "reduce_scatter_reduce_op"  # an operation in place of a number, in torch 2.6
+        divisors = {getattr(one, "gradient_divide_factor", getattr(one, old, None)) for one in self._groups}
+        if len(divisors) > 1 or not all(one is None or isinstance(one, (int, float)) for one in divisors):
+            raise ValueError(
+                "parts of the model have different divisors, or one that is no number: call "
+                "set_gradient_divide_factor() with the same number on all of them, or leave it out"
+            )
+        self.mesh, self.device, self.divisor = meshes[0], self._groups[0].device, next(iter(divisors))
 
     @property
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:

@@ -303,7 +303,7 @@ def _refused(kind: str) -> None:
         ("left out", "ValueError: .*has left some out"),
         ("embedding", "ValueError: .*0 has max_norm=1.0"),
         ("mixed", "ValueError: .*models of different reductions .fast and sharded"),
-        ("divisors", "ValueError: .*set_gradient_divide_factor"),
+        ("divisors", "ValueError: parts of the model have different divisors.*set_gradient_divide_factor"),
     ],
 )
 def test_refused_on_every_rank(kind: str, error: str) -> None:

@@ -164,12 +164,12 @@ def _accumulate(
     careful = any(replica.careful() for replica in replicas)
     if not careful and not drops and all(replica.alone for replica in replicas):
         for replica in replicas:
-            open_loop(replica)
+            open_loop(replica, micros)
         try:
             yield from _loaded(micros, 1, device)  # nothing to reduce
         finally:
             for replica in replicas:
-                close_loop(replica)
+                close_loop(replica, micros)
                 replica.skip()
     else:
         window: Window | ShardedWindow

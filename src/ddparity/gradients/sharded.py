@@ -191,8 +191,8 @@ class ShardedWindow:
         with self._stack as stack:
             for one in self._models:
                 stack.enter_context(one.shards.holding())
-                stack.callback(close_loop, one)
-                open_loop(one)
+                stack.callback(close_loop, one, self)
+                open_loop(one, self)
                 stack.callback(setattr, one, "supersede", None)
                 one.supersede = self.supersede
             self._statistics = [self._recorded(one, stack) for one in self._models]
