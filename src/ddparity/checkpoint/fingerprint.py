@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..comm.trees import byte_view
+from ..compat import whole_tensor
 
 # What torch.compile and activation checkpointing insert into the names of a state dict, and what DDP puts before them.
 _WRAPPERS_ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -24,12 +25,13 @@ def fingerprint(model_or_state_dict: nn.Module | Sequence[nn.Module] | Mapping[s
     Several models, as `[generator, discriminator]`, have that of a `ModuleList` of them.
 
     It is the same for a model and for its state dict, with and without the wrappers of DDP and torch.compile, on any
-    device and in any order of names. A nested state, such as an optimizer's, counts as a whole.
+    device and in any order of names. A nested state, such as an optimizer's, counts as a whole. A sharded model
+    (`fully_shard`) has the fingerprint that it has without shards; its tensors are gathered one after the other.
 
     Raises:
         TypeError: an entry is not a tensor, a number, a string, None, or a dict, list or tuple of them.
 
-    Collectives: none.
+    Collectives: none; of a sharded state one all-gather for each sharded tensor, and every rank must call it.
 
     Example:
         >>> fingerprint({"a": torch.zeros(2)}) == fingerprint({"module.a": torch.zeros(2)})
@@ -79,7 +81,8 @@ def plain_name(name: str) -> str:
 def _feed(digest: Any, name: str, value: Any) -> None:
     """Add a value to a digest: a header of name, kind and size, then its content."""
     if isinstance(value, torch.Tensor):
-        dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        whole = whole_tensor(value)
+        dense = whole.detach().cpu().resolve_conj().resolve_neg().contiguous()
         header = [name, str(dense.dtype), list(dense.shape)]
         digest.update(json.dumps(header).encode() + b"\0")
         digest.update(byte_view(dense).numpy())

@@ -22,6 +22,7 @@ from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
 from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
+from .sharded import Sharded, ShardedWindow, sharded_of
 from .window import Window, words_of
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,9 @@ def accumulate(
     the `Step`; foreign batches in rank order, as if one process ran rank 0's, then rank 1's.
 
     Args:
-        model: what `replicate` returned, any DistributedDataParallel, or a plain module in a world of one; or a list of
-            these, whose gradients the loop's losses give together (a generator and a discriminator). Another replicated
-            model that a loss runs is reduced after the loop, too.
+        model: what `replicate` returned, any DistributedDataParallel, a model of torch's `fully_shard`, or a plain
+            module in a world of one; or a list of these, whose gradients the loop's losses give together (a generator
+            and a discriminator). Another replicated model that a loss runs is reduced after the loop, too.
         batches: a step of a `Loader`, or any batches, whose number may differ between ranks.
         count: units (samples, unmasked tokens) that the mean loss of a batch's data is over; None: for a `Step` the
             plan's samples, else the first dimension of the first tensor. Batches without units are left out: their
@@ -79,11 +80,12 @@ def accumulate(
     one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
     foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
     Where this process has replicated several models, one of 128 bytes. In some steps (`replicate(check_every=…)`) one
-    of 8 bytes a parameter. In the first step of an epoch, requests to the group's store. Every rank must run the loop.
+    of 8 bytes a parameter. In the first step of an epoch, requests to the group's store. Of sharded models those of
+    `ShardedWindow`. Every rank must run the loop.
 
     Raises:
-        TypeError: a plain module in a world of several processes, a batch whose units cannot be counted, or in strict
-            mode a sparse gradient.
+        TypeError: a plain module in a world of several processes, a model of which `fully_shard` has sharded parts
+            alone, a batch whose units cannot be counted, or in strict mode a sparse gradient.
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
             not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches,
             or a `Step` is shared among another number of ranks than the model, or the model is strict and compiled with
@@ -104,11 +106,18 @@ def accumulate(
         raise ValueError(f'accumulate(skipped={skipped!r}) is unknown: use "zero" or "drop"')
     if not models:
         raise ValueError("accumulate() got an empty list of models")
-    return _accumulate(models, list(map(_replica, models)), batches, count, equal_counts, skipped == "drop")
+    return _accumulate(models, list(map(state_of, models)), batches, count, equal_counts, skipped == "drop")
 
 
-def _replica(model: nn.Module) -> Replica:
+def state_of(model: nn.Module) -> Replica | Sharded:
+    """Return what is kept of a model between its steps.
+
+    Raises:
+        TypeError: its gradients would not be reduced, or would be by somebody else.
+    """
     inner = uncompiled(model)
+    if not isinstance(inner, DistributedDataParallel) and (sharded := sharded_of(inner)) is not None:
+        return sharded
     if not isinstance(inner, DistributedDataParallel) and dist.is_initialized() and dist.get_world_size() > 1:
         raise TypeError(
             f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
@@ -122,7 +131,7 @@ def _replica(model: nn.Module) -> Replica:
 
 def _accumulate(
     models: list[nn.Module],
-    replicas: list[Replica],
+    replicas: Sequence[Replica | Sharded],
     batches: Iterable[Any],
     count: Callable[[Any], float] | None,
     equal_counts: bool,
@@ -130,7 +139,8 @@ def _accumulate(
 ) -> Iterator[LoadedMicroBatch]:
     group = _common_group(replicas)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    device = _device(models[0])
+    sharded = [one for one in replicas if isinstance(one, Sharded)]
+    device = sharded[0].shards.device if sharded else _device(models[0])
     step = batches if isinstance(batches, Step) else None
     if step is not None and len(step.shares) != world_size:
         raise ValueError(
@@ -154,17 +164,23 @@ def _accumulate(
     careful = any(replica.careful() for replica in replicas)
     if not careful and not drops and all(replica.alone for replica in replicas):
         for replica in replicas:
-            open_loop(replica)
+            open_loop(replica, micros)
         try:
             yield from _loaded(micros, 1, device)  # nothing to reduce
         finally:
             for replica in replicas:
-                close_loop(replica)
+                close_loop(replica, micros)
                 replica.skip()
     else:
-        window = Window(replicas, numbers, rank, drops, careful)
+        window: Window | ShardedWindow
+        if sharded:
+            window = ShardedWindow(sharded, numbers, rank, drops)
+        else:
+            window = Window([one for one in replicas if isinstance(one, Replica)], numbers, rank, drops, careful)
         rechecks = next((one.rechecks for one in replicas if one.rechecks is not None), None)
-        recheck = window.recheck(rechecks, step, device) if rechecks is not None and rechecks.due(numbers) else None
+        recheck = None
+        if rechecks is not None and rechecks.due(numbers) and isinstance(window, Window):
+            recheck = window.recheck(rechecks, step, device)
         position, last = -1, numbers[rank] - 1
         with window.opened(device), contextlib.ExitStack() as stack:
             if recheck is not None:
@@ -206,7 +222,9 @@ def _device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def _loaded(micros: Iterable[LoadedMicroBatch], scale: int, device: torch.device | None) -> Iterator[LoadedMicroBatch]:
+def _loaded(
+    micros: Iterable[LoadedMicroBatch], scale: float, device: torch.device | None
+) -> Iterator[LoadedMicroBatch]:
     """Yield micro-batches on their device, with their weights, each after its random streams are set."""
     for micro in micros:
         if micro.seed is not None:
@@ -218,7 +236,7 @@ def _loaded(micros: Iterable[LoadedMicroBatch], scale: int, device: torch.device
             yield LoadedMicroBatch(data, micro.share * scale, micro.index, micro.seed, micro.share)
 
 
-def _common_group(replicas: Sequence[Replica]) -> dist.ProcessGroup | None:
+def _common_group(replicas: Sequence[Replica | Sharded]) -> dist.ProcessGroup | None:
     """Return the process group of all models of a step; None in a world of one."""
     if len(replicas) == 1:
         return replicas[0].group
@@ -234,7 +252,7 @@ def _common_group(replicas: Sequence[Replica]) -> dist.ProcessGroup | None:
 
 def _agree(
     models: Sequence[nn.Module],
-    replicas: Sequence[Replica],
+    replicas: Sequence[Replica | Sharded],
     step: Step | None,
     batches: int | None,
     counted: bool,
@@ -278,7 +296,9 @@ def _shared_in_training(model: nn.Module) -> int:
     return sum(layer.training for _, layer in shared_layers(model))
 
 
-def _check_shares(models: Sequence[nn.Module], replicas: Sequence[Replica], numbers: Sequence[int], size: int) -> None:
+def _check_shares(
+    models: Sequence[nn.Module], replicas: Sequence[Replica | Sharded], numbers: Sequence[int], size: int
+) -> None:
     """Refuse what cannot run these numbers of micro-batches; every rank with models of this kind does."""
     if (size > 1 or 0 in numbers) and any(one.ddp is not None and one.ddp.static_graph for one in replicas):
         raise ValueError(

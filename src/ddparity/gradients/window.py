@@ -21,7 +21,7 @@ from ..errors import DDParityError
 from .early import EarlyAverage
 from .incomplete import close_loop, forget_left, note_left, open_loop
 from .recheck import Recheck, Rechecks
-from .replica import Replica, Walk, made_so_far, others_than
+from .replica import Holder, Replica, Walk, made_so_far, others_than
 from .state import NO_GRADIENT, State
 from .strict import StrictReduction, deterministic
 
@@ -89,6 +89,9 @@ class Window:
         self._dropped: list[float] = []
         self._ran = True
         self._finished = self._superseded = self._paused = False
+        self._held: list[Replica] = []
+        self._inside: list[tuple[Holder, Replica]] = []
+        self._reduction: _Reduction | None = None
         self._stack = contextlib.ExitStack()
 
     @property
@@ -111,17 +114,16 @@ class Window:
         self._device = device
         forget_left(self._parameters)
         with self._stack as stack:
+            stack.callback(self._close)
             for replica in self._own:
                 if replica.holder is not None:  # a loop inside of another model's
-                    stack.callback(replica.holder.take_up, replica)
+                    self._inside.append((replica.holder, replica))
                     replica.holder.let_go(replica)
             for replica in self._own:
-                stack.callback(replica.release)
                 replica.hold()
-                stack.callback(close_loop, replica)
-                open_loop(replica)
+                self._held.append(replica)
+                open_loop(replica, self)
                 if self.waits:
-                    stack.callback(setattr, replica, "supersede", None)
                     replica.supersede = self.supersede
             self._statistics = [
                 self._recorded(replica, buffered, stack)
@@ -131,7 +133,6 @@ class Window:
             if self._strict:
                 stack.enter_context(deterministic(device))
             self._reduction = self._make(self._named)
-            stack.callback(self._restore)
             if self.waits:
                 self._alive = others_than(self._own)
                 for replica, _ in self._alive:
@@ -141,8 +142,8 @@ class Window:
             self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
             yield
 
-    def _restore(self) -> None:
-        """Let go of the others; after a loop that was left, give the gradients back that were put aside."""
+    def _close(self) -> None:
+        """Let go of all; after a loop that was left, give the gradients back that were put aside."""
         for other in self._others.values():
             if not self._finished:
                 other.reduction.restore()
@@ -151,10 +152,17 @@ class Window:
         self._others.clear()
         if self._early is not None:
             self._early.end()
-        if not self._finished:
+        if not self._finished and self._reduction is not None:
             self._reduction.restore()
             if self.waits and not self._superseded:
                 note_left(self._parameters)
+        for replica in self._held:
+            if self.waits:
+                replica.supersede = None
+            close_loop(replica, self)
+            replica.release()
+        for holder, replica in self._inside:
+            holder.take_up(replica)
 
     def _make(self, named: Named, *others: Replica) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
@@ -290,6 +298,7 @@ class Window:
             )
         if not self._careful and not self._strict:
             return
+        assert self._reduction is not None
         self._ran = self._reduction.take()
         if not self._ran:
             self._dropped.append(share)
@@ -317,6 +326,7 @@ class Window:
         elif self._early is not None:
             self._early.finish()
         else:
+            assert self._reduction is not None
             self._reduction.reduce(left)
         for replica, statistics in zip(self._own, self._statistics, strict=True):
             if statistics is not None:
