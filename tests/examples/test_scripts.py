@@ -35,6 +35,22 @@ def _train(name: str, world_size: int, folder: Path, **options: Any) -> tuple[st
     return results[0]
 
 
+def _shard(folder: Path, options: dict[str, Any]) -> tuple[float, str]:
+    return _run("fully_shard", {"folder": folder, "steps": 4, "save_every": 2, **options})  # type: ignore[return-value]
+
+
+def test_a_sharded_training_is_that_of_one_process(tmp_path: Path) -> None:
+    """To rounding, since torch sums shard by shard. A checkpoint of two processes continues on one."""
+    [(alone, printed)] = run_ranks(_shard, 1, tmp_path / "1", {})
+    together = run_ranks(_shard, 2, tmp_path / "2", {})
+    assert "step 4: loss" in printed and f"held-out loss {alone:.4f}" in printed
+    assert together[1] == (together[0][0], "")
+    assert together[0][0] == pytest.approx(alone, rel=1e-4)
+    (tmp_path / "2/checkpoint.safetensors.1").replace(tmp_path / "2/checkpoint.safetensors")
+    [(resumed, _)] = run_ranks(_shard, 1, tmp_path / "2", {"resume": True})
+    assert resumed == pytest.approx(alone, rel=1e-4)
+
+
 def _run(name: str, options: dict[str, Any]) -> tuple[str, str]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         fingerprint = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](**options)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
 from ..runtime.progress import mark_progress
+from .converted import options_of, plan_of
 from .dataset import KeyedDataset, SeededIndices, load_batches, worker_options
 from .fitting import check_world_size, checked_plan, continued
 from .plan import BatchPlan, MicroBatch, Plan, checked_integer, share
@@ -46,7 +47,8 @@ class Loader:
         dataset: a map-style data set of `plan.length` samples. It needs no length where the plan is given: a data set
             that draws its samples at random has none. With a `StreamPlan`: anything with `shard(num_shards=, index=)`,
             as Hugging Face's IterableDataset has, or a function `stream(reader, readers, epoch)` that returns an
-            iterable of a reader's part.
+            iterable of a reader's part. Or a torch DataLoader of a map-style data set, as a script for one process has:
+            its batch is the global batch, and its order, collate function and workers hold; give `micro_batch`.
         plan: what each step consumes: a `BatchPlan`, `WeightedPlan`, `LengthPlan`, `OrderPlan` or a `Plan` of your own.
             None: a `BatchPlan` of `global_batch`, `micro_batch` (None: the global batch), `seed`, and of `shuffle` and
             `drop_last` as torch's DataLoader has them, except that `shuffle` is True unless it is given.
@@ -81,6 +83,12 @@ class Loader:
         **dataloader_options: Any,
     ) -> None:
         sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "seed": seed}
+        if isinstance(dataset, DataLoader):
+            if plan is None:
+                plan, sizes = plan_of(dataset, sizes), dict.fromkeys(sizes)
+            dataloader_options = {**options_of(dataset), **dataloader_options}
+            num_workers, collate_fn = num_workers or dataset.num_workers, collate_fn or dataset.collate_fn
+            dataset = dataset.dataset
         self._stream: StreamSteps | None = None
         if not isinstance(plan, StreamPlan):
             plan = checked_plan(dataset, plan, sizes, dataloader_options)
