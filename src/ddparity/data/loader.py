@@ -57,6 +57,7 @@ class Loader:
             CUDA is available, unless `pin_memory=False`.
 
     Attributes:
+        dataset: the data set; of a DataLoader that was given, its data set.
         plan: the plan.
         dataloader: the torch DataLoader inside.
 
@@ -97,6 +98,7 @@ class Loader:
                 f"Loader() got {', '.join(refused)}: the plan decides that. Leave it out, and give the plan the sizes "
                 f"and the order"
             )
+        self.dataset = dataset
         self.plan: Plan | StreamPlan = plan
         self._position = (0, 0)  # the epoch and step that come next
         self._before = 0  # the steps of the epochs before the position's
