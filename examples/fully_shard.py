@@ -1,7 +1,7 @@
 """Train a vision transformer that is sharded by torch's fully_shard (FSDP2): each process has a part of every layer.
 
 ddparity run --nproc 2 examples/fully_shard.py
-ddparity run --nproc 3 examples/fully_shard.py --steps 300 --resume      # 100 more, on another number of processes
+ddparity run --nproc 3 examples/fully_shard.py --steps 250 --resume      # 100 more, on another number of processes
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ class Transformer(nn.Module):
 
 
 def main(
-    steps: int = 200, folder: Path = Path("runs/fully_shard"), resume: bool = False, save_every: int = 50
+    steps: int = 150, folder: Path = Path("runs/fully_shard"), resume: bool = False, save_every: int = 50
 ) -> float:
     """Train to this number of steps, and return the loss of held-out digits."""
     with dp.world() as world:
