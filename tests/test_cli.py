@@ -193,7 +193,7 @@ def test_a_task_may_be_a_subclass(folder: Path) -> None:
     task = load_task("t.py")
     assert isinstance(task, dp.Task)
     assert task.epochs == 3
-    assert task.plan(10).steps_per_epoch == 3
+    assert task.plan(range(10)).steps_per_epoch == 3
 
 
 WITH_METRIC = ONE.replace("**parts)", "metric=lambda outputs, dataset: outputs.mean(), **parts)")

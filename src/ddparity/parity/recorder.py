@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ class Recorder:
     def close(self) -> None:
         """Remove the forward hook from the model."""
         self._hook.remove()
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Record no outputs in the body."""
+        checked, self._note.checked = self._note.checked, False
+        try:
+            yield
+        finally:
+            self._note.checked = checked
 
     def _record_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._note.checked:
