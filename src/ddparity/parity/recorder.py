@@ -114,20 +114,20 @@ class Recorder:
             copies = {key: value.detach().cpu().clone().contiguous() for key, value in values.items()}
             save_file(copies, self._own_folder / name)
         if self._reference_folder is not None:
-            self._note.differences = _differences_from_file(values, self._reference_folder / name)
+            self._note.differences = differences_from_file(values, self._reference_folder / name)
 
 
 def units_of(net: nn.Module) -> dict[str, float]:
     """Return one unit in the last place, relative, of each weight, gradient and buffer, and of the gradient norm."""
-    parameters = {name: _unit(value) for name, value in net.named_parameters()}
+    parameters = {name: unit_of(value) for name, value in net.named_parameters()}
     units = {f"weights/{name}": unit for name, unit in parameters.items()}
     units |= {f"gradient/{name}": unit for name, unit in parameters.items()}
-    units |= {f"buffers/{name}": _unit(value) for name, value in net.named_buffers()}
+    units |= {f"buffers/{name}": unit_of(value) for name, value in net.named_buffers()}
     units["gradient norm"] = max(parameters.values(), default=0.0)
     return units
 
 
-def _unit(value: torch.Tensor) -> float:
+def unit_of(value: torch.Tensor) -> float:
     """Return 0 for integers: they are equal or not."""
     return torch.finfo(value.dtype).eps if value.is_floating_point() or value.is_complex() else 0.0
 
@@ -138,7 +138,7 @@ def _norm(gradient: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(dense, dtype=exact))
 
 
-def _differences_from_file(values: Mapping[str, torch.Tensor], path: Path) -> dict[str, float]:
+def differences_from_file(values: Mapping[str, torch.Tensor], path: Path) -> dict[str, float]:
     """Return the difference of each tensor from that in a file; infinite if only one of the two has it."""
     with safe_open(path, framework="pt", device="cpu") as file:
         in_file = set(file.keys())

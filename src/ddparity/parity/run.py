@@ -29,8 +29,9 @@ from ..gradients.replicate import replicate
 from ..runtime.first import first
 from ..runtime.logging import setup_logging
 from ..runtime.world import world
-from ..task.task import Task, check_task, load_task
+from ..task.task import Task, check_task, load_target
 from ..task.train import backward, build, evaluate, loss_of, predictor, scheduler_of, total_steps, update
+from .functions import Function, options_of, run_function
 from .noise import PermutedSum
 from .notes import MicroNote, RankNotes, checked_steps, write_notes
 from .recorder import Recorder, TaggedCollate, digest, tagged, units_of
@@ -44,9 +45,12 @@ _LAUNCHER_VARIABLES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of one comparison share. `task`: a Task, or the name of one. `folder`: where runs write files."""
+    """What all runs of one comparison share.
 
-    task: Task | str
+    `task`: a Task, a function that trains, or the name of one. `folder`: where runs write files.
+    """
+
+    task: Task | Function | str
     steps: int
     reduction: Reduction
     sync_batchnorm: bool
@@ -83,7 +87,7 @@ def run_alone(settings: Settings, plans: Sequence[RunPlan], variables: dict[str,
     """Run the one-process run number RANK of `plans`; the runs do not communicate with each other."""
     number = int(os.environ["RANK"])
     for name in list(os.environ):
-        if _is_launcher_variable(name):
+        if _is_launcher_variable(name) and name != "TORCHELASTIC_ERROR_FILE":  # where an exception is told
             del os.environ[name]
     _prepare_process(variables)
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None
@@ -107,7 +111,11 @@ def _prepare_process(variables: dict[str, str]) -> None:
 def run(settings: Settings, plan: RunPlan, device: str | None = None) -> None:
     """Run the training steps on this rank, and write the rank's notes. Every rank of the run calls it."""
     torch.set_num_threads(settings.threads)
-    task = load_task(settings.task) if isinstance(settings.task, str) else settings.task
+    task = load_target(settings.task) if isinstance(settings.task, str) else settings.task
+    if not isinstance(task, Task):
+        options = options_of(task, settings.steps, settings.reduction)
+        run_function(task, options, settings.folder, plan.name, plan.reference, plan.permutation, device)
+        return
     with world(device=device) as here:
         setup_logging(logging.WARNING)  # the process that compares the runs logs their progress
         check_task(task, here.world_size)

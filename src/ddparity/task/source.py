@@ -67,17 +67,26 @@ def _bound(tree: ast.AST) -> set[str]:
 
 
 def _may_have_task(path: Path, tree: ast.Module, seen: set[Path]) -> bool:
-    """Return True if a file mentions a Task, has a function `task`, or imports from a file beside it that does."""
+    """Return True if a file may have a Task.
+
+    It mentions one, or calls something with "task" in its name, has a function `task`, or imports from such a file that
+    is beside it.
+    """
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Name, ast.Attribute)) and "Task" in (
-            node.id if isinstance(node, ast.Name) else node.attr
-        ):
+        if isinstance(node, (ast.Name, ast.Attribute)) and "Task" in _name(node):
             return True
-        if isinstance(node, ast.ImportFrom) and any("Task" in alias.name or alias.name == "*" for alias in node.names):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+            if "*" in names or any("task" in name.lower() for name in names):
+                return True
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "task":
             return True
-    if any(isinstance(node, ast.FunctionDef) and node.name == "task" for node in tree.body):
-        return True
-    names: list[str] = []
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            names = [_name(one).lower() for one in (node.value.func, *node.targets)]
+            if any("task" in name for name in names):
+                return True
+    names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
@@ -94,3 +103,7 @@ def _may_have_task(path: Path, tree: ast.Module, seen: set[Path]) -> bool:
                 except SyntaxError:
                     return True
     return False
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
