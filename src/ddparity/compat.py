@@ -351,19 +351,13 @@ class FullySharded:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Let no backward reduce in the body. At its end parameters are shards; on an exception gradients are dropped.
-
-        Dropped are those that are not reduced.
-        """
+        """Let no backward reduce in the body. At its end parameters are shards."""
         names = ("reduce_grads", "all_reduce_grads", "reduce_scatter_unused_params")
         before = [(group, *(getattr(group, name, False) for name in names)) for group in self._groups]
         self.reshard()  # whole parameters that a forward has left would hide what an optimizer did since
         try:
             self.let_reduce(False)
             yield
-        except BaseException:
-            self.drop()
-            raise
         finally:
             _put_back(before, names)
             self.reshard()

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -171,7 +171,8 @@ class ShardedWindow:
         self._seen: set[int] = set()
         self._skipped: list[int] = []
         self._dropped: list[float] = []
-        self._superseded = False
+        self._before: list[torch.Tensor | None] | None = None
+        self._finished = self._superseded = False
         self._stack = contextlib.ExitStack()
 
     @property
@@ -181,46 +182,50 @@ class ShardedWindow:
 
     waits = True  # gradients are not complete before `finish`
 
-    @contextlib.contextmanager
-    def opened(self, device: torch.device | None) -> Iterator[None]:
-        """Hold back the reductions in the loop."""
+    def open(self, device: torch.device | None) -> None:
+        """Hold back the reductions in the loop, until `close`."""
         for one in self._models:
             if one.supersede is not None:
                 one.supersede()
         forget_left(self._parameters)
-        with self._stack as stack:
+        try:
             for one in self._models:
-                stack.enter_context(one.shards.holding())
-                stack.callback(close_loop, one, self)
+                self._stack.enter_context(one.shards.holding())
+                self._stack.callback(close_loop, one, self)
                 open_loop(one, self)
-                stack.callback(setattr, one, "supersede", None)
+                self._stack.callback(setattr, one, "supersede", None)
                 one.supersede = self.supersede
-            self._statistics = [self._recorded(one, stack) for one in self._models]
+            self._statistics = [self._recorded(one, self._stack) for one in self._models]
             if self._gathers:
                 for one in self._models:
                     self._tell_gathered(one)
-                    stack.enter_context(one.shards.gathered())
-            self._had = [parameter.grad is not None for parameter in self._parameters]
-            self._before: list[torch.Tensor | None] | None = None
-            if self._drops:
-                self._before = [parameter.grad for parameter in self._parameters]
-                for parameter in self._parameters:
-                    parameter.grad = None
-            self._marks = self._marked()
-            try:
-                yield
-            except BaseException:
-                if not self._superseded:
-                    note_left(self._parameters, dropped=True)
-                self._restore()
-                raise
+                    self._stack.enter_context(one.shards.gathered())
+        except BaseException:
+            self.close()
+            raise
+        self._had = [parameter.grad is not None for parameter in self._parameters]
+        if self._drops:
+            self._before = [parameter.grad for parameter in self._parameters]
+            for parameter in self._parameters:
+                parameter.grad = None
+        self._marks = self._marked()
+
+    def close(self) -> None:
+        """Set what was set before. After a loop that was left, drop its gradients."""
+        if not self._finished and not self._superseded:
+            self._drop()
+            note_left(self._parameters, dropped=True)
+        self._stack.close()
+
+    def _drop(self) -> None:
+        for one in self._models:
+            one.shards.drop()
+        self._restore()
 
     def supersede(self) -> None:
         """End this step's hold on its models, for another one."""
         self._superseded = True
-        for one in self._models:
-            one.shards.drop()
-        self._restore()
+        self._drop()
         self._stack.close()
 
     def begin_last(self) -> None:
@@ -289,6 +294,7 @@ class ShardedWindow:
                 parameter.grad = None
         self._scale_what_is_left()
         self._restore()
+        self._finished = True
         for one, statistics in zip(self._models, self._statistics, strict=True):
             if statistics is not None:
                 statistics.replay(max(self._numbers), one.room)
