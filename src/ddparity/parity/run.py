@@ -22,7 +22,8 @@ from ..compat import unwrapped
 from ..data.dataset import sized_length
 from ..data.fitting import check_even_shares
 from ..data.loader import Loader
-from ..data.plan import BatchPlan, share
+from ..data.plan import BatchPlan
+from ..data.sizes import share
 from ..data.step import LoadedMicroBatch, Step
 from ..gradients.replica import Reduction
 from ..gradients.replicate import replicate

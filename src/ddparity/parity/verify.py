@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ..data.plan import checked_integer
+from ..data.sizes import checked_integer
 from ..errors import ParityError
 from ..gradients.replica import Reduction
 from ..launcher import launch_forked

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..data.fitting import check_world_size
-from ..data.plan import BatchPlan, Plan, checked_integer
+from ..data.plan import BatchPlan, Plan
+from ..data.sizes import checked_integer
 from .source import check_source, path_of
 
 Split = Literal["train", "test"]
