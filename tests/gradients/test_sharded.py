@@ -185,6 +185,38 @@ def test_dropped_micro_batches(world_size: int) -> None:
         torch.testing.assert_close(found, [one.grad for one in net.parameters()], rtol=1e-12, atol=1e-12)
 
 
+def _without_a_backward() -> Any:
+    """Every rank leaves out its last backward; and a step of forwards alone moves the running statistics."""
+    net = _sharded()
+    for _ in range(2):  # the second could reduce in the last backward
+        net.zero_grad()
+        for number, micro in enumerate(dp.accumulate(net, [DATA[:4], DATA[4:8], DATA[8:12]])):
+            loss = net(micro.data).square().mean()
+            if number < 2:
+                (loss * micro.weight).backward()
+    with torch.no_grad():
+        for micro in dp.accumulate(net, [DATA[:4]]):
+            net(micro.data)
+    return [None if one.grad is None else whole_tensor(one.grad) for one in net.parameters()], list(net.buffers())
+
+
+def test_micro_batches_without_a_backward() -> None:
+    net = Net()
+    for _ in range(2):
+        net.zero_grad()
+        for _rank in range(2):
+            for number in range(3):
+                loss = net(DATA[4 * number : 4 * number + 4]).square().mean()
+                if number < 2:
+                    (loss / 6).backward()
+    with torch.no_grad():
+        for _rank in range(2):
+            net(DATA[:4])
+    for found in run_ranks(_without_a_backward, 2):
+        expected = [one.grad for one in net.parameters()], list(net.buffers())
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def _leaving() -> list[str]:
     net = _sharded(norm=False)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import ddparity as dp
+from ddparity.parity import show
 from ddparity.parity.causes import CAUSES
 from ddparity.task.task import load_task
 
@@ -72,11 +73,16 @@ def needs(path: str) -> None:
 
 
 @pytest.mark.parametrize(("function", "reduction"), [(good, "strict"), (sharded, "fast")], ids=["strict", "sharded"])
-def test_a_function_that_trains_alike(function: Any, reduction: Any) -> None:
+def test_a_function_that_trains_alike(function: Any, reduction: Any, capsys: pytest.CaptureFixture[str]) -> None:
     found = dp.verify(function, (1, 3), steps=4, reduction=reduction, permutations=2)
     assert found.parity
     assert set(found.fingerprints) == {1, 3}
     assert set(found.ends) == {3}
+    show(found, "loop")
+    shown = capsys.readouterr().out
+    assert "loop: at the end" in shown
+    assert ("weights (tolerated)" in shown) == (reduction == "fast")
+    assert found.fingerprints[3] in shown
     if reduction == "strict":
         assert len(set(found.fingerprints.values())) == 1
     else:
