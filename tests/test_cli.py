@@ -47,7 +47,8 @@ WRONG = [
     ("", "train missing.py", "there is no file missing.py: TASK is file.py:name"),
     ("", "train no.such.module", "there is no module no.such.module"),
     ("1 / 0", "train t.py", "t.py has no Task, and was not run: give it a ddparity.Task, or a function task()"),
-    ("1 / 0\ndef main(): pass", "verify t.py", "or a function to verify, as in t.py:main"),
+    ("1 / 0\ndef main(): pass", "verify t.py", "; or a function to verify, as in t.py:main"),
+    ("import torch, json\n1 / 0", "train t.py", "t.py has no Task, and was not run"),
     ("Task = 1", "train t.py", "t.py has no Task: name one"),
     (
         TASK + "a = dp.Task(**parts)\nb = dp.Task(**parts)",
@@ -60,7 +61,7 @@ WRONG = [
     (ONE, "train t.py:loss", "t.py:loss is a function, not a ddparity.Task: only `ddparity verify` takes a function"),
     (ONE, "verify t.py:loss", "loss() needs model, but verify() calls it without"),
     (TASK + "def task(): return parts", "train t.py", "t.py:task() returned a dict, not a ddparity.Task"),
-    ("import nowhere\nTask", "train t.py", "cannot import t.py: No module named 'nowhere'"),
+    ("import nowhere", "train t.py", "cannot import t.py: No module named 'nowhere'"),
     ("\nTask = 1\n1 / 0", "train t.py", "cannot import t.py: ZeroDivisionError: division by zero (line 3)"),
     ("def f(:", "train t.py", "cannot import t.py: SyntaxError"),
     (TASK + "t = dp.Task(**{**parts, 'global_batch': 0})", "train t.py", "Task(global_batch=0): must be at least 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from pathlib import Path
 
 
@@ -39,10 +40,10 @@ def check_source(path: Path, source: str, name: str) -> None:
             raise ValueError(f"{source} has no {name!r} at its top level, so it was not run")
     elif not _may_have_task(path, tree, {path.resolve()}):
         functions = [one.name for one in tree.body if isinstance(one, ast.FunctionDef)]
-        hint = f", or a function to verify, as in {source}:{functions[-1]}" if functions else ""
+        hint = f"; or a function to verify, as in {source}:{functions[-1]}" if functions else ""
         raise ValueError(
-            f"{source} has no Task, and was not run: give it a ddparity.Task, or a function task() that returns "
-            f"one{hint}"
+            f"{source} has no Task, and was not run: give it a ddparity.Task, or a function task() that returns one, "
+            f"or name it, as in {source}:NAME, if it comes from a library{hint}"
         )
 
 
@@ -69,8 +70,8 @@ def _bound(tree: ast.AST) -> set[str]:
 def _may_have_task(path: Path, tree: ast.Module, seen: set[Path]) -> bool:
     """Return True if a file may have a Task.
 
-    It mentions one, or calls something with "task" in its name, has a function `task`, or imports from such a file that
-    is beside it.
+    It mentions one, calls something with "task" in its name, has a function `task`, or imports from such a file. Of
+    installed libraries this is not known; a name is needed then.
     """
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.Attribute)) and "Task" in _name(node):
@@ -86,23 +87,43 @@ def _may_have_task(path: Path, tree: ast.Module, seen: set[Path]) -> bool:
             names = [_name(one).lower() for one in (node.value.func, *node.targets)]
             if any("task" in name for name in names):
                 return True
+    return any(_import_may(path, name, seen) for name in _imported(tree))
+
+
+def _imported(tree: ast.Module) -> list[str]:
+    """Return the modules that a file imports."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names += [node.module] if node.module else [alias.name for alias in node.names]
-    for name in names:
-        beside = path.parent.joinpath(*name.split("."))
-        for other in (beside.with_suffix(".py"), beside / "__init__.py"):
-            if other.is_file() and other.resolve() not in seen:
-                seen.add(other.resolve())
-                try:
-                    if _may_have_task(other, ast.parse(other.read_bytes()), seen):
-                        return True
-                except SyntaxError:
-                    return True
-    return False
+    return names
+
+
+def _import_may(path: Path, name: str, seen: set[Path]) -> bool:
+    """Return True if a module that a file imports may have a Task that the file then has, too."""
+    top = name.partition(".")[0]
+    beside = path.parent.joinpath(*name.split("."))
+    for other in (beside.with_suffix(".py"), beside / "__init__.py"):
+        if other.is_file():
+            if other.resolve() in seen:
+                return False
+            seen.add(other.resolve())
+            try:
+                return _may_have_task(other, ast.parse(other.read_bytes()), seen)
+            except SyntaxError:
+                return True
+    if top == "ddparity" or top in sys.stdlib_module_names or (path.parent / top).is_dir():
+        return False
+    try:
+        spec = importlib.util.find_spec(top)  # imports nothing
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        return True  # the file may put another folder into sys.path
+    places = [spec.origin or "", *(spec.submodule_search_locations or ())]
+    return not any("-packages" in part for place in places for part in Path(place).parts)
 
 
 def _name(node: ast.expr) -> str:
