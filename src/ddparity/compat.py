@@ -401,11 +401,19 @@ class FullySharded:
         Args:
             alone: no gradients of earlier backwards are there, which may have another dtype.
         """
-        return (
-            all(hasattr(one, "_unsharded_param") for one in self._params)
-            and all(hasattr(type(module), "set_reduce_scatter_unused_params") for module in self.modules)
-            and (alone or all(one.reduce_dtype is None for one in self._params))
-        )
+        adds_zeros = all(hasattr(type(module), "set_reduce_scatter_unused_params") for module in self.modules)
+        return adds_zeros and (alone or all(one.reduce_dtype is None for one in self._params))
+
+    def make_whole_parameters(self) -> None:
+        """Let torch make the whole parameters, which it keeps without memory from their first use on.
+
+        Collectives: one all-gather for each part that was not used yet; its memory is freed before the next.
+        """
+        for module in self.modules:
+            for group in _groups_of(module._get_fsdp_state()):
+                if not all(hasattr(one, "_unsharded_param") for one in group.fsdp_params):
+                    module.unshard()
+                    module.reshard()
 
     def on_gradient(self, seen: Callable[[int], None]) -> list[Any]:
         """Call `seen` with a parameter's number whenever a backward gives it a gradient; return handles to remove."""

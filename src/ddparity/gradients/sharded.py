@@ -157,7 +157,8 @@ class ShardedWindow:
         drops: the weights of micro-batches without a backward are taken out of the step.
 
     Collectives: those of `fully_shard` in forwards and backwards; one reduce-scatter for each part of the model; one
-    of a byte a parameter. Where parameters stay gathered, one all-gather for each part instead of those in the loop.
+    of a byte a parameter. In the first step of a model that has one micro-batch a rank, one all-gather for each part
+    more. Where parameters stay gathered, one all-gather for each part instead of those in the loop.
     Where modules have other buffers than running statistics, one broadcast for each dtype of these. For running
     statistics see `RunningStatistics`.
     """
@@ -234,6 +235,7 @@ class ShardedWindow:
             return
         start = 0
         for one in self._models:
+            one.shards.make_whole_parameters()  # for the hooks below
             unreduced = one.shards.unreduced()
             self._seen.update(start + number for number, gradient in enumerate(unreduced) if gradient is not None)
             for handle in one.shards.on_gradient(functools.partial(self._see, start)):
