@@ -173,6 +173,7 @@ class ShardedWindow:
         self._skipped: list[int] = []
         self._dropped: list[float] = []
         self._before: list[torch.Tensor | None] | None = None
+        self._kept: list[torch.Tensor | None] = []
         self._finished = self._superseded = False
         self._stack = contextlib.ExitStack()
 
@@ -233,6 +234,7 @@ class ShardedWindow:
         """Let reductions start: the next micro-batch is this rank's last."""
         if self._gathers or not all(one.shards.can_reduce_early(self._last_alone) for one in self._models):
             return
+        self._kept = []  # torch frees a part's gradients as soon as they are reduced
         start = 0
         for one in self._models:
             one.shards.make_whole_parameters()  # for the hooks below
@@ -268,7 +270,7 @@ class ShardedWindow:
         """Return what changes when gradients do."""
         found: list[torch.Tensor | None] = [parameter.grad for parameter in self._parameters]
         found += [gradient for one in self._models for gradient in one.shards.unreduced()]
-        self._kept = found  # so that a new gradient cannot have the identity of one that is gone
+        self._kept = found  # no new gradient may have the identity of one that is gone
         return [(0, -1) if one is None else (id(one), _version(one)) for one in found]
 
     @torch.no_grad()
