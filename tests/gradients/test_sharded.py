@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.profiler import ProfilerActivity, profile
 
 import ddparity as dp
@@ -21,8 +20,12 @@ from ddparity.compat import whole_tensor
 from ddparity.gradients.sharded import sharded_of
 from tests.ranks import outcomes, run_ranks
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch does not run on the CPU"
+)
 DATA = torch.randn(22, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 EARLY = hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # reductions in the last backward, torch 2.14 and later
+DIVIDES = hasattr(FSDPModule, "set_gradient_divide_factor")
 # Of two ranks, the first plan gives uneven shares; of three, it leaves one without a micro-batch in the last step.
 PLANS = {"uneven": dp.BatchPlan(22, 9, 3, seed=0), "even": dp.BatchPlan(18, 18, 3, seed=0)}
 
@@ -57,7 +60,7 @@ def _sharded(norm: bool = True, **options: Any) -> Net:
     return net
 
 
-def _loader(plan: str) -> dp.Loader:
+def loader_of(plan: str) -> dp.Loader:
     return dp.Loader(list(DATA[: PLANS[plan].num_samples]), PLANS[plan])
 
 
@@ -71,7 +74,7 @@ def _train(plan: str, epochs: int = 2, **options: Any) -> Any:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.1)
     norms = []
     for _ in range(epochs):
-        for step in _loader(plan).epoch(0):
+        for step in loader_of(plan).epoch(0):
             for micro in dp.accumulate(net, step):
                 (net(micro.data).square().mean() * micro.weight).backward()
             norms.append(float(whole_tensor(nn.utils.clip_grad_norm_(net.parameters(), 0.05))))
@@ -86,7 +89,7 @@ def _by_hand(plan: str, epochs: int = 2) -> Any:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.1)
     norms = []
     for _ in range(epochs):
-        for step in _loader(plan).epoch(0):
+        for step in loader_of(plan).epoch(0):
             for micro in step:
                 (net(micro.data).square().mean() * micro.weight).backward()
             norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), 0.05)))
@@ -100,8 +103,9 @@ def _by_hand(plan: str, epochs: int = 2) -> Any:
 def test_weights_are_those_of_one_process(world_size: int, plan: str) -> None:
     expected = _by_hand(plan)
     found = run_ranks(_train, world_size, plan)
+    tolerance = 1e-12 if EARLY else 1e-6  # older torch adds the 1e-6 of clip_grad_norm_ on each rank
     for state, norms, _ in found:
-        torch.testing.assert_close((state, norms), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close((state, norms), expected, rtol=tolerance, atol=tolerance)
     assert len({fingerprint for *_, fingerprint in found}) == 1
 
 
@@ -265,7 +269,7 @@ def test_loops_that_are_left() -> None:
 def _resumed(path: str, first: int, last: int) -> str:
     net = _sharded()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
-    loader = _loader("uneven")
+    loader = loader_of("uneven")
     if first:
         dp.load_checkpoint(path, model=net, optimizer=optimizer, loader=loader)
     for step in loader.steps(last):
@@ -290,7 +294,7 @@ def _predicted(path: str) -> Any:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     before = dp.fingerprint(net), dp.fingerprint(net.state_dict())
     outputs = []
-    for step in _loader("even").epoch(0):
+    for step in loader_of("even").epoch(0):
         outputs.append(dp.predict(net, list(DATA), batch_size=4, to="all"))  # 6 batches, the last of 2
         for micro in dp.accumulate(net, step):
             (net(micro.data).square().mean() * micro.weight).backward()
@@ -344,6 +348,8 @@ def _refused(kind: str) -> None:
     ],
 )
 def test_refused_on_every_rank(kind: str, error: str) -> None:
+    if kind == "divisors" and not DIVIDES:
+        pytest.skip("this torch has no set_gradient_divide_factor")
     for outcome in outcomes(_refused, 2, kind):
         assert outcome.error is not None and re.match(error, outcome.error), outcome.error
 
@@ -368,7 +374,7 @@ def _ways() -> dict[str, Any]:
     if world_size == 4:
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     first, second = _sharded(norm=False, **options), _sharded(norm=False, **options)
-    if world_size > 1:
+    if world_size > 1 and DIVIDES:
         for module in (*first.modules(), *second.modules()):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(8.0)
@@ -408,34 +414,3 @@ def test_other_ways(world_size: int) -> None:
         if rank == 0:
             assert found["buffer"] == pytest.approx(one["buffer"])
         torch.testing.assert_close(found["low"], one["low"], rtol=0.05, atol=2e-3)
-
-
-def _zero_redundancy(path: str, reduction: Any, first: int, last: int) -> Any:
-    """Parts of the optimizer's state on each rank. Without a group, the optimizer itself."""
-    model = dp.replicate(Net(), reduction=reduction)
-    if dist.is_initialized():
-        optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.05, weight_decay=0.1)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
-    loader = _loader("uneven")
-    if first:
-        dp.load_checkpoint(path, model=model, optimizer=optimizer, loader=loader)
-    for step in loader.steps(last):
-        for micro in dp.accumulate(model, step):
-            (model(micro.data).square().mean() * micro.weight).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    dp.save_checkpoint(path, model=model, optimizer=optimizer, loader=loader)
-    return [value.clone() for value in model.state_dict().values()]
-
-
-@pytest.mark.parametrize("reduction", ["fast", "strict"])
-def test_a_zero_redundancy_optimizer_trains_alike(reduction: str, tmp_path: Path) -> None:
-    rtol = 0.0 if reduction == "strict" else 1e-12
-    alone = _zero_redundancy(str(tmp_path / "alone"), reduction, 0, 5)
-    for world_size in (1, 2, 3):
-        for found in run_ranks(_zero_redundancy, world_size, str(tmp_path / "c"), reduction, 0, 5):
-            torch.testing.assert_close(found, alone, rtol=rtol, atol=rtol)
-    run_ranks(_zero_redundancy, 3, str(tmp_path / "c"), reduction, 0, 2)
-    for found in run_ranks(_zero_redundancy, 2, str(tmp_path / "c"), reduction, 2, 5):
-        torch.testing.assert_close(found, alone, rtol=rtol, atol=rtol)
