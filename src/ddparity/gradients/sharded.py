@@ -14,7 +14,7 @@ from torch import nn
 
 from ..batchnorm import Room, RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks
-from ..compat import FullySharded, holds_old_fsdp, sharded_modules
+from ..compat import FullySharded, averages_scattered, holds_old_fsdp, sharded_modules
 from .early import CAREFUL_STEPS
 from .incomplete import close_loop, forget_left, note_left, open_loop
 from .replica import walk
@@ -30,6 +30,8 @@ class Sharded:
 
     Raises:
         ValueError: a part of the model cannot be trained exactly.
+
+    Collectives: one of 4 bytes a rank when it is made, see `averages_scattered`.
     """
 
     reduction = "sharded"
@@ -43,6 +45,12 @@ class Sharded:
         self.shards = FullySharded(model)
         _check_trainable(model, self.shards)
         self.group = _group_of(self.shards)
+        group = self.group
+        if group is not None and self.shards.averages and not averages_scattered(group, self.shards.device):
+            raise ValueError(
+                f"accumulate(): fully_shard() of torch {torch.__version__} asks {dist.get_backend(group)} for "
+                f"averages and gets sums, so its gradients would be too large: use a later torch, or NCCL"
+            )
         self.ranks = None if self.group is None else tuple(dist.get_process_group_ranks(self.group))
         size = 1 if self.group is None else self.group.size()
         self.scale = self.shards.divisor or size
