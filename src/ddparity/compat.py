@@ -65,6 +65,17 @@ def all_to_all_single(
     return backend.alltoall_base(output, value, sizes, sizes)
 
 
+def averages_scattered(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if a reduce-scatter averages where it is asked to. Gloo of torch 2.7 adds, without a word.
+
+    Collectives: one of 4 bytes a rank; all ranks call it.
+    """
+    function: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    output = torch.zeros(1, device=device)
+    function(output, torch.ones(group.size(), device=device), op=dist.ReduceOp.AVG, group=group)
+    return float(output) == 1.0
+
+
 def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
     """Return the backend of the group for such a tensor; None where another tool observes torch's operators.
 
@@ -351,19 +362,13 @@ class FullySharded:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Let no backward reduce in the body. At its end parameters are shards; on an exception gradients are dropped.
-
-        Dropped are those that are not reduced.
-        """
+        """Let no backward reduce in the body. At its end parameters are shards."""
         names = ("reduce_grads", "all_reduce_grads", "reduce_scatter_unused_params")
         before = [(group, *(getattr(group, name, False) for name in names)) for group in self._groups]
         self.reshard()  # whole parameters that a forward has left would hide what an optimizer did since
         try:
             self.let_reduce(False)
             yield
-        except BaseException:
-            self.drop()
-            raise
         finally:
             _put_back(before, names)
             self.reshard()
@@ -407,11 +412,25 @@ class FullySharded:
         Args:
             alone: no gradients of earlier backwards are there, which may have another dtype.
         """
-        return (
-            all(hasattr(one, "_unsharded_param") for one in self._params)
-            and all(hasattr(type(module), "set_reduce_scatter_unused_params") for module in self.modules)
-            and (alone or all(one.reduce_dtype is None for one in self._params))
-        )
+        adds_zeros = all(hasattr(type(module), "set_reduce_scatter_unused_params") for module in self.modules)
+        return adds_zeros and (alone or all(one.reduce_dtype is None for one in self._params))
+
+    def make_whole_parameters(self) -> None:
+        """Let torch make the whole parameters, which it keeps without memory from their first use on.
+
+        Collectives: one all-gather for each part that was not used yet; its memory is freed before the next.
+        """
+        for module in self.modules:
+            for group in _groups_of(module._get_fsdp_state()):
+                if not all(hasattr(one, "_unsharded_param") for one in group.fsdp_params):
+                    module.unshard()
+                    module.reshard()
+
+    @property
+    def averages(self) -> bool:
+        """Whether torch asks the backend for an average. It divides by itself in float64 and float16."""
+        dtypes = {one.reduce_dtype or one.param_dtype or one.orig_dtype for one in self._params}
+        return self.divisor is None and not dtypes.isdisjoint((torch.float32, torch.bfloat16))
 
     def on_gradient(self, seen: Callable[[int], None]) -> list[Any]:
         """Call `seen` with a parameter's number whenever a backward gives it a gradient; return handles to remove."""

@@ -6,6 +6,7 @@ import contextlib
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,14 +14,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.profiler import ProfilerActivity, profile
 
 import ddparity as dp
 from ddparity.compat import whole_tensor
+from ddparity.gradients.sharded import sharded_of
 from tests.ranks import outcomes, run_ranks
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch does not run on the CPU"
+)
 DATA = torch.randn(22, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+EARLY = hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # reductions in the last backward, torch 2.14 and later
+DIVIDES = hasattr(FSDPModule, "set_gradient_divide_factor")
 # Of two ranks, the first plan gives uneven shares; of three, it leaves one without a micro-batch in the last step.
 PLANS = {"uneven": dp.BatchPlan(22, 9, 3, seed=0), "even": dp.BatchPlan(18, 18, 3, seed=0)}
 
@@ -55,7 +61,7 @@ def _sharded(norm: bool = True, **options: Any) -> Net:
     return net
 
 
-def _loader(plan: str) -> dp.Loader:
+def loader_of(plan: str) -> dp.Loader:
     return dp.Loader(list(DATA[: PLANS[plan].num_samples]), PLANS[plan])
 
 
@@ -69,7 +75,7 @@ def _train(plan: str, epochs: int = 2, **options: Any) -> Any:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.1)
     norms = []
     for _ in range(epochs):
-        for step in _loader(plan).epoch(0):
+        for step in loader_of(plan).epoch(0):
             for micro in dp.accumulate(net, step):
                 (net(micro.data).square().mean() * micro.weight).backward()
             norms.append(float(whole_tensor(nn.utils.clip_grad_norm_(net.parameters(), 0.05))))
@@ -84,7 +90,7 @@ def _by_hand(plan: str, epochs: int = 2) -> Any:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.1)
     norms = []
     for _ in range(epochs):
-        for step in _loader(plan).epoch(0):
+        for step in loader_of(plan).epoch(0):
             for micro in step:
                 (net(micro.data).square().mean() * micro.weight).backward()
             norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), 0.05)))
@@ -98,8 +104,9 @@ def _by_hand(plan: str, epochs: int = 2) -> Any:
 def test_weights_are_those_of_one_process(world_size: int, plan: str) -> None:
     expected = _by_hand(plan)
     found = run_ranks(_train, world_size, plan)
+    tolerance = 1e-12 if EARLY else 1e-4  # older torch adds the 1e-6 of clip_grad_norm_ on each rank
     for state, norms, _ in found:
-        torch.testing.assert_close((state, norms), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close((state, norms), expected, rtol=tolerance, atol=tolerance)
     assert len({fingerprint for *_, fingerprint in found}) == 1
 
 
@@ -107,11 +114,13 @@ def _counts(micro_batches: int, uneven: bool) -> list[dict[str, int]]:
     net = _sharded(norm=False)
     batch = DATA[DATA[:, 0] > 0.5]  # one that uses every part
     counts = []
-    for _ in range(3):  # in the first step torch makes the whole parameters, and gradients are reduced after the loop
+    for _ in range(3):
         own = micro_batches + (uneven and dist.get_rank())
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for micro in dp.accumulate(net, [batch] * own, equal_counts=not uneven):
                 (net(micro.data).square().mean() * micro.weight).backward()
+                if EARLY and own == 1:  # each part's gradients are gone as soon as they are reduced
+                    assert not any(one is not None for one in sharded_of(net).shards.unreduced())
         counts.append({e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")})
         net.zero_grad()
     return counts
@@ -129,7 +138,8 @@ def _counts(micro_batches: int, uneven: bool) -> list[dict[str, int]]:
     ],
 )
 def test_one_reduction_a_step(micro_batches: int, uneven: bool, expected: dict[str, int]) -> None:
-    assert run_ranks(_counts, 2, micro_batches, uneven) == [[expected] * 3] * 2
+    first = {**expected, "gloo:all_gather": expected["gloo:all_gather"] + 4 * (EARLY and micro_batches == 1)}
+    assert run_ranks(_counts, 2, micro_batches, uneven) == [[first, expected, expected]] * 2
 
 
 def _foreign(kind: str) -> Any:
@@ -185,6 +195,38 @@ def test_dropped_micro_batches(world_size: int) -> None:
         torch.testing.assert_close(found, [one.grad for one in net.parameters()], rtol=1e-12, atol=1e-12)
 
 
+def _without_a_backward() -> Any:
+    """Every rank leaves out its last backward; and a step of forwards alone moves the running statistics."""
+    net = _sharded()
+    for _ in range(2):  # the second could reduce in the last backward
+        net.zero_grad()
+        for number, micro in enumerate(dp.accumulate(net, [DATA[:4], DATA[4:8], DATA[8:12]])):
+            loss = net(micro.data).square().mean()
+            if number < 2:
+                (loss * micro.weight).backward()
+    with torch.no_grad():
+        for micro in dp.accumulate(net, [DATA[:4]]):
+            net(micro.data)
+    return [None if one.grad is None else whole_tensor(one.grad) for one in net.parameters()], list(net.buffers())
+
+
+def test_micro_batches_without_a_backward() -> None:
+    net = Net()
+    for _ in range(2):
+        net.zero_grad()
+        for _rank in range(2):
+            for number in range(3):
+                loss = net(DATA[4 * number : 4 * number + 4]).square().mean()
+                if number < 2:
+                    (loss / 6).backward()
+    with torch.no_grad():
+        for _rank in range(2):
+            net(DATA[:4])
+    for found in run_ranks(_without_a_backward, 2):
+        expected = [one.grad for one in net.parameters()], list(net.buffers())
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def _leaving() -> list[str]:
     net = _sharded(norm=False)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -228,7 +270,7 @@ def test_loops_that_are_left() -> None:
 def _resumed(path: str, first: int, last: int) -> str:
     net = _sharded()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
-    loader = _loader("uneven")
+    loader = loader_of("uneven")
     if first:
         dp.load_checkpoint(path, model=net, optimizer=optimizer, loader=loader)
     for step in loader.steps(last):
@@ -253,7 +295,7 @@ def _predicted(path: str) -> Any:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     before = dp.fingerprint(net), dp.fingerprint(net.state_dict())
     outputs = []
-    for step in _loader("even").epoch(0):
+    for step in loader_of("even").epoch(0):
         outputs.append(dp.predict(net, list(DATA), batch_size=4, to="all"))  # 6 batches, the last of 2
         for micro in dp.accumulate(net, step):
             (net(micro.data).square().mean() * micro.weight).backward()
@@ -268,6 +310,18 @@ def test_predictions_and_fingerprints(world_size: int, tmp_path: Path) -> None:
     for prints, outputs in run_ranks(_predicted, world_size, ""):
         assert prints == expected[0]
         torch.testing.assert_close(outputs, expected[1], rtol=1e-12, atol=1e-12)
+
+
+def _sums_for_averages() -> None:
+    net = fully_shard(nn.Linear(2, 2))
+    reduced = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    with mock.patch.object(dist, reduced.__name__, lambda output, value, op, group: output.fill_(group.size())):
+        next(dp.accumulate(net, [torch.ones(1, 2)]))
+
+
+def test_a_backend_that_adds_in_place_of_an_average() -> None:
+    for outcome in outcomes(_sums_for_averages, 2):
+        assert "for averages and gets sums, so its gradients would be too large" in (outcome.error or "")
 
 
 def _refused(kind: str) -> None:
@@ -307,6 +361,8 @@ def _refused(kind: str) -> None:
     ],
 )
 def test_refused_on_every_rank(kind: str, error: str) -> None:
+    if kind == "divisors" and not DIVIDES:
+        pytest.skip("this torch has no set_gradient_divide_factor")
     for outcome in outcomes(_refused, 2, kind):
         assert outcome.error is not None and re.match(error, outcome.error), outcome.error
 
@@ -331,7 +387,7 @@ def _ways() -> dict[str, Any]:
     if world_size == 4:
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     first, second = _sharded(norm=False, **options), _sharded(norm=False, **options)
-    if world_size > 1:
+    if world_size > 1 and DIVIDES:
         for module in (*first.modules(), *second.modules()):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(8.0)
@@ -363,6 +419,7 @@ def _ways() -> dict[str, Any]:
     }
 
 
+@pytest.mark.skipif(not EARLY, reason="older torch adds float32 in place of an average, which is refused")
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_other_ways(world_size: int) -> None:
     one = _ways()
@@ -371,34 +428,3 @@ def test_other_ways(world_size: int) -> None:
         if rank == 0:
             assert found["buffer"] == pytest.approx(one["buffer"])
         torch.testing.assert_close(found["low"], one["low"], rtol=0.05, atol=2e-3)
-
-
-def _zero_redundancy(path: str, reduction: Any, first: int, last: int) -> Any:
-    """Parts of the optimizer's state on each rank. Without a group, the optimizer itself."""
-    model = dp.replicate(Net(), reduction=reduction)
-    if dist.is_initialized():
-        optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.05, weight_decay=0.1)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
-    loader = _loader("uneven")
-    if first:
-        dp.load_checkpoint(path, model=model, optimizer=optimizer, loader=loader)
-    for step in loader.steps(last):
-        for micro in dp.accumulate(model, step):
-            (model(micro.data).square().mean() * micro.weight).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    dp.save_checkpoint(path, model=model, optimizer=optimizer, loader=loader)
-    return [value.clone() for value in model.state_dict().values()]
-
-
-@pytest.mark.parametrize("reduction", ["fast", "strict"])
-def test_a_zero_redundancy_optimizer_trains_alike(reduction: str, tmp_path: Path) -> None:
-    rtol = 0.0 if reduction == "strict" else 1e-12
-    alone = _zero_redundancy(str(tmp_path / "alone"), reduction, 0, 5)
-    for world_size in (1, 2, 3):
-        for found in run_ranks(_zero_redundancy, world_size, str(tmp_path / "c"), reduction, 0, 5):
-            torch.testing.assert_close(found, alone, rtol=rtol, atol=rtol)
-    run_ranks(_zero_redundancy, 3, str(tmp_path / "c"), reduction, 0, 2)
-    for found in run_ranks(_zero_redundancy, 2, str(tmp_path / "c"), reduction, 2, 5):
-        torch.testing.assert_close(found, alone, rtol=rtol, atol=rtol)

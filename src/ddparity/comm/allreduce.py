@@ -189,19 +189,17 @@ T = TypeVar("T", bound=torch.Tensor)
 
 def cut(parameters: Sequence[T], part_bytes: int) -> list[list[T]]:
     """Cut parameters into parts of one dtype and device, of at most so many bytes but for a larger parameter."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[T]] = {}
-    for parameter in parameters:
-        kinds.setdefault((grad_dtype(parameter), parameter.device), []).append(parameter)
     parts: list[list[T]] = []
-    for (dtype, _), members in kinds.items():  # in the parameters' order, which is the same on every rank
-        room = -1
-        for parameter in members:
-            size = parameter.numel() * dtype.itemsize
-            if size > room:
-                parts.append([])
-                room = part_bytes
-            parts[-1].append(parameter)
-            room -= size
+    last: dict[tuple[torch.dtype, torch.device], tuple[list[T], int]] = {}  # of each kind: the last part, and its room
+    for parameter in parameters:
+        dtype = grad_dtype(parameter)
+        kind, size = (dtype, parameter.device), parameter.numel() * dtype.itemsize
+        part, room = last.get(kind, ([], -1))
+        if size > room:
+            part, room = [], part_bytes
+            parts.append(part)
+        part.append(parameter)
+        last[kind] = part, room - size
     return parts
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..runtime.progress import mark_progress
 from .converted import options_of, plan_of
-from .dataset import KeyedDataset, SeededIndices, load_batches, worker_options
+from .dataset import KeyedDataset, MicroBatchSampler, load_batches, seeded, worker_options
 from .fitting import check_world_size, checked_plan, continued
-from .plan import BatchPlan, MicroBatch, Plan, checked_integer, share
+from .plan import BatchPlan, Plan
+from .sizes import checked_integer, share
 from .step import LoadedMicroBatch, Step
 from .stream import StreamPlan
 from .stream_steps import StreamSteps
@@ -110,7 +110,7 @@ class Loader:
             self._stream = StreamSteps(dataset, plan, num_workers, collate_fn, dataloader_options)
             self.dataloader: DataLoader[Any] = self._stream.dataloader
             return
-        self._batch_sampler = _MicroBatchSampler(plan)
+        self._batch_sampler = MicroBatchSampler(plan)
         self.dataloader = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]  # torch types data sets by one index, and this takes many
             batch_sampler=self._batch_sampler,
@@ -328,7 +328,7 @@ class Loader:
         """
         plan = self._batch_sampler.plan
         micro = plan.step(epoch, step, rank, world_size)[number]
-        indices = _seeded(plan, epoch, micro)
+        indices = seeded(plan, epoch, micro)
         like = self.dataloader
         dataloader: DataLoader[Any] = DataLoader(
             like.dataset,
@@ -377,33 +377,6 @@ class ShardSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.indices)
-
-
-class _MicroBatchSampler:
-    """The batch sampler of the DataLoader: a rank's micro-batches of an epoch. It records each that it issues."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.run = 0  # the number of the current iterator; an iterator with another number has ended
-        self.issued: deque[MicroBatch] = deque()
-        self._range = (0, 0, 0, 1)
-
-    def restart(self, epoch: int, start_step: int, rank: int, world_size: int) -> None:
-        self.run += 1
-        self.issued = deque()
-        self._range = (epoch, start_step, rank, world_size)
-
-    def __iter__(self) -> Iterator[SeededIndices]:
-        epoch, start_step, rank, world_size = self._range
-        issued = self.issued
-        for step in self.plan.steps(epoch, start_step, None, rank, world_size):
-            for micro in step:
-                issued.append(micro)
-                yield _seeded(self.plan, epoch, micro)
-
-
-def _seeded(plan: Plan, epoch: int, micro: MicroBatch) -> SeededIndices:
-    return SeededIndices(micro.samples.tolist(), micro.seed + 1, plan.sample_seeds(epoch, micro.position))
 
 
 def _closing(batches: Generator[Any]) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -182,9 +181,8 @@ def _accumulate(
         if rechecks is not None and rechecks.due(numbers) and isinstance(window, Window):
             recheck = window.recheck(rechecks, step, device)
         position, last = -1, numbers[rank] - 1
-        with window.opened(device), contextlib.ExitStack() as stack:
-            if recheck is not None:
-                stack.callback(recheck.close)
+        window.open(device)
+        try:
             try:
                 if last == 0:
                     window.begin_last()
@@ -206,6 +204,10 @@ def _accumulate(
                     )
                 raise
             window.finish()
+        finally:
+            if recheck is not None:
+                recheck.close()
+            window.close()
     if step is not None:
         seed_streams(step.seed)
         step.end()

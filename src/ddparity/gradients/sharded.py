@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..batchnorm import Room, RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks
-from ..compat import FullySharded, holds_old_fsdp, sharded_modules
+from ..compat import FullySharded, averages_scattered, holds_old_fsdp, sharded_modules
 from .early import CAREFUL_STEPS
 from .incomplete import close_loop, forget_left, note_left, open_loop
 from .replica import walk
@@ -30,6 +30,8 @@ class Sharded:
 
     Raises:
         ValueError: a part of the model cannot be trained exactly.
+
+    Collectives: one of 4 bytes a rank when it is made, see `averages_scattered`.
     """
 
     reduction = "sharded"
@@ -43,6 +45,12 @@ class Sharded:
         self.shards = FullySharded(model)
         _check_trainable(model, self.shards)
         self.group = _group_of(self.shards)
+        group = self.group
+        if group is not None and self.shards.averages and not averages_scattered(group, self.shards.device):
+            raise ValueError(
+                f"accumulate(): fully_shard() of torch {torch.__version__} asks {dist.get_backend(group)} for "
+                f"averages and gets sums, so its gradients would be too large: use a later torch, or NCCL"
+            )
         self.ranks = None if self.group is None else tuple(dist.get_process_group_ranks(self.group))
         size = 1 if self.group is None else self.group.size()
         self.scale = self.shards.divisor or size
@@ -157,7 +165,8 @@ class ShardedWindow:
         drops: the weights of micro-batches without a backward are taken out of the step.
 
     Collectives: those of `fully_shard` in forwards and backwards; one reduce-scatter for each part of the model; one
-    of a byte a parameter. Where parameters stay gathered, one all-gather for each part instead of those in the loop.
+    of a byte a parameter. In the first step of a model that has one micro-batch a rank, one all-gather for each part
+    more. Where parameters stay gathered, one all-gather for each part instead of those in the loop.
     Where modules have other buffers than running statistics, one broadcast for each dtype of these. For running
     statistics see `RunningStatistics`.
     """
@@ -171,7 +180,9 @@ class ShardedWindow:
         self._seen: set[int] = set()
         self._skipped: list[int] = []
         self._dropped: list[float] = []
-        self._superseded = False
+        self._before: list[torch.Tensor | None] | None = None
+        self._kept: list[torch.Tensor | None] = []
+        self._finished = self._superseded = False
         self._stack = contextlib.ExitStack()
 
     @property
@@ -181,54 +192,60 @@ class ShardedWindow:
 
     waits = True  # gradients are not complete before `finish`
 
-    @contextlib.contextmanager
-    def opened(self, device: torch.device | None) -> Iterator[None]:
-        """Hold back the reductions in the loop."""
+    def open(self, device: torch.device | None) -> None:
+        """Hold back the reductions in the loop, until `close`."""
         for one in self._models:
             if one.supersede is not None:
                 one.supersede()
         forget_left(self._parameters)
-        with self._stack as stack:
+        try:
             for one in self._models:
-                stack.enter_context(one.shards.holding())
-                stack.callback(close_loop, one, self)
+                self._stack.enter_context(one.shards.holding())
+                self._stack.callback(close_loop, one, self)
                 open_loop(one, self)
-                stack.callback(setattr, one, "supersede", None)
+                self._stack.callback(setattr, one, "supersede", None)
                 one.supersede = self.supersede
-            self._statistics = [self._recorded(one, stack) for one in self._models]
+            self._statistics = [self._recorded(one, self._stack) for one in self._models]
             if self._gathers:
                 for one in self._models:
                     self._tell_gathered(one)
-                    stack.enter_context(one.shards.gathered())
-            self._had = [parameter.grad is not None for parameter in self._parameters]
-            self._before: list[torch.Tensor | None] | None = None
-            if self._drops:
-                self._before = [parameter.grad for parameter in self._parameters]
-                for parameter in self._parameters:
-                    parameter.grad = None
-            self._marks = self._marked()
-            try:
-                yield
-            except BaseException:
-                if not self._superseded:
-                    note_left(self._parameters, dropped=True)
-                self._restore()
-                raise
+                    self._stack.enter_context(one.shards.gathered())
+        except BaseException:
+            self.close()
+            raise
+        self._had = [parameter.grad is not None for parameter in self._parameters]
+        if self._drops:
+            self._before = [parameter.grad for parameter in self._parameters]
+            for parameter in self._parameters:
+                parameter.grad = None
+        self._marks = self._marked()
+
+    def close(self) -> None:
+        """Set what was set before. After a loop that was left, drop its gradients."""
+        if not self._finished and not self._superseded:
+            self._drop()
+            note_left(self._parameters, dropped=True)
+        self._stack.close()
+
+    def _drop(self) -> None:
+        for one in self._models:
+            one.shards.drop()
+        self._restore()
 
     def supersede(self) -> None:
         """End this step's hold on its models, for another one."""
         self._superseded = True
-        for one in self._models:
-            one.shards.drop()
-        self._restore()
+        self._drop()
         self._stack.close()
 
     def begin_last(self) -> None:
         """Let reductions start: the next micro-batch is this rank's last."""
         if self._gathers or not all(one.shards.can_reduce_early(self._last_alone) for one in self._models):
             return
+        self._kept = []  # torch frees a part's gradients as soon as they are reduced
         start = 0
         for one in self._models:
+            one.shards.make_whole_parameters()  # for the hooks below
             unreduced = one.shards.unreduced()
             self._seen.update(start + number for number, gradient in enumerate(unreduced) if gradient is not None)
             for handle in one.shards.on_gradient(functools.partial(self._see, start)):
@@ -261,7 +278,7 @@ class ShardedWindow:
         """Return what changes when gradients do."""
         found: list[torch.Tensor | None] = [parameter.grad for parameter in self._parameters]
         found += [gradient for one in self._models for gradient in one.shards.unreduced()]
-        self._kept = found  # so that a new gradient cannot have the identity of one that is gone
+        self._kept = found  # no new gradient may have the identity of one that is gone
         return [(0, -1) if one is None else (id(one), _version(one)) for one in found]
 
     @torch.no_grad()
@@ -289,6 +306,7 @@ class ShardedWindow:
                 parameter.grad = None
         self._scale_what_is_left()
         self._restore()
+        self._finished = True
         for one, statistics in zip(self._models, self._statistics, strict=True):
             if statistics is not None:
                 statistics.replay(max(self._numbers), one.room)

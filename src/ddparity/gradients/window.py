@@ -89,6 +89,7 @@ class Window:
         self._dropped: list[float] = []
         self._ran = True
         self._finished = self._superseded = self._paused = False
+        self._statistics: list[RunningStatistics | None] = []
         self._held: list[Replica] = []
         self._inside: list[tuple[Holder, Replica]] = []
         self._reduction: _Reduction | None = None
@@ -104,43 +105,49 @@ class Window:
         """Whether the gradients are not complete before `finish`."""
         return self._strict or self._sums or self._group is not None
 
-    @contextlib.contextmanager
-    def opened(self, device: torch.device | None) -> Iterator[None]:
-        """Hold back what DDP would do in the loop. What was set before is set again at the end."""
+    def open(self, device: torch.device | None) -> None:
+        """Hold back what DDP would do in the loop, until `close`."""
+        try:
+            self._open(device)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Set what was set before."""
+        self._stack.close()
+
+    def _open(self, device: torch.device | None) -> None:
         for replica in self._own:
             if replica.supersede is not None:
                 replica.supersede()  # a loop that was left, or one of a zip(), which finds out when it goes on
             replica.warn_of_old_gradients()
         self._device = device
         forget_left(self._parameters)
-        with self._stack as stack:
-            stack.callback(self._close)
-            for replica in self._own:
-                if replica.holder is not None:  # a loop inside of another model's
-                    self._inside.append((replica.holder, replica))
-                    replica.holder.let_go(replica)
-            for replica in self._own:
-                replica.hold()
-                self._held.append(replica)
-                open_loop(replica, self)
-                if self.waits:
-                    replica.supersede = self.supersede
-            self._statistics = [
-                self._recorded(replica, buffered, stack)
-                for replica, buffered in zip(self._own, self._buffered, strict=True)
-            ]
-            self._share_buffers()
-            if self._strict:
-                stack.enter_context(deterministic(device))
-            self._reduction = self._make(self._named)
+        self._stack.callback(self._close)
+        for replica in self._own:
+            if replica.holder is not None:  # a loop inside of another model's
+                self._inside.append((replica.holder, replica))
+                replica.holder.let_go(replica)
+        for replica in self._own:
+            replica.hold()
+            self._held.append(replica)
+            open_loop(replica, self)
             if self.waits:
-                self._alive = others_than(self._own)
-                for replica, _ in self._alive:
-                    self._adopt(replica)
-            watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
-            # A lazy layer writes its parameters in its first forward.
-            self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
-            yield
+                replica.supersede = self.supersede
+        for replica, buffered in zip(self._own, self._buffered, strict=True):
+            self._statistics.append(self._recorded(replica, buffered, self._stack))
+        self._share_buffers()
+        if self._strict:
+            self._stack.enter_context(deterministic(device))
+        self._reduction = self._make(self._named)
+        if self.waits:
+            self._alive = others_than(self._own)
+            for replica, _ in self._alive:
+                self._adopt(replica)
+        watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
+        # A lazy layer writes its parameters in its first forward.
+        self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
 
     def _close(self) -> None:
         """Let go of all; after a loop that was left, give the gradients back that were put aside."""
@@ -167,7 +174,8 @@ class Window:
     def _make(self, named: Named, *others: Replica) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
         sparse = {one for replica in (*self._own, *others) for one in replica.sparse}
-        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse)
+        watched = tree is None and (self._careful or bool(others))
+        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse, watched)
 
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
@@ -233,9 +241,10 @@ class Window:
             ValueError: nobody else can run this step's micro-batches, or their gradients are not to be had alone.
         """
         if step is None or step.load_again is None:
+            what = "foreign batches" if step is None else "a step of a stream"
             raise ValueError(
-                "accumulate() got foreign batches for a model with replicate(recheck_every=…), and another rank cannot "
-                "load them again: give it the steps of a Loader, or leave recheck_every out"
+                f"accumulate() got {what} for a model with replicate(recheck_every=…), and another rank cannot load it "
+                f"again: give it the steps of a Loader over a map-style data set, or leave recheck_every out"
             )
         if self._by_ddp is not None:
             raise ValueError(
@@ -471,6 +480,7 @@ class _Reduction:
         tree: StrictReduction | None,
         sums: bool,
         sparse: Container[int] = (),
+        watched: bool = True,
     ) -> None:
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self._touched = False
@@ -479,7 +489,7 @@ class _Reduction:
             self._before = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
-        self._first = self._last = State(parameters if tree is None else ())
+        self._first = self._last = State(parameters if watched else ())
 
     def take(self) -> bool:
         """Return True if the micro-batch has changed a gradient."""
