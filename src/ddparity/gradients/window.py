@@ -262,9 +262,10 @@ class Window:
             ValueError: nobody else can run this step's micro-batches, or their gradients are not to be had alone.
         """
         if step is None or step.load_again is None:
+            what = "foreign batches" if step is None else "a step of a stream"
             raise ValueError(
-                "accumulate() got foreign batches for a model with replicate(recheck_every=…), and another rank cannot "
-                "load them again: give it the steps of a Loader, or leave recheck_every out"
+                f"accumulate() got {what} for a model with replicate(recheck_every=…), and another rank cannot load it "
+                f"again: give it the steps of a Loader over a map-style data set, or leave recheck_every out"
             )
         if self._by_ddp is not None:
             raise ValueError(
