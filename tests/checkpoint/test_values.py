@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import logging
+import time
 from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -219,6 +220,23 @@ def test_a_deep_value_is_refused(tmp_path: Path) -> None:
     for value in (nested(101), itself, {"x": itself}, config):
         with pytest.raises(TypeError, match=r"value.* is nested more than 100 levels deep, or contains itself: give a"):
             dp.save_checkpoint(tmp_path / "c", value=value)
+
+
+def test_one_part_in_many_places_is_refused_at_once(tmp_path: Path) -> None:
+    """A file has a copy for each place. 2**99 of them end at once; some come back."""
+    shared: Any = [Config(0.5), {"a": 1}]
+    once = {"a": shared, "b": (shared, [shared])}
+    dp.save_checkpoint(tmp_path / "c", value=once)
+    assert dp.load_checkpoint(tmp_path / "c", value=once) == {"value": once}
+    for _ in range(97):
+        shared = [shared, shared]
+    own: list[Any] = [shared]
+    own.append(own)
+    start = time.monotonic()
+    for value, message in ((shared, "values, counting what is in several places each time"), (own, "contains itself")):
+        with pytest.raises(TypeError, match=f"the state of value cannot be saved: it .*{message}"):
+            dp.save_checkpoint(tmp_path / "c", value=value)
+    assert time.monotonic() - start < 5
 
 
 def test_named_types_are_those_of_what_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

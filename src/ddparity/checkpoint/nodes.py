@@ -36,7 +36,9 @@ Node = Any  # JSON
 Types = dict[tuple[str, tuple[str, ...]], type]  # by name and fields; the fields of an enum are empty
 
 DEPTH = 100  # how deeply values may be nested
+_MOST_PLACES = 1 << 22  # values of a state; the header of a file has no room for more
 _PLAIN = (type(None), bool, int, str)
+_LEAVES = {*_PLAIN, float, complex, torch.Tensor, nn.Parameter, np.ndarray}  # some that have no values inside
 _DIMS = 64
 _FACTORIES: dict[str, Callable[[], Any]] = {
     cls.__name__: cls for cls in (int, float, bool, str, list, dict, set, tuple)
@@ -49,6 +51,34 @@ DTYPES = {
 
 
 # Take apart
+
+
+def check_places(value: Any) -> None:
+    """Refuse a value that is nested too deeply, or has too many values, as a part that is in many places has.
+
+    In a file each place has its own copy: 40 lists with two references each to the next one would be 2**40 lists. This
+    takes the time of the distinct parts alone.
+
+    Raises:
+        TypeError: the value is refused.
+    """
+    level, total = {id(value): (value, 1)}, 1  # with the number of places at this depth
+    for _ in range(DEPTH + 1):
+        below: dict[int, tuple[Any, int]] = {}
+        for one, count in level.values():
+            items = _entries(one, {})
+            total += count * len(items)
+            for item in items:
+                if type(item) not in _LEAVES:
+                    below[id(item)] = (item, below.get(id(item), (item, 0))[1] + count)
+        level = below
+    if any(len(_entries(one, {})) for one, _ in level.values()):
+        raise TypeError(f"it is nested more than {DEPTH} levels deep, or contains itself: give a flatter state")
+    if total > _MOST_PLACES:
+        raise TypeError(
+            f"it has {total:,} values, counting what is in several places each time, and a file holds at most "
+            f"{_MOST_PLACES:,}: put each part into one place, or numbers into tensors"
+        )
 
 
 def describe(value: Any, path: str, name: str, tensors: dict[str, torch.Tensor], depth: int = 0) -> Node:
