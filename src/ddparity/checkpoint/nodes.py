@@ -33,7 +33,8 @@ from ..comm.nesting import check_dense, nesting_kind
 from ..compat import is_dtensor
 
 Node = Any  # JSON
-Types = dict[tuple[str, tuple[str, ...]], type]  # by name and fields; the fields of an enum are empty
+# By name and fields; the fields of an enum are empty. None: there are several.
+Types = dict[tuple[str, tuple[str, ...]], type | None]
 
 DEPTH = 100  # how deeply values may be nested
 _MOST_PLACES = 1 << 22  # values of a state; the header of a file has no room for more
@@ -62,11 +63,11 @@ def check_places(value: Any) -> None:
     Raises:
         TypeError: the value is refused.
     """
-    level, total = {id(value): (value, 1)}, 1  # with the number of places at this depth
+    level, total, types = {id(value): (value, 1)}, 1, Types()  # with the number of places at this depth
     for _ in range(DEPTH + 1):
         below: dict[int, tuple[Any, int]] = {}
         for one, count in level.values():
-            items = _entries(one, {})
+            items = _entries(one, types)
             total += count * len(items)
             for item in items:
                 if type(item) not in _LEAVES:
@@ -79,6 +80,8 @@ def check_places(value: Any) -> None:
             f"it has {total:,} values, counting what is in several places each time, and a file holds at most "
             f"{_MOST_PLACES:,}: put each part into one place, or numbers into tensors"
         )
+    if alike := [name for (name, _), cls in types.items() if cls is None]:
+        raise TypeError(f"it has two types {alike[0]} with the same fields, which a file cannot tell apart: rename one")
 
 
 def describe(value: Any, path: str, name: str, tensors: dict[str, torch.Tensor], depth: int = 0) -> Node:
@@ -124,6 +127,12 @@ def _nesting(value: Any, path: str) -> dict[str, Any]:
     cls: Any = type(value)
     if cls is list:
         return {"kind": "list"}
+    if isinstance(value, (tuple, dict)) and nesting_kind(cls) != "fields":
+        for name in getattr(value, "__dict__", ()):
+            if name != "_metadata":  # the versions of a module's layers, which have their place in a file
+                raise TypeError(
+                    f"{path} is a {cls.__name__} with the attribute {name}, which would not be saved: make it an entry"
+                )
     if cls in (tuple, torch.Size):
         return {"kind": "tuple"} if cls is tuple else {"kind": "tuple", "type": "Size"}
     if cls in (dict, OrderedDict, Counter, defaultdict):
@@ -401,17 +410,22 @@ def _entries(value: Any, found: Types) -> Sequence[Any]:
     """Return the values in a value, and put its type into `found` if it is one of those that `build` asks for."""
     cls: Any = type(value)
     if isinstance(value, enum.Enum):
-        found[cls.__qualname__, ()] = cls
+        _found(cls, (), found)
         return ()
     if nesting_kind(cls) == "fields":
         names = tuple(field.name for field in dataclasses.fields(cls))
-        found[cls.__qualname__, names] = cls
+        _found(cls, names, found)
         return [getattr(value, name, None) for name in names]
     if isinstance(value, tuple) and hasattr(cls, "_fields"):
-        found[cls.__qualname__, tuple(cls._fields)] = cls
+        _found(cls, tuple(cls._fields), found)
     if isinstance(value, Mapping):
         return list(value.values())
     return value if isinstance(value, (list, tuple)) else ()
+
+
+def _found(cls: type, fields: tuple[str, ...], found: Types) -> None:
+    key = (cls.__qualname__, fields)
+    found[key] = cls if found.get(key, cls) is cls else None
 
 
 def build(
@@ -494,7 +508,13 @@ def _built_dict(node: dict[str, Any], value: dict[Any, Any]) -> dict[Any, Any]:
 def _type_of(
     node: dict[str, Any], fields: tuple[str, ...], types: Types, name: str, keys: tuple[str | int, ...]
 ) -> Any:
-    found = types.get((node["type"], fields))
+    key = (node["type"], fields)
+    found = types.get(key)
+    if found is None and key in types:
+        raise ValueError(
+            f"{_path(name, keys)} is a {node['type'][:80]}, and there are two such types here, with the same fields: "
+            f"rename one, and save again"
+        )
     if found is None:
         others = [theirs for known, theirs in types if known == node["type"]]
         reason = f"the one here has the fields {', '.join(others[0])}" if others else "no type is imported for a file"
