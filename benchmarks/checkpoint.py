@@ -1,25 +1,24 @@
-"""Measure saves and loads of a checkpoint, and check the file after kills during a save.
+"""Measure saves and loads of a checkpoint and of predictions, and check the file after kills during a save.
 
-PYTHONPATH=. python benchmarks/checkpoint.py [--instants 200] [--folder FOLDER]
+PYTHONPATH=. python benchmarks/checkpoint.py [--rounds 15] [--instants 200] [--folder FOLDER] [--before SRC]
 
 `save_checkpoint` and the functions of torch and safetensors write a model of 8 million parameters and AdamW's two
-moments, 96 MB, to FOLDER. Each write is flushed to disk. `returns`: the time until the call returns. `written`: the
-time until the file is on disk. A copy of the tensors in main memory is what a save in the background cannot do without.
-The sharded rows are of two processes with `fully_shard`. After that, a process that saves in a loop is killed at random
-instants and at each system call.
+moments, 96 MB, to FOLDER. Each write is flushed to disk. Each contender has a process of its own (`disk.py`), and they
+take turns. `returns`: the time until the call returns. `written`: the time until the file is on disk. A copy of the
+tensors in main memory is what a save in the background cannot do without. `--before`: the folder of an older ddparity,
+as one more contender. The sharded rows are of two processes with `fully_shard`. After that, a process that saves in a
+loop is killed at random instants and at each system call.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
+import numpy as np
 import torch
 import torch.distributed as dist
 from tests.checkpoint.kills import killed_at_each_call, killed_at_random
@@ -29,55 +28,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import ddparity as dp
+from disk import Contender, in_turns
 from results import machine, spread, table, write_section
 
-ROUNDS = 7
-
-
-def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(8)])
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.randn(4, 1000)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return model, optimizer
-
-
-def flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def ours(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    dp.save_checkpoint(path, model=model, optimizer=optimizer)
-    return lambda: None
-
-
-def in_background(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    return dp.save_checkpoint(path, background=True, model=model, optimizer=optimizer).wait
-
-
-def by_torch(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    flush(path)
-    return lambda: None
-
-
-def by_safetensors(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    moments = {
-        f"{number}.{name}": value
-        for number, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    safetensors.torch.save_file({**model.state_dict(), **moments}, path)
-    flush(path)
-    return lambda: None
-
-
-def by_copy(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    copies = [value.clone() for value in model.state_dict().values()]
-    copies += [value.clone() for state in optimizer.state.values() for value in state.values()]
-    return copies.clear
+ROUNDS = 15  # of the sharded saves
 
 
 def sharded(folder: str, background: bool) -> tuple[list[float], list[float], list[float]]:
@@ -107,44 +61,53 @@ def sharded(folder: str, background: bool) -> tuple[list[float], list[float], li
     return returns, written, copied
 
 
-WAYS = {
-    "save_checkpoint": ours,
-    "save_checkpoint(background=True)": in_background,
-    "a copy of the tensors": by_copy,
-    "torch.save": by_torch,
-    "safetensors' save_file": by_safetensors,
-}
+# What is measured: the contender and its action.
+ROWS = [
+    ("save_checkpoint", "ddparity", "save"),
+    ("save_checkpoint(background=True)", "ddparity", "background"),
+    ("a copy of the tensors", "copy", "save"),
+    ("torch.save", "torch", "save"),
+    ("safetensors' save_file", "safetensors", "save"),
+    ("load_checkpoint", "ddparity", "load"),
+    ("torch.load", "torch", "load"),
+    ("safetensors' load_file", "safetensors", "load"),
+    ("predict(to=a folder)", "predictions", "predict"),
+    ("read_predictions", "predictions", "read"),
+]
+BEFORE = ", before"
+BEFORE_TEXT = " Before: ddparity without the checks of this page."
 
 
-def measured(way: str, folder: str) -> tuple[list[float], list[float], list[float]]:
-    """Return the milliseconds until the call returns, until the file is on disk, and of a load; for each round."""
-    path = Path(folder) / "c"
-    model, optimizer = trained()
-    returns, written, loads = [], [], []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        wait = WAYS[way](path, model, optimizer)
-        returns.append((time.perf_counter() - start) * 1e3)
-        wait()
-        written.append((time.perf_counter() - start) * 1e3)
-    for _ in range(ROUNDS if path.exists() and "safetensors" not in way else 0):
-        start = time.perf_counter()
-        if way == "torch.save":
-            states = torch.load(path)
-            model.load_state_dict(states["model"])
-            optimizer.load_state_dict(states["optimizer"])
-        else:
-            dp.load_checkpoint(path, model=model, optimizer=optimizer)
-        loads.append((time.perf_counter() - start) * 1e3)
-    return returns, written, loads
+def in_own_processes(folder: str, rounds: int, before: str | None) -> list[list[str]]:
+    """Return a row for each of `ROWS`, and for the older ddparity, with its times in milliseconds."""
+    found = {}
+    for names, actions in (
+        (("ddparity", "copy", "torch", "safetensors"), ["save", "background", "load"]),
+        (("predictions",), ["clear", "predict", "read"]),
+    ):
+        contenders = {name: Contender(name, folder) for name in names}
+        if before is not None:
+            contenders[names[0] + BEFORE] = Contender(names[0], folder, before)
+        found |= in_turns(contenders, actions, rounds)
+        for contender in contenders.values():
+            contender.close()
+    rows = []
+    for text, name, action in ROWS:
+        now = np.array(found[name, action]).T
+        rows.append([text, *(spread(list(times), 0) for times in now), ""])
+        if (name + BEFORE, action) in found:
+            old = np.array(found[name + BEFORE, action]).T
+            rows[-1][-1] = f"{spread(list(now[1] / old[1]))}; {spread(list(now[2] / old[2]))}"
+            rows.append([text + BEFORE, *(spread(list(times), 0) for times in old), ""])
+    return rows
 
 
 def hash_ms() -> float:
-    """Return the milliseconds of a SHA-256 of 96 MB."""
+    """Return the milliseconds of processor that a SHA-256 of 96 MB takes."""
     data = torch.randn(24_000_000).numpy()
-    start = time.perf_counter()
+    start = time.process_time()
     hashlib.sha256(data)
-    return (time.perf_counter() - start) * 1e3
+    return (time.process_time() - start) * 1e3
 
 
 def kill_rows(instants: int, folder: str) -> list[list[str]]:
@@ -171,42 +134,41 @@ def kill_rows(instants: int, folder: str) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--before", metavar="SRC", help="an older ddparity's folder, as one more contender")
     parser.add_argument("--instants", type=int, default=200)
     parser.add_argument("--folder", default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     facts = machine("safetensors")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rows = in_own_processes(folder, options.rounds, options.before)
+    costs = table(["", "returns, ms", "written, ms", "processor, ms", "to before: written; processor"], rows)
     rows = []
-    for way in WAYS:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            (outcome,) = outcomes(measured, 1, way, folder, in_world=False, timeout_s=600)
-        assert outcome.error is None, outcome.trace
-        returns, written, loads = outcome.value
-        loaded = spread(loads, 0) if loads else "–"
-        rows.append([way, spread(returns, 0), spread(written, 0), loaded])
     for background in (False, True):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             outcome, _ = outcomes(sharded, 2, folder, background, timeout_s=600)
         assert outcome.error is None, outcome.trace
         returns, written, copied = outcome.value
         first = returns.pop(0)  # it imports torch's DCP
-        rows.append(
-            [f"sharded, 2 processes{', background=True' * background}", spread(returns, 0), spread(written, 0), "–"]
-        )
+        rows.append([f"sharded, 2 processes{', background=True' * background}", spread(returns, 0), spread(written, 0)])
         if background:
-            rows.append(["sharded, 2 processes, background=True, the first", f"{first:.0f}", "–", "–"])
-            rows.append(["sharded, a copy of rank 0's shards", spread(copied, 0), "–", "–"])
-    costs = table(["96 MB", "returns, ms", "written, ms", "loaded, ms"], rows)
+            rows.append(["sharded, 2 processes, background=True, the first", f"{first:.0f}", "–"])
+            rows.append(["sharded, a copy of rank 0's shards", spread(copied, 0), "–"])
+    shards = table(["96 MB on 2 processes", "returns, ms", "written, ms"], rows)
     faults = table(
         ["killed", "instants", "in the middle of a save", "lost or damaged", "s"],
         kill_rows(options.instants, options.folder or tempfile.gettempdir()),
     )
     write_section(
         "checkpoint",
-        f"## Checkpoints\n\n{facts}\n\n`checkpoint.py`, one process; median and quartiles of {ROUNDS}. SHA-256 of "
-        f"the 96 MB alone takes {hash_ms():.0f} ms.\n\n{costs}\n\n{faults}",
+        f"## Checkpoints\n\n{facts}\n\n`checkpoint.py`, each contender in a process of its own; medians and quartiles "
+        f"of {options.rounds} rounds. 96 MB are saved and loaded; predictions are 200,000 samples of 10 numbers and a "
+        f"class, in 100 files. Processor: the time of all threads, in the program and in the system; other programs "
+        f"that run on the machine do not change it much. A SHA-256 of the 96 MB alone takes {hash_ms():.0f} ms of a "
+        f"processor.{BEFORE_TEXT * (options.before is not None)}\n\n{costs}\n\n{shards}\n\n{faults}",
     )
-    print(costs, faults, sep="\n\n")
+    print(costs, shards, faults, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import logging
+import time
 from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -81,6 +82,10 @@ class Cached:
     @functools.cached_property
     def area(self) -> int:
         return self.width**2
+
+
+class Marked(namedtuple("Marked", "x")):
+    pass
 
 
 class Labelled(torch.Tensor):
@@ -219,6 +224,44 @@ def test_a_deep_value_is_refused(tmp_path: Path) -> None:
     for value in (nested(101), itself, {"x": itself}, config):
         with pytest.raises(TypeError, match=r"value.* is nested more than 100 levels deep, or contains itself: give a"):
             dp.save_checkpoint(tmp_path / "c", value=value)
+
+
+def test_two_types_of_one_name_are_refused(tmp_path: Path) -> None:
+    """One of them would come back as the other one."""
+    one, other = (enum.Enum("Colour", "RED") for _ in range(2))
+    with pytest.raises(TypeError, match="the state of value cannot be saved: it has two types Colour with the same"):
+        dp.save_checkpoint(tmp_path / "c", value={"a": one.RED, "b": [other.RED]})
+    dp.save_checkpoint(tmp_path / "c", value=one.RED)
+    with pytest.raises(ValueError, match="c: value is a Colour, and there are two such types here"):
+        dp.load_checkpoint(tmp_path / "c", value=[one.RED, other.RED])
+    assert dp.load_checkpoint(tmp_path / "c", value=[one.RED, one.RED]) == {"value": one.RED}
+
+
+@pytest.mark.parametrize("value", [Counter("a"), OrderedDict(a=1), Marked(1)], ids=lambda value: type(value).__name__)
+def test_attributes_that_would_be_lost_are_refused(value: Any, tmp_path: Path) -> None:
+    dp.save_checkpoint(tmp_path / "c", value=[value])
+    value.note = "x"
+    with pytest.raises(
+        TypeError, match=rf"value\[0\] is a {type(value).__name__} with the attribute note, which would"
+    ):
+        dp.save_checkpoint(tmp_path / "c", value=[value])
+
+
+def test_one_part_in_many_places_is_refused_at_once(tmp_path: Path) -> None:
+    """A file has a copy for each place. 2**99 of them end at once; some come back."""
+    shared: Any = [Config(0.5), {"a": 1}]
+    once = {"a": shared, "b": (shared, [shared])}
+    dp.save_checkpoint(tmp_path / "c", value=once)
+    assert dp.load_checkpoint(tmp_path / "c", value=once) == {"value": once}
+    for _ in range(97):
+        shared = [shared, shared]
+    own: list[Any] = [shared]
+    own.append(own)
+    start = time.monotonic()
+    for value, message in ((shared, "values, counting what is in several places each time"), (own, "contains itself")):
+        with pytest.raises(TypeError, match=f"the state of value cannot be saved: it .*{message}"):
+            dp.save_checkpoint(tmp_path / "c", value=value)
+    assert time.monotonic() - start < 5
 
 
 def test_named_types_are_those_of_what_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

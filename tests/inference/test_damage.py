@@ -111,8 +111,9 @@ def test_a_reader_beside_the_end_of_a_call_sees_no_damage(
     """The call ends, so digests go from their own files to one, after as many of the reader's looks at them."""
     token, run, digests = reading.read_run(_writes(tmp_path))
     (tmp_path / "_run.json").write_bytes(reading.run_text(token, run, {}))
-    for number, digest in digests.items():
-        reading.digest_file_of(tmp_path, run, number).write_text(digest)
+    for number, digest in digests.items():  # of three ranks
+        line = reading.digest_line(reading.file_of(tmp_path, run, number), digest)
+        reading.new_digest_file(tmp_path).write_text(line)
     looks = 0
 
     def counted(look: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,6 +130,20 @@ def test_a_reader_beside_the_end_of_a_call_sees_no_damage(
     monkeypatch.setattr(reading, "new_digests", counted(reading.new_digests))
     assert torch.equal(dp.read_predictions(tmp_path), _doubles(torch.arange(12)))
     assert looks == 3 and (moment == 3 or not list(tmp_path.glob("*.sha256")))
+
+
+def test_a_line_of_digests_that_is_no_whole_one_counts_as_none(tmp_path: Path) -> None:
+    """A crash may cut the last line off; a line may also be of another file, or of a part that does not exist."""
+    _, run, _ = reading.read_run(_writes(tmp_path))
+    whole = reading.digest_line(reading.file_of(tmp_path, run, 1), "a" * 64)
+    torn = (whole[:-1], whole.replace("4.p", "5.p"), whole.replace("4.p", "2.p"), whole[1:], "\xff\n", "", whole * 2)
+    for text in torn:
+        reading.new_digest_file(tmp_path).write_text(text, "latin-1")
+    assert reading.new_digests(tmp_path, run) == {1: "a" * 64}
+    reading.new_digest_file(tmp_path).write_text(whole.replace("0004.p", "0012.p"))
+    assert reading.new_digests(tmp_path, run) == {1: "a" * 64}
+    directory._record(tmp_path, *reading.read_run(tmp_path)[:2], [0, 2])
+    assert not reading.digest_files(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"token": 1}', "\xff" * 9, "[" * 100_000])
@@ -176,7 +191,7 @@ def test_a_forged_length_takes_no_time(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("name", ["_run.json", "part-000000000004.parquet", "_part-000000000004.sha256"])
+@pytest.mark.parametrize("name", ["_run.json", "part-000000000004.parquet", "_digests-0123456789abcdef.sha256"])
 def test_a_folder_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
     (_writes(tmp_path) / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
@@ -203,7 +218,7 @@ def test_a_folder_in_place_of_the_types_is_refused_and_stays(broken: bool, tmp_p
 
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     path = _writes(tmp_path / "out")
-    own = ("notes", "part-2.parquet", ".hidden", ".part-old.parquet.17", "_part-1.sha256", "_run.json.1")
+    own = ("notes", "part-2.parquet", ".hidden", ".part-old.parquet.17", "_digests-1.sha256", "_run.json.1")
     for name in own:
         (path / name).write_text("mine")
     (path / "figures").mkdir()

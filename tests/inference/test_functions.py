@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,19 @@ class Slots:
 
     def run(self, batch: dict[str, Any]) -> torch.Tensor:
         return self.net(**batch)
+
+
+class Proxy:
+    """It has the attributes of another object, and its entries."""
+
+    def __init__(self, other: Any) -> None:
+        self._other = other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._other, name)
+
+    def __getitem__(self, key: int) -> Any:
+        return self._other
 
 
 class OfClass:
@@ -187,6 +201,11 @@ FUNCTIONS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "a deque": lambda net: (lambda nets: lambda batch: nets[0](**batch))(collections.deque([net])),
     "a set": lambda net: (lambda nets: lambda batch: next(iter(nets))(**batch))({net}),
     "a UserDict": lambda net: (lambda nets: lambda batch: nets["a"](**batch))(collections.UserDict(a=net)),
+    "a weak reference": lambda net: (lambda one: lambda batch: one()(**batch))(weakref.ref(net)),
+    "a proxy": lambda net: (lambda proxy: lambda batch: proxy.scores(batch))(
+        Proxy(net.module if isinstance(net, DistributedDataParallel) else net)
+    ),
+    "an entry": lambda net: (lambda proxy: lambda batch: proxy[0](**batch))(Proxy(net)),
     "a decorator": lambda net: torch.no_grad()(lambda batch: net(**batch)),
     "a decorated lambda": lambda net: functools.wraps(_global)(lambda batch: net(**batch)),
     "a method of torch": lambda net: lambda batch: torch.func.functional_call(net, {}, (), batch),

@@ -22,7 +22,7 @@ from ..runtime.agreement import agreed, begun
 from ..runtime.progress import mark_progress
 from . import sharded
 from .atomic import remove_stale_drafts, replacing
-from .format import Snapshot, describe_states, on_host, write_states
+from .format import Snapshot, check_state, describe_states, on_host, write_states
 from .loading import load_state, opened_by_all
 from .objects import about_of, is_first, sorted_out, state_of
 
@@ -137,7 +137,9 @@ def save_checkpoint(
         stateful, values = sorted_out(objects)
         # Every rank calls state_dict, because some of them run collectives.
         states = {name: state_of(value) for name, value in stateful.items()} | values
-        in_shards = any(sharded.is_sharded(state, name) for name, state in states.items())
+        for name, state in states.items():
+            check_state(state, name)
+        in_shards = any(map(sharded.is_sharded, states.values()))
         if in_shards or is_first():
             snapshot = describe_states(states, about_of(stateful, values))
             if in_shards:

@@ -25,7 +25,7 @@ import torch
 
 from ..comm.trees import byte_view
 from ..compat import layer_versions
-from .nodes import DTYPES, Node, bytes_of, check_chunks, describe, leaves
+from .nodes import DTYPES, Node, bytes_of, check_chunks, check_places, describe, leaves
 from .old_format import OLD_FORMAT, from_old
 
 T = TypeVar("T")
@@ -66,6 +66,18 @@ class Snapshot:
     versions: dict[str, Any]
     about: dict[str, Any]
     files: list[list[str]] = field(default_factory=list)
+
+
+def check_state(state: Any, name: str) -> None:
+    """Check that a state is not nested too deeply, and not too large for a file. `describe_states` needs that.
+
+    Raises:
+        TypeError: it is.
+    """
+    try:
+        check_places(state)
+    except TypeError as error:
+        raise TypeError(f"the state of {name} cannot be saved: {error}") from None
 
 
 def describe_states(states: Mapping[str, Any], about: dict[str, Any]) -> Snapshot:

@@ -33,10 +33,13 @@ from ..comm.nesting import check_dense, nesting_kind
 from ..compat import is_dtensor
 
 Node = Any  # JSON
-Types = dict[tuple[str, tuple[str, ...]], type]  # by name and fields; the fields of an enum are empty
+# By name and fields; the fields of an enum are empty. None: there are several.
+Types = dict[tuple[str, tuple[str, ...]], type | None]
 
 DEPTH = 100  # how deeply values may be nested
+_MOST_PLACES = 1 << 22  # values of a state; the header of a file has no room for more
 _PLAIN = (type(None), bool, int, str)
+_LEAVES = {*_PLAIN, float, complex, torch.Tensor, nn.Parameter, np.ndarray}  # some that have no values inside
 _DIMS = 64
 _FACTORIES: dict[str, Callable[[], Any]] = {
     cls.__name__: cls for cls in (int, float, bool, str, list, dict, set, tuple)
@@ -49,6 +52,36 @@ DTYPES = {
 
 
 # Take apart
+
+
+def check_places(value: Any) -> None:
+    """Refuse a value that is nested too deeply, or has too many values, as a part that is in many places has.
+
+    In a file each place has its own copy: 40 lists with two references each to the next one would be 2**40 lists. This
+    takes the time of the distinct parts alone.
+
+    Raises:
+        TypeError: the value is refused.
+    """
+    level, total, types = {id(value): (value, 1)}, 1, Types()  # with the number of places at this depth
+    for _ in range(DEPTH + 1):
+        below: dict[int, tuple[Any, int]] = {}
+        for one, count in level.values():
+            items = _entries(one, types)
+            total += count * len(items)
+            for item in items:
+                if type(item) not in _LEAVES:
+                    below[id(item)] = (item, below.get(id(item), (item, 0))[1] + count)
+        level = below
+    if any(len(_entries(one, {})) for one, _ in level.values()):
+        raise TypeError(f"it is nested more than {DEPTH} levels deep, or contains itself: give a flatter state")
+    if total > _MOST_PLACES:
+        raise TypeError(
+            f"it has {total:,} values, counting what is in several places each time, and a file holds at most "
+            f"{_MOST_PLACES:,}: put each part into one place, or numbers into tensors"
+        )
+    if alike := [name for (name, _), cls in types.items() if cls is None]:
+        raise TypeError(f"it has two types {alike[0]} with the same fields, which a file cannot tell apart: rename one")
 
 
 def describe(value: Any, path: str, name: str, tensors: dict[str, torch.Tensor], depth: int = 0) -> Node:
@@ -94,6 +127,12 @@ def _nesting(value: Any, path: str) -> dict[str, Any]:
     cls: Any = type(value)
     if cls is list:
         return {"kind": "list"}
+    if isinstance(value, (tuple, dict)) and nesting_kind(cls) != "fields":
+        for name in getattr(value, "__dict__", ()):
+            if name != "_metadata":  # the versions of a module's layers, which have their place in a file
+                raise TypeError(
+                    f"{path} is a {cls.__name__} with the attribute {name}, which would not be saved: make it an entry"
+                )
     if cls in (tuple, torch.Size):
         return {"kind": "tuple"} if cls is tuple else {"kind": "tuple", "type": "Size"}
     if cls in (dict, OrderedDict, Counter, defaultdict):
@@ -371,17 +410,22 @@ def _entries(value: Any, found: Types) -> Sequence[Any]:
     """Return the values in a value, and put its type into `found` if it is one of those that `build` asks for."""
     cls: Any = type(value)
     if isinstance(value, enum.Enum):
-        found[cls.__qualname__, ()] = cls
+        _found(cls, (), found)
         return ()
     if nesting_kind(cls) == "fields":
         names = tuple(field.name for field in dataclasses.fields(cls))
-        found[cls.__qualname__, names] = cls
+        _found(cls, names, found)
         return [getattr(value, name, None) for name in names]
     if isinstance(value, tuple) and hasattr(cls, "_fields"):
-        found[cls.__qualname__, tuple(cls._fields)] = cls
+        _found(cls, tuple(cls._fields), found)
     if isinstance(value, Mapping):
         return list(value.values())
     return value if isinstance(value, (list, tuple)) else ()
+
+
+def _found(cls: type, fields: tuple[str, ...], found: Types) -> None:
+    key = (cls.__qualname__, fields)
+    found[key] = cls if found.get(key, cls) is cls else None
 
 
 def build(
@@ -464,7 +508,13 @@ def _built_dict(node: dict[str, Any], value: dict[Any, Any]) -> dict[Any, Any]:
 def _type_of(
     node: dict[str, Any], fields: tuple[str, ...], types: Types, name: str, keys: tuple[str | int, ...]
 ) -> Any:
-    found = types.get((node["type"], fields))
+    key = (node["type"], fields)
+    found = types.get(key)
+    if found is None and key in types:
+        raise ValueError(
+            f"{_path(name, keys)} is a {node['type'][:80]}, and there are two such types here, with the same fields: "
+            f"rename one, and save again"
+        )
     if found is None:
         others = [theirs for known, theirs in types if known == node["type"]]
         reason = f"the one here has the fields {', '.join(others[0])}" if others else "no type is imported for a file"

@@ -27,7 +27,7 @@ from ..compat import is_dtensor
 from ..runtime.agreement import Agreement
 from .atomic import earlier_file, remove_stale_drafts, replacing
 from .format import SHARD_FILE, Checkpoint, Snapshot, host_tensor, opened, write_states
-from .nodes import DEPTH, DTYPES, leaves
+from .nodes import DTYPES, leaves
 
 MAIN = "checkpoint.safetensors"
 _ORPHANED_S = 86_400.0  # the age at which a file of shards that no checkpoint names is deleted
@@ -35,24 +35,11 @@ _ORPHANED_S = 86_400.0  # the age at which a file of shards that no checkpoint n
 Chunk = tuple[list[int], list[int]]  # where in the tensor it begins, and its sizes
 
 
-def is_sharded(value: Any, name: str, depth: int = 0) -> bool:
-    """Return True if a DTensor is in nested dicts, lists and tuples.
-
-    Args:
-        name: of the object that has them, for errors.
-
-    Raises:
-        TypeError: they are nested too deeply.
-    """
+def is_sharded(value: Any) -> bool:
+    """Return True if a DTensor is in nested dicts, lists and tuples, for which `check_places` has been called."""
     if not isinstance(value, (Mapping, list, tuple)):
         return is_dtensor(value)
-    if depth == DEPTH:
-        raise TypeError(
-            f"the state of {name} cannot be saved: it is nested more than {DEPTH} levels deep, or contains itself: "
-            f"give a flatter state"
-        )
-    items = value.values() if isinstance(value, Mapping) else value
-    return any(is_sharded(item, name, depth + 1) for item in items)
+    return any(map(is_sharded, value.values() if isinstance(value, Mapping) else value))
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ from .reading import (
     RunInfo,
     check_no_folder,
     check_no_folders,
-    digest_file_of,
+    digest_files,
+    digest_line,
     file_of,
     files_of,
+    new_digest_file,
     new_digests,
     read_run,
     rows_of,
@@ -46,6 +48,7 @@ _DRAFT = re.compile(r"\.(part-(\d{12,}|empty)\.parquet|_run\.json|_common_metada
 _FILES = 128  # files of a data set, as a default; more if a file would have more than `_ROWS` rows
 _ROWS = 65_536
 _ROW_GROUP_BYTES = 16 * 2**20
+_BUFFER_BYTES = 2**20
 
 
 def rows_of_a_file(batches: Batches, given: int | None) -> int:
@@ -110,12 +113,12 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
 def _record(path: Path, token: str, run: RunInfo, whole: Sequence[int]) -> None:
     """Record the digests of these parts in one file, and delete the files that had the new ones."""
     _, _, recorded = read_run(path)
-    new = new_digests(path, run)
-    digests = {number: digest for number, digest in (recorded | new).items() if number in set(whole)}
+    files, kept = digest_files(path), set(whole)
+    digests = {number: one for number, one in (recorded | new_digests(path, run)).items() if number in kept}
     if digests != recorded:
         _write(path / RUN, run_text(token, run, digests))
-    for number in new:
-        digest_file_of(path, run, number).unlink(missing_ok=True)
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _write_schema(path: Path, run: RunInfo, whole: Sequence[int]) -> None:
@@ -190,7 +193,7 @@ class Directory:
         if not (path / RUN).is_file() or read_run(path)[0] != said["token"]:
             raise ValueError(f"{path} is not the directory that rank 0 made: give one that all ranks share")
         self._path, self._run, self._overrides, self._tell, self._hear = path, said["run"], overrides, tell, hear
-        self._token, self._records = said["token"], records
+        self._token, self._records, self._digests = said["token"], records, new_digest_file(path)
         per_file = self._run["rows_per_file"] // batches.batch_size
         missing = itertools.chain.from_iterable(range(*part) for part in said["missing"])
         self.chunks = [range(n * per_file, min((n + 1) * per_file, len(batches))) for n in missing]
@@ -224,7 +227,9 @@ class Directory:
             self._file = file_of(self._path, self._run, number)
             self._draft = new_draft(self._file)
             self._digested = _Digested(self._draft.file)
-            self._writer = pq.ParquetWriter(self._digested, self._schema, write_page_checksum=True)
+            # Arrow writes a few bytes at a time, and each time it would call Python.
+            self._stream = pa.BufferedOutputStream(pa.PythonFile(self._digested, mode="w"), _BUFFER_BYTES)
+            self._writer = pq.ParquetWriter(self._stream, self._schema, write_page_checksum=True)
         ends = samples.stop == rows_of(self._run, number).stop
         if ends or sum(table.nbytes for table in self._held) >= _ROW_GROUP_BYTES:
             self._writer.write_table(pa.concat_tables(self._held).combine_chunks())
@@ -232,10 +237,10 @@ class Directory:
         if ends:
             assert self._draft is not None, "it was opened with the writer"
             self._writer.close()
-            self._digested.flush()
+            self._stream.close()
             # First the digest: a part that has none, or that of another part, counts as missing. So after a crash it
             # does not matter what of the digest is on disk.
-            _write_digest(digest_file_of(self._path, self._run, number), self._digested.digest.hexdigest())
+            _append(self._digests, digest_line(self._file, self._digested.digest.hexdigest()))
             publish(self._draft, self._file)
             discard(self._draft)
             self._file = None
@@ -249,8 +254,9 @@ class Directory:
     def close(self) -> None:
         """Delete the file that is not complete."""
         if self._file is not None and self._draft is not None:
-            with contextlib.suppress(OSError):  # the disk is full
-                self._writer.close()
+            self._digested.dropped = True  # Arrow writes what it holds when it closes, and the disk may be full
+            self._writer.close()
+            self._stream.close()
             discard(self._draft)
 
     def _types(self, description: Any, samples: range) -> pa.Schema:
@@ -265,35 +271,35 @@ class Directory:
         return pq.read_schema(self._path / SCHEMA)
 
 
-def _write_digest(path: Path, digest: str) -> None:
-    """Write a digest to its file. A link in its place is an error: the directory may be one that others write to."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+def _append(path: Path, line: str) -> None:
+    """Append a line to a file. A link in its place is an error: the directory may be one that others write to."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
     with os.fdopen(descriptor, "w") as file:
-        file.write(digest)
+        file.write(line)
 
 
 class _Digested:
-    """A file for Arrow to write to, which also computes the SHA-256 of what should be on disk."""
+    """A file for Arrow to write to, which also computes the SHA-256 of what should be on disk.
+
+    Attributes:
+        dropped: what is written from now on is lost.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    @property
-    def closed(self) -> bool:
-        return self.file.closed
+        self.file, self.digest, self.dropped, self.closed = file, hashlib.sha256(), False, False
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        return len(data) if self.dropped else self.file.write(data)
 
     def tell(self) -> int:
         return self.file.tell()
 
     def flush(self) -> None:
-        self.file.flush()
+        """Leave the file's own buffer to `publish`."""
 
     def close(self) -> None:
-        self.flush()
+        self.closed = True
 
 
 def _ranges(numbers: Sequence[int]) -> Iterator[range]:

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import types
 import warnings
+import weakref
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ _DATA = (str, bytes, int, float, complex, torch.Tensor, types.NoneType)
 _CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 # Functions of installed libraries name no module of the user; they may enclose one, or have one as an attribute.
 _LIBRARIES = ("/site-packages/", "/dist-packages/", sysconfig.get_path("stdlib"))
+_SPECIAL = ("__call__", "__getattr__", "__getitem__")  # methods that code uses without their names
 _NOTHING = object()
 
 
@@ -33,11 +35,12 @@ def modules_in(function: Callable[..., Any]) -> dict[str, nn.Module]:
     """Return the modules that a function uses, by their names in it, in an order that is the same on every rank.
 
     Searched are: what the function encloses, its default values, the globals that its code names, the object or class
-    of a bound method, the arguments of a partial, and `__call__` of another object; in these, containers of at most
-    1,000 entries, further functions, and attributes that the code names, of objects and of classes. Of an installed
-    library, the globals of functions and the attributes of classes are not searched. A module is left out if another
-    one contains it, or if it is a metric, whose states are the user's. What is nearest to the function is searched
-    first; a warning says that the search ended at 100,000 values.
+    of a bound method, the arguments of a partial, what a weak reference refers to, and `__call__`, `__getattr__` and
+    `__getitem__` of another object; in these, containers of at most 1,000 entries, further functions, and attributes
+    that the code names, of objects and of classes. Of an installed library, the globals of functions and the attributes
+    of classes are not searched. A module is left out if another one contains it, or if it is a metric, whose states are
+    the user's. What is nearest to the function is searched first; a warning says that the search ended at 100,000
+    values.
     """
     found: dict[str, nn.Module] = {}
     known: set[int] = set()
@@ -101,6 +104,8 @@ def _inside(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
         yield value.func, place.below(place.path)
         yield value.args, place.below(place.path)
         yield value.keywords, place.below(place.path)
+    elif isinstance(value, weakref.ref):
+        yield value(), place.below(place.path)
     elif isinstance(value, (*_CONTAINERS, UserDict, UserList)):
         yield from ((item, place.below(f"{place.path}[{key}]")) for key, item in _entries(value))
         if type(value) not in _CONTAINERS:
@@ -163,7 +168,7 @@ def _of_function(function: types.FunctionType, place: _Place) -> Iterator[tuple[
 
 def _of_class(cls: type, place: _Place) -> Iterator[tuple[Any, _Place]]:
     own = [one for one in cls.__mro__ if not _is_of_library(one)]
-    for name in (*place.names, "__call__"):
+    for name in (*place.names, *_SPECIAL):
         if (found := next((vars(one)[name] for one in own if name in vars(one)), _NOTHING)) is not _NOTHING:
             yield _bound(found, cls), place.attribute(name)
 
@@ -171,7 +176,7 @@ def _of_class(cls: type, place: _Place) -> Iterator[tuple[Any, _Place]]:
 def _of_object(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
     if (wrapped := _attribute(value, "__wrapped__")) is not _NOTHING:  # of functools.cache, for example
         yield wrapped, place.below(place.path)
-    for name in (*place.names, "__call__"):
+    for name in (*place.names, *_SPECIAL):
         if (found := _attribute(value, name)) is not _NOTHING:
             yield found, place.attribute(name)
 

@@ -3,7 +3,7 @@
 _run.json                   what was computed (`RunInfo`), the SHA-256 of each part, and one of this file itself
 _common_metadata            the types of the columns, a Parquet file without rows
 part-000000000000.parquet   the rows from this sample on, with a checksum for each page
-_part-000000000000.sha256   the SHA-256 of a part, until the call that wrote it is done
+_digests-TOKEN.sha256       the SHA-256 of the parts that a rank has written, until the call is done
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ RUN = "_run.json"  # Arrow's readers skip names with an underscore
 SCHEMA = "_common_metadata"  # Parquet's name for a file without rows
 DESCRIPTION = b"ddparity"  # key in the schema's metadata of what Arrow's types do not say
 _PART = re.compile(r"part-(\d{12,})\.parquet")
+_DIGESTS = re.compile(r"_digests-[0-9a-f]{16}\.sha256")
+_LINE = re.compile(r"([0-9a-f]{64})  part-(\d{12,18})\.parquet")  # as sha256sum writes it
 _THREADS = 4  # that read parts: a digest takes about as long as Parquet does
 _NAMED = 5  # parts that an error names
 
@@ -159,16 +162,21 @@ def rows_of(run: RunInfo, number: int) -> range:
 
 def file_of(path: Path, run: RunInfo, number: int) -> Path:
     """Return the path of a file. Its name has its first sample, so the order of names is that of the data set."""
-    return path / f"{_stem(run, number)}.parquet"
+    return path / f"part-{number * run['rows_per_file']:012d}.parquet"
 
 
-def digest_file_of(path: Path, run: RunInfo, number: int) -> Path:
-    """Return the path of the file that has a part's digest until the call is done."""
-    return path / f"_{_stem(run, number)}.sha256"
+def new_digest_file(path: Path) -> Path:
+    """Return the path of a new file, for the digests of the parts that a rank writes, until the call is done."""
+    return path / f"_digests-{secrets.token_hex(8)}.sha256"
 
 
-def _stem(run: RunInfo, number: int) -> str:
-    return f"part-{number * run['rows_per_file']:012d}"
+def digest_line(file: Path, digest: str) -> str:
+    return f"{digest}  {file.name}\n"
+
+
+def digest_files(path: Path) -> list[Path]:
+    """Return the files of digests that ranks have written since the file `RUN` was."""
+    return sorted(path / name for name in os.listdir(path) if _DIGESTS.fullmatch(name))
 
 
 # What is recorded
@@ -227,12 +235,14 @@ def new_digests(path: Path, run: RunInfo) -> Digests:
         ValueError: a folder is in place of a file.
     """
     found = {}
-    for number in range(files_of(run)):
-        file = digest_file_of(path, run, number)
+    for file in digest_files(path):
         try:
-            found[number] = file.read_bytes().decode(errors="replace")
+            text = file.read_bytes().decode(errors="replace")
         except FileNotFoundError:
             continue
         except IsADirectoryError as error:
-            raise ValueError(f"{file} is a folder, and the SHA-256 of a part goes there: remove it") from error
-    return found
+            raise ValueError(f"{file} is a folder, and the SHA-256 of parts goes there: remove it") from error
+        for line in text.split("\n")[:-1]:  # a crash may have cut the last one off
+            if (entry := _LINE.fullmatch(line)) and int(entry[2]) % run["rows_per_file"] == 0:
+                found[int(entry[2]) // run["rows_per_file"]] = entry[1]
+    return {number: digest for number, digest in found.items() if number < files_of(run)}
