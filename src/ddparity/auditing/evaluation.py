@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 from .catalogue import Finding, finding
 from .records import Pass, Record, Run
@@ -20,6 +22,8 @@ def check_evaluation(run: Run) -> Iterator[Finding]:
             continue
         if not all(one.indices for one in pair):
             continue
+        if len({one.loader["subset_digest"] for one in pair}) > 1 and set.intersection(*(set(p.indices) for p in pair)):
+            continue  # other splits on each rank are told by DDP104
         for found in _check(run, pair):
             place = (found.code, first.loader["site"])
             if place not in told and not (found.code == "DDP402" and ("DDP401", first.loader["site"]) in told):
@@ -46,7 +50,8 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     reductions = [[e for e in events if e["k"] == "collective"] for events in windows]
     lengths = [len(one.indices) for one in pair]
     counted = _counted(reductions, lengths)
-    if total > union and counted is not None:
+    by_object = any("object" in e["name"] for e in reductions[0])  # results by sample, such as a dict of predictions
+    if total > union and counted is not None and not by_object:
         yield finding(
             "DDP401",
             ranks,
@@ -58,6 +63,19 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             "the sums.",
         )
     gathers = [e for e in reductions[0] if "gather" in e["name"]]
+    padded = _gathered(reductions, lengths) if total > union and counted is None and not by_object else None
+    if padded is not None and not _trims(padded["site"]) and not _trims(site):
+        yield finding(
+            "DDP401",
+            ranks,
+            padded["site"],
+            cause,
+            f"The ranks gather the outputs of {total} samples where the data set has {union}, and no line of the file "
+            f"cuts the {total - union} that the sampler repeats.",
+            "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out: "
+            "Accelerate's gather_for_metrics does.",
+            certainty="likely",
+        )
     if gathers and all("object" not in e["name"] for e in gathers) and _strided(first):
         floats = [e for e in gathers if "float" in e.get("dtype", "") and (e.get("shape") or [0])[0] > 1]
         if floats and len(floats) == len(gathers):
@@ -118,6 +136,42 @@ def _counted(reductions: list[list[Record]], lengths: list[int]) -> Record | Non
             found: Record = calls[0]
             return found
     return None
+
+
+def _gathered(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
+    """Return a gather by which each rank gives a row for each of its samples, over the whole evaluation."""
+    rows = [[e for e in calls if "gather" in e["name"] and (e.get("shape") or [0])[0]] for calls in reductions]
+    for site in {e["site"] for e in rows[0]}:
+        own = [[e["shape"][0] for e in calls if e["site"] == site] for calls in rows]
+        counts = [sum(shapes) for shapes in own]
+        if all(length and count and count % length == 0 for count, length in zip(counts, lengths)):
+            return next(e for e in rows[0] if e["site"] == site)
+    return None
+
+
+def _trims(site: str | None) -> bool:
+    """Return whether a file cuts a sequence to a length, `outputs[: len(data)]`, or Accelerate does."""
+    try:
+        tree = ast.parse(Path(str(site).rpartition(":")[0]).read_text())
+    except (OSError, SyntaxError, ValueError):
+        return True
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "gather_for_metrics":
+            return True
+        cut = node.slice if isinstance(node, ast.Subscript) else None
+        if (
+            isinstance(cut, ast.Slice)
+            and cut.lower is None
+            and isinstance(cut.upper, (ast.Call, ast.Name, ast.Attribute, ast.BinOp))
+        ):
+            return True
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("unique", "scatter_", "index_copy_")
+        ):
+            return True
+    return False
 
 
 def _strided(one: Pass) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .catalogue import Finding, finding
+from .recording.training import MEANS
 from .records import Record, Run, Window
 
 _UNEQUAL = 1.1  # ratio of counts from which their means are told to have wrong weights
-_MEANS = ("NllLoss", "Mean", "MseLoss", "BinaryCrossEntropy", "L1Loss", "SmoothL1", "HuberLoss", "KlDiv")
-_WORLD = ("world_size", "num_processes", "nproc", "n_procs", "num_gpus", "ngpus", "size()")
+_WORLD = re.compile(
+    r"[*/]=?\s*\(?\s*(?:\w+\.)*(?:\w*world\w*|num_processes|n_?procs?|num_gpus|n_?gpus?|num_replicas)\b", re.IGNORECASE
+)
 
 
 def check_gradients(run: Run) -> Iterator[Finding]:
@@ -42,12 +45,11 @@ def _ranks(run: Run) -> list[int]:
 def _reductions(window: Window) -> list[Record]:
     """Return the backwards of a window's micro-batches that DDP followed by a reduction."""
     found, synchronised = [], False
-    site = window.backwards[-1]["site"] if window.backwards else None
     for event in window.events:
         if event["k"] == "forward" and event["grad"]:
             synchronised = synchronised or event["sync"]
         elif event["k"] == "backward":
-            if synchronised and event["site"] == site:
+            if synchronised and window.is_micro_batch(event):
                 found.append(event)
             synchronised = False
     return found
@@ -100,7 +102,7 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
     node = windows[0].accumulated[0]["node"] if windows[0].accumulated else ""
     for window, length in zip(windows, lengths):
         if length >= 2 and all(
-            one["scale"] == 1 and one["node"].startswith(_MEANS) and ":sum" not in one["node"]
+            one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"]
             for one in window.accumulated
         ):
             norm, last = window.step.get("norm"), window.backwards[-1].get("norm")
@@ -132,7 +134,7 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
             continue
         scales = {one["scale"] for window in step for one in window.accumulated}
         nodes = [one["node"] for window in step for one in window.accumulated]
-        if len(scales) != 1 or None in scales or not all(n.startswith(_MEANS) and ":sum" not in n for n in nodes):
+        if len(scales) != 1 or None in scales or not all(n.startswith(MEANS) and ":sum" not in n for n in nodes):
             continue
         # The short last micro-batch of an epoch, alike on all ranks, matters little.
         short = all(row == rows[0] for row in rows) and len({*counts[: len(rows[0] or []) - 1]}) == 1
@@ -168,11 +170,10 @@ def _counts(window: Window) -> list[float] | None:
     """Return the units of the loss of each micro-batch, or their samples; None where they are not known."""
     found: list[float] = []
     size: int | None = None
-    site = window.backwards[-1]["site"] if window.backwards else None
     for event in window.events:
         if event["k"] == "forward" and event["grad"]:
             size = event["n"]
-        elif event["k"] == "backward" and event["site"] == site:
+        elif window.is_micro_batch(event):
             count = event["units"] if event["units"] is not None else size
             if count is None:
                 return None
@@ -233,9 +234,9 @@ def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
     for window in windows:
         if len(window.accumulated) < 2:
             continue
-        site, seen = window.backwards[-1]["site"], 0
+        seen = 0
         for event in window.events:
-            if event["k"] == "backward" and event["site"] == site:
+            if window.is_micro_batch(event):
                 seen += 1
             elif (
                 event["k"] == "zero"
@@ -247,7 +248,7 @@ def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
                     "DDP309",
                     _ranks(run),
                     event["site"],
-                    site,
+                    window.backwards[-1]["site"],
                     f"zero_grad() runs after {seen} of the {len(window.accumulated)} backwards before step "
                     f"{window.step['n']}: the gradients of the earlier ones are thrown away.",
                     "Call zero_grad() once, after the step.",
@@ -321,4 +322,4 @@ def _speaks_of_world(site: Any) -> bool:
     except OSError:
         return False
     near = "\n".join(lines[max(0, int(line) - 12) : int(line)])
-    return any(word in near for word in _WORLD)
+    return _WORLD.search(near) is not None

@@ -64,8 +64,19 @@ class Window:
 
     @cached_property
     def accumulated(self) -> list[Record]:
-        """The backwards of the line whose backward is the last: the micro-batches of this step."""
-        return [one for one in self.backwards if one["site"] == self.backwards[-1]["site"]] if self.backwards else []
+        """The micro-batches of this step: backwards called from the same lines as the last, or without a reduction."""
+        found, synchronised = [], True
+        repeats = [one for one in self.backwards if one["inside"]][:-1]  # of a closure, which are other tries
+        for event in self.events:
+            if event["k"] == "forward" and event["grad"]:
+                synchronised = event["sync"]
+            elif event["k"] == "backward" and (not synchronised or event["chain"] == self.backwards[-1]["chain"]):
+                found.append(event)
+        return [one for one in found if not any(one is repeat for repeat in repeats)]
+
+    def is_micro_batch(self, event: Record) -> bool:
+        """Return whether an event is the backward of a micro-batch of this step."""
+        return any(event is one for one in self.accumulated)
 
 
 @dataclass

@@ -263,10 +263,18 @@ def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -
         batch=loader.batch_size,
         drop_last=bool(getattr(loader, "drop_last", False)),
         workers=loader.num_workers,
+        shuffles=_shuffles(dataset) if stream else None,
     )
     if not stream and len(recorder.datasets) < _MOST_DATASETS:
         recorder.datasets[id(base)] = base
     return {"id": number, "stream": stream, "passes": 0}
+
+
+def _shuffles(dataset: Any) -> str | None:
+    """Return the attribute of a stream that says that its order depends on the epoch, or on a seed."""
+    names = [name for name in ("set_epoch", "epoch", "_epoch", "current_epoch") if hasattr(dataset, name)]
+    names += [name for name in ("shuffle", "shuffle_buffer", "buffer_size") if getattr(dataset, name, False)]
+    return next(iter(names), None)
 
 
 def _watched_fetch(journal: Journal, fetch: Any) -> Any:
