@@ -372,7 +372,10 @@ def _check_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
                 _place(begin[0]),
             )
             continue
-        for earlier, later in itertools.pairwise(passes):
+        pairs = list(itertools.pairwise(passes))
+        if begin[0].endless:  # the workers of an endless loader load ahead, before set_epoch: one order may come twice
+            pairs = pairs[1:] if all(_repeats_order(run, a[0], b[0]) for a, b in pairs if b[0].complete) else []
+        for earlier, later in pairs:
             if all(_repeats_order(run, a, b) for a, b in zip(earlier, later)):
                 many = len(passes)
                 reshuffles = begin[0].epoch is not None or begin[0].loader["sampler"].startswith("torch.")

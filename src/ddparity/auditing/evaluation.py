@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .catalogue import Finding, finding
+from .gradients import divides_by_world
 from .records import Pass, Record, Run
 
 
@@ -16,6 +17,7 @@ def check_evaluation(run: Run) -> Iterator[Finding]:
     if run.world < 2 or not run.uses("step"):
         return
     told: set[tuple[str, str | None]] = set()
+    yield from _check_alone(run)
     for pair in run.pairs:
         first = pair[0]
         if first.training or first.loader["stream"] or not all(one.complete for one in pair):
@@ -29,6 +31,31 @@ def check_evaluation(run: Run) -> Iterator[Finding]:
             if place not in told and not (found.code == "DDP402" and ("DDP401", first.loader["site"]) in told):
                 told.add(place)
                 yield found
+
+
+def _check_alone(run: Run) -> Iterator[Finding]:
+    """DDP402 where one rank evaluates, and its sampler gives it a share."""
+    shared = {one.key for pair in run.pairs for one in pair}
+    for rank in run.ranks:
+        for one in rank.passes:
+            size = one.loader["length"] or 0
+            share = (
+                one.complete
+                and "Distributed" in one.loader["sampler"]
+                and len(set(one.positions)) * run.world < 1.5 * size
+            )
+            elsewhere = any(other.key == one.key for each in run.ranks if each is not rank for other in each.passes)
+            if not one.training and share and one.key not in shared and not elsewhere:
+                yield finding(
+                    "DDP402",
+                    [rank.rank],
+                    one.site,
+                    one.loader["site"],
+                    f"Rank {rank.rank} alone evaluates, but its sampler gives it {len(set(one.positions))} of {size} "
+                    f"samples.",
+                    "Evaluate on all ranks and sum over them, or give rank 0 a loader of the whole data set.",
+                )
+                return
 
 
 def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
@@ -78,7 +105,7 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         )
     if gathers and all("object" not in e["name"] for e in gathers) and _strided(first):
         floats = [e for e in gathers if "float" in e.get("dtype", "") and (e.get("shape") or [0])[0] > 1]
-        if floats and len(floats) == len(gathers):
+        if floats and len(floats) == len(gathers) and _compares_by_order(floats[0]["site"]):
             yield finding(
                 "DDP403",
                 ranks,
@@ -102,11 +129,12 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             certainty="likely",
         )
     scalars = [e for e in reductions[0] if e["name"] in ("all_reduce", "reduce") and len(e.get("values") or []) == 1]
-    if len(set(lengths)) > 1 and scalars and counted is None:
+    means = [e for e in scalars if e["op"] == "AVG" or divides_by_world(e["site"], 6)]
+    if len(set(lengths)) > 1 and means and counted is None:
         yield finding(
             "DDP405",
             ranks,
-            scalars[0]["site"],
+            means[0]["site"],
             cause,
             f"The ranks evaluate {', '.join(map(str, lengths))} samples and reduce one number each, but no count: a "
             f"mean of their means gives the samples unequal weights.",
@@ -151,11 +179,7 @@ def _gathered(reductions: list[list[Record]], lengths: list[int]) -> Record | No
 
 def _trims(site: str | None) -> bool:
     """Return whether a file cuts a sequence to a length, `outputs[: len(data)]`, or Accelerate does."""
-    try:
-        tree = ast.parse(Path(str(site).rpartition(":")[0]).read_text())
-    except (OSError, SyntaxError, ValueError):
-        return True
-    for node in ast.walk(tree):
+    for node in ast.walk(_parsed(site)):
         if isinstance(node, ast.Attribute) and node.attr == "gather_for_metrics":
             return True
         cut = node.slice if isinstance(node, ast.Subscript) else None
@@ -172,6 +196,42 @@ def _trims(site: str | None) -> bool:
         ):
             return True
     return False
+
+
+def _compares_by_order(site: str | None) -> bool:
+    """Return whether a file reads a data set's labels as a whole, and has no line that may restore the order."""
+    reads = False
+    for node in ast.walk(_parsed(site)):
+        if isinstance(node, ast.Attribute):
+            if node.attr in (
+                "stack",
+                "T",
+                "mT",
+                "t",
+                "transpose",
+                "permute",
+                "scatter_",
+                "index_copy_",
+            ):
+                return False
+            of_itself = isinstance(node.value, ast.Name) and node.value.id == "self"
+            reads = reads or (node.attr in ("tensors", "targets", "labels", "target", "y") and not of_itself)
+        elif (
+            isinstance(node, ast.Slice)
+            and node.step is not None
+            and not isinstance(node.step, (ast.Constant, ast.UnaryOp))
+        ):
+            reads_shard = isinstance(node.lower, (ast.Name, ast.Attribute, ast.Call))
+            if reads_shard:
+                return False
+    return reads
+
+
+def _parsed(site: str | None) -> ast.Module:
+    try:
+        return ast.parse(Path(str(site).rpartition(":")[0]).read_text())
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 def _strided(one: Pass) -> bool:

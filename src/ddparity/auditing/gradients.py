@@ -302,7 +302,7 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
         return
     scale = scales.pop()
     site = windows[0].accumulated[0]["site"]
-    if any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world)) and _speaks_of_world(site):
+    if any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world)) and divides_by_world(site):
         yield finding(
             "DDP307",
             _ranks(run),
@@ -315,11 +315,11 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
         )
 
 
-def _speaks_of_world(site: Any) -> bool:
+def divides_by_world(site: Any, after: int = 0) -> bool:
+    """Return whether a line, or one of the 12 before or `after` it, multiplies or divides by the number of ranks."""
     file, _, line = str(site).rpartition(":")
     try:
         lines = Path(file).read_text().splitlines()
     except OSError:
         return False
-    near = "\n".join(lines[max(0, int(line) - 12) : int(line)])
-    return _WORLD.search(near) is not None
+    return _WORLD.search("\n".join(lines[max(0, int(line) - 12) : int(line) + after])) is not None

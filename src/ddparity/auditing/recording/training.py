@@ -53,6 +53,7 @@ class _Recorder:
         self.events = 0
         self.evaluated: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
         self.large: dict[tuple[int, str], int] = {}  # checksums of large buffers
+        self.fully_sharded = False
         self.reduces: bool | None = None  # the last switch of fully_shard's reduction
         self.shape: tuple[Any, ...] = ()  # of the window that is open
 
@@ -89,6 +90,7 @@ def _is_gradient(recorder: _Recorder, tensor: Any) -> bool:
 
 def _watch_ddp(recorder: _Recorder) -> None:
     import torch
+    import torch.distributed.fsdp as fsdp
     from torch.distributed.algorithms.join import Join
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel as DDP
@@ -176,6 +178,16 @@ def _watch_ddp(recorder: _Recorder) -> None:
         recorder.event("reduces", wanted=recorder.reduces, site=site)
         return switch(self, wanted, *args, **options)
 
+    def sharded(module: Any, *args: Any, **options: Any) -> Any:
+        mesh = options.get("mesh")
+        every = range(torch.distributed.get_world_size() if mesh is None else 0)
+        ranks = sorted(mesh.mesh.flatten().tolist()) if mesh is not None else list(every)
+        recorder.fully_sharded = True
+        recorder.event("fsdp", ranks=ranks, site=journal.site())
+        return shard(module, *args, **options)
+
+    shard: Any = fsdp.fully_shard
+    replace(fsdp, "fully_shard", sharded)
     switch: Any = FSDPModule.set_requires_gradient_sync
     replace(FSDPModule, "set_requires_gradient_sync", switched)
     for name, function in (("__init__", init), ("forward", watched), ("register_comm_hook", hooked)):
@@ -330,7 +342,7 @@ def _watch_optimizers(recorder: _Recorder) -> None:
         if torch.compiler.is_compiling():
             return
         recorder.depth += 1
-        state = recorder.optimizers.get(optimizer) or _register(recorder, optimizer, journal.site(3))
+        state = recorder.optimizers.get(optimizer) or _register(recorder, optimizer, journal.site(3), late=True)
         if recorder.depth > 1 or not state["recorded"]:
             return
         closure = next((one for one in (*args, *options.values()) if callable(one)), None)
@@ -399,14 +411,14 @@ def _note_held(recorder: _Recorder) -> None:
             recorder.event("held", type=type(model).__name__, site=site, frozen=frozen, parameters=values)
 
 
-def _register(recorder: _Recorder, optimizer: Any, site: str | None) -> dict[str, Any]:
+def _register(recorder: _Recorder, optimizer: Any, site: str | None, late: bool = False) -> dict[str, Any]:
     if optimizer in recorder.optimizers:
         return recorder.optimizers[optimizer]
     number = len(recorder.optimizers) + 1
     size = _count(p for group in optimizer.param_groups for p in group["params"])
     state = {"id": number, "steps": 0, "shape": (), "size": size, "odd": 0, "count": -1, "recorded": True}
     recorder.optimizers[optimizer] = state
-    recorder.event("optimizer", id=number, site=site, type=type(optimizer).__name__, module=type(optimizer).__module__)
+    recorder.event("optimizer", id=number, late=late, site=site)
     return state
 
 
@@ -420,6 +432,8 @@ def _describe_parameters(recorder: _Recorder, optimizer: Any, state: dict[str, A
         ]
         for i, p in enumerate(parameters)
     ]
+    if not recorder.fully_sharded and any(hasattr(p, "placements") for p in parameters):
+        recorder.event("tensor_parallel")
     if described != state["count"]:
         state["count"] = described
         recorder.event("parameters", opt=state["id"], params=described)
