@@ -72,6 +72,10 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     positions = [set(one.positions) for one in pair]
     shared = set.intersection(*positions)
     disjoint = len(shared) <= len(pair) * (first.loader["batch"] or 1) and len(shared) < min(map(len, positions)) / 2
+    by_hand = all(one.complete and one.loader["sampler"].startswith("torch.utils.data.sampler") for one in pair)
+    if subsets_differ and set.intersection(*sets) and not identical and by_hand and first.training:
+        yield from _check_parts(run, pair, sets)
+        return
     if subsets_differ and set.intersection(*sets) and not identical:
         yield finding(
             "DDP104",
@@ -164,6 +168,30 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "Nothing, where a few samples with double weight do no harm; else drop_last=True in the sampler.",
             )
     yield from _check_counts(run, pair)
+
+
+def _check_parts(run: Run, pair: list[Pass], sets: list[set[int]]) -> Iterator[Finding]:
+    """DDP102 for ranks that cut their own parts out of one data set, where the parts overlap."""
+    size, union = pair[0].loader["base_length"] or 0, set.union(*sets)
+    both = sum(map(len, sets)) - len(union)
+    if _content(run, pair) == "differs" or any(_repeats(one) for one in pair) or both <= 0.05 * len(union):
+        return
+    code = "DDP104" if _drawn(sets) else "DDP102"
+    yield finding(
+        code,
+        [one.rank for one in pair],
+        pair[0].site,
+        pair[0].loader["subset_site"] or pair[0].loader["site"],
+        f"The ranks' subsets overlap: {both} of {len(union)} samples are loaded by two ranks or more, and "
+        f"{max(0, size - len(union))} of {size} by none.",
+        "Cut parts that do not overlap: range(rank, len(dataset), world_size) of one order, or DistributedSampler.",
+    )
+
+
+def _drawn(sets: list[set[int]]) -> bool:
+    """Return whether the subsets look drawn at random, not cut: their indices have gaps in no regular order."""
+    steps = {b - a for own in sets for a, b in itertools.pairwise(sorted(own))}
+    return len(steps) > 2
 
 
 def _takes_a_share(pair: list[Pass]) -> bool:
@@ -483,10 +511,19 @@ def _check_streams(run: Run, group: list[int]) -> Iterator[tuple[Finding, Any]]:
 def _states(rank: Any) -> dict[tuple[int, int], dict[Any, Record]]:
     """Return, for each pass of a rank, its records of fetches by worker and number."""
     by_number = {begin["it"]: (begin["loader"], begin["n"]) for begin in rank.of("iter")}
-    by_base = {one["base"]: by_number[one["it"]] for one in rank.of("seed") if one["it"] in by_number}
+    owners = {one["id"]: one["own"] for one in rank.of("loader")}
+    by_base: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)  # loaders may have one seed
+    for one in rank.of("seed"):
+        if one["it"] in by_number:
+            by_base[one["base"]][owners.get(by_number[one["it"]][0], 0)] = by_number[one["it"]]
     found: dict[tuple[int, int], dict[Any, Record]] = defaultdict(dict)
     for one in rank.fetches:
-        place = by_number.get(one["it"]) if one["worker"] is None else by_base.get(one["base"])
+        seeded = by_base.get(one["base"], {})
+        place = (
+            by_number.get(one["it"])
+            if one["worker"] is None
+            else seeded.get(one["own"], next(iter(seeded.values()), None))
+        )
         if place is not None:
             found[place].setdefault((one["worker"], one["n"]), one)
     return found

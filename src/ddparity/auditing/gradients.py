@@ -232,6 +232,16 @@ def _check_scaler(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[Finding]:
     for window in windows:
+        if (last := _zeroed_last(window, optimizer)) is not None:
+            yield finding(
+                "DDP309",
+                _ranks(run),
+                last["site"],
+                window.backwards[-1]["site"],
+                f"zero_grad() runs between the last backward and step {window.step['n']}, which has no gradients left.",
+                "Call zero_grad() after the step, or before the first backward.",
+            )
+            return
         if len(window.accumulated) < 2:
             continue
         seen = 0
@@ -254,6 +264,15 @@ def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
                     "Call zero_grad() once, after the step.",
                 )
                 return
+
+
+def _zeroed_last(window: Window, optimizer: int) -> Record | None:
+    """Return the zero_grad() that leaves a step without gradients. Later steps' norms are not known."""
+    zeros = [one for one in window.of("zero") if one["opt"] == optimizer and one["held"]]
+    if not zeros or not window.backwards or window.step["n"] >= 10 or window.step.get("norm"):
+        return None
+    last = window.backwards[-1]
+    return zeros[-1] if zeros[-1]["at"] > last["at"] and not last["inside"] else None
 
 
 def _check_twice(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:

@@ -265,6 +265,7 @@ def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -
         stream=stream,
         dataset=f"{type(base).__module__}.{type(base).__qualname__}",
         key=id(base),
+        own=id(dataset),
         length=length,
         base_length=base_length,
         subset=mapped if mapped is None or len(mapped) <= _MOST_INDICES else None,
@@ -310,6 +311,7 @@ def _watched_fetch(journal: Journal, fetch: Any) -> Any:
                 worker=None if info is None else info.id,
                 base=None if info is None else info.seed - info.id,
                 parent=os.getppid(),
+                own=id(self.dataset),  # the same in a forked worker
                 it=journal.fetching if info is None else None,
                 before=before,
                 drew=[a != b for a, b in zip(before, after)],
