@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import random
 import runpy
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from ddparity.auditing.recording.install import begin
 from ddparity.auditing.records import read_run
@@ -757,6 +761,8 @@ def _forked(case: Case, path: Path) -> Report:
 
 def _run_script(records: str, path: str, arguments: tuple[str, ...]) -> None:
     sys.argv = [path, *arguments]
+    for seed in (torch.seed, random.seed, np.random.seed):
+        seed()  # the server's streams would be those of all ranks
     finish = begin(records, 50)
     runpy.run_path(path, run_name="__main__")
     finish()

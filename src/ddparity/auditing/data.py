@@ -10,6 +10,7 @@ from typing import Any, Literal
 from .catalogue import Finding, finding
 from .records import Pass, Record, Run, Window
 
+_MOST = 0.9  # of a data set, from which a rank is told to load all of it
 _DROPPED_OF_A_PASS, _DROPPED_OF_ALL = 0.10, 0.05
 _SAMPLER = (
     "Give the DataLoader sampler=DistributedSampler(dataset), without shuffle=True, and call "
@@ -46,7 +47,7 @@ def _all(run: Run) -> Iterator[tuple[Finding, Any]]:
     if run.world > 1 and any(one.training for one in run.ranks[0].passes) and not any(c == "DDP101" for c, _ in blamed):
         for found in _check_noise(run):
             yield found, found.line
-    for found, place in _check_epochs(run):
+    for found, place in itertools.chain(_check_epochs(run), _check_stream_epochs(run)):
         yield found, place
     if run.world > 1 and not any(rank.of("loader") for rank in run.ranks):
         for found in _check_inputs(run) if run.uses("forward") else _check_computed(run):
@@ -71,6 +72,10 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     positions = [set(one.positions) for one in pair]
     shared = set.intersection(*positions)
     disjoint = len(shared) <= len(pair) * (first.loader["batch"] or 1) and len(shared) < min(map(len, positions)) / 2
+    by_hand = all(one.complete and one.loader["sampler"].startswith("torch.utils.data.sampler") for one in pair)
+    if subsets_differ and set.intersection(*sets) and not identical and by_hand and first.training:
+        yield from _check_parts(run, pair, sets)
+        return
     if subsets_differ and set.intersection(*sets) and not identical:
         yield finding(
             "DDP104",
@@ -85,7 +90,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         )
         return
     shares = all(one.complete or "Distributed" in one.loader["sampler"] for one in pair)
-    if content == "differs" and disjoint and shares and not subsets_differ:
+    if content == "differs" and ((disjoint and shares) or _takes_a_share(pair)) and not subsets_differ:
         lengths = [one.loader["base_length"] for one in pair]
         what = (
             f"The data set has {_list(lengths)} samples on ranks {_list(ranks)}"
@@ -106,8 +111,9 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         return
     complete = all(one.complete for one in pair)
     draws_again = any(_repeats(one) for one in pair)
-    everything = complete and all(own == sets[0] for own in sets) and not draws_again
     size = first.loader["length"] or 0
+    most = all(own == sets[0] or len(own) >= _MOST * size for own in sets)
+    everything = complete and most and not draws_again and len(set.intersection(*sets)) > size / 2
     if content != "differs" and (identical or everything):
         if _is_sliced(run, pair):
             return
@@ -162,6 +168,40 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "Nothing, where a few samples with double weight do no harm; else drop_last=True in the sampler.",
             )
     yield from _check_counts(run, pair)
+
+
+def _check_parts(run: Run, pair: list[Pass], sets: list[set[int]]) -> Iterator[Finding]:
+    """DDP102 for ranks that cut their own parts out of one data set, where the parts overlap."""
+    size, union = pair[0].loader["base_length"] or 0, set.union(*sets)
+    both = sum(map(len, sets)) - len(union)
+    if _content(run, pair) == "differs" or any(_repeats(one) for one in pair) or both <= 0.05 * len(union):
+        return
+    code = "DDP104" if _drawn(sets) else "DDP102"
+    yield finding(
+        code,
+        [one.rank for one in pair],
+        pair[0].site,
+        pair[0].loader["subset_site"] or pair[0].loader["site"],
+        f"The ranks' subsets overlap: {both} of {len(union)} samples are loaded by two ranks or more, and "
+        f"{max(0, size - len(union))} of {size} by none.",
+        "Cut parts that do not overlap: range(rank, len(dataset), world_size) of one order, or DistributedSampler.",
+    )
+
+
+def _drawn(sets: list[set[int]]) -> bool:
+    """Return whether the subsets look drawn at random, not cut: their indices have gaps in no regular order."""
+    steps = {b - a for own in sets for a, b in itertools.pairwise(sorted(own))}
+    return len(steps) > 2
+
+
+def _takes_a_share(pair: list[Pass]) -> bool:
+    """Return whether a sampler of the user's gives each rank one of world_size parts, not all, of a data set."""
+    for one in pair:
+        size = one.loader["length"] or 0
+        own = len(set(one.positions)) * len(pair)
+        if not one.complete or one.loader["sampler"].startswith("torch.") or not 0.8 * size <= own <= 1.2 * size:
+            return False
+    return True
 
 
 def _is_sliced(run: Run, pair: list[Pass]) -> bool:
@@ -234,6 +274,10 @@ def _check_counts(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     planned = [one.planned for one in pair]
     if all(one.complete or one.how == "exhausted" for one in pair):
         unequal = len(set(counts)) > 1
+    elif any(one.how == "exhausted" for one in pair):  # the others may wait for it in a batch that it does not have
+        fewest = min(one.given for one in pair if one.how == "exhausted")
+        counts = [one.given if one.how == "exhausted" else max(one.given, one.batches) for one in pair]
+        unequal = max(counts) > fewest and all(one.how in ("exhausted", None) for one in pair)
     else:
         unequal = None not in planned and len(set(planned)) > 1 and all(one.how != "left" for one in pair)
         counts = [count or 0 for count in planned] if unequal else counts
@@ -279,7 +323,10 @@ def _check_stream(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             "In the data set's __iter__, share the stream out by torch.utils.data.get_worker_info().",
         )
     reduced = run.uses("ddp") and not run.uses("join")
-    if reduced and all(one.how == "exhausted" for one in pair) and len({one.given for one in pair}) > 1:
+    ended = [one.given for one in pair if one.how == "exhausted"]
+    waits = [one.given for one in pair if one.how is None]
+    more = len(set(ended)) > 1 if len(ended) == len(pair) else bool(ended and waits) and max(waits) > min(ended)
+    if reduced and more and all(one.how in ("exhausted", None) for one in pair):
         yield finding(
             "DDP105",
             ranks,
@@ -288,6 +335,43 @@ def _check_stream(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             f"Ranks {_list(ranks)} have {_list([one.given for one in pair])} batches in an epoch of the stream.",
             "Share the stream out so that each rank has equally many batches, or train inside `with Join([model]):`.",
         )
+
+
+def _check_stream_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
+    """DDP103 and DDP107 for streams: the batches of one epoch against those of the next."""
+    orders: dict[Any, list[list[Pass]]] = defaultdict(list)
+    for pair in run.pairs:
+        if pair[0].training and pair[0].loader["stream"] and all(len(one.digests) > 2 for one in pair):
+            orders[_place(pair[0])].append(pair)
+    for passes in orders.values():
+        first = passes[0][0]
+        for earlier, later in itertools.pairwise(passes):
+            shortest = min(len(one.digests) for one in (*earlier, *later))
+            if any(a.digests[:shortest] != b.digests[:shortest] for a, b in zip(earlier, later)):
+                continue
+            told = (
+                f"Epochs get the same {shortest} first batches from the stream, in the same order, on "
+                f"{'each rank' if run.world > 1 else 'the rank'}"
+            )
+            where = [one.rank for one in earlier], first.site, first.loader["site"]
+            if first.loader.get("shuffles"):
+                yield (
+                    finding(
+                        "DDP103",
+                        *where,
+                        f"{told}, although its data set has {first.loader['shuffles']}.",
+                        "Let the order depend on the epoch: call set_epoch(epoch) before each epoch, or seed with "
+                        "seed + epoch. Persistent workers do not see a change of the data set: pass the epoch on.",
+                        certainty="proved" if "epoch" in first.loader["shuffles"] else "likely",
+                    ),
+                    _place(first),
+                )
+            else:
+                yield (
+                    finding("DDP107", *where, f"{told}.", "Shuffle in the stream, unless the order is meant."),
+                    _place(first),
+                )
+            break
 
 
 def _check_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
@@ -316,7 +400,10 @@ def _check_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
                 _place(begin[0]),
             )
             continue
-        for earlier, later in itertools.pairwise(passes):
+        pairs = list(itertools.pairwise(passes))
+        if begin[0].endless:  # the workers of an endless loader load ahead, before set_epoch: one order may come twice
+            pairs = pairs[1:] if all(_repeats_order(run, a[0], b[0]) for a, b in pairs if b[0].complete) else []
+        for earlier, later in pairs:
             if all(_repeats_order(run, a, b) for a, b in zip(earlier, later)):
                 many = len(passes)
                 reshuffles = begin[0].epoch is not None or begin[0].loader["sampler"].startswith("torch.")
@@ -424,10 +511,19 @@ def _check_streams(run: Run, group: list[int]) -> Iterator[tuple[Finding, Any]]:
 def _states(rank: Any) -> dict[tuple[int, int], dict[Any, Record]]:
     """Return, for each pass of a rank, its records of fetches by worker and number."""
     by_number = {begin["it"]: (begin["loader"], begin["n"]) for begin in rank.of("iter")}
-    by_base = {one["base"]: by_number[one["it"]] for one in rank.of("seed") if one["it"] in by_number}
+    owners = {one["id"]: one["own"] for one in rank.of("loader")}
+    by_base: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)  # loaders may have one seed
+    for one in rank.of("seed"):
+        if one["it"] in by_number:
+            by_base[one["base"]][owners.get(by_number[one["it"]][0], 0)] = by_number[one["it"]]
     found: dict[tuple[int, int], dict[Any, Record]] = defaultdict(dict)
     for one in rank.fetches:
-        place = by_number.get(one["it"]) if one["worker"] is None else by_base.get(one["base"])
+        seeded = by_base.get(one["base"], {})
+        place = (
+            by_number.get(one["it"])
+            if one["worker"] is None
+            else seeded.get(one["own"], next(iter(seeded.values()), None))
+        )
         if place is not None:
             found[place].setdefault((one["worker"], one["n"]), one)
     return found

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 from .catalogue import Finding, finding
+from .gradients import divides_by_world
 from .records import Pass, Record, Run
 
 
@@ -14,17 +17,45 @@ def check_evaluation(run: Run) -> Iterator[Finding]:
     if run.world < 2 or not run.uses("step"):
         return
     told: set[tuple[str, str | None]] = set()
+    yield from _check_alone(run)
     for pair in run.pairs:
         first = pair[0]
         if first.training or first.loader["stream"] or not all(one.complete for one in pair):
             continue
         if not all(one.indices for one in pair):
             continue
+        if len({one.loader["subset_digest"] for one in pair}) > 1 and set.intersection(*(set(p.indices) for p in pair)):
+            continue  # other splits on each rank are told by DDP104
         for found in _check(run, pair):
             place = (found.code, first.loader["site"])
             if place not in told and not (found.code == "DDP402" and ("DDP401", first.loader["site"]) in told):
                 told.add(place)
                 yield found
+
+
+def _check_alone(run: Run) -> Iterator[Finding]:
+    """DDP402 where one rank evaluates, and its sampler gives it a share."""
+    shared = {one.key for pair in run.pairs for one in pair}
+    for rank in run.ranks:
+        for one in rank.passes:
+            size = one.loader["length"] or 0
+            share = (
+                one.complete
+                and "Distributed" in one.loader["sampler"]
+                and len(set(one.positions)) * run.world < 1.5 * size
+            )
+            elsewhere = any(other.key == one.key for each in run.ranks if each is not rank for other in each.passes)
+            if not one.training and share and one.key not in shared and not elsewhere:
+                yield finding(
+                    "DDP402",
+                    [rank.rank],
+                    one.site,
+                    one.loader["site"],
+                    f"Rank {rank.rank} alone evaluates, but its sampler gives it {len(set(one.positions))} of {size} "
+                    f"samples.",
+                    "Evaluate on all ranks and sum over them, or give rank 0 a loader of the whole data set.",
+                )
+                return
 
 
 def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
@@ -46,7 +77,8 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     reductions = [[e for e in events if e["k"] == "collective"] for events in windows]
     lengths = [len(one.indices) for one in pair]
     counted = _counted(reductions, lengths)
-    if total > union and counted is not None:
+    by_object = any("object" in e["name"] for e in reductions[0])  # results by sample, such as a dict of predictions
+    if total > union and counted is not None and not by_object:
         yield finding(
             "DDP401",
             ranks,
@@ -58,9 +90,22 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             "the sums.",
         )
     gathers = [e for e in reductions[0] if "gather" in e["name"]]
+    padded = _gathered(reductions, lengths) if total > union and counted is None and not by_object else None
+    if padded is not None and not _trims(padded["site"]) and not _trims(site):
+        yield finding(
+            "DDP401",
+            ranks,
+            padded["site"],
+            cause,
+            f"The ranks gather the outputs of {total} samples where the data set has {union}, and no line of the file "
+            f"cuts the {total - union} that the sampler repeats.",
+            "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out: "
+            "Accelerate's gather_for_metrics does.",
+            certainty="likely",
+        )
     if gathers and all("object" not in e["name"] for e in gathers) and _strided(first):
         floats = [e for e in gathers if "float" in e.get("dtype", "") and (e.get("shape") or [0])[0] > 1]
-        if floats and len(floats) == len(gathers):
+        if floats and len(floats) == len(gathers) and _compares_by_order(floats[0]["site"]):
             yield finding(
                 "DDP403",
                 ranks,
@@ -84,11 +129,12 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             certainty="likely",
         )
     scalars = [e for e in reductions[0] if e["name"] in ("all_reduce", "reduce") and len(e.get("values") or []) == 1]
-    if len(set(lengths)) > 1 and scalars and counted is None:
+    means = [e for e in scalars if e["op"] == "AVG" or divides_by_world(e["site"], 6)]
+    if len(set(lengths)) > 1 and means and counted is None:
         yield finding(
             "DDP405",
             ranks,
-            scalars[0]["site"],
+            means[0]["site"],
             cause,
             f"The ranks evaluate {', '.join(map(str, lengths))} samples and reduce one number each, but no count: a "
             f"mean of their means gives the samples unequal weights.",
@@ -118,6 +164,74 @@ def _counted(reductions: list[list[Record]], lengths: list[int]) -> Record | Non
             found: Record = calls[0]
             return found
     return None
+
+
+def _gathered(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
+    """Return a gather by which each rank gives a row for each of its samples, over the whole evaluation."""
+    rows = [[e for e in calls if "gather" in e["name"] and (e.get("shape") or [0])[0]] for calls in reductions]
+    for site in {e["site"] for e in rows[0]}:
+        own = [[e["shape"][0] for e in calls if e["site"] == site] for calls in rows]
+        counts = [sum(shapes) for shapes in own]
+        if all(length and count and count % length == 0 for count, length in zip(counts, lengths)):
+            return next(e for e in rows[0] if e["site"] == site)
+    return None
+
+
+def _trims(site: str | None) -> bool:
+    """Return whether a file cuts a sequence to a length, `outputs[: len(data)]`, or Accelerate does."""
+    for node in ast.walk(_parsed(site)):
+        if isinstance(node, ast.Attribute) and node.attr == "gather_for_metrics":
+            return True
+        cut = node.slice if isinstance(node, ast.Subscript) else None
+        if (
+            isinstance(cut, ast.Slice)
+            and cut.lower is None
+            and isinstance(cut.upper, (ast.Call, ast.Name, ast.Attribute, ast.BinOp))
+        ):
+            return True
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("unique", "scatter_", "index_copy_")
+        ):
+            return True
+    return False
+
+
+def _compares_by_order(site: str | None) -> bool:
+    """Return whether a file reads a data set's labels as a whole, and has no line that may restore the order."""
+    reads = False
+    for node in ast.walk(_parsed(site)):
+        if isinstance(node, ast.Attribute):
+            if node.attr in (
+                "stack",
+                "T",
+                "mT",
+                "t",
+                "transpose",
+                "permute",
+                "scatter_",
+                "index_copy_",
+            ):
+                return False
+            of_itself = isinstance(node.value, ast.Name) and node.value.id == "self"
+            reads = reads or (node.attr in ("tensors", "targets", "labels", "target", "y") and not of_itself)
+        elif (
+            isinstance(node, ast.Slice)
+            and node.step is not None
+            and not isinstance(node.step, (ast.Constant, ast.UnaryOp))
+        ):
+            reads_shard = isinstance(node.lower, (ast.Name, ast.Attribute, ast.Call))
+            if reads_shard:
+                return False
+    return reads
+
+
+def _parsed(site: str | None) -> ast.Module:
+    try:
+        return ast.parse(Path(str(site).rpartition(":")[0]).read_text())
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 def _strided(one: Pass) -> bool:

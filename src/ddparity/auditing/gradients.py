@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .catalogue import Finding, finding
+from .recording.training import MEANS
 from .records import Record, Run, Window
 
 _UNEQUAL = 1.1  # ratio of counts from which their means are told to have wrong weights
-_MEANS = ("NllLoss", "Mean", "MseLoss", "BinaryCrossEntropy", "L1Loss", "SmoothL1", "HuberLoss", "KlDiv")
-_WORLD = ("world_size", "num_processes", "nproc", "n_procs", "num_gpus", "ngpus", "size()")
+_WORLD = re.compile(
+    r"[*/]=?\s*\(?\s*(?:\w+\.)*(?:\w*world\w*|num_processes|n_?procs?|num_gpus|n_?gpus?|num_replicas)\b", re.IGNORECASE
+)
 
 
 def check_gradients(run: Run) -> Iterator[Finding]:
@@ -42,12 +45,11 @@ def _ranks(run: Run) -> list[int]:
 def _reductions(window: Window) -> list[Record]:
     """Return the backwards of a window's micro-batches that DDP followed by a reduction."""
     found, synchronised = [], False
-    site = window.backwards[-1]["site"] if window.backwards else None
     for event in window.events:
         if event["k"] == "forward" and event["grad"]:
             synchronised = synchronised or event["sync"]
         elif event["k"] == "backward":
-            if synchronised and event["site"] == site:
+            if synchronised and window.is_micro_batch(event):
                 found.append(event)
             synchronised = False
     return found
@@ -100,7 +102,7 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
     node = windows[0].accumulated[0]["node"] if windows[0].accumulated else ""
     for window, length in zip(windows, lengths):
         if length >= 2 and all(
-            one["scale"] == 1 and one["node"].startswith(_MEANS) and ":sum" not in one["node"]
+            one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"]
             for one in window.accumulated
         ):
             norm, last = window.step.get("norm"), window.backwards[-1].get("norm")
@@ -132,7 +134,7 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
             continue
         scales = {one["scale"] for window in step for one in window.accumulated}
         nodes = [one["node"] for window in step for one in window.accumulated]
-        if len(scales) != 1 or None in scales or not all(n.startswith(_MEANS) and ":sum" not in n for n in nodes):
+        if len(scales) != 1 or None in scales or not all(n.startswith(MEANS) and ":sum" not in n for n in nodes):
             continue
         # The short last micro-batch of an epoch, alike on all ranks, matters little.
         short = all(row == rows[0] for row in rows) and len({*counts[: len(rows[0] or []) - 1]}) == 1
@@ -168,11 +170,10 @@ def _counts(window: Window) -> list[float] | None:
     """Return the units of the loss of each micro-batch, or their samples; None where they are not known."""
     found: list[float] = []
     size: int | None = None
-    site = window.backwards[-1]["site"] if window.backwards else None
     for event in window.events:
         if event["k"] == "forward" and event["grad"]:
             size = event["n"]
-        elif event["k"] == "backward" and event["site"] == site:
+        elif window.is_micro_batch(event):
             count = event["units"] if event["units"] is not None else size
             if count is None:
                 return None
@@ -231,11 +232,21 @@ def _check_scaler(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[Finding]:
     for window in windows:
+        if (last := _zeroed_last(window, optimizer)) is not None:
+            yield finding(
+                "DDP309",
+                _ranks(run),
+                last["site"],
+                window.backwards[-1]["site"],
+                f"zero_grad() runs between the last backward and step {window.step['n']}, which has no gradients left.",
+                "Call zero_grad() after the step, or before the first backward.",
+            )
+            return
         if len(window.accumulated) < 2:
             continue
-        site, seen = window.backwards[-1]["site"], 0
+        seen = 0
         for event in window.events:
-            if event["k"] == "backward" and event["site"] == site:
+            if window.is_micro_batch(event):
                 seen += 1
             elif (
                 event["k"] == "zero"
@@ -247,12 +258,21 @@ def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
                     "DDP309",
                     _ranks(run),
                     event["site"],
-                    site,
+                    window.backwards[-1]["site"],
                     f"zero_grad() runs after {seen} of the {len(window.accumulated)} backwards before step "
                     f"{window.step['n']}: the gradients of the earlier ones are thrown away.",
                     "Call zero_grad() once, after the step.",
                 )
                 return
+
+
+def _zeroed_last(window: Window, optimizer: int) -> Record | None:
+    """Return the zero_grad() that leaves a step without gradients. Later steps' norms are not known."""
+    zeros = [one for one in window.of("zero") if one["opt"] == optimizer and one["held"]]
+    if not zeros or not window.backwards or window.step["n"] >= 10 or window.step.get("norm"):
+        return None
+    last = window.backwards[-1]
+    return zeros[-1] if zeros[-1]["at"] > last["at"] and not last["inside"] else None
 
 
 def _check_twice(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
@@ -301,7 +321,7 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
         return
     scale = scales.pop()
     site = windows[0].accumulated[0]["site"]
-    if any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world)) and _speaks_of_world(site):
+    if any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world)) and divides_by_world(site):
         yield finding(
             "DDP307",
             _ranks(run),
@@ -314,11 +334,11 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
         )
 
 
-def _speaks_of_world(site: Any) -> bool:
+def divides_by_world(site: Any, after: int = 0) -> bool:
+    """Return whether a line, or one of the 12 before or `after` it, multiplies or divides by the number of ranks."""
     file, _, line = str(site).rpartition(":")
     try:
         lines = Path(file).read_text().splitlines()
     except OSError:
         return False
-    near = "\n".join(lines[max(0, int(line) - 12) : int(line)])
-    return any(word in near for word in _WORLD)
+    return _WORLD.search("\n".join(lines[max(0, int(line) - 12) : int(line) + after])) is not None

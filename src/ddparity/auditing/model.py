@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .catalogue import Finding, finding
+from .catalogue import Certainty, Finding, finding
 from .records import Rank, Record, Run, Window
 
 _FEW = 5  # samples of a rank's batch
@@ -16,7 +16,7 @@ def check_model(run: Run) -> Iterator[Finding]:
     """Find parameters and buffers that differ between ranks, and steps on gradients that were not reduced."""
     found = [one for group in run.groups for one in _check_optimizers(run, group)]
     yield from found
-    if not any(one.code in ("DDP201", "DDP301") for one in found):
+    if not any(one.code in ("DDP201", "DDP202", "DDP301") for one in found):
         yield from _check_evaluated(run)
     yield from _check_norms(run)
     yield from _check_dropout(run)
@@ -35,6 +35,25 @@ def _check_optimizers(run: Run, group: list[int]) -> Iterator[Finding]:
         if not described[0] or len({len(one) for one in described}) > 1:
             continue
         yield from _check_steps(run, ranks, optimizer, described[0], list(zip(*windows)))
+        yield from _check_sharded(ranks, windows[0])
+
+
+def _check_sharded(ranks: list[Rank], windows: list[Window]) -> Iterator[Finding]:
+    """DDP301 for fully_shard: without a reduction its parameters have no gradient, so a step changes nothing."""
+    for window in windows:
+        if window.step.get("sharded"):
+            switches = [one for one in ranks[0].of("reduces") if one["at"] < window.step["at"]]
+            yield finding(
+                "DDP301",
+                [rank.rank for rank in ranks],
+                window.step["site"],
+                switches[-1]["site"],
+                f"The last backward before step {window.step['n']} ran after set_requires_gradient_sync(False), so the "
+                f"sharded parameters have no gradient, and the step does not change them.",
+                "Call set_requires_gradient_sync(True) before the forward of the last micro-batch of each step, also "
+                "of the short one at the end of an epoch.",
+            )
+            return
 
 
 def _check_steps(
@@ -230,6 +249,12 @@ def _check_evaluated(run: Run) -> Iterator[Finding]:
         return
     rows = [rank.of("eval") for rank in run.ranks]
     told: set[tuple[str, Any]] = set()
+    for events in zip(*(rank.of("held") for rank in run.ranks)):
+        first = events[0]
+        alike = len({(one["site"], one["type"]) for one in events}) == 1
+        if alike and len({one["parameters"] for one in events}) > 1 and ("DDP203", first["type"]) not in told:
+            told.add(("DDP203", first["type"]))
+            yield _differs(run, first, "proved" if first["frozen"] else "likely")
     broadcasts = {ddp["id"]: ddp["broadcasts"] for ddp in run.ranks[0].of("ddp")}
     ranks = [rank.rank for rank in run.ranks]
     for events in zip(*rows):
@@ -257,15 +282,19 @@ def _check_evaluated(run: Run) -> Iterator[Finding]:
             and ("DDP203", first["type"]) not in told
         ):
             told.add(("DDP203", first["type"]))
-            yield finding(
-                "DDP203",
-                ranks,
-                first["site"],
-                first["site"],
-                f"The parameters of {first['type']}, which is in no DistributedDataParallel, have other values on each "
-                f"rank.",
-                "Load it from one checkpoint on all ranks, make it under one seed, or broadcast it from rank 0.",
-            )
+            yield _differs(run, first)
+
+
+def _differs(run: Run, one: Record, certainty: Certainty = "proved") -> Finding:
+    return finding(
+        "DDP203",
+        [rank.rank for rank in run.ranks],
+        one["site"],
+        one["site"],
+        f"The parameters of {one['type']}, which is in no DistributedDataParallel, have other values on each rank.",
+        "Load it from one checkpoint on all ranks, make it under one seed, or broadcast it from rank 0.",
+        certainty,
+    )
 
 
 def _check_norms(run: Run) -> Iterator[Finding]:

@@ -34,6 +34,7 @@ class Pass:
     training: bool
     base: int | None
     workers: int
+    endless: bool = False  # a part of a pass over a sampler that begins again by itself
 
     @cached_property
     def indices(self) -> list[int]:
@@ -54,6 +55,7 @@ class Window:
 
     events: list[Record]
     step: Record
+    ddps: frozenset[int] = frozenset()  # the models whose parameters the optimizer has
 
     def of(self, kind: str) -> list[Record]:
         return [one for one in self.events if one["k"] == kind]
@@ -64,8 +66,24 @@ class Window:
 
     @cached_property
     def accumulated(self) -> list[Record]:
-        """The backwards of the line whose backward is the last: the micro-batches of this step."""
-        return [one for one in self.backwards if one["site"] == self.backwards[-1]["site"]] if self.backwards else []
+        """The micro-batches of this step: backwards called from the same lines as the last, or without a reduction."""
+        found, synchronised = [], True
+        called: set[int] = set()
+        repeats = [one for one in self.backwards if one["inside"]][:-1]  # of a closure, which are other tries
+        for event in self.events:
+            if event["k"] == "forward" and event["grad"]:
+                synchronised = event["sync"]
+                called.add(event["ddp"])
+            elif event["k"] == "backward":
+                others = bool(called and self.ddps) and not called & self.ddps and event is not self.backwards[-1]
+                if (not synchronised or event["chain"] == self.backwards[-1]["chain"]) and not others:
+                    found.append(event)
+                called = set()
+        return [one for one in found if not any(one is repeat for repeat in repeats)]
+
+    def is_micro_batch(self, event: Record) -> bool:
+        """Return whether an event is the backward of a micro-batch of this step."""
+        return any(event is one for one in self.accumulated)
 
 
 @dataclass
@@ -103,11 +121,13 @@ class Rank:
         """
         joins = self.of("join")
         last = joins[1]["at"] if len(joins) > 1 else len(self.records)
+        own = frozenset(row[0] for row in self.parameters(optimizer)) - {0}
         found: list[Window] = []
         events: list[Record] = []
-        for record in self.records[:last]:
+        made = next((one["at"] for one in self.optimizers if one["id"] == optimizer and not one["late"]), 0)
+        for record in self.records[made:last]:
             if record["k"] == "step" and record["opt"] == optimizer:
-                found.append(Window(events, record))
+                found.append(Window(events, record, own))
                 events = []
             elif record["k"] == "scaler_step" and record["opt"] == optimizer:
                 events = []
@@ -142,8 +162,10 @@ class Run:
     @cached_property
     def groups(self) -> list[list[int]]:
         """The groups of ranks that reduce gradients together; all ranks where no DDP says otherwise."""
-        found = {tuple(ddp["ranks"]) for rank in self.ranks for ddp in rank.of("ddp")}
+        found = {tuple(one["ranks"]) for rank in self.ranks for kind in ("ddp", "fsdp") for one in rank.of(kind)}
         whole = tuple(range(self.world))
+        if not found and self.uses("tensor_parallel"):
+            return [[rank] for rank in whole]  # all ranks share each batch by design
         if not found or whole in found:
             return [list(whole)]
         return [list(group) for group in sorted(found) if len(group) > 1]
@@ -224,23 +246,29 @@ def _passes(rank: Rank) -> Iterator[Pass]:
         )
         if how == "left":
             rows = rows[: max(given, 1)]
+        parts = [(rows, complete and how != "left")]
+        planned = begin["planned"]
+        if planned and len(rows) >= 2 * planned and not complete:  # a sampler of batches that begins again by itself
+            parts = [(rows[i : i + planned], i + planned <= len(rows)) for i in range(0, len(rows), planned)]
         seed = next((one for one in events if one["k"] == "seed"), {"base": None, "workers": 0})
-        yield Pass(
-            rank=rank.rank,
-            loader=loaders[begin["loader"]],
-            number=begin["n"],
-            site=begin["site"],
-            begin=begin["at"],
-            end=last,
-            planned=begin["planned"],
-            epoch=begin["epoch"],
-            positions=[i for row in rows for i in row],
-            batches=len(rows),
-            given=given,
-            complete=complete and how != "left",
-            how=how,
-            digests=[one["d"] for one in events if one["k"] == "batch"],
-            training=any(begin["at"] < at <= last for at in backwards),
-            base=seed["base"],
-            workers=int(seed["workers"] or 0),
-        )
+        for n, (part, whole) in enumerate(parts):
+            yield Pass(
+                rank=rank.rank,
+                loader=loaders[begin["loader"]],
+                number=begin["n"] + n,
+                site=begin["site"],
+                begin=begin["at"],
+                end=last,
+                planned=planned,
+                epoch=begin["epoch"],
+                positions=[i for row in part for i in row],
+                batches=len(part),
+                given=given,
+                complete=whole,
+                how=how,
+                digests=[one["d"] for one in events if one["k"] == "batch"],
+                training=any(begin["at"] < at <= last for at in backwards),
+                base=seed["base"],
+                workers=int(seed["workers"] or 0),
+                endless=len(parts) > 1,
+            )

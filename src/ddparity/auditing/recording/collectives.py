@@ -122,7 +122,8 @@ def _describe(
     import torch
     import torch.distributed as dist
 
-    found = next((one for one in (*args, *options.values()) if isinstance(one, torch.Tensor)), None)
+    tensors = [one for one in (*args, *options.values()) if isinstance(one, torch.Tensor)]
+    found = tensors[name.endswith("into_tensor") and len(tensors) > 1] if tensors else None  # not the output
     op = next(
         (one for one in (*args, *options.values()) if isinstance(one, dist.ReduceOp | dist.ReduceOp.RedOpType)), None
     )

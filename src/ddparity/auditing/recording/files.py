@@ -27,7 +27,12 @@ def watch_files(journal: Journal) -> None:
     opened, lines = [0], [0]
 
     def watched(file: Any, mode: Any = "r", *args: Any, **options: Any) -> Any:
-        result = opening(file, mode, *args, **options)
+        try:
+            result = opening(file, mode, *args, **options)
+        except FileNotFoundError:  # another rank may be about to write it
+            if not journal.hidden and isinstance(file, (str, os.PathLike)) and str(mode).startswith("r"):
+                note_file(journal, file, mode, opened)
+            raise
         if not journal.hidden and isinstance(file, (str, os.PathLike)) and isinstance(mode, str) and opened[0] < _MOST:
             note_file(journal, file, mode, opened)
         return result

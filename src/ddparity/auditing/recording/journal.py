@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+_CHAIN = 6  # the user's frames that tell two calls apart
 _LARGEST = 64 * 2**20  # bytes of one process's record
 _LIBRARIES = tuple(
     {os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -84,6 +85,16 @@ class Journal:
                 return self._sites[key]
             frame = frame.f_back
         return None
+
+    def chain(self) -> int:
+        """Return a checksum of the user's lines that call this function, the innermost first."""
+        frame: FrameType | None = sys._getframe(2)
+        lines: list[tuple[str, int]] = []
+        while frame is not None and len(lines) < _CHAIN:
+            if not self.is_library(frame.f_code.co_filename):
+                lines.append((frame.f_code.co_filename, frame.f_lineno))
+            frame = frame.f_back
+        return zlib.crc32(repr(lines).encode())
 
     def is_library(self, file: str) -> bool:
         """Return whether a file is not the user's: Python's, an installed package's, ours, or no file at all."""

@@ -8,6 +8,7 @@ loading, so that the record of the epoch is complete.
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import io
 import os
@@ -38,6 +39,7 @@ class _Iteration:
         self.number, self.stream = number, stream
         self.batches = 0  # drawn from the sampler
         self.given = 0  # to the loop
+        self.planned: int | None = None  # the loader's length
         self.windows = -1  # optimizer steps at the last `next`
         self.steps = 0
         self.indices = 0
@@ -143,6 +145,7 @@ def watch_loaders(journal: Journal) -> None:
         planned = None
         with contextlib.suppress(Exception):
             planned = None if described["stream"] else len(self)
+        iteration.planned = planned
         sampler_of = self.batch_sampler if self.batch_sampler is not None else self.sampler
         inner = getattr(sampler_of, "sampler", sampler_of)
         journal.write(
@@ -173,7 +176,8 @@ def watch_loaders(journal: Journal) -> None:
         if iteration.windows >= 0:
             iteration.steps += journal.windows - iteration.windows
         iteration.windows = journal.windows
-        if iteration.steps >= journal.limit() and journal.backwards == 0 and not iteration.over:
+        enough = iteration.steps >= journal.limit() and journal.backwards == 0 and not iteration.over
+        if enough and _takes_an_end(sys._getframe(1)):
             _drain(self, iteration, recorder)
             raise StopIteration
         journal.fetching = iteration.number
@@ -217,13 +221,20 @@ def _left(journal: Journal, iteration: _Iteration) -> None:
         journal.write("end", it=iteration.number, given=iteration.given, how="left")
 
 
+def _takes_an_end(frame: Any) -> bool:
+    """Return whether the caller of `next` expects an end: it is a loop, or handles StopIteration."""
+    code = frame.f_code
+    loops = dis.opname[code.co_code[frame.f_lasti]] in ("FOR_ITER", "SEND", "YIELD_FROM")
+    return loops or "StopIteration" in code.co_names
+
+
 def _drain(iterator: Any, iteration: _Iteration, recorder: _Recorder) -> None:
     """Read the rest of the sampler without loading anything."""
     iteration.over = True
     recorder.journal.write("end", it=iteration.number, given=iteration.given, how="cut")
     if not iteration.stream:
         for _ in iterator._sampler_iter:
-            if iteration.indices > _MOST_INDICES:
+            if iteration.indices > _MOST_INDICES or iteration.batches == iteration.planned:
                 break
 
 
@@ -254,6 +265,7 @@ def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -
         stream=stream,
         dataset=f"{type(base).__module__}.{type(base).__qualname__}",
         key=id(base),
+        own=id(dataset),
         length=length,
         base_length=base_length,
         subset=mapped if mapped is None or len(mapped) <= _MOST_INDICES else None,
@@ -263,10 +275,18 @@ def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -
         batch=loader.batch_size,
         drop_last=bool(getattr(loader, "drop_last", False)),
         workers=loader.num_workers,
+        shuffles=_shuffles(dataset) if stream else None,
     )
     if not stream and len(recorder.datasets) < _MOST_DATASETS:
         recorder.datasets[id(base)] = base
     return {"id": number, "stream": stream, "passes": 0}
+
+
+def _shuffles(dataset: Any) -> str | None:
+    """Return the attribute of a stream that says that its order depends on the epoch, or on a seed."""
+    names = [name for name in ("set_epoch", "epoch", "_epoch", "current_epoch") if hasattr(dataset, name)]
+    names += [name for name in ("shuffle", "shuffle_buffer", "buffer_size") if getattr(dataset, name, False)]
+    return next(iter(names), None)
 
 
 def _watched_fetch(journal: Journal, fetch: Any) -> Any:
@@ -291,6 +311,7 @@ def _watched_fetch(journal: Journal, fetch: Any) -> Any:
                 worker=None if info is None else info.id,
                 base=None if info is None else info.seed - info.id,
                 parent=os.getppid(),
+                own=id(self.dataset),  # the same in a forked worker
                 it=journal.fetching if info is None else None,
                 before=before,
                 drew=[a != b for a, b in zip(before, after)],

@@ -21,6 +21,19 @@ _SMALL = 100_000  # parameters
 _MOST_EVENTS = 60_000
 _LARGE_BUFFER = 2**20  # bytes
 _NORMS = 12  # windows in which gradient norms are taken
+_SUMS = ("AddBackward0", "SubBackward0")
+_LINEAR = (
+    *_SUMS,
+    "MulBackward0",
+    "MulBackward1",
+    "DivBackward0",
+    "NegBackward0",
+    "ToCopyBackward0",
+    "ViewBackward0",
+    "SqueezeBackward0",
+)
+# Nodes of losses that are means over their samples.
+MEANS = ("NllLoss", "Mean", "MseLoss", "BinaryCrossEntropy", "L1Loss", "SmoothL1", "HuberLoss", "KlDiv")
 
 
 class _End(SystemExit):
@@ -38,7 +51,10 @@ class _Recorder:
         self.forwards = 0
         self.scale: float | None = None  # of a GradScaler
         self.events = 0
+        self.evaluated: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
         self.large: dict[tuple[int, str], int] = {}  # checksums of large buffers
+        self.fully_sharded = False
+        self.reduces: bool | None = None  # the last switch of fully_shard's reduction
         self.shape: tuple[Any, ...] = ()  # of the window that is open
 
     def event(self, kind: str, /, **values: Any) -> None:
@@ -74,7 +90,9 @@ def _is_gradient(recorder: _Recorder, tensor: Any) -> bool:
 
 def _watch_ddp(recorder: _Recorder) -> None:
     import torch
+    import torch.distributed.fsdp as fsdp
     from torch.distributed.algorithms.join import Join
+    from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel as DDP
 
     journal = recorder.journal
@@ -155,6 +173,23 @@ def _watch_ddp(recorder: _Recorder) -> None:
         recorder.event("hook", ddp=recorder.ddps.get(self), site=journal.site())
         return hook(self, *args, **options)
 
+    def switched(self: Any, wanted: bool, *args: Any, **options: Any) -> Any:
+        recorder.reduces, site = bool(wanted), journal.site()
+        recorder.event("reduces", wanted=recorder.reduces, site=site)
+        return switch(self, wanted, *args, **options)
+
+    def sharded(module: Any, *args: Any, **options: Any) -> Any:
+        mesh = options.get("mesh")
+        every = range(torch.distributed.get_world_size() if mesh is None else 0)
+        ranks = sorted(mesh.mesh.flatten().tolist()) if mesh is not None else list(every)
+        recorder.fully_sharded = True
+        recorder.event("fsdp", ranks=ranks, site=journal.site())
+        return shard(module, *args, **options)
+
+    shard: Any = fsdp.fully_shard
+    replace(fsdp, "fully_shard", sharded)
+    switch: Any = FSDPModule.set_requires_gradient_sync
+    replace(FSDPModule, "set_requires_gradient_sync", switched)
     for name, function in (("__init__", init), ("forward", watched), ("register_comm_hook", hooked)):
         replace(DDP, name, function)
     replace(Join, "__enter__", joined)
@@ -200,7 +235,16 @@ def _watch_backward(recorder: _Recorder) -> None:
         finally:
             inside[0] = False
         journal.collectives += 1  # DDP's, which ends before `backward` does
-        recorder.event("backward", site=site, scale=scale, node=node, units=units, norm=_norms(recorder))
+        recorder.event(
+            "backward",
+            site=site,
+            chain=journal.chain(),
+            inside=recorder.depth > 0,
+            scale=scale,
+            node=node,
+            units=units,
+            norm=_norms(recorder),
+        )
         return result
 
     replace(torch.autograd, "backward", watched)
@@ -230,12 +274,30 @@ def _scale_of(loss: Any, scaler: float | None) -> tuple[float | None, str, float
         factor = factor * value if name == "MulBackward0" else factor / value if value else math.nan
         node = below[0]
     units = None
-    name = node.name() if node is not None else ""
+    name = _name_of(node)
     if name.startswith("NllLoss") and getattr(node, "_saved_reduction", None) == 1 and node._saved_weight is None:
         units = float(node._saved_total_weight)
-    if getattr(node, "_saved_reduction", 1) != 1:
-        name = f"{name}:sum"
     return factor, name, units
+
+
+def _name_of(node: Any, depth: int = 6) -> str:
+    """Return the name of a node of autograd; of a weighted sum of means, that of one of them."""
+    if node is None:
+        return ""
+    name = str(node.name())
+    if getattr(node, "_saved_reduction", 1) != 1:
+        return f"{name}:sum"
+    if depth and name in _LINEAR:
+        below = [one for one, _ in node.next_functions if one is not None]
+        factors = [getattr(node, key, None) for key in ("_saved_self", "_saved_other")]
+        if all(getattr(one, "numel", lambda: 1)() == 1 for one in factors):
+            names = [_name_of(one, depth - 1) for one in below]
+            if any(one.name() == "MulBackward1" for one in below) and any(n.startswith("NllLoss") for n in names):
+                return "NllLoss"  # with label smoothing
+            others = [one for one in names if ":sum" in one or not one.startswith(MEANS)]
+            if names and (name in _SUMS or len(names) == 1):
+                return others[0] if others else names[0]
+    return name
 
 
 def _norms(recorder: _Recorder) -> float | None:
@@ -280,7 +342,7 @@ def _watch_optimizers(recorder: _Recorder) -> None:
         if torch.compiler.is_compiling():
             return
         recorder.depth += 1
-        state = recorder.optimizers.get(optimizer) or _register(recorder, optimizer, journal.site(3))
+        state = recorder.optimizers.get(optimizer) or _register(recorder, optimizer, journal.site(3), late=True)
         if recorder.depth > 1 or not state["recorded"]:
             return
         closure = next((one for one in (*args, *options.values()) if callable(one)), None)
@@ -305,9 +367,13 @@ def _watch_optimizers(recorder: _Recorder) -> None:
             _describe_parameters(recorder, optimizer, state)
             values["grads"] = state["grads"] if state["grads"] is not None else _checksums(optimizer, "grad")
             values["before"], values["after"] = state["before"], _checksums(optimizer, "data")
+            if recorder.reduces is False and journal.backwards:
+                values["sharded"] = _without_gradient(optimizer)
             values["lr"] = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         if state["steps"] == 3:
             _note_large(recorder)
+        if journal.windows == 1:
+            _note_held(recorder)
         recorder.event("step", opt=state["id"], n=state["steps"], site=journal.site(3), norm=state["norm"], **values)
         state["steps"] += 1
         journal.windows += 1
@@ -335,14 +401,24 @@ def _note_large(recorder: _Recorder) -> None:
             recorder.event("large", ddp=number, same=same)
 
 
-def _register(recorder: _Recorder, optimizer: Any, site: str | None) -> dict[str, Any]:
+def _note_held(recorder: _Recorder) -> None:
+    """Record the parameters of models that were put into eval mode before the training, and still are: teachers."""
+    for model, site in list(recorder.evaluated.items()):
+        own = list(model.parameters())
+        if own and not model.training and not any(id(p) in recorder.names or hasattr(p, "placements") for p in own):
+            frozen = not any(p.requires_grad for p in own)
+            values = digest([checksum(p) for p in own])
+            recorder.event("held", type=type(model).__name__, site=site, frozen=frozen, parameters=values)
+
+
+def _register(recorder: _Recorder, optimizer: Any, site: str | None, late: bool = False) -> dict[str, Any]:
     if optimizer in recorder.optimizers:
         return recorder.optimizers[optimizer]
     number = len(recorder.optimizers) + 1
     size = _count(p for group in optimizer.param_groups for p in group["params"])
     state = {"id": number, "steps": 0, "shape": (), "size": size, "odd": 0, "count": -1, "recorded": True}
     recorder.optimizers[optimizer] = state
-    recorder.event("optimizer", id=number, site=site, type=type(optimizer).__name__, module=type(optimizer).__module__)
+    recorder.event("optimizer", id=number, late=late, site=site)
     return state
 
 
@@ -356,6 +432,8 @@ def _describe_parameters(recorder: _Recorder, optimizer: Any, state: dict[str, A
         ]
         for i, p in enumerate(parameters)
     ]
+    if not recorder.fully_sharded and any(hasattr(p, "placements") for p in parameters):
+        recorder.event("tensor_parallel")
     if described != state["count"]:
         state["count"] = described
         recorder.event("parameters", opt=state["id"], params=described)
@@ -373,6 +451,12 @@ def _checksums(optimizer: Any, what: str) -> list[int | None]:
             else:
                 found.append(checksum(value))
     return found
+
+
+def _without_gradient(optimizer: Any) -> bool:
+    """Return whether no sharded parameter of an optimizer has a gradient."""
+    own = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, "placements")]
+    return bool(own) and all(p.grad is None for p in own)
 
 
 def _watch_clipping(recorder: _Recorder) -> None:
@@ -443,6 +527,8 @@ def _watch_modules(recorder: _Recorder) -> None:
 
     def watched(self: Any) -> Any:
         result = evaluate(self)
+        if not torch.compiler.is_compiling() and not journal.hidden and not journal.windows:
+            recorder.evaluated[self] = journal.site()
         if not torch.compiler.is_compiling() and journal.windows and not journal.hidden and recorder.events < 5_000:
             buffers = {name: checksum(b) for name, b in self.named_buffers() if not hasattr(b, "placements")}
             inside = [one for one in self.modules() if isinstance(one, DDP)]
