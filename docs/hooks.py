@@ -43,4 +43,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         wanted = _SOURCES.get(target, target.removeprefix("docs/") if target.startswith("docs/") else None)
         return match[1] if wanted is None else posixpath.relpath(wanted, posixpath.dirname(uri) or ".")
 
+    if '<div class="grid"' in markdown:
+        page.meta["hide"] = ["toc"]  # two blocks of code stand side by side in its place
     return _LINK.sub(relinked, markdown)
