@@ -23,8 +23,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,20 +240,20 @@ def serve(name: str, steps: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the other libraries give advice on numbers of workers
     answers, sys.stdout = sys.stdout, sys.stderr
-    with dp.world(device="cpu") as world:
+    with _world(name) as (rank, world_size):
         run: Epoch | None = None
         for line in sys.stdin:
             word, *rest = json.loads(line)
             if word == "case":
                 gc.unfreeze()
-                run = CONTENDERS[name](_job(Case(*rest), steps, world))
+                run = CONTENDERS[name](_job(Case(*rest), steps, rank, world_size))
                 # The first epoch is a warm-up, too: DDP orders its buckets in the first steps.
                 answer = [parameter.tolist() for parameter in run(0).parameters()]
                 gc.collect()
                 gc.freeze()  # a later collection looks at new objects only
             else:
                 assert run is not None
-                if world.world_size > 1:
+                if world_size > 1:
                     dist.barrier()
                 start = time.perf_counter()
                 run(*rest)
@@ -261,17 +261,31 @@ def serve(name: str, steps: int) -> None:
             print(json.dumps(answer), file=answers, flush=True)
 
 
-def _job(case: Case, steps: int, world: dp.World) -> Job:
+@contextmanager
+def _world(name: str) -> Iterator[tuple[int, int]]:
+    """Join the world in a contender's own way; yield the rank and the world size. `dp.world` also sets a scheduling."""
+    if name == "ddparity":
+        with dp.world(device="cpu") as world:
+            yield world.rank, world.world_size
+    elif "RANK" not in os.environ:
+        yield 0, 1
+    else:
+        dist.init_process_group("gloo")
+        yield dist.get_rank(), dist.get_world_size()
+        dist.destroy_process_group()
+
+
+def _job(case: Case, steps: int, rank: int, world_size: int) -> Job:
     torch.manual_seed(0)
     a_rank = steps * case.micro_batches
-    samples = a_rank * MICRO_BATCH * world.world_size
+    samples = a_rank * MICRO_BATCH * world_size
     images, targets = torch.randn(samples, 1, 8, 8), torch.randint(10, (samples,))
     batches: list[Data] = []
     if not case.loads:
         every = list(zip(images.split(MICRO_BATCH), targets.split(MICRO_BATCH), strict=True))
-        batches = [list(batch) for batch in every[world.rank :: world.world_size]]
+        batches = [list(batch) for batch in every[rank::world_size]]
     model = MODELS[case.model]()
-    return Job(case, steps, world.rank, world.world_size, model, TensorDataset(images, targets), batches)
+    return Job(case, steps, rank, world_size, model, TensorDataset(images, targets), batches)
 
 
 BEFORE = "ddparity before"

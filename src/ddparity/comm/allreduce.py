@@ -29,7 +29,7 @@ def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     Collectives: one, of the tensor's bytes; all ranks call it.
     """
     if gathers(tensor.numel(), tensor, group):
-        return _added(copies_of_ranks(tensor, group))
+        return _added(tensor, group)
     dist.all_reduce(tensor, group=group)
     return tensor
 
@@ -41,19 +41,19 @@ def mean_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     """
     if gathers(tensor.numel(), tensor, group):
         if tensor.dtype == torch.float16:
-            return _added(copies_of_ranks(tensor / _size(group), group))
-        return _added(copies_of_ranks(tensor, group)).div_(_size(group))
+            return _added(tensor / _size(group), group)
+        return _added(tensor, group).div_(_size(group))
     dist.all_reduce(tensor.div_(_size(group)), group=group)
     return tensor
 
 
-def _added(copies: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the first dimension; the same bits on every rank."""
+def _added(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Return the sum of the ranks' copies, in rank order; the same bits on every rank."""
+    copies = _copies(tensor, group)
     if not 2 <= len(copies) <= 8:
-        return copies.sum(0)
-    first, second, *others = copies.unbind()
-    total = first + second  # in half of the time of sum(0)
-    for copy in others:
+        return torch.stack(tuple(copies)).sum(0)
+    total = copies[0] + copies[1]  # in half of the time of sum(0)
+    for copy in copies[2:]:
         total += copy
     return total
 
@@ -86,17 +86,37 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
         return torch.view_as_complex(copies_of_ranks(torch.view_as_real(tensor.resolve_conj()), group))
     if tensor.dim() != 1:
         return copies_of_ranks(tensor.reshape(-1), group).view(ranks, *tensor.shape)
-    short = tensor.is_cpu and tensor.numel() * tensor.element_size() <= SHORT_BYTES
-    if short and not compares_calls():  # torch compares an all-gather's sizes, not an all-to-all's
-        sent = torch.stack((tensor,) * ranks)
-        copies = torch.empty_like(sent)
-        _wait(all_to_all_single(copies, sent, group))
-        return copies
+    if _is_short(tensor):
+        return torch.stack(tuple(_copies(tensor, group)))
     copies = tensor.new_empty(ranks * tensor.numel())
     work = all_gather_single(copies, tensor.contiguous(), group, async_op=tensor.is_cpu)
     if work is not None:
         _wait(work)
     return copies.view(ranks, tensor.numel())
+
+
+def _copies(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Sequence[torch.Tensor]:
+    """Return the ranks' tensors in rank order; this rank's own is the tensor itself. As `copies_of_ranks`."""
+    if tensor.dim() != 1 or tensor.is_complex() or not _is_short(tensor):
+        return copies_of_ranks(tensor, group).unbind()
+    ranks = _size(group)
+    if ranks == 1:
+        return [tensor]
+    rank = dist.get_rank() if group is None else group.rank()
+    rows = [1] * ranks  # one for each other rank: from the width the launcher sees where ranks differ
+    rows[rank] = 0
+    sent = tensor.unsqueeze(0) if ranks == 2 else tensor.repeat(ranks - 1, 1)
+    received = torch.empty_like(sent)
+    _wait(all_to_all_single(received, sent, rows, group))
+    copies = list(received.unbind())
+    copies.insert(rank, tensor)
+    return copies
+
+
+def _is_short(tensor: torch.Tensor) -> bool:
+    """Return whether an all-to-all is faster than an all-gather."""
+    short = tensor.is_cpu and 0 < tensor.numel() * tensor.element_size() <= SHORT_BYTES
+    return short and not compares_calls()  # torch compares an all-gather's sizes, not an all-to-all's
 
 
 def _wait(work: dist.Work) -> None:
@@ -170,19 +190,17 @@ T = TypeVar("T", bound=torch.Tensor)
 
 def cut(parameters: Sequence[T], part_bytes: int) -> list[list[T]]:
     """Cut parameters into parts of one dtype and device, of at most so many bytes but for a larger parameter."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[T]] = {}
-    for parameter in parameters:
-        kinds.setdefault((grad_dtype(parameter), parameter.device), []).append(parameter)
     parts: list[list[T]] = []
-    for kind in sorted(kinds, key=str) if len(kinds) > 1 else kinds:
-        room = -1
-        for parameter in kinds[kind]:
-            size = parameter.nbytes
-            if size > room:
-                parts.append([])
-                room = part_bytes
-            parts[-1].append(parameter)
-            room -= size
+    last: dict[tuple[torch.dtype, torch.device], tuple[list[T], int]] = {}  # of each kind: the last part, and its room
+    for parameter in parameters:
+        dtype = grad_dtype(parameter)
+        kind, size = (dtype, parameter.device), parameter.numel() * dtype.itemsize
+        part, room = last.get(kind, ([], -1))
+        if size > room:
+            part, room = [], part_bytes
+            parts.append(part)
+        part.append(parameter)
+        last[kind] = part, room - size
     return parts
 
 

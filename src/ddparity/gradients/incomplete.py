@@ -17,33 +17,39 @@ class Trained(Protocol):
     def parameters(self) -> list[nn.Parameter]: ...
 
 
-_open: dict[int, Trained] = {}  # by id
+_open: dict[int, tuple[Trained, object]] = {}  # by the model's id: the model, and its loop
 # The parameters of loops that were left, with the gradients that they had then.
 _left: MutableMapping[nn.Parameter, Any] = WeakIdKeyDictionary()
 # One hook for all loops, from the first on: to register one takes longer than to call it.
 _hooks: list[Any] = []
 
 
-def open_loop(model: Trained) -> None:
-    """Refuse an optimizer's step with the model's parameters until `close_loop`."""
-    _open[id(model)] = model
+def open_loop(model: Trained, loop: object) -> None:
+    """Refuse an optimizer's step with the model's parameters until `close_loop` of the same loop."""
+    _open[id(model)] = model, loop
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check))
 
 
-def close_loop(model: Trained) -> None:
-    """Allow optimizers' steps again."""
-    _open.pop(id(model), None)
+def close_loop(model: Trained, loop: object) -> None:
+    """Allow optimizers' steps again, unless a newer loop over the model is open: an exception may keep an old one."""
+    if _open.get(id(model), (model, None))[1] is loop:
+        del _open[id(model)]
 
 
-def note_left(parameters: Iterable[nn.Parameter]) -> None:
+_DROPPED = object()  # in place of a gradient
+
+
+def note_left(parameters: Iterable[nn.Parameter], dropped: bool = False) -> None:
     """Refuse, from now on, an optimizer's step with the gradients that the parameters have now.
+
+    `dropped`: the loop's gradients are gone, so refuse any step, also one without a gradient.
 
     zip() leaves the second of two loops after its last micro-batch. Only that generator is told, when it can no longer
     raise an error; the optimizer's step can.
     """
     for parameter in parameters:
-        _left[parameter] = parameter.grad
+        _left[parameter] = _DROPPED if dropped else parameter.grad
 
 
 def forget_left(parameters: Iterable[nn.Parameter]) -> None:
@@ -61,7 +67,7 @@ def _check(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
 
 
 def _refuse_open(parameters: list[nn.Parameter]) -> None:
-    incomplete = {id(parameter) for model in _open.values() for parameter in model.parameters()}
+    incomplete = {id(parameter) for model, _ in _open.values() for parameter in model.parameters()}
     if any(id(parameter) in incomplete for parameter in parameters):
         raise RuntimeError(
             "optimizer.step() inside of the loop of accumulate() over the model, or before that loop has ended, so "
@@ -71,9 +77,11 @@ def _refuse_open(parameters: list[nn.Parameter]) -> None:
 
 
 def _refuse_left(parameters: list[nn.Parameter]) -> None:
-    own = [parameter for parameter in parameters if parameter in _left]
     # Gradients that are zero have been reduced, or zero_grad() was called.
-    if own and all(one.grad is _left[one] for one in own) and any(_is_not_zero(one.grad) for one in own):
+    if any(
+        one in _left and (_left[one] is _DROPPED or (one.grad is _left[one] and _is_not_zero(one.grad)))
+        for one in parameters
+    ):
         raise RuntimeError(
             "optimizer.step() after a loop of accumulate() that was left before its end, so that its gradients are not "
             "reduced. zip() leaves the second of two loops: give both models to one, accumulate([first, second], …). "

@@ -102,14 +102,12 @@ class StrictReduction:
 
     def _exchanged(self, group: dist.ProcessGroup) -> Gradients:
         sums: Gradients = [None] * len(self._parameters)
-
-        def kind(index: int) -> tuple[str, str]:
-            return str(grad_dtype(self._parameters[index])), str(self._parameters[index].device)
-
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}  # in an order that is the same on every rank
+        for index, parameter in enumerate(self._parameters):
+            kinds.setdefault((grad_dtype(parameter), parameter.device), []).append(index)
         own = [gradients for _, gradients in self._tree.nodes]
         self._tree.nodes.clear()
-        for _, members in itertools.groupby(sorted(range(len(sums)), key=kind), key=kind):
-            indices = list(members)
+        for indices in kinds.values():
             parameters = [self._parameters[index] for index in indices]
             rows = [[gradients[index] for index in indices] for gradients in own]
             for gradients, index in itertools.product(own, indices):

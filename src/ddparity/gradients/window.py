@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,17 @@ from ..comm.allreduce import copies_of_ranks, reduce_gradients
 from ..comm.bits import check_words, parts
 from ..data.step import Step
 from ..errors import DDParityError
+from ..runtime.agreement import agreed
 from .early import EarlyAverage
 from .incomplete import close_loop, forget_left, note_left, open_loop
 from .recheck import Recheck, Rechecks
-from .replica import Replica, Walk, made_so_far, others_than
+from .replica import Holder, Replica, Walk, made_so_far, others_than
 from .state import NO_GRADIENT, State
 from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
 
+_MOST_SETS = 32  # of trained parameters, which are compared: a model may freeze other layers in each step
 _MOST_OTHERS = 16  # replicas that a step's losses may run besides those that the step is of
 
 Named = list[tuple[str, nn.Parameter]]
@@ -69,7 +71,7 @@ class Window:
         # A sum needs what the parameters had before to be put aside. An average leaves that as it is.
         self._sums = not self._strict and (drops or 0 in numbers)
         walks = [replica.walk() for replica in replicas]
-        self._named, frozen = _trained(replicas, walks)
+        self._named, frozen = trained_by(replicas, walks)
         self._buffered = [buffered for _, buffered, _ in walks]
         self._parameters = [parameter for _, parameter in self._named]
         self._by_ddp: Replica | None = None
@@ -89,7 +91,30 @@ class Window:
         self._dropped: list[float] = []
         self._ran = True
         self._finished = self._superseded = self._paused = False
+        self._statistics: list[RunningStatistics | None] = []
+        self._held: list[Replica] = []
+        self._inside: list[tuple[Holder, Replica]] = []
+        self._reduction: _Reduction | None = None
         self._stack = contextlib.ExitStack()
+
+    def agree(self) -> None:
+        """Compare with the other ranks which parameters the step reduces, where that is new. Every rank calls it.
+
+        Collectives: requests to the group's store, for the first sets of parameters of a model.
+
+        Raises:
+            ValueError: another rank trains other parameters.
+        """
+        known, key = self._own[0].compared, tuple(map(id, self._parameters))
+        if self._group is None or key in known or len(known) >= _MOST_SETS:
+            return
+        before, now = set(next(reversed(known), key)), set(key)
+        changed = [(name, id(one) in now) for name, one in self._weights if (id(one) in before) != (id(one) in now)]
+        why = "".join(f" ({name} newly {'trained' if new else 'frozen'})" for name, new in changed[:1])
+        with agreed(f"accumulate(){why}", self._group) as agreement:
+            assert agreement is not None, "a group of several ranks"
+            agreement.all_same(*names_of(self._named))
+        known[key] = None
 
     @property
     def scale(self) -> int:
@@ -101,48 +126,52 @@ class Window:
         """Whether the gradients are not complete before `finish`."""
         return self._strict or self._sums or self._group is not None
 
-    @contextlib.contextmanager
-    def opened(self, device: torch.device | None) -> Iterator[None]:
-        """Hold back what DDP would do in the loop. What was set before is set again at the end."""
+    def open(self, device: torch.device | None) -> None:
+        """Hold back what DDP would do in the loop, until `close`."""
+        try:
+            self._open(device)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Set what was set before."""
+        self._stack.close()
+
+    def _open(self, device: torch.device | None) -> None:
         for replica in self._own:
             if replica.supersede is not None:
                 replica.supersede()  # a loop that was left, or one of a zip(), which finds out when it goes on
             replica.warn_of_old_gradients()
         self._device = device
         forget_left(self._parameters)
-        with self._stack as stack:
-            for replica in self._own:
-                if replica.holder is not None:  # a loop inside of another model's
-                    stack.callback(replica.holder.take_up, replica)
-                    replica.holder.let_go(replica)
-            for replica in self._own:
-                stack.callback(replica.release)
-                replica.hold()
-                stack.callback(close_loop, replica)
-                open_loop(replica)
-                if self.waits:
-                    stack.callback(setattr, replica, "supersede", None)
-                    replica.supersede = self.supersede
-            self._statistics = [
-                self._recorded(replica, buffered, stack)
-                for replica, buffered in zip(self._own, self._buffered, strict=True)
-            ]
-            self._share_buffers()
-            if self._strict:
-                stack.enter_context(deterministic(device))
-            self._reduction = self._make(self._named)
-            stack.callback(self._restore)
+        self._stack.callback(self._close)
+        for replica in self._own:
+            if replica.holder is not None:  # a loop inside of another model's
+                self._inside.append((replica.holder, replica))
+                replica.holder.let_go(replica)
+        for replica in self._own:
+            replica.hold()
+            self._held.append(replica)
+            open_loop(replica, self)
             if self.waits:
-                self._alive = others_than(self._own)
-                for replica, _ in self._alive:
-                    self._adopt(replica)
-            watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
-            # A lazy layer writes its parameters in its first forward.
-            self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
-            yield
+                replica.supersede = self.supersede
+        for replica, buffered in zip(self._own, self._buffered, strict=True):
+            self._statistics.append(self._recorded(replica, buffered, self._stack))
+        self._share_buffers()
+        if self._strict:
+            self._stack.enter_context(deterministic(device))
+        self._reduction = self._make(self._named)
+        if self.waits:
+            self._alive = others_than(self._own)
+            for replica, _ in self._alive:
+                self._adopt(replica)
+        watched = self._named if self._careful else self._named[:1]  # an optimizer writes into all
+        # A lazy layer writes its parameters in its first forward.
+        self._written = [(name, one, -1 if is_lazy(one) else one._version) for name, one in watched]
 
-    def _restore(self) -> None:
-        """Let go of the others; after a loop that was left, give the gradients back that were put aside."""
+    def _close(self) -> None:
+        """Let go of all; after a loop that was left, give the gradients back that were put aside."""
         for other in self._others.values():
             if not self._finished:
                 other.reduction.restore()
@@ -151,20 +180,28 @@ class Window:
         self._others.clear()
         if self._early is not None:
             self._early.end()
-        if not self._finished:
+        if not self._finished and self._reduction is not None:
             self._reduction.restore()
             if self.waits and not self._superseded:
                 note_left(self._parameters)
+        for replica in self._held:
+            if self.waits:
+                replica.supersede = None
+            close_loop(replica, self)
+            replica.release()
+        for holder, replica in self._inside:
+            holder.take_up(replica)
 
     def _make(self, named: Named, *others: Replica) -> _Reduction:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
         sparse = {one for replica in (*self._own, *others) for one in replica.sparse}
-        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse)
+        watched = tree is None and (self._careful or bool(others))
+        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse, watched)
 
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
         walk = replica.walk()
-        named, frozen = _trained([replica], [walk])
+        named, frozen = trained_by([replica], [walk])
         known = {id(parameter) for parameter in self._parameters}
         known.update(id(one) for other in self._others.values() for one in other.parameters)
         named = [(name, one) for name, one in named if id(one) not in known]  # a parameter is reduced once
@@ -225,9 +262,10 @@ class Window:
             ValueError: nobody else can run this step's micro-batches, or their gradients are not to be had alone.
         """
         if step is None or step.load_again is None:
+            what = "foreign batches" if step is None else "a step of a stream"
             raise ValueError(
-                "accumulate() got foreign batches for a model with replicate(recheck_every=…), and another rank cannot "
-                "load them again: give it the steps of a Loader, or leave recheck_every out"
+                f"accumulate() got {what} for a model with replicate(recheck_every=…), and another rank cannot load it "
+                f"again: give it the steps of a Loader over a map-style data set, or leave recheck_every out"
             )
         if self._by_ddp is not None:
             raise ValueError(
@@ -290,6 +328,7 @@ class Window:
             )
         if not self._careful and not self._strict:
             return
+        assert self._reduction is not None
         self._ran = self._reduction.take()
         if not self._ran:
             self._dropped.append(share)
@@ -317,6 +356,7 @@ class Window:
         elif self._early is not None:
             self._early.finish()
         else:
+            assert self._reduction is not None
             self._reduction.reduce(left)
         for replica, statistics in zip(self._own, self._statistics, strict=True):
             if statistics is not None:
@@ -461,6 +501,7 @@ class _Reduction:
         tree: StrictReduction | None,
         sums: bool,
         sparse: Container[int] = (),
+        watched: bool = True,
     ) -> None:
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self._touched = False
@@ -469,7 +510,7 @@ class _Reduction:
             self._before = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
-        self._first = self._last = State(parameters if tree is None else ())
+        self._first = self._last = State(parameters if watched else ())
 
     def take(self) -> bool:
         """Return True if the micro-batch has changed a gradient."""
@@ -504,6 +545,18 @@ class _Reduction:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
 
 
+def names_of(trained: Named) -> tuple[dict[str, object], dict[str, Callable[[list[str]], str]]]:
+    """Return what ranks compare of the parameters that a step trains, and what is said where they differ."""
+    names = [name for name, _ in trained]
+
+    def said(theirs: list[str]) -> str:
+        name = next(iter(sorted(set(names) ^ set(theirs))), "a parameter")
+        where = "here and not on another rank" if name in names else "on another rank and not here"
+        return f"{name} is trained {where}: set requires_grad alike on all ranks, before the same step"
+
+    return {"the trained parameters": names}, {"the trained parameters": said}
+
+
 def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.ProcessGroup) -> None:
     """Raise on every rank where the ranks' tensors differ.
 
@@ -532,7 +585,7 @@ def words_of(tensors: Sequence[torch.Tensor]) -> list[int]:
     return check_words(held, [str(one.requires_grad) for one in tensors])
 
 
-def _trained(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
+def trained_by(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
     """Return the parameters of the models that a step may train, each once, and the others."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     frozen: Named = []
