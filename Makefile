@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 WAIT_S ?= 75
 
-.PHONY: train verify test test-matrix programs mutants waits scale fuzz audit-corpus damage rechecks format docs-picture clean
+.PHONY: train verify test test-matrix programs mutants waits scale fuzz audit-corpus damage rechecks format docs docs-look docs-picture docs-terminal clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -84,9 +84,24 @@ $(VENV)/.installed-%: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	touch $@
 
-# The picture on docs/architecture.md, from the imports themselves.
-docs-picture:
-	$(PYTHON) docs/architecture.py
+# The documentation, as a site in site/: a broken link or reference fails. It needs no network, neither to build nor to
+# read; `python -m http.server -d site` serves it.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# What pages show of the source: the picture of the imports, and the options of the commands.
+docs-picture: $(VENV)/.installed-test
+	$(BIN)/python docs/architecture.py
+	$(BIN)/python docs/commands.py
+
+# The pictures of the README, from real runs: a minute.
+docs-terminal: $(VENV)/.installed-examples
+	$(BIN)/python docs/terminal.py
+
+# Photographs of the site by Chromium, at the widths of a desk and of a phone, into site/look: errors in the console, and
+# pages that are wider than the window, fail.
+docs-look: docs
+	$(BIN)/python docs/look.py
 
 clean:
-	rm -rf $(VENV) .venv-torch-* runs
+	rm -rf $(VENV) .venv-torch-* runs site

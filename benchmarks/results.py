@@ -1,4 +1,7 @@
-"""Write RESULTS.md: each script rewrites its own section and does not change the others."""
+"""Write RESULTS.md: each script rewrites its own section and does not change the others.
+
+`python benchmarks/results.py` writes the four figures of the README again, from RESULTS.md.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 README = Path(__file__).parent.parent / "README.md"
+COSTS_PAGE = Path(__file__).parent.parent / "docs" / "costs.md"
 _HEAD = "# Measured\n\nWritten by the scripts of this folder, each its own section.\n"
 
 
@@ -29,6 +33,38 @@ def write_section(name: str, text: str, path: Path = RESULTS) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(whole)
     draft.replace(path)
+    if path == RESULTS:
+        write_section("costs", costs(whole), README)
+
+
+def costs(results: str) -> str:
+    """Return the table of the README: what ddparity costs, in four figures of RESULTS.md."""
+    steps = _medians([row for row in _rows(results, "step_overhead") if "2 processes" in row[0]][:4])
+    strict = _medians([row for row in _rows(results, "strict") if ", K = " in row[0]][:8])
+    starts = _medians([row for row in _rows(results, "startup") if "process" in row[0]])
+    (predict,) = [row[1].split()[0] for row in _rows(results, "predict") if row[0] == "throughput, 2 processes to 1"]
+    figures = [
+        ["a training step, 2 processes", f"{_range(steps)} times plain DistributedDataParallel's"],
+        ["the same bits on any number of processes", f"{_range(strict)} times the step without"],
+        ["`predict` on 2 processes", f"{predict} times the samples a second of one process"],
+        ["`ddparity run`, start to end", f"{_range(starts)} times torchrun's"],
+    ]
+    return "| | |\n| --- | --- |\n" + "\n".join(f"| {what} | {cost} |" for what, cost in figures)
+
+
+def _rows(results: str, section: str) -> list[list[str]]:
+    """Return the cells of all rows of tables in a section."""
+    (text,) = re.findall(rf"<!-- {section} -->(.*?)<!-- /{section} -->", results, re.DOTALL)
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
+
+
+def _medians(rows: Sequence[Sequence[str]]) -> list[float]:
+    """Return the medians of the fourth column, which has ours."""
+    return [float(row[3].split()[0]) for row in rows]
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def machine(*packages: str) -> str:
@@ -51,3 +87,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """Return the median, with the quartiles behind it."""
     low, middle, high = np.percentile(values, [25, 50, 75])
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+if __name__ == "__main__":
+    write_section("costs", costs(RESULTS.read_text()), README)

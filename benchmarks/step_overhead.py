@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ddparity as dp
-from results import README, machine, spread, table, write_section
+from results import COSTS_PAGE, machine, spread, table, write_section
 
 MICRO_BATCH = 32
 RATE = 1e-3
@@ -355,7 +355,7 @@ def report(
 
 
 def summary(text: str) -> str:
-    """Return the part of `report` that the README shows: steps with the loader, on 2 processes."""
+    """Return the part of `report` that docs/costs.md shows: steps with the loader, on 2 processes."""
     loaded = re.search(r"### Loader included\n\n(.*?)(?=\n\n|\Z)", text, re.DOTALL)
     assert loaded
     return "\n".join(line for line in loaded[1].splitlines() if "1 process," not in line)
@@ -388,7 +388,7 @@ def compare(options: argparse.Namespace) -> None:
     print(f"\n{time.monotonic() - start:.0f} s")
     if not options.quick and options.before is None:
         write_section("step_overhead", text)
-        write_section("step_overhead", summary(text), README)
+        write_section("step_overhead", summary(text), COSTS_PAGE)
 
 
 if __name__ == "__main__":
