@@ -66,10 +66,10 @@ def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
         return copies.sum(0)
 
     def sent() -> torch.Tensor:
-        others, sizes = dist.get_world_size() - 1, [buffer.numel()] * dist.get_world_size()
-        sizes[dist.get_rank()] = 0
+        others, rows = dist.get_world_size() - 1, [1] * dist.get_world_size()
+        rows[dist.get_rank()] = 0
         copies = buffer.new_empty(others, *buffer.shape)
-        all_to_all_single(copies.view(-1), buffer.repeat(others), sizes).wait()
+        all_to_all_single(copies, buffer.repeat(others, 1), rows).wait()
         return copies.sum(0).add_(buffer)
 
     return {ALL_REDUCE: lambda: dist.all_reduce(buffer), "all-gather": gathered, "all-to-all": sent}

@@ -34,6 +34,7 @@ _context.set_forkserver_preload(
         "torchmetrics",
         "pyarrow.dataset",
         "pyarrow.parquet",
+        "torch.distributed.fsdp",
         "tests.ranks",
     ]
 )

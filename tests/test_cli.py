@@ -46,16 +46,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 WRONG = [
     ("", "train missing.py", "there is no file missing.py: TASK is file.py:name"),
     ("", "train no.such.module", "there is no module no.such.module"),
-    ("x = 1", "train t.py", "t.py has no Task: name one"),
+    ("1 / 0", "train t.py", "t.py has no Task, and was not run: give it a ddparity.Task, or a function task()"),
+    ("1 / 0\ndef main(): pass", "verify t.py", "; or a function to verify, as in t.py:main"),
+    ("import torch, json\n1 / 0", "train t.py", "t.py has no Task, and was not run"),
+    ("Task = 1", "train t.py", "t.py has no Task: name one"),
     (
         TASK + "a = dp.Task(**parts)\nb = dp.Task(**parts)",
         "train t.py",
         "several Tasks (a, b): name one, as in t.py:NAME",
     ),
-    (ONE, "train t.py:other", "t.py has no 'other': its Tasks are small"),
-    (ONE, "train t.py:loss", "t.py:loss is a function, not a ddparity.Task: its Tasks are small"),
+    ("1 / 0\n" + ONE, "train t.py:other", "t.py has no 'other' at its top level, so it was not run"),
+    (ONE + "vars()['a'] = 1", "train t.py:other", "t.py has no 'other': its Tasks are small"),
+    (ONE, "train t.py:dp", "t.py:dp is a module, not a ddparity.Task: its Tasks are small"),
+    (ONE, "train t.py:loss", "t.py:loss is a function, not a ddparity.Task: only `ddparity verify` takes a function"),
+    (ONE, "verify t.py:loss", "loss() needs model, but verify() calls it without"),
+    (TASK + "def task(): return parts", "train t.py", "t.py:task() returned a dict, not a ddparity.Task"),
     ("import nowhere", "train t.py", "cannot import t.py: No module named 'nowhere'"),
-    ("\n\n1 / 0", "train t.py", "cannot import t.py: ZeroDivisionError: division by zero (line 3)"),
+    ("\nTask = 1\n1 / 0", "train t.py", "cannot import t.py: ZeroDivisionError: division by zero (line 3)"),
     ("def f(:", "train t.py", "cannot import t.py: SyntaxError"),
     (TASK + "t = dp.Task(**{**parts, 'global_batch': 0})", "train t.py", "Task(global_batch=0): must be at least 1"),
     (TASK + "t = dp.Task(**{**parts, 'micro_batch': 0})", "train t.py", "Task(micro_batch=0): must be at least 1"),
@@ -193,7 +200,7 @@ def test_a_task_may_be_a_subclass(folder: Path) -> None:
     task = load_task("t.py")
     assert isinstance(task, dp.Task)
     assert task.epochs == 3
-    assert task.plan(10).steps_per_epoch == 3
+    assert task.plan(range(10)).steps_per_epoch == 3
 
 
 WITH_METRIC = ONE.replace("**parts)", "metric=lambda outputs, dataset: outputs.mean(), **parts)")

@@ -25,7 +25,7 @@ FLOORS = {
 }
 FLOOR_OF = {folder: floor for floor, folders in FLOORS.items() for folder in folders}
 # Pure functions: no torch.distributed, so that tests can run through all of their inputs.
-PURE = ("data.lengths", "data.orders", "data.permutation", "data.plan", "data.rng")
+PURE = ("data.lengths", "data.orders", "data.permutation", "data.plan", "data.rng", "data.sizes")
 # These need what only some machines have.
 NEEDS_TRITON = "batchnorm.triton_kernels"
 
@@ -126,6 +126,6 @@ def test_no_module_of_the_package_itself_bears_a_public_name() -> None:
 
 
 def test_the_test_sees_relative_imports() -> None:
-    assert "data.plan" in _imports("inference.source")
+    assert "data.sizes" in _imports("inference.source")
     assert "errors" in _imports("launcher.run")
     assert "launcher" in _imports("parity.verify")

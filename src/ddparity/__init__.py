@@ -18,6 +18,7 @@ from .data.stream import StreamPlan
 from .errors import DDParityError, ParityError, RankFailure, RendezvousError, SampleError, WrongArithmetic
 from .gradients.accumulate import accumulate
 from .gradients.batch_loss import backward_over_batch
+from .gradients.mean_loss import backward
 from .gradients.replicate import replicate
 from .inference.predict import Predictor, predict
 from .inference.reading import read_predictions
@@ -26,7 +27,7 @@ from .parity.verify import verify
 from .runtime.first import first
 from .runtime.logging import setup_logging
 from .runtime.preemption import preemption
-from .runtime.world import World, world
+from .runtime.world import World, join, world
 from .task.task import Task
 
 __version__ = "0.1.0"
@@ -57,12 +58,14 @@ __all__ = [
     "WrongArithmetic",
     "accumulate",
     "audit",
+    "backward",
     "backward_over_batch",
     "broadcast",
     "convert_sync_batchnorm",
     "fingerprint",
     "first",
     "gather",
+    "join",
     "launch",
     "load_checkpoint",
     "predict",

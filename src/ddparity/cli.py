@@ -258,6 +258,9 @@ def verify(
 ) -> None:
     """Prove that a TASK trains on several processes as on one: run its steps on each number of processes, and compare.
 
+    `file.py:name` may also be a function that trains and returns its model: the models are compared. It gets `steps`
+    and `reduction` if it has parameters of these names.
+
     Exit code 0: parity. 1: the runs diverge. 2: a wrong argument. 3: a run failed.
     """
     if sync_batchnorm and reduction == "strict":

@@ -56,13 +56,24 @@ def all_gather_single(
 
 
 def all_to_all_single(
-    output: torch.Tensor, value: torch.Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
+    output: torch.Tensor, value: torch.Tensor, rows: list[int], group: dist.ProcessGroup | None = None
 ) -> Any:
-    """Start to send part i of the value to rank i, and to receive as much from it; return the work without a wait."""
+    """Start to send so many rows to each rank, and to receive as many from it; return the work without a wait."""
     backend = _direct_backend(value, group)
     if backend is None:
-        return dist.all_to_all_single(output, value, sizes, sizes, group=group, async_op=True)
-    return backend.alltoall_base(output, value, sizes, sizes)
+        return dist.all_to_all_single(output, value, rows, rows, group=group, async_op=True)
+    return backend.alltoall_base(output, value, rows, rows)
+
+
+def averages_scattered(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if a reduce-scatter averages where it is asked to. Gloo of torch 2.7 adds, without a word.
+
+    Collectives: one of 4 bytes a rank; all ranks call it.
+    """
+    function: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    output = torch.zeros(1, device=device)
+    function(output, torch.ones(group.size(), device=device), op=dist.ReduceOp.AVG, group=group)
+    return float(output) == 1.0
 
 
 def _direct_backend(value: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
@@ -292,6 +303,203 @@ def with_layer_versions(state: dict[str, Any], versions: dict[str, Any]) -> dict
     return ordered
 
 
+# Modules of `fully_shard` (FSDP2).
+
+
+def sharded_modules(model: torch.nn.Module) -> list[Any]:
+    """Return the modules of a model that `fully_shard` was called on, outer ones first, without an import of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def holds_old_fsdp(model: torch.nn.Module) -> bool:
+    """Return True if a module of FullyShardedDataParallel, FSDP1, is in a model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(one, fsdp.FullyShardedDataParallel) for one in model.modules())
+
+
+class FullySharded:
+    """What `fully_shard` keeps of a model's parameters and of their gradients in a step.
+
+    torch has no public way to reduce the gradients that backwards have left unreduced but another backward, which a
+    rank without data has not, and none to ask for what its setters have set.
+
+    Attributes:
+        modules: those that `fully_shard` was called on, the model first.
+        mesh: the ranks. device: that of the computation; shards may be elsewhere.
+        divisor: what the sum over the ranks is divided by, if it was set, else None.
+
+    Raises:
+        ValueError: parts of the model differ in their mesh or in `set_gradient_divide_factor`.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.modules = sharded_modules(model)
+        self._root = self.modules[0]._get_fsdp_state()
+        self._root._lazy_init()
+        self.reshard()
+        states = {id(state): state for state in (module._get_fsdp_state() for module in self.modules)}
+        self._groups = [group for state in states.values() for group in _groups_of(state)]
+        if not self._groups:
+            raise ValueError("fully_shard() has found no parameter in this model")
+        self._params = [one for group in self._groups for one in group.fsdp_params]
+        meshes = [group.mesh_info.mesh for group in self._groups]
+        if any(mesh != meshes[0] for mesh in meshes):
+            raise ValueError("parts of the model were given to fully_shard() with different meshes: give all the same")
+        old = "reduce_scatter_reduce_op"  # an operation in place of a number, in torch 2.6
+        divisors = {getattr(one, "gradient_divide_factor", getattr(one, old, None)) for one in self._groups}
+        if len(divisors) > 1 or not all(one is None or isinstance(one, (int, float)) for one in divisors):
+            raise ValueError(
+                "parts of the model have different divisors, or one that is no number: call "
+                "set_gradient_divide_factor() with the same number on all of them, or leave it out"
+            )
+        self.mesh, self.device, self.divisor = meshes[0], self._groups[0].device, next(iter(divisors))
+
+    @property
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Names and shards of all parameters. An optimizer has them; the model has whole ones while it is gathered."""
+        return [(one._param_fqn or "a parameter", one.sharded_param) for one in self._params]
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Let no backward reduce in the body. At its end parameters are shards."""
+        names = ("reduce_grads", "all_reduce_grads", "reduce_scatter_unused_params")
+        before = [(group, *(getattr(group, name, False) for name in names)) for group in self._groups]
+        self.reshard()  # whole parameters that a forward has left would hide what an optimizer did since
+        try:
+            self.let_reduce(False)
+            yield
+        finally:
+            _put_back(before, names)
+            self.reshard()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Gather all parameters, and keep them so until the end of the body, through forwards and backwards.
+
+        Collectives: one all-gather for each part of the model that is not gathered yet.
+        """
+        before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in self._groups]
+        try:
+            for group in self._groups:
+                group.post_forward_mesh_info, group.reshard_after_backward = None, False
+            for module in self.modules:
+                module.unshard()
+            yield
+        finally:
+            _put_back(before, ("post_forward_mesh_info", "reshard_after_backward"))
+            self.reshard()
+
+    def reshard(self) -> None:
+        """Free the whole parameters. Those that are left would hide what an optimizer does to the shards."""
+        for module in self.modules:
+            module.reshard()
+
+    def let_reduce(self, reduces: bool) -> None:
+        """Let the next backward reduce each part as soon as its gradients are complete, or not.
+
+        A parameter that has no gradient on this rank then counts as zeros, see `can_reduce_early`.
+        """
+        self.modules[0].set_requires_gradient_sync(reduces)
+        for group in self._groups:
+            group.reduce_scatter_unused_params = reduces
+
+    def can_reduce_early(self, alone: bool) -> bool:
+        """Return True if ranks may differ in the parameters that a backward that reduces gives gradients.
+
+        torch 2.14 and later can add zeros for the others, in the dtype of the parameter.
+
+        Args:
+            alone: no gradients of earlier backwards are there, which may have another dtype.
+        """
+        adds_zeros = all(hasattr(type(module), "set_reduce_scatter_unused_params") for module in self.modules)
+        return adds_zeros and (alone or all(one.reduce_dtype is None for one in self._params))
+
+    def make_whole_parameters(self) -> None:
+        """Let torch make the whole parameters, which it keeps without memory from their first use on.
+
+        Collectives: one all-gather for each part that was not used yet; its memory is freed before the next.
+        """
+        for module in self.modules:
+            for group in _groups_of(module._get_fsdp_state()):
+                if not all(hasattr(one, "_unsharded_param") for one in group.fsdp_params):
+                    module.unshard()
+                    module.reshard()
+
+    @property
+    def averages(self) -> bool:
+        """Whether torch asks the backend for an average. It divides by itself in float64 and float16."""
+        dtypes = {one.reduce_dtype or one.param_dtype or one.orig_dtype for one in self._params}
+        return self.divisor is None and not dtypes.isdisjoint((torch.float32, torch.bfloat16))
+
+    def on_gradient(self, seen: Callable[[int], None]) -> list[Any]:
+        """Call `seen` with a parameter's number whenever a backward gives it a gradient; return handles to remove."""
+
+        def hook(number: int, _: torch.Tensor) -> None:
+            seen(number)
+
+        return [
+            one._unsharded_param.register_post_accumulate_grad_hook(functools.partial(hook, number))
+            for number, one in enumerate(self._params)
+            if one._unsharded_param.requires_grad
+        ]
+
+    def unreduced(self) -> list[torch.Tensor | None]:
+        """Return this rank's gradient of each parameter as far as it is not reduced."""
+        return [_unreduced(one) for one in self._params]
+
+    @torch.no_grad()
+    def reduce(self, wanted: Sequence[bool]) -> None:
+        """Reduce the gradients of these parameters into their shards. A rank without one adds zeros. All ranks call it.
+
+        Collectives: one reduce-scatter for each part of the model that has such a parameter.
+        """
+        for one, is_wanted in zip(self._params, wanted, strict=True):
+            one.accumulate_unsharded_grad_if_needed()
+            if hasattr(one, "_unsharded_param"):
+                one.to_accumulated_grad_if_needed()
+            if is_wanted and _unreduced(one) is None:
+                like = one._unsharded_param
+                dtype = one.reduce_dtype or like.dtype
+                one.unsharded_accumulated_grad = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+        for group in self._groups:
+            group.reduce_grads, group.all_reduce_grads, group.reduce_scatter_unused_params = True, True, False
+            group._training_state = type(group._training_state).IDLE
+        self._root._root_post_backward_final_callback()  # torch's own at the end of a backward
+
+    def drop(self) -> None:
+        """Drop gradients that are not reduced, and what a forward or backward that was interrupted has left."""
+        reset = getattr(self.modules[0], "reset_iter_state", None)  # torch 2.14 and later
+        if reset is not None:
+            reset()
+        for group in self._groups:
+            group._training_state = type(group._training_state).IDLE
+        self._root._state_ctx.iter_forward_root = None
+        self._root._state_ctx.post_backward_final_callback_queued = False
+        for one in self._params:
+            one.unsharded_accumulated_grad = None
+            if hasattr(one, "_unsharded_param"):
+                one._unsharded_param.grad = None
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """Return the groups of parameters of one `fully_shard`: several since torch 2.12, before that one or None."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [one for one in (state._fsdp_param_group,) if one is not None]
+
+
+def _unreduced(parameter: Any) -> torch.Tensor | None:
+    whole = getattr(parameter, "_unsharded_param", None)  # since the first all-gather
+    found: torch.Tensor | None = parameter.unsharded_accumulated_grad
+    return found if found is not None or whole is None else whole.grad
+
+
+def _put_back(before: Sequence[tuple[Any, ...]], names: Sequence[str]) -> None:
+    for owner, *values in before:
+        for name, value in zip(names, values, strict=True):
+            setattr(owner, name, value)
+
+
 # The compiler and autograd.
 
 
@@ -341,6 +549,12 @@ def is_dtensor(value: object) -> bool:
     """Return True if the value is a DTensor, such as a parameter of `fully_shard`, without an import of DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # its import takes a second, and no DTensor is without it
     return module is not None and isinstance(value, module.DTensor)
+
+
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor as a whole, which is one all-gather that every rank calls; another tensor itself."""
+    whole: Any = value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]  # a DTensor has it
+    return whole  # type: ignore[no-any-return]
 
 
 def zero_redundancy(value: object) -> Any:

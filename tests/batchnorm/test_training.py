@@ -64,9 +64,9 @@ def _counted(reference: bool) -> list[Any]:
     sent: list[tuple[torch.dtype, int]] = []
     exchange = allreduce.all_to_all_single
 
-    def recorded(output: Tensor, value: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Any:
-        sent.append((value.dtype, max(sizes)))  # what goes to each other rank
-        return exchange(output, value, sizes, group)
+    def recorded(output: Tensor, value: Tensor, rows: list[int], group: dist.ProcessGroup) -> Any:
+        sent.append((value.dtype, value[0].numel()))  # what goes to each other rank
+        return exchange(output, value, rows, group)
 
     with mock.patch.object(allreduce, "all_to_all_single", recorded), torchs_operators(reference):
         outputs = []

@@ -35,6 +35,20 @@ def test_equal_models_have_equal_fingerprints() -> None:
     assert dp.fingerprint({name: value.t().contiguous().t() for name, value in state.items()}) == expected
 
 
+def _wrapped_inside() -> list[str]:
+    ddp = nn.parallel.DistributedDataParallel
+    several = [ddp(_net()), ddp(_net())]
+    return [dp.fingerprint(several), dp.fingerprint(nn.ModuleList(several)), dp.fingerprint(ddp(_net()))]
+
+
+def test_models_inside_of_ddp_count_without_it() -> None:
+    several = dp.fingerprint(nn.ModuleList([_net(), _net()]))
+    assert dp.fingerprint([_net(), _net()]) == several
+    assert run_ranks(_wrapped_inside, 1) == [[several, several, dp.fingerprint(_net())]]
+    with pytest.raises(TypeError, match="got a list: give a module, several, or a state dict"):
+        dp.fingerprint([_net(), None])
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -9,11 +9,20 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 import ddparity as dp
 from ddparity.data.dataset import KeyedDataset, SeededIndices, load_batches
 from ddparity.data.fitting import check_even_shares, check_world_size
+from ddparity.data.loader import ShardSampler
 from tests.ranks import outcomes, run_ranks
 
 
@@ -474,3 +483,56 @@ def test_what_torch_does_not_collate_is_refused_in_its_words() -> None:
     sparse = torch.utils.data.TensorDataset(torch.eye(8).to_sparse())
     with pytest.raises(RuntimeError, match="provide a custom collate_fn"):
         list(dp.Loader(sparse, dp.BatchPlan(8, 4, 2)).epoch(0))
+
+
+def _drawn(loader: dp.Loader, steps: int) -> list[list[int]]:
+    return [[sample for micro in step for sample in micro.data.tolist()] for step in loader.steps(steps)]
+
+
+def test_a_dataloader_is_converted() -> None:
+    """Its batch is the global batch, and its order, collate function and workers hold."""
+
+    def doubled(samples: list[int]) -> torch.Tensor:
+        return torch.tensor(samples) * 2
+
+    given = DataLoader(range(10), batch_size=4, shuffle=False, drop_last=True, collate_fn=doubled, num_workers=1)
+    loader = dp.Loader(given, micro_batch=2)
+    assert (loader.dataloader.num_workers, len(loader), len(given)) == (1, 2, 2)
+    assert _drawn(loader, 2) == [batch.tolist() for batch in given]
+    assert loader.plan.micro_batches_per_step == 2
+
+    shuffled = dp.Loader(DataLoader(range(10), batch_size=4, shuffle=True), micro_batch=2, seed=3)
+    assert shuffled.plan == dp.BatchPlan(10, 4, 2, seed=3)
+    assert dp.Loader(DataLoader(range(10), batch_size=4), dp.BatchPlan(10, 5, 5, seed=1)).plan.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "most"),
+    [
+        (RandomSampler(range(6), replacement=True, num_samples=10**10), 5),
+        (WeightedRandomSampler([0, 0, 1, 1, 0, 0], 10, replacement=True), 3),
+        (WeightedRandomSampler([1, 1, 1, 1, 0, 0], 3, replacement=False), 3),
+    ],
+)
+def test_a_dataloader_that_draws_at_random_is_converted(sampler: Sampler, most: int) -> None:
+    given = DataLoader(range(6), batch_size=2, sampler=sampler, drop_last=True)
+    loader = dp.Loader(given, micro_batch=1, seed=2)
+    assert isinstance(loader.plan, dp.WeightedPlan)
+    assert len(loader) == len(given)
+    drawn = _drawn(loader, 40)
+    assert {len(step) for step in drawn} == {2}
+    assert max(sample for step in drawn for sample in step) <= most
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (DataLoader(range(4), batch_sampler=[[0, 1], [2, 3]]), "with a batch_sampler"),
+        (DataLoader(range(4), sampler=ShardSampler(4, 0, 2)), "with a ShardSampler.*OrderPlan"),
+        (DataLoader(range(4), sampler=RandomSampler(range(4), num_samples=2)), "with a RandomSampler"),
+        (DataLoader(Stream()), "got a Stream.*give the data set, and a StreamPlan"),
+    ],
+)
+def test_other_dataloaders_are_refused(given: DataLoader, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        dp.Loader(given, micro_batch=1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ddparity as dp
-from ddparity.data.plan import share
+from ddparity.data.sizes import share
 
 plans = st.builds(
     dp.BatchPlan,

@@ -214,7 +214,7 @@ def _loaded(folder: str, num_workers: int) -> Loaded:
     os.chdir(folder)
     task = load_task("small.py")
     train_set = task.dataset("train")
-    loader = dp.Loader(train_set, task.plan(len(train_set)), num_workers)
+    loader = dp.Loader(train_set, task.plan(train_set), num_workers)
     world_size = int(os.environ["WORLD_SIZE"])
     loaded = {}
     for epoch in (0, 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -144,7 +145,7 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any], str]] = {
     "converted by torch": (_converted_by_torch, {}, "the number of synchronised batch norms differs between ranks"),
     "mode": (_mode, {}, "the number of synchronised batch norms in training differs between ranks: [01] on rank"),
     "mode of a layer": (_mode_of_one_layer, {}, "the number of synchronised batch norms in training differs"),
-    "frozen": (_frozen, {}, "the number of trained parameters differs between ranks"),
+    "frozen": (_frozen, {}, r"0\.\w+ is trained (here and not on another rank|on another rank and not here)"),
     "weights": (_weights, {}, "the digest of the parameters' bits differs between ranks"),
     "models": (_models, {}, r"the number of models given to accumulate\(\) differs between ranks: [12] on rank"),
 }
@@ -186,6 +187,21 @@ def test_a_script_with_it_ends_on_every_rank(name: str) -> None:
     ended = outcomes(_alone, 2, name, timeout_s=30)
     for outcome in ended:
         assert re.search(CASES[name][2], outcome.error), outcome.error
+
+
+def _unfrozen_later() -> None:
+    """One rank unfreezes a layer in its third step, where the others wait in the reduction for it."""
+    model = dp.replicate(_net(), process_group=dist.new_group(timeout=timedelta(seconds=3)))
+    model.module[0].requires_grad_(False)
+    for number in range(3):
+        model.module[0].requires_grad_(number == 2 and _last())
+        _train(model, X.split(12), equal_counts=True)
+
+
+def test_a_layer_that_one_rank_unfreezes_later_is_named() -> None:
+    first, last = outcomes(_unfrozen_later, 2, timeout_s=60)
+    assert "in accumulate() (0.weight newly trained) for rank 0, which did not come to it" in last.error
+    assert "RuntimeError" in first.error
 
 
 def _equal() -> None:

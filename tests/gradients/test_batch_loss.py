@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -227,3 +228,91 @@ def test_errors_on_every_rank(fault: str, text: str) -> None:
     for outcome in outcomes(_wrong, 2, fault):
         assert outcome.error is not None
         assert text in outcome.error
+
+
+class _Kept:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Saved:
+    """Counts the bytes that graphs keep for their backwards."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        kept = _Kept(tensor)
+        self.now += tensor.nbytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(kept, self._free, tensor.nbytes)
+        return kept
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def _peak(micro_batches: int, at_once: bool) -> int:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 4))
+    batches = list(torch.randn(8 * micro_batches, 16).split(8))
+    saved = _Saved()
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
+        if at_once:
+            net(torch.cat(batches)).var(0).sum().backward()
+        else:
+            dp.backward_over_batch(net, batches, _embed, lambda rows: rows.var(0).sum())
+    return saved.peak
+
+
+def test_memory_is_that_of_one_micro_batch_and_the_rows() -> None:
+    """32 micro-batches keep what one does, and the rows that the loss keeps; one big batch keeps 32 times as much."""
+    one, many, big = _peak(1, False), _peak(32, False), _peak(32, True)
+    weights = 4 * (256 * 256 + 256 * 4)  # a graph keeps them once, whatever the batch is
+    rows = 32 * 8 * 4 * 4
+    assert many <= one + 2 * rows
+    assert big - weights > 20 * (many - weights)
+
+
+def _strict_foreign() -> Any:
+    """The same micro-batches on one rank or more, some without a row, and one rank without any."""
+    batches = [DATA[:4], DATA[:0], DATA[4:5], DATA[5:9], DATA[:0]]
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = {1: [batches], 2: [batches[:2], batches[2:]], 3: [batches[:2], [], batches[2:]]}[world_size][rank]
+    found = []
+    for reduction in ("strict", "fast"):
+        model = dp.replicate(_net(), reduction=reduction)
+        found += [dp.backward_over_batch(model, mine, _embed, _triplet), *(one.grad for one in model.parameters())]
+    return found[: len(found) // 2], found
+
+
+def test_foreign_batches_in_strict_and_without_rows() -> None:
+    net = _net()
+    expected = _triplet(net(DATA[:9]))
+    expected.backward()
+    big = [expected.detach(), *(one.grad for one in net.parameters())]
+    (one, _) = run_ranks(_strict_foreign, 1)[0]
+    for world_size in (1, 2, 3):
+        for strict, found in run_ranks(_strict_foreign, world_size):
+            torch.testing.assert_close(strict, one, rtol=0, atol=0)
+            torch.testing.assert_close(found, [*big, *big], rtol=1e-12, atol=1e-12)
+
+
+def _fails_again(reduction: Any) -> None:
+    calls = []
+
+    def embed(model: Any, data: Any) -> Any:
+        calls.append(len(data))
+        if dist.get_rank() == 1 and len(calls) == 3:
+            raise OSError("lost in the second pass")
+        return model(data)
+
+    dp.backward_over_batch(dp.replicate(_net(), reduction=reduction), list(DATA[:8].split(4)), embed, _barlow)
+
+
+@pytest.mark.parametrize("reduction", ["fast", "strict"])
+def test_a_failure_in_the_second_pass_ends_every_rank(reduction: str) -> None:
+    first, second = outcomes(_fails_again, 2, reduction)
+    assert second.error == "OSError: lost in the second pass"
+    assert first.error is not None
+    assert max(first.seconds, second.seconds) < 10

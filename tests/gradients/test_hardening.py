@@ -420,9 +420,12 @@ def _wide_gradients(reduction: str, width: int) -> list[tuple[torch.dtype, torch
     return [(one.grad.dtype, one.grad) for one in model.parameters() if one.grad is not None]
 
 
-@pytest.mark.skipif(
+DTYPES_MAY_DIFFER = pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"), reason="this torch gives gradients their parameters' dtype"
 )
+
+
+@DTYPES_MAY_DIFFER
 @pytest.mark.parametrize("width", [8, 1024])  # the large model's averages start early
 @pytest.mark.parametrize("reduction", ["fast", "strict"])
 def test_gradients_may_have_another_dtype_than_their_parameters(reduction: str, width: int) -> None:
@@ -433,3 +436,56 @@ def test_gradients_may_have_another_dtype_than_their_parameters(reduction: str, 
             for (_, mine), (_, theirs) in zip(gradients, alone, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
                 assert reduction == "fast" or torch.equal(mine, theirs)
+
+
+def _any_dtype(reduction: str) -> str:
+    model = dp.replicate(nn.Linear(4, 2), reduction=reduction)
+    for parameter in model.parameters():
+        parameter.grad_dtype = None
+    try:
+        for micro in dp.accumulate(model, [torch.ones(2, 4)], equal_counts=True):
+            (model(micro.data).mean() * micro.weight).backward()
+    except TypeError as error:
+        return str(error)
+    return "no error"
+
+
+@DTYPES_MAY_DIFFER
+@pytest.mark.parametrize("reduction", ["fast", "strict"])
+def test_gradients_of_any_dtype_are_refused(reduction: str) -> None:
+    for message in run_ranks(_any_dtype, 2, reduction):
+        assert "has grad_dtype=None" in message and "set its grad_dtype to one" in message
+
+
+def _left_and_one_replaced() -> str:
+    model = dp.replicate(nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for micro in dp.accumulate(model, [torch.ones(2, 4)], equal_counts=True):
+        (model(micro.data).mean() * micro.weight).backward()
+        break
+    next(model.parameters()).grad = torch.zeros(2, 4)
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_a_loop_that_was_left_is_noticed_where_one_gradient_was_replaced() -> None:
+    for message in run_ranks(_left_and_one_replaced, 2):
+        assert "left before its end" in message
+
+
+@pytest.mark.parametrize("reduction", ["fast", "strict"])
+def test_a_loop_that_ends_late_leaves_a_newer_one_open(reduction: str) -> None:
+    """As one that an exception's traceback keeps alive."""
+    model = dp.replicate(nn.Linear(4, 2), reduction=reduction)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(4):  # also where a step does least
+        old = dp.accumulate(model, [torch.ones(2, 4), torch.ones(2, 4)])
+        next(old)
+        for micro in dp.accumulate(model, [torch.ones(2, 4), torch.ones(2, 4)]):
+            old.close()
+            (model(micro.data).mean() * micro.weight).backward()
+            with pytest.raises(RuntimeError, match="inside of the loop"):
+                optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from ddparity.data.plan import share
+from ddparity.data.sizes import share
 from ddparity.gradients.strict import TreeSum, _aligned, subtrees
 
 

@@ -21,7 +21,9 @@ from ddparity.parity.causes import CAUSES
 from ddparity.parity.noise import PermutedSum, envelope, tolerance_factor
 from ddparity.parity.notes import checked_steps
 from ddparity.parity.recorder import difference, digest
+from ddparity.parity.run import _counted
 from tests.parity.verify_cases import (
+    EVERY_PART,
     FAULTS,
     IMAGES,
     cnn,
@@ -76,6 +78,20 @@ def test_a_correct_task_has_parity(parts: dict, options: dict) -> None:
     assert all(one.samples for one in found.checked)
     assert len(set(found.fingerprints.values())) == 1 or options.get("reduction") != "strict"
     assert found.blind_from is None
+
+
+@pytest.mark.parametrize("reduction", ["fast", "strict"])
+def test_every_part_of_a_task_is_verified(reduction: str) -> None:
+    found = dp.verify(dp.Task(**EVERY_PART), (2,), steps=4, reduction=reduction, permutations=2)
+    assert [one.step for one in found.checked] == [1, 2, 3, 4]
+    assert len(set(found.fingerprints.values())) == 1 or reduction == "fast"
+
+
+def test_units_of_joined_micro_batches() -> None:
+    count = _counted(dp.Task(**EVERY_PART), joined=True)
+    labels = [torch.tensor([0, 1, 2]), torch.tensor([0, 2])]
+    assert count is not None
+    assert count([(n, 0.5, [n], (None, one)) for n, one in enumerate(labels)]) == 3
 
 
 def test_checked_steps_stay_few() -> None:

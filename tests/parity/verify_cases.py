@@ -62,6 +62,44 @@ def correct_task(**parts: Any) -> dp.Task:
     return dp.Task(**{**standard, **parts})
 
 
+def mean_of(outputs: torch.Tensor, dataset: Any) -> float:
+    return float(outputs.float().mean())
+
+
+# Parts that a Task may have, which leave a unit out in each micro-batch, and so some micro-batches as a whole.
+
+
+def of_some(model: nn.Module, data: Any) -> torch.Tensor:
+    return F.cross_entropy(model(data[0]), data[1], ignore_index=0)
+
+
+def some(data: Any) -> float:
+    return float((data[1] != 0).sum())
+
+
+def by_label(dataset: Points) -> dp.WeightedPlan:
+    return dp.WeightedPlan(1.0 + (dataset.y == 0), global_batch=8, micro_batch=1, num_samples=40)
+
+
+def warmed(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
+
+
+EVERY_PART: dict[str, Any] = {
+    "model": mlp,
+    "dataset": Points,
+    "loss": of_some,
+    "optimizer": adam,
+    "scheduler": warmed,
+    "count": some,
+    "clip_norm": 0.1,
+    "autocast": torch.bfloat16,
+    "plan": by_label,
+    "micro_batch": 4,
+    "evaluate_every": 2,
+    "metric": mean_of,
+}
+
 # Faults. Each of these Tasks is correct on one process.
 
 

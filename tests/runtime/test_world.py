@@ -319,6 +319,29 @@ def test_the_last_line_of_a_script_is_the_error() -> None:
     assert ended.stderr.splitlines()[-1].startswith("ddparity.errors.RendezvousError: rank 1 of 2")
 
 
+def test_a_script_without_functions_joins_and_leaves() -> None:
+    script = 'import ddparity as dp\nworld = dp.join(device="cpu")\nassert dp.world().__enter__() == world\n'
+    script += "print(dp.reduce(world.rank + 1))"
+    env_of = torchrun_env(2, free_port())
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=os.environ | env_of(rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        assert [one.communicate(timeout=60) for one in started] == [("3\n", "")] * 2
+        assert [one.returncode for one in started] == [0, 0]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+
+
 def _on_two_gpus(timeout: float) -> None:
     """Join as one of four processes of a machine that shows two GPUs."""
     torch.cuda.is_available = lambda: True

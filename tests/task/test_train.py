@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 import ddparity as dp
-from ddparity.task.train import predict_task, train
+from ddparity.task.train import CheckpointOptions, predict_task, train
 from tests.ranks import outcomes, run_ranks
 
 
@@ -99,3 +102,149 @@ def test_strict_gives_the_same_fingerprint_on_any_number_of_processes(tmp_path: 
     found = [end for world_size in (1, 2, 3, 4) for end in run_ranks(_strict, world_size, str(tmp_path))]
     assert {threads for _, threads in found} == {1}
     assert len({fingerprint for fingerprint, _ in found}) == 1
+
+
+TOKENS = torch.randint(5, (30, 6), generator=torch.Generator().manual_seed(0))
+
+
+def _masked(model: nn.Module, data: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(data)[:, :-1].flatten(0, 1), data[:, 1:].flatten(), ignore_index=0)
+
+
+def _unmasked(data: torch.Tensor) -> float:
+    return float((data[:, 1:] != 0).sum())
+
+
+def _warmed(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=steps)
+
+
+def _weighted(dataset: torch.Tensor) -> dp.WeightedPlan:
+    return dp.WeightedPlan(1.0 + torch.arange(len(dataset)), global_batch=9, micro_batch=3, num_samples=24)
+
+
+FULL: dict[str, Any] = {
+    "model": lambda: nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)).double(),
+    "dataset": lambda split: TOKENS,
+    "loss": _masked,
+    "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.05),
+    "scheduler": _warmed,
+    "count": _unmasked,
+    "clip_norm": 0.05,
+    "evaluate_every": 2,
+    "plan": _weighted,
+    "micro_batch": 3,
+    "epochs": 2,
+    "metric": lambda outputs, dataset: {"size": outputs.square().mean().item()},
+    "inputs": lambda batch: batch,
+}
+
+
+def _full(path: str, epochs: int = 2, resume: bool = False, **parts: Any) -> list[torch.Tensor]:
+    task = dp.Task(**{**FULL, **parts, "epochs": 2})
+    if epochs == 1:  # stopped in the middle of the second epoch
+        task.scheduler = lambda optimizer, steps: _Stopping(_warmed(optimizer, steps))
+    saving = CheckpointOptions(every=1, resume=resume)
+    with contextlib.suppress(InterruptedError):
+        train(task, Path(path), saving=saving)
+    return load_states(path)
+
+
+class _Stopping:
+    """A scheduler whose fifth step ends the training."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.state_dict, self.load_state_dict = scheduler.state_dict, scheduler.load_state_dict
+
+    def step(self) -> None:
+        if self.scheduler.last_epoch == 4:
+            raise InterruptedError
+        self.scheduler.step()
+
+
+def load_states(path: str) -> list[torch.Tensor]:
+    model = FULL["model"]()
+    dp.load_checkpoint(path, model=model)
+    return [one.detach().clone() for one in model.parameters()]
+
+
+def _by_hand() -> list[torch.Tensor]:
+    dp.seed_everything(0)
+    model = FULL["model"]()
+    optimizer = FULL["optimizer"](model.parameters())
+    scheduler = _warmed(optimizer, 6)
+    for epoch in range(2):
+        for step in range(3):
+            data = TOKENS[torch.cat([torch.tensor(m.samples) for m in _weighted(TOKENS).step(epoch, step)])]
+            _masked(model, data).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return [one.detach() for one in model.parameters()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_part_of_a_task_is_used(world_size: int, tmp_path: Path) -> None:
+    """Against one big batch; and stopped on other ranks, with the scheduler in the checkpoint."""
+    expected = _by_hand()
+    for found in run_ranks(_full, world_size, str(tmp_path / "c")):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    if world_size == 3:
+        run_ranks(_full, 2, str(tmp_path / "stopped"), 1)
+        for found in run_ranks(_full, 3, str(tmp_path / "stopped"), 2, True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_evaluation_every_some_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(dp.Task(**FULL), tmp_path / "c")
+    shown = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if ": size" in line]
+    assert shown == ["step 2", "epoch 1/2", "step 4", "epoch 2/2"]  # not after step 6, where the epoch ends
+
+
+def _autocast(folder: str) -> tuple[str, torch.dtype]:
+    seen = []
+    task = _task(
+        model=_net,
+        dataset=lambda split: torch.randn(13, 1, 5, 5, generator=torch.Generator().manual_seed(0)),
+        global_batch=8,
+        autocast=torch.bfloat16,
+        clip_norm=0.1,
+        metric=lambda outputs, dataset: seen.append(outputs.dtype) or 0.0,
+    )
+    return train(task, Path(folder) / "c", reduction="strict").fingerprint, seen[0] if seen else torch.bfloat16
+
+
+def test_autocast_in_training_and_evaluation(tmp_path: Path) -> None:
+    found = {end for world_size in (1, 2, 3) for end in run_ranks(_autocast, world_size, str(tmp_path))}
+    assert len(found) == 1
+    assert found.pop()[1] == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"global_batch": 9}, TypeError, "got plan and global_batch"),
+        ({"clip_norm": 0.0}, ValueError, r"clip_norm=0.0\): must be more than 0"),
+        ({"autocast": "bf16"}, TypeError, "autocast='bf16'"),
+        ({"autocast": torch.float16}, ValueError, "float16 needs its gradients scaled"),
+        ({"evaluate_every": 0}, ValueError, r"evaluate_every=0\): must be at least 1"),
+    ],
+)
+def test_wrong_parts(parts: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dp.Task(**{**FULL, **parts})
+
+
+def test_wrong_schedulers_and_plans(tmp_path: Path) -> None:
+    for part, message in (
+        (
+            {"scheduler": lambda optimizer, steps: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)},
+            "needs a metric",
+        ),
+        ({"scheduler": lambda optimizer, steps: 0.1}, r"scheduler\(\) returned a float"),
+        ({"plan": lambda dataset: dp.StreamPlan(4, 2)}, "returned a StreamPlan"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            train(dp.Task(**{**FULL, **part}), tmp_path / "c")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import ddparity as dp
 from tests.ranks import run_ranks
 
-from . import adversarial, averaged, by_gradient, counted, data_ways, graphs, phases
+from . import adversarial, averaged, by_gradient, counted, data_ways, graphs, phases, schedules
 from .parts import Replicate, State
 
 TRAININGS: dict[str, tuple[Callable[[Replicate], State], Callable[[], State]]] = {
@@ -38,6 +38,7 @@ TRAININGS: dict[str, tuple[Callable[[Replicate], State], Callable[[], State]]] =
     "mixup": (data_ways.mixup, data_ways.mixup_by_hand),
     "rollouts": (data_ways.rollouts, data_ways.rollouts_by_hand),
     "REINFORCE": (data_ways.reinforce, data_ways.reinforce_by_hand),
+    "schedules and evaluation": (schedules.by_step_and_sample, schedules.by_step_and_sample_by_hand),
     "physics": (graphs.physics, graphs.physics_by_hand),
     "checkpointing": (graphs.checkpointing, graphs.checkpointing_by_hand),
     "reentrant checkpointing": (graphs.reentrant_checkpointing, graphs.reentrant_checkpointing_by_hand),

@@ -113,6 +113,11 @@ def write_part(
     """
     file = folder / f"shard-{token}-{rank}.safetensors"
     try:
+        if folder.is_file():
+            raise FileExistsError(
+                f"{folder} is a file, perhaps the checkpoint of a model that is not sharded, but a sharded model is "
+                f"saved into a folder: give another path, or remove the file"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(file) as draft:
             digest = write_states(draft, shards.local)

@@ -99,15 +99,16 @@ def _copies(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Sequence[t
     """Return the ranks' tensors in rank order; this rank's own is the tensor itself. As `copies_of_ranks`."""
     if tensor.dim() != 1 or tensor.is_complex() or not _is_short(tensor):
         return copies_of_ranks(tensor, group).unbind()
-    ranks, numel = _size(group), tensor.numel()
+    ranks = _size(group)
     if ranks == 1:
         return [tensor]
     rank = dist.get_rank() if group is None else group.rank()
-    sizes = [numel] * ranks
-    sizes[rank] = 0
-    received = tensor.new_empty(numel * (ranks - 1))
-    _wait(all_to_all_single(received, tensor if ranks == 2 else tensor.repeat(ranks - 1), sizes, group))
-    copies = list(received.split(numel)) if ranks > 2 else [received]
+    rows = [1] * ranks  # one for each other rank: from the width the launcher sees where ranks differ
+    rows[rank] = 0
+    sent = tensor.unsqueeze(0) if ranks == 2 else tensor.repeat(ranks - 1, 1)
+    received = torch.empty_like(sent)
+    _wait(all_to_all_single(received, sent, rows, group))
+    copies = list(received.unbind())
     copies.insert(rank, tensor)
     return copies
 

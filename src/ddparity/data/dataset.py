@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset,
 
 from ..compat import end_workers, ended_worker, is_plain_tensor, show_dataset
 from ..errors import DDParityError, SampleError
+from .plan import MicroBatch, Plan
 from .rng import numbered_seed, seed_streams
 
 _END_S = 2.0  # for a worker whose connection is closed to end
@@ -35,6 +37,34 @@ class SeededIndices(list[int]):
 
     def __reduce__(self) -> tuple[type[SeededIndices], tuple[list[int], int, tuple[int, int]]]:
         return SeededIndices, (list(self), self.seed, self.sample_seeds)
+
+
+class MicroBatchSampler:
+    """The batch sampler of the DataLoader: a rank's micro-batches of an epoch. It records each that it issues."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.run = 0  # the number of the current iterator; an iterator with another number has ended
+        self.issued: deque[MicroBatch] = deque()
+        self._range = (0, 0, 0, 1)
+
+    def restart(self, epoch: int, start_step: int, rank: int, world_size: int) -> None:
+        self.run += 1
+        self.issued = deque()
+        self._range = (epoch, start_step, rank, world_size)
+
+    def __iter__(self) -> Iterator[SeededIndices]:
+        epoch, start_step, rank, world_size = self._range
+        issued = self.issued
+        for step in self.plan.steps(epoch, start_step, None, rank, world_size):
+            for micro in step:
+                issued.append(micro)
+                yield seeded(self.plan, epoch, micro)
+
+
+def seeded(plan: Plan, epoch: int, micro: MicroBatch) -> SeededIndices:
+    """Return what a worker gets to load a micro-batch of a plan."""
+    return SeededIndices(micro.samples.tolist(), micro.seed + 1, plan.sample_seeds(epoch, micro.position))
 
 
 class _Loading(threading.local):

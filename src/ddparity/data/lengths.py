@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .permutation import permute
-from .plan import Plan, check_sizes
+from .plan import Plan
+from .sizes import check_sizes
 
 # Samples whose lengths differ by at most 1/16 of the longest's are exchanged between micro-batches in each epoch. So at
 # most a sixteenth of a budget is lost by that.

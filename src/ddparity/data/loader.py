@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -17,9 +16,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
 from ..runtime.progress import mark_progress
-from .dataset import KeyedDataset, SeededIndices, load_batches, worker_options
+from .converted import options_of, plan_of
+from .dataset import KeyedDataset, MicroBatchSampler, load_batches, seeded, worker_options
 from .fitting import check_world_size, checked_plan, continued
-from .plan import BatchPlan, MicroBatch, Plan, checked_integer, share
+from .plan import BatchPlan, Plan
+from .sizes import checked_integer, share
 from .step import LoadedMicroBatch, Step
 from .stream import StreamPlan
 from .stream_steps import StreamSteps
@@ -46,7 +47,8 @@ class Loader:
         dataset: a map-style data set of `plan.length` samples. It needs no length where the plan is given: a data set
             that draws its samples at random has none. With a `StreamPlan`: anything with `shard(num_shards=, index=)`,
             as Hugging Face's IterableDataset has, or a function `stream(reader, readers, epoch)` that returns an
-            iterable of a reader's part.
+            iterable of a reader's part. Or a torch DataLoader of a map-style data set, as a script for one process has:
+            its batch is the global batch, and its order, collate function and workers hold; give `micro_batch`.
         plan: what each step consumes: a `BatchPlan`, `WeightedPlan`, `LengthPlan`, `OrderPlan` or a `Plan` of your own.
             None: a `BatchPlan` of `global_batch`, `micro_batch` (None: the global batch), `seed`, and of `shuffle` and
             `drop_last` as torch's DataLoader has them, except that `shuffle` is True unless it is given.
@@ -55,6 +57,7 @@ class Loader:
             CUDA is available, unless `pin_memory=False`.
 
     Attributes:
+        dataset: the data set; of a DataLoader that was given, its data set.
         plan: the plan.
         dataloader: the torch DataLoader inside.
 
@@ -81,6 +84,12 @@ class Loader:
         **dataloader_options: Any,
     ) -> None:
         sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "seed": seed}
+        if isinstance(dataset, DataLoader):
+            if plan is None:
+                plan, sizes = plan_of(dataset, sizes), dict.fromkeys(sizes)
+            dataloader_options = {**options_of(dataset), **dataloader_options}
+            num_workers, collate_fn = num_workers or dataset.num_workers, collate_fn or dataset.collate_fn
+            dataset = dataset.dataset
         self._stream: StreamSteps | None = None
         if not isinstance(plan, StreamPlan):
             plan = checked_plan(dataset, plan, sizes, dataloader_options)
@@ -89,6 +98,7 @@ class Loader:
                 f"Loader() got {', '.join(refused)}: the plan decides that. Leave it out, and give the plan the sizes "
                 f"and the order"
             )
+        self.dataset = dataset
         self.plan: Plan | StreamPlan = plan
         self._position = (0, 0)  # the epoch and step that come next
         self._before = 0  # the steps of the epochs before the position's
@@ -100,7 +110,7 @@ class Loader:
             self._stream = StreamSteps(dataset, plan, num_workers, collate_fn, dataloader_options)
             self.dataloader: DataLoader[Any] = self._stream.dataloader
             return
-        self._batch_sampler = _MicroBatchSampler(plan)
+        self._batch_sampler = MicroBatchSampler(plan)
         self.dataloader = DataLoader(
             KeyedDataset(dataset),  # type: ignore[arg-type]  # torch types data sets by one index, and this takes many
             batch_sampler=self._batch_sampler,
@@ -318,7 +328,7 @@ class Loader:
         """
         plan = self._batch_sampler.plan
         micro = plan.step(epoch, step, rank, world_size)[number]
-        indices = _seeded(plan, epoch, micro)
+        indices = seeded(plan, epoch, micro)
         like = self.dataloader
         dataloader: DataLoader[Any] = DataLoader(
             like.dataset,
@@ -367,33 +377,6 @@ class ShardSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.indices)
-
-
-class _MicroBatchSampler:
-    """The batch sampler of the DataLoader: a rank's micro-batches of an epoch. It records each that it issues."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.run = 0  # the number of the current iterator; an iterator with another number has ended
-        self.issued: deque[MicroBatch] = deque()
-        self._range = (0, 0, 0, 1)
-
-    def restart(self, epoch: int, start_step: int, rank: int, world_size: int) -> None:
-        self.run += 1
-        self.issued = deque()
-        self._range = (epoch, start_step, rank, world_size)
-
-    def __iter__(self) -> Iterator[SeededIndices]:
-        epoch, start_step, rank, world_size = self._range
-        issued = self.issued
-        for step in self.plan.steps(epoch, start_step, None, rank, world_size):
-            for micro in step:
-                issued.append(micro)
-                yield _seeded(self.plan, epoch, micro)
-
-
-def _seeded(plan: Plan, epoch: int, micro: MicroBatch) -> SeededIndices:
-    return SeededIndices(micro.samples.tolist(), micro.seed + 1, plan.sample_seeds(epoch, micro.position))
 
 
 def _closing(batches: Generator[Any]) -> Callable[[], None]:

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from .permutation import permute, words
-from .plan import Plan, check_sizes, checked_integer, cut_sizes, digest
+from .plan import Plan
 from .rng import derive_seed, preserve_streams, seed_streams
+from .sizes import check_sizes, checked_integer, cut_sizes, digest
 
 
 class _OrderedPlan(Plan):

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 
 from .permutation import permute
 from .rng import derive_seed, numbered_seed
+from .sizes import check_sizes, cut_sizes, part_start, plain, share
 
 # How many samples of a rank `BatchPlan.steps` computes at once: they take 80 kB during the computation.
 _SAMPLES_AT_ONCE = 4096
@@ -169,7 +168,7 @@ class Plan(Protocol):
     def description(self, epoch: int | None = None) -> dict[str, Any]:
         """Return plain values that are equal if the steps are: of the plan, and with `epoch` also of that epoch."""
         fields: Sequence[dataclasses.Field[Any]] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        return {"kind": type(self).__name__, **{one.name: _plain(getattr(self, one.name)) for one in fields}}
+        return {"kind": type(self).__name__, **{one.name: plain(getattr(self, one.name)) for one in fields}}
 
     def _seed(self, epoch: int, step: int, micro_batch: int) -> int:
         return numbered_seed(_epoch_key(self.seed, epoch), step * (self.micro_batches_per_step + 1) + micro_batch)
@@ -320,44 +319,6 @@ class BatchPlan(Plan):
         return (epoch * self.steps_per_epoch + step) * (self.micro_batches_per_step + 1) + micro_batch
 
 
-def share(count: int, rank: int, world_size: int) -> range:
-    """Return the contiguous share of range(count) that `rank` gets; sizes differ by at most one, larger ones first.
-
-    Raises:
-        ValueError: `rank` is not in a world of `world_size`.
-    """
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in a world of {world_size}: ranks go from 0 to world_size - 1")
-    return range(_part_start(count, rank, world_size), _part_start(count, rank + 1, world_size))
-
-
-def check_sizes(plan: Any, **least: int) -> None:
-    """Make the named fields of a frozen plan, and its seed, integers of Python.
-
-    Raises:
-        TypeError: one is not an integer.
-        ValueError: one is below its least value.
-    """
-    for name, bound in least.items():
-        value = checked_integer(getattr(plan, name), name)
-        object.__setattr__(plan, name, value)
-        if value < bound:
-            raise ValueError(f"{type(plan).__name__}({name}={value}): must be at least {bound}")
-    object.__setattr__(plan, "seed", checked_integer(plan.seed, "seed"))
-
-
-def checked_integer(value: object, name: str) -> int:
-    """Return `value` as an int.
-
-    Raises:
-        TypeError: it is not an integer; the message has the argument's `name`.
-    """
-    try:
-        return operator.index(value)  # type: ignore[arg-type]  # the TypeError is for values of other types
-    except TypeError:
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give an integer") from None
-
-
 @functools.lru_cache(maxsize=16)
 def _series_key(seed: int) -> int:
     return derive_seed(seed, "micro-batches")
@@ -366,35 +327,6 @@ def _series_key(seed: int) -> int:
 @functools.lru_cache(maxsize=16)
 def _epoch_key(seed: int, epoch: int) -> int:
     return derive_seed(seed, "micro-batches", epoch)
-
-
-@functools.lru_cache(maxsize=64)
-def cut_sizes(samples: int, micro_batch: int) -> tuple[int, ...]:
-    """Return the sizes of the fewest micro-batches that hold so many samples; they differ by at most one."""
-    count = -(-samples // micro_batch)
-    return tuple(_part_start(samples, part + 1, count) - _part_start(samples, part, count) for part in range(count))
-
-
-def digest(value: Any) -> str:
-    """Return a digest of the bytes of an array, and of its dtype and shape."""
-    array = np.ascontiguousarray(value)
-    about = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.blake2b(about + array.tobytes(), digest_size=16).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Return a field of a plan as a plain value that is equal in every process."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, (list, tuple, np.ndarray)) or hasattr(value, "__array__"):
-        return digest(np.asarray(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return repr({one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)})
-    named = getattr(value, "func", value)  # of a functools.partial
-    named = named if hasattr(named, "__qualname__") else type(named)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 @functools.lru_cache(maxsize=16)
@@ -411,11 +343,5 @@ def _rank_share(size: int, count: int, rank: int, world_size: int) -> tuple[int,
         the last one ends; the weights of its micro-batches.
     """
     numbers = share(count, rank, world_size)
-    bounds = tuple(_part_start(size, number, count) for number in range(numbers.start, numbers.stop + 1))
+    bounds = tuple(part_start(size, number, count) for number in range(numbers.start, numbers.stop + 1))
     return numbers.start, bounds, tuple((high - low) / size for low, high in itertools.pairwise(bounds))
-
-
-def _part_start(count: int, part: int, parts: int) -> int:
-    """Return where part `part` begins if range(count) is cut into `parts` parts, larger ones first."""
-    size, larger = divmod(count, parts)
-    return part * size + min(part, larger)

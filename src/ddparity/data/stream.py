@@ -16,8 +16,8 @@ from ..compat import hide_worker
 from ..errors import SampleError
 from .dataset import reading_sample
 from .permutation import permute
-from .plan import check_sizes, checked_integer, cut_sizes
 from .rng import derive_seed, numbered_seed, seed_streams
+from .sizes import check_sizes, checked_integer, cut_sizes
 
 # What a checkpoint has of a reader: where the stream begins to be read again, and what was taken since.
 ReaderState = dict[str, Any]

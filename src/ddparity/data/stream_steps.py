@@ -15,8 +15,8 @@ from ..compat import all_gather_single
 from ..errors import SampleError
 from ..runtime.agreement import agreed
 from .dataset import load_batches, worker_options
-from .plan import share
 from .rng import preserve_streams
+from .sizes import share
 from .step import LoadedMicroBatch, Step
 from .stream import Read, Readers, ReaderState, StreamPlan, check_stream
 

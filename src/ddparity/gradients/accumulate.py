@@ -21,7 +21,8 @@ from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
 from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
-from .window import Window, words_of
+from .sharded import Sharded, ShardedWindow, sharded_of
+from .window import Named, Window, names_of, trained_by, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,9 @@ def accumulate(
     the `Step`; foreign batches in rank order, as if one process ran rank 0's, then rank 1's.
 
     Args:
-        model: what `replicate` returned, any DistributedDataParallel, or a plain module in a world of one; or a list of
-            these, whose gradients the loop's losses give together (a generator and a discriminator). Another replicated
-            model that a loss runs is reduced after the loop, too.
+        model: what `replicate` returned, any DistributedDataParallel, a model of torch's `fully_shard`, or a plain
+            module in a world of one; or a list of these, whose gradients the loop's losses give together (a generator
+            and a discriminator). Another replicated model that a loss runs is reduced after the loop, too.
         batches: a step of a `Loader`, or any batches, whose number may differ between ranks.
         count: units (samples, unmasked tokens) that the mean loss of a batch's data is over; None: for a `Step` the
             plan's samples, else the first dimension of the first tensor. Batches without units are left out: their
@@ -78,11 +79,12 @@ def accumulate(
     one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
     foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
     Where this process has replicated several models, one of 128 bytes. In some steps (`replicate(check_every=…)`) one
-    of 8 bytes a parameter. In the first step of an epoch, requests to the group's store. Every rank must run the loop.
+    of 8 bytes a parameter. In the first step of an epoch, and where other parameters are trained than before, requests
+    to the group's store. Of sharded models those of `ShardedWindow`. Every rank must run the loop.
 
     Raises:
-        TypeError: a plain module in a world of several processes, a batch whose units cannot be counted, or in strict
-            mode a sparse gradient.
+        TypeError: a plain module in a world of several processes, a model of which `fully_shard` has sharded parts
+            alone, a batch whose units cannot be counted, or in strict mode a sparse gradient.
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
             not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches,
             or a `Step` is shared among another number of ranks than the model, or the model is strict and compiled with
@@ -103,11 +105,18 @@ def accumulate(
         raise ValueError(f'accumulate(skipped={skipped!r}) is unknown: use "zero" or "drop"')
     if not models:
         raise ValueError("accumulate() got an empty list of models")
-    return _accumulate(models, list(map(_replica, models)), batches, count, equal_counts, skipped == "drop")
+    return _accumulate(models, list(map(state_of, models)), batches, count, equal_counts, skipped == "drop")
 
 
-def _replica(model: nn.Module) -> Replica:
+def state_of(model: nn.Module) -> Replica | Sharded:
+    """Return what is kept of a model between its steps.
+
+    Raises:
+        TypeError: its gradients would not be reduced, or would be by somebody else.
+    """
     inner = uncompiled(model)
+    if not isinstance(inner, DistributedDataParallel) and (sharded := sharded_of(inner)) is not None:
+        return sharded
     if not isinstance(inner, DistributedDataParallel) and dist.is_initialized() and dist.get_world_size() > 1:
         raise TypeError(
             f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
@@ -121,7 +130,7 @@ def _replica(model: nn.Module) -> Replica:
 
 def _accumulate(
     models: list[nn.Module],
-    replicas: list[Replica],
+    replicas: Sequence[Replica | Sharded],
     batches: Iterable[Any],
     count: Callable[[Any], float] | None,
     equal_counts: bool,
@@ -129,7 +138,8 @@ def _accumulate(
 ) -> Iterator[LoadedMicroBatch]:
     group = _common_group(replicas)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    device = _device(models[0])
+    sharded = [one for one in replicas if isinstance(one, Sharded)]
+    device = sharded[0].shards.device if sharded else _device(models[0])
     step = batches if isinstance(batches, Step) else None
     if step is not None and len(step.shares) != world_size:
         raise ValueError(
@@ -161,9 +171,16 @@ def _accumulate(
                 close_loop(replica, micros)
                 replica.skip()
     else:
-        window = Window(replicas, numbers, rank, drops, careful)
+        window: Window | ShardedWindow
+        if sharded:
+            window = ShardedWindow(sharded, numbers, rank, drops)
+        else:
+            window = Window([one for one in replicas if isinstance(one, Replica)], numbers, rank, drops, careful)
+            window.agree()
         rechecks = next((one.rechecks for one in replicas if one.rechecks is not None), None)
-        recheck = window.recheck(rechecks, step, device) if rechecks is not None and rechecks.due(numbers) else None
+        recheck = None
+        if rechecks is not None and rechecks.due(numbers) and isinstance(window, Window):
+            recheck = window.recheck(rechecks, step, device)
         position, last = -1, numbers[rank] - 1
         window.open(device)
         try:
@@ -208,7 +225,9 @@ def _device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def _loaded(micros: Iterable[LoadedMicroBatch], scale: int, device: torch.device | None) -> Iterator[LoadedMicroBatch]:
+def _loaded(
+    micros: Iterable[LoadedMicroBatch], scale: float, device: torch.device | None
+) -> Iterator[LoadedMicroBatch]:
     """Yield micro-batches on their device, with their weights, each after its random streams are set."""
     for micro in micros:
         if micro.seed is not None:
@@ -220,7 +239,7 @@ def _loaded(micros: Iterable[LoadedMicroBatch], scale: int, device: torch.device
             yield LoadedMicroBatch(data, micro.share * scale, micro.index, micro.seed, micro.share)
 
 
-def _common_group(replicas: Sequence[Replica]) -> dist.ProcessGroup | None:
+def _common_group(replicas: Sequence[Replica | Sharded]) -> dist.ProcessGroup | None:
     """Return the process group of all models of a step; None in a world of one."""
     if len(replicas) == 1:
         return replicas[0].group
@@ -236,7 +255,7 @@ def _common_group(replicas: Sequence[Replica]) -> dist.ProcessGroup | None:
 
 def _agree(
     models: Sequence[nn.Module],
-    replicas: Sequence[Replica],
+    replicas: Sequence[Replica | Sharded],
     step: Step | None,
     batches: int | None,
     counted: bool,
@@ -250,14 +269,15 @@ def _agree(
     key = (about, batches is None, counted)
     if replica.agreed == key:
         return
+    named = _trained(replicas)
+    trained = [parameter for _, parameter in named]
+    names, said = names_of(named) if replica.agreed is None else ({}, {})
     replica.agreed = key
-    # Without those that DDP was told to ignore, which may differ between ranks.
-    trained = [one for each in replicas for one in each.parameters()]
     values: dict[str, object] = {
         "the number of models given to accumulate()": len(models),
+        **names,
         "accumulate(count=…), given or not": counted,
         "the batches with accumulate(equal_counts=True)": batches,
-        "the number of trained parameters": sum(parameter.numel() for parameter in trained),
         "the number of synchronised batch norms in training": sum(map(_shared_in_training, models)),
     }
     if replica.rechecks is None or replica.rechecks.off:
@@ -273,14 +293,25 @@ def _agree(
             values |= {f"the plan's {name}": repr(value) for name, value in step.plan.description(step.epoch).items()}
     with agreed("accumulate()", group) as agreement:
         assert agreement is not None, "a group of several ranks"
-        agreement.all_same(values)
+        agreement.all_same(values, said)
+    if isinstance(replica, Replica):
+        replica.compared[tuple(map(id, trained))] = None
+
+
+def _trained(replicas: Sequence[Replica | Sharded]) -> Named:
+    """Return the trained parameters by name, without those that DDP was told to ignore: ranks may differ in these."""
+    own = [one for one in replicas if isinstance(one, Replica)]
+    named, _ = trained_by(own, [one.walk() for one in own])
+    return [*named, *(each for one in replicas if isinstance(one, Sharded) for each in one.trained())]
 
 
 def _shared_in_training(model: nn.Module) -> int:
     return sum(layer.training for _, layer in shared_layers(model))
 
 
-def _check_shares(models: Sequence[nn.Module], replicas: Sequence[Replica], numbers: Sequence[int], size: int) -> None:
+def _check_shares(
+    models: Sequence[nn.Module], replicas: Sequence[Replica | Sharded], numbers: Sequence[int], size: int
+) -> None:
     """Refuse what cannot run these numbers of micro-batches; every rank with models of this kind does."""
     if (size > 1 or 0 in numbers) and any(one.ddp is not None and one.ddp.static_graph for one in replicas):
         raise ValueError(

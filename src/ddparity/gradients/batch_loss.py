@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from ..comm.nesting import to_device
 from ..data.rng import RandomState, seed_streams
 from ..data.step import Step
 from ..runtime.agreement import agreed
-from .accumulate import accumulate, first_dimension
+from .accumulate import accumulate, first_dimension, state_of
 from .recheck import buffers_of, set_buffers
-from .replica import Replica, replica_of
+from .replica import Replica
+from .sharded import Sharded
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _WHO = "backward_over_batch()"
@@ -72,7 +74,7 @@ def backward_over_batch(
         torch.Size([2, 2])
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
-    replicas = [replica_of(one) for one in models]
+    replicas = [state_of(one) for one in models]
     if not replicas:
         raise ValueError(f"{_WHO} got an empty list of models")
     if any(one.held for one in replicas):
@@ -103,7 +105,11 @@ def backward_over_batch(
     states: list[dict[str, Any]] = []
     before = RandomState().state_dict()
     try:
-        _first_pass(model, replicas, batches, embed, device, parts, states)
+        with contextlib.ExitStack() as stack:
+            for one in replicas:
+                if isinstance(one, Sharded) and len(set(numbers)) > 1:
+                    stack.enter_context(one.shards.gathered())
+            _first_pass(model, replicas, batches, embed, device, parts, states)
         mine = torch.cat(parts) if parts else torch.zeros(0, 0, device=device)
     except Exception as error:
         if shared:
@@ -130,6 +136,11 @@ def backward_over_batch(
     by_row = gradients.pop(rows)
     own = {parameter for each in models for parameter in each.parameters()}
     inside = [(one, gradient) for one, gradient in gradients.items() if one in own]
+    if inside and any(isinstance(one, Sharded) for one in replicas):
+        raise ValueError(
+            f"{_WHO}: loss uses parameters of a model of fully_shard(), which has only shards of them here: use "
+            f"them in embed, or keep them outside of the model"
+        )
 
     starts = [sum(counts[:number]) for number in range(world_size + 1)]
     of_first = {sum(numbers[:number]): starts[number] for number in range(world_size) if numbers[number]}
@@ -166,7 +177,7 @@ def _one(data: Any) -> float:
 @torch.no_grad()
 def _first_pass(
     model: Any,
-    replicas: Sequence[Replica],
+    replicas: Sequence[Replica | Sharded],
     batches: Sequence[Any],
     embed: Callable[[Any, Any], torch.Tensor],
     device: torch.device,

@@ -37,14 +37,19 @@ def close_loop(model: Trained, loop: object) -> None:
         del _open[id(model)]
 
 
-def note_left(parameters: Iterable[nn.Parameter]) -> None:
+_DROPPED = object()  # in place of a gradient
+
+
+def note_left(parameters: Iterable[nn.Parameter], dropped: bool = False) -> None:
     """Refuse, from now on, an optimizer's step with the gradients that the parameters have now.
+
+    `dropped`: the loop's gradients are gone, so refuse any step, also one without a gradient.
 
     zip() leaves the second of two loops after its last micro-batch. Only that generator is told, when it can no longer
     raise an error; the optimizer's step can.
     """
     for parameter in parameters:
-        _left[parameter] = parameter.grad
+        _left[parameter] = _DROPPED if dropped else parameter.grad
 
 
 def forget_left(parameters: Iterable[nn.Parameter]) -> None:
@@ -73,7 +78,10 @@ def _refuse_open(parameters: list[nn.Parameter]) -> None:
 
 def _refuse_left(parameters: list[nn.Parameter]) -> None:
     # Gradients that are zero have been reduced, or zero_grad() was called.
-    if any(one in _left and one.grad is _left[one] and _is_not_zero(one.grad) for one in parameters):
+    if any(
+        one in _left and (_left[one] is _DROPPED or (one.grad is _left[one] and _is_not_zero(one.grad)))
+        for one in parameters
+    ):
         raise RuntimeError(
             "optimizer.step() after a loop of accumulate() that was left before its end, so that its gradients are not "
             "reduced. zip() leaves the second of two loops: give both models to one, accumulate([first, second], …). "

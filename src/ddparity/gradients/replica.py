@@ -59,6 +59,7 @@ class Replica:
         room: see `RunningStatistics`.
         supersede: ends the hold of the step of `accumulate` that is at work on this model.
         agreed: what the ranks compared last, so that they do it once an epoch.
+        compared: the sets of trained parameters that all ranks have had, by the parameters' ids; the newest is last.
         held: a step of `accumulate` holds its reduction back, of this model or of another one. holder: of another one.
         sparse: ids of the parameters with sparse gradients.
         had_gradients: ids of the parameters that had a gradient after the last step, the same on every rank. A loop
@@ -76,6 +77,7 @@ class Replica:
         self.supersede: Callable[[], None] | None = None
         self.told_compiled = self.told_old = self.told_skipped = False
         self.agreed: object = None
+        self.compared: dict[tuple[int, ...], None] = {}
         self.had_gradients: set[int] = set()
         self._built_in_hook: bool | None = None
         self._broadcasts = False

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import shared_layers
-from ..compat import uncompiled
+from ..compat import holds_old_fsdp, sharded_modules, uncompiled
 from ..runtime.agreement import agreed
 from .replica import CHECK_EVERY, Reduction, Statistics, Words, asked, forget, refuse_nested
 from .strict import sparse_refusal
@@ -63,10 +63,11 @@ def replicate(
     A strict one also agrees on the number of threads, at construction, through the group's store.
 
     Raises:
-        TypeError: the model is wrapped already, or no module, or `comm_hook` is no function.
-        ValueError: an option is unknown. For strict: a batch norm is synchronised over several ranks, an embedding has
-            sparse gradients, static_graph, mixed_precision or comm_hook is set, or the ranks' numbers of intra-op
-            threads differ (`RankFailure` on those that came first).
+        TypeError: the model is wrapped or sharded already, or no module, or `comm_hook` is no function.
+        ValueError: an option is unknown. For strict: the model is sharded by `fully_shard`, a batch norm is
+            synchronised over several ranks, an embedding has sparse gradients, static_graph, mixed_precision or
+            comm_hook is set, or the ranks' numbers of intra-op threads differ (`RankFailure` on those that came
+            first).
 
     Sources: https://pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html,
     https://pytorch.org/docs/stable/ddp_comm_hooks.html
@@ -81,6 +82,7 @@ def replicate(
         raise TypeError(f"replicate() got a {type(model).__name__}: give a torch.nn.Module")
     if isinstance(model, DistributedDataParallel):
         raise TypeError("replicate() got a DistributedDataParallel: give the module inside, model.module")
+    _refuse_sharded(model, reduction)
     refuse_nested(model, "replicate() got a module that holds a DistributedDataParallel")
     words = (reduction, batchnorm_statistics, operator.index(check_every), _checked_recheck(model, recheck_every))
     state_and_hook = _checked_hook(comm_hook, reduction, recheck_every)
@@ -103,6 +105,25 @@ def replicate(
         replicated.register_comm_hook(replicated.process_group if state is None else state, hook)
     asked(replicated, words, equal=ddp_options.get("init_sync", True))
     return replicated
+
+
+def _refuse_sharded(model: nn.Module, reduction: Reduction) -> None:
+    if holds_old_fsdp(model):
+        raise TypeError(
+            "replicate() got a model of FullyShardedDataParallel (FSDP1), which reduces gradients by itself: shard it "
+            "with torch.distributed.fsdp.fully_shard, and give it to accumulate() without replicate()"
+        )
+    if not sharded_modules(model):
+        return
+    if reduction == "strict":
+        raise ValueError(
+            'replicate(reduction="strict") got a model of fully_shard(): torch reduces its gradients shard by shard, '
+            "in an order that depends on the number of processes, and strict sums whole gradients along one tree: "
+            "replicate the model without fully_shard(), or give the sharded model to accumulate(), which is fast"
+        )
+    raise TypeError(
+        "replicate() got a model of fully_shard(), which reduces gradients by itself: give it to accumulate() as it is"
+    )
 
 
 def _checked_recheck(model: nn.Module, every: int | None) -> int:

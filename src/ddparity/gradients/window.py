@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from ..comm.allreduce import copies_of_ranks, reduce_gradients
 from ..comm.bits import check_words, parts
 from ..data.step import Step
 from ..errors import DDParityError
+from ..runtime.agreement import agreed
 from .early import EarlyAverage
 from .incomplete import close_loop, forget_left, note_left, open_loop
 from .recheck import Recheck, Rechecks
@@ -27,6 +28,7 @@ from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
 
+_MOST_SETS = 32  # of trained parameters, which are compared: a model may freeze other layers in each step
 _MOST_OTHERS = 16  # replicas that a step's losses may run besides those that the step is of
 
 Named = list[tuple[str, nn.Parameter]]
@@ -69,7 +71,7 @@ class Window:
         # A sum needs what the parameters had before to be put aside. An average leaves that as it is.
         self._sums = not self._strict and (drops or 0 in numbers)
         walks = [replica.walk() for replica in replicas]
-        self._named, frozen = _trained(replicas, walks)
+        self._named, frozen = trained_by(replicas, walks)
         self._buffered = [buffered for _, buffered, _ in walks]
         self._parameters = [parameter for _, parameter in self._named]
         self._by_ddp: Replica | None = None
@@ -94,6 +96,25 @@ class Window:
         self._inside: list[tuple[Holder, Replica]] = []
         self._reduction: _Reduction | None = None
         self._stack = contextlib.ExitStack()
+
+    def agree(self) -> None:
+        """Compare with the other ranks which parameters the step reduces, where that is new. Every rank calls it.
+
+        Collectives: requests to the group's store, for the first sets of parameters of a model.
+
+        Raises:
+            ValueError: another rank trains other parameters.
+        """
+        known, key = self._own[0].compared, tuple(map(id, self._parameters))
+        if self._group is None or key in known or len(known) >= _MOST_SETS:
+            return
+        before, now = set(next(reversed(known), key)), set(key)
+        changed = [(name, id(one) in now) for name, one in self._weights if (id(one) in before) != (id(one) in now)]
+        why = "".join(f" ({name} newly {'trained' if new else 'frozen'})" for name, new in changed[:1])
+        with agreed(f"accumulate(){why}", self._group) as agreement:
+            assert agreement is not None, "a group of several ranks"
+            agreement.all_same(*names_of(self._named))
+        known[key] = None
 
     @property
     def scale(self) -> int:
@@ -180,7 +201,7 @@ class Window:
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
         walk = replica.walk()
-        named, frozen = _trained([replica], [walk])
+        named, frozen = trained_by([replica], [walk])
         known = {id(parameter) for parameter in self._parameters}
         known.update(id(one) for other in self._others.values() for one in other.parameters)
         named = [(name, one) for name, one in named if id(one) not in known]  # a parameter is reduced once
@@ -241,9 +262,10 @@ class Window:
             ValueError: nobody else can run this step's micro-batches, or their gradients are not to be had alone.
         """
         if step is None or step.load_again is None:
+            what = "foreign batches" if step is None else "a step of a stream"
             raise ValueError(
-                "accumulate() got foreign batches for a model with replicate(recheck_every=…), and another rank cannot "
-                "load them again: give it the steps of a Loader, or leave recheck_every out"
+                f"accumulate() got {what} for a model with replicate(recheck_every=…), and another rank cannot load it "
+                f"again: give it the steps of a Loader over a map-style data set, or leave recheck_every out"
             )
         if self._by_ddp is not None:
             raise ValueError(
@@ -523,6 +545,18 @@ class _Reduction:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
 
 
+def names_of(trained: Named) -> tuple[dict[str, object], dict[str, Callable[[list[str]], str]]]:
+    """Return what ranks compare of the parameters that a step trains, and what is said where they differ."""
+    names = [name for name, _ in trained]
+
+    def said(theirs: list[str]) -> str:
+        name = next(iter(sorted(set(names) ^ set(theirs))), "a parameter")
+        where = "here and not on another rank" if name in names else "on another rank and not here"
+        return f"{name} is trained {where}: set requires_grad alike on all ranks, before the same step"
+
+    return {"the trained parameters": names}, {"the trained parameters": said}
+
+
 def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.ProcessGroup) -> None:
     """Raise on every rank where the ranks' tensors differ.
 
@@ -551,7 +585,7 @@ def words_of(tensors: Sequence[torch.Tensor]) -> list[int]:
     return check_words(held, [str(one.requires_grad) for one in tensors])
 
 
-def _trained(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
+def trained_by(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
     """Return the parameters of the models that a step may train, each once, and the others."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     frozen: Named = []

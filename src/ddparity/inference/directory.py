@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from ..checkpoint.atomic import Draft, discard, new_draft, publish, replacing
 from ..comm.nesting import difference
-from ..data.plan import checked_integer
+from ..data.sizes import checked_integer
 from .columns import schema_of, to_table
 from .description import INDEX, describe
 from .outputs import check_rows

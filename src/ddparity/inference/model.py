@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..comm.bits import check_words, is_same, parts, put_back
-from ..compat import uncompiled, unwrapped, without_ddp
+from ..compat import FullySharded, sharded_modules, uncompiled, unwrapped, without_ddp
 from ..data.rng import preserve_streams
 from .functions import modules_in
 from .metrics import is_metric
@@ -124,7 +124,10 @@ def evaluating(roots: Iterable[nn.Module]) -> Iterator[None]:
     """Run the body in eval mode and without gradients, with DDP's wrappers taken off.
 
     Then restore modes, buffers, wrappers and random streams, also on an exception. Gradients are switched off by
-    `no_grad`, not by inference mode, so that a forward can switch them on: an energy's gradient is a force.
+    `no_grad`, not by inference mode, so that a forward can switch them on: an energy's gradient is a force. Models of
+    `fully_shard` stay gathered in the body, since ranks may have other numbers of batches.
+
+    Collectives: none; of models of `fully_shard`, one all-gather for each part.
 
     Raises:
         ValueError: a module is lazy: its parameters would be made here.
@@ -142,7 +145,10 @@ def evaluating(roots: Iterable[nn.Module]) -> Iterator[None]:
         with preserve_streams(), torch.no_grad(), without_ddp(modules):
             for root in roots:
                 root.eval()
-            yield
+            with ExitStack() as stack:
+                for sharded in _outermost(modules):
+                    stack.enter_context(FullySharded(sharded).gathered())
+                yield
     finally:
         for module, training in modes:
             if type(module).train is not nn.Module.train and module.training != training:
@@ -160,6 +166,15 @@ def evaluating(roots: Iterable[nn.Module]) -> Iterator[None]:
             # a later backward may need the buffer unchanged.
             if not is_same(buffer, kept):
                 put_back(buffer, kept)
+
+
+def _outermost(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules that `fully_shard` was called on, without those inside of others."""
+    inside: set[int] = set()
+    for module in modules:
+        if id(module) not in inside and (sharded := sharded_modules(module)) and sharded[0] is module:
+            inside.update(map(id, sharded))
+            yield module
 
 
 def _is_lazy(module: nn.Module) -> bool:

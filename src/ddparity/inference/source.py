@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from ..comm.transfer import gather_json
 from ..compat import hide_worker
 from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
-from ..data.plan import checked_integer, share
 from ..data.rng import derive_seed, numbered_seed, seed_streams
+from ..data.sizes import checked_integer, share
 from ..errors import SampleError
 from .samples import comparable_digest_of, few_of
 

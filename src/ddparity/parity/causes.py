@@ -72,4 +72,9 @@ ROUNDING = Cause(
     "is not deterministic has no strict mode.",
     "docs/strict.md",
 )
+FUNCTION = Cause(
+    "Of a function only the model that it returns is compared. A Task with the same parts has all stages compared, and "
+    "the first that differs is named.",
+    "docs/verify.md",
+)
 CAUSES = {name: value for name, value in vars().items() if isinstance(value, Cause)}

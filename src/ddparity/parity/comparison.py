@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .causes import Cause
 
 # From this relative noise on, a verdict says that rounding may hide a fault.
 _BLIND = 0.1
-Stage = Literal["initial weights", "data", "random streams", "forward", "gradients", "update", "buffers"]
+Stage = Literal["initial weights", "data", "random streams", "forward", "gradients", "update", "buffers", "the end"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Divergence:
     """The first place where runs diverge.
 
     `processes`: of the run that is compared with one process; 1: two runs of one process diverge. `step`: from 1; 0:
-    before the first step. `where`: the parameter, buffer or micro-batch; empty: the whole step.
+    before the first step. `where`: the parameter, buffer or micro-batch; empty: the whole step. `stage`: "the end" of a
+    function that trains, at no step that is known.
     """
 
     processes: int
@@ -61,6 +62,8 @@ class Divergence:
         runs = "two runs on 1 process" if self.processes == 1 else f"the runs on 1 and {self.processes} processes"
         when = f"at step {self.step}" if self.step else "before the first step"
         where = f", {self.where}" if self.where else ""
+        if self.stage == "the end":
+            return f"{runs} diverge at the end{where}: {self.detail}"
         return f"{runs} diverge {when}, in {self.stage}{where}: {self.detail}"
 
 
@@ -80,10 +83,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of one Task on different numbers of processes.
+    """Runs of one Task, or of a function that trains, on different numbers of processes.
 
     `fingerprints`: of the model at the end, by number of processes. `factor`: the tolerated difference as a multiple of
-    the measured noise, see docs/verify.md; 0 in strict mode.
+    the measured noise, see docs/verify.md; 0 in strict mode. `ends`: of a function, the largest difference of the
+    returned model, by number of processes; it has no `checked` steps and no `curves`.
     """
 
     steps: int
@@ -95,6 +99,7 @@ class Comparison:
     checked: tuple[CheckedStep, ...]
     curves: tuple[Curve, ...]
     divergences: tuple[Divergence, ...]
+    ends: dict[int, Difference] = field(default_factory=dict)
 
     @property
     def parity(self) -> bool:

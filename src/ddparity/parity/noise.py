@@ -65,16 +65,17 @@ class PermutedSum:
                 parameter.grad = _added(parameter.grad, gradient)
         for parameter in self._parameters:
             if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                self._round_at_random(parameter.grad)
+                round_at_random(parameter.grad, self._generator)
         self._parts = []
 
-    def _round_at_random(self, total: torch.Tensor) -> None:
-        """Move a third of the elements up by one unit in the last place and a third down, in place."""
-        if total.is_complex():
-            total = torch.view_as_real(total)
-        unit = torch.finfo(total.dtype).eps
-        directions = torch.randint(-1, 2, total.shape, generator=self._generator).to(total)
-        total.copy_(torch.where(directions == 0, total, total * (1 + unit * directions)))
+
+def round_at_random(total: torch.Tensor, generator: torch.Generator) -> None:
+    """Move a third of the elements up by one unit in the last place and a third down, in place."""
+    if total.is_complex():
+        total = torch.view_as_real(total)
+    unit = torch.finfo(total.dtype).eps
+    directions = torch.randint(-1, 2, total.shape, generator=generator).to(total)
+    total.copy_(torch.where(directions == 0, total, total * (1 + unit * directions)))
 
 
 def _added(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:

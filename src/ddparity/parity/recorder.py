@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ class Recorder:
     def close(self) -> None:
         """Remove the forward hook from the model."""
         self._hook.remove()
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Record no outputs in the body."""
+        checked, self._note.checked = self._note.checked, False
+        try:
+            yield
+        finally:
+            self._note.checked = checked
 
     def _record_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._note.checked:
@@ -104,20 +114,20 @@ class Recorder:
             copies = {key: value.detach().cpu().clone().contiguous() for key, value in values.items()}
             save_file(copies, self._own_folder / name)
         if self._reference_folder is not None:
-            self._note.differences = _differences_from_file(values, self._reference_folder / name)
+            self._note.differences = differences_from_file(values, self._reference_folder / name)
 
 
 def units_of(net: nn.Module) -> dict[str, float]:
     """Return one unit in the last place, relative, of each weight, gradient and buffer, and of the gradient norm."""
-    parameters = {name: _unit(value) for name, value in net.named_parameters()}
+    parameters = {name: unit_of(value) for name, value in net.named_parameters()}
     units = {f"weights/{name}": unit for name, unit in parameters.items()}
     units |= {f"gradient/{name}": unit for name, unit in parameters.items()}
-    units |= {f"buffers/{name}": _unit(value) for name, value in net.named_buffers()}
+    units |= {f"buffers/{name}": unit_of(value) for name, value in net.named_buffers()}
     units["gradient norm"] = max(parameters.values(), default=0.0)
     return units
 
 
-def _unit(value: torch.Tensor) -> float:
+def unit_of(value: torch.Tensor) -> float:
     """Return 0 for integers: they are equal or not."""
     return torch.finfo(value.dtype).eps if value.is_floating_point() or value.is_complex() else 0.0
 
@@ -128,7 +138,7 @@ def _norm(gradient: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(dense, dtype=exact))
 
 
-def _differences_from_file(values: Mapping[str, torch.Tensor], path: Path) -> dict[str, float]:
+def differences_from_file(values: Mapping[str, torch.Tensor], path: Path) -> dict[str, float]:
     """Return the difference of each tensor from that in a file; infinite if only one of the two has it."""
     with safe_open(path, framework="pt", device="cpu") as file:
         in_file = set(file.keys())

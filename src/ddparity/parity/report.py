@@ -17,8 +17,14 @@ def show(comparison: Comparison, title: str) -> None:
         kinds = ("weights", "gradient norm", "loss")
         head = ["step", *(kinds if strict else (f"{kind} (tolerated)" for kind in kinds)), "samples"]
         show_grid(f"{title}: largest relative differences from one process", head, _rows(comparison, strict))
-    fingerprints = [(str(number), value) for number, value in sorted(comparison.fingerprints.items())]
-    show_grid(f"{title}: after {comparison.steps} steps", ["processes", "fingerprint"], fingerprints)
+    rows = [[str(number), value] for number, value in sorted(comparison.fingerprints.items())]
+    head, when = ["processes", "fingerprint"], f"after {comparison.steps} steps"
+    if comparison.ends:
+        strict, when = comparison.reduction == "strict", "at the end"
+        head.append("weights" if strict else "weights (tolerated)")
+        ends = {1: "", **{number: _cell([one], strict) for number, one in comparison.ends.items()}}
+        rows = [[number, value, ends[int(number)]] for number, value in rows]
+    show_grid(f"{title}: {when}", head, rows)
     print(comparison.verdict(), flush=True)
 
 

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,17 @@ from ..compat import unwrapped
 from ..data.dataset import sized_length
 from ..data.fitting import check_even_shares
 from ..data.loader import Loader
-from ..data.plan import BatchPlan, share
+from ..data.plan import BatchPlan
+from ..data.sizes import share
 from ..data.step import LoadedMicroBatch, Step
 from ..gradients.replica import Reduction
 from ..gradients.replicate import replicate
 from ..runtime.first import first
 from ..runtime.logging import setup_logging
 from ..runtime.world import world
-from ..task.task import Task, check_task, load_task
-from ..task.train import backward, build
+from ..task.task import Task, check_task, load_target
+from ..task.train import backward, build, evaluate, loss_of, predictor, scheduler_of, total_steps, update
+from .functions import Function, options_of, run_function
 from .noise import PermutedSum
 from .notes import MicroNote, RankNotes, checked_steps, write_notes
 from .recorder import Recorder, TaggedCollate, digest, tagged, units_of
@@ -44,9 +46,12 @@ _LAUNCHER_VARIABLES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of one comparison share. `task`: a Task, or the name of one. `folder`: where runs write files."""
+    """What all runs of one comparison share.
 
-    task: Task | str
+    `task`: a Task, a function that trains, or the name of one. `folder`: where runs write files.
+    """
+
+    task: Task | Function | str
     steps: int
     reduction: Reduction
     sync_batchnorm: bool
@@ -83,7 +88,7 @@ def run_alone(settings: Settings, plans: Sequence[RunPlan], variables: dict[str,
     """Run the one-process run number RANK of `plans`; the runs do not communicate with each other."""
     number = int(os.environ["RANK"])
     for name in list(os.environ):
-        if _is_launcher_variable(name):
+        if _is_launcher_variable(name) and name != "TORCHELASTIC_ERROR_FILE":  # where an exception is told
             del os.environ[name]
     _prepare_process(variables)
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None
@@ -107,22 +112,30 @@ def _prepare_process(variables: dict[str, str]) -> None:
 def run(settings: Settings, plan: RunPlan, device: str | None = None) -> None:
     """Run the training steps on this rank, and write the rank's notes. Every rank of the run calls it."""
     torch.set_num_threads(settings.threads)
-    task = load_task(settings.task) if isinstance(settings.task, str) else settings.task
+    task = load_target(settings.task) if isinstance(settings.task, str) else settings.task
+    if not isinstance(task, Task):
+        options = options_of(task, settings.steps, settings.reduction)
+        run_function(task, options, settings.folder, plan.name, plan.reference, plan.permutation, device)
+        return
     with world(device=device) as here:
         setup_logging(logging.WARNING)  # the process that compares the runs logs their progress
         check_task(task, here.world_size)
         with first("node"):
             train_set = task.dataset("train")
         sized_length(train_set, "verify")
-        net, loader = build(
-            task, here, tagged(train_set), settings.num_workers, TaggedCollate(task.collate_fn), settings.sync_batchnorm
-        )
+        collate_fn = TaggedCollate(task.collate_fn)
+        net, loader = build(task, here, train_set, settings.num_workers, collate_fn, settings.sync_batchnorm, tagged)
         built = {name: digest(value) for name, value in (*net.named_parameters(), *net.named_buffers())}
         if _has_sync_batchnorm(net):
             check_even_shares(loader.plan, max(plan.joined, here.world_size))
         model = replicate(net, settings.reduction)
         net = unwrapped(model)
         optimizer = task.optimizer(model.parameters())
+        scheduler = scheduler_of(task, optimizer, max(total_steps(task, loader), settings.steps))
+        predict = None
+        if task.evaluate_every is not None:  # what an evaluation changes in the training is seen
+            with first("node"):
+                predict = predictor(task, task.dataset("test"), settings.num_workers)
         notes = RankNotes(here.rank, here.device.type, _has_sync_batchnorm(net), built, units_of(net))
         own, reference = _weight_folders(settings.folder, plan) if here.rank == 0 else (None, None)
         permuted = None
@@ -135,9 +148,12 @@ def run(settings: Settings, plan: RunPlan, device: str | None = None) -> None:
                 recorder.begin_step(number, number in checked)
                 _backward(task, model, _joined(step, plan.joined), recorder, plan.joined > 1, permuted)
                 recorder.record_gradients()
-                optimizer.step()
+                update(task, model, optimizer, scheduler)
                 recorder.record_update()
                 optimizer.zero_grad()
+                if predict is not None and task.evaluate_every and number % task.evaluate_every == 0:
+                    with recorder.pausing():
+                        evaluate(task, model, predict)
         notes.fingerprint = fingerprint(model)
         write_notes(notes, settings.folder / plan.name)
 
@@ -157,22 +173,13 @@ def _has_sync_batchnorm(net: nn.Module) -> bool:
 
 
 def _steps(loader: Loader, count: int) -> Iterator[Step]:
-    """Yield the first `count` steps, from as many epochs as they need."""
-    plan = loader.plan
-    assert isinstance(plan, BatchPlan), "a Task's plan"
-    if len(loader) == 0:
+    """Return the first `count` steps, from as many epochs as they need."""
+    if isinstance(plan := loader.plan, BatchPlan) and len(loader) == 0:
         raise ValueError(
             f"the training set of {plan.num_samples} samples has no full step of {plan.global_batch}, "
             f"and drop_last=True drops the short one: give more samples, or drop_last=False"
         )
-    epoch = done = 0
-    while done < count:
-        for step in loader.epoch(epoch):
-            yield step
-            done += 1
-            if done == count:
-                return
-        epoch += 1
+    return loader.steps(count)
 
 
 def _backward(
@@ -180,24 +187,38 @@ def _backward(
 ) -> None:
     """Compute a step's gradients with the training's own `backward`, and record each forward."""
 
-    def loss_of(micro: LoadedMicroBatch) -> torch.Tensor:
-        if permuted is not None and micro.index > 0:
-            permuted.take(micro.index - 1)  # the backward of the previous micro-batch has ended
+    taken = 0
+
+    def recorded(micro: LoadedMicroBatch) -> torch.Tensor:
+        nonlocal taken
+        if permuted is not None and taken > 0:
+            permuted.take(taken - 1)  # the backward of the previous micro-batch has ended
+        taken += 1
         parts = micro.data if joined else [(micro.index, micro.share, *micro.data)]
         notes = [MicroNote(index, samples, digest(data), weight=weight) for index, weight, samples, data in parts]
         data = parts[0][-1]
         if joined:
             order = range(len(parts)) if permuted is None else permuted.order(len(parts))
             data = _concatenated([parts[number][-1] for number in order])
-        loss = recorder.record_forward(notes, lambda: task.loss(model, data))
+        loss = recorder.record_forward(notes, lambda: loss_of(task, model, data))
         return loss if permuted is None else loss * permuted.scale
 
     if permuted is not None:
         permuted.begin(len(step))
-    backward(model, step, loss_of)
+    backward(model, step, recorded, _counted(task, joined))
     if permuted is not None:
-        permuted.take(len(step) - 1)
+        permuted.take(taken - 1)
         permuted.finish()
+
+
+def _counted(task: Task, joined: bool) -> Callable[[Any], float] | None:
+    """Return the Task's count of units, for what `TaggedCollate` or `_joined` made of its data."""
+    count = task.count
+    if count is None:
+        return None
+    if joined:
+        return lambda parts: math.fsum(float(count(part[-1])) for part in parts)
+    return lambda tagged: count(tagged[1])
 
 
 def _joined(step: Step, world_size: int) -> Step:

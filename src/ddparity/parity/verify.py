@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ..data.plan import checked_integer
+from ..data.sizes import checked_integer
 from ..errors import ParityError
 from ..gradients.replica import Reduction
 from ..launcher import launch_forked
 from ..runtime.environment import find_placement
-from ..task.task import Task, check_task, load_task
+from ..task.task import Task, check_task, load_target
 from .comparison import CheckedStep, Comparison, Curve, Divergence
+from .functions import EndNotes, Function, judge, options_of, read_ends, tolerances
 from .noise import Series, envelope, tolerance_factor
 from .notes import Run, checked_steps, read_run
 from .run import RunPlan, Settings, run_alone, run_together
@@ -34,7 +35,7 @@ _REPEATED_UNITS = 64
 
 
 def verify(
-    task: Task | str,
+    task: Task | Function | str,
     world_sizes: Iterable[int] = (1, 2),
     steps: int = 20,
     *,
@@ -44,7 +45,7 @@ def verify(
     threads: int = 1,
     permutations: int = 4,
 ) -> Comparison:
-    """Prove that a Task trains on several processes as on one: run its steps on each number, and compare them.
+    """Prove that a Task, or a function, trains on several processes as on one: run it on each number, and compare.
 
     This function starts local processes. The reference is one process, which runs twice and must give the same result
     twice. With `reduction="strict"` every bit must be equal. With "fast", rounding must explain the differences. To
@@ -52,11 +53,17 @@ def verify(
     synchronised batch norms is compared with one process that joins, into one batch, the micro-batches that N ranks run
     at the same time.
 
+    A function trains, for as many steps as it likes, with `replicate` and `accumulate` inside of a world that is
+    joined already, and returns its model or a list of models. `steps` and `reduction` are given to its parameters of
+    these names. The models' weights at the end are compared. Their noise is measured by runs in which the gradients of
+    each optimizer's step are rounded at random.
+
     Args:
-        task: a Task that can be pickled (its parts are functions of an importable module), or "file.py:name".
+        task: a Task that can be pickled (its parts are functions of an importable module), a function of an importable
+            module, or "file.py:name" of one of the two.
         world_sizes: the numbers of processes to compare with one process.
         steps: optimizer steps of each run. All steps up to 20 are checked, then fewer and fewer: 30 of 1,000.
-        reduction, sync_batchnorm, num_workers: as in `ddparity train`.
+        reduction, sync_batchnorm, num_workers: as in `ddparity train`; the last two of a Task alone.
         threads: of each process, the same in all runs, because the bits depend on it.
         permutations: how many runs measure the noise, at least 2. With fewer runs, larger differences are tolerated.
 
@@ -67,9 +74,9 @@ def verify(
         ParityError: the runs diverge. The message has the step, stage, parameter or micro-batch, and the likely cause.
             `comparison` of the error is what this function would return.
         RankFailure: a run failed.
-        TypeError: the Task cannot be pickled.
-        ValueError: an argument is out of range, strict is combined with synchronised batch norms, or a launcher
-            started this process.
+        TypeError: the Task or function cannot be pickled.
+        ValueError: an argument is out of range, a function needs other arguments than `steps` and `reduction`, strict
+            is combined with synchronised batch norms, or a launcher started this process.
 
     Collectives: none in this process.
 
@@ -92,7 +99,7 @@ def verify(
 
 
 def compare_runs(
-    task: Task | str,
+    task: Task | Function | str,
     world_sizes: Iterable[int] = (1, 2),
     steps: int = 20,
     *,
@@ -121,22 +128,31 @@ def compare_runs(
             f"verify() starts its own processes: call it in a process that no launcher started"
         )
     _check_picklable(task)
-    check_task(load_task(task) if isinstance(task, str) else task, sizes[-1])
+    target = load_target(task) if isinstance(task, str) else task
+    if isinstance(target, Task):
+        check_task(target, sizes[-1])
+    else:
+        options_of(target, steps, reduction)
+        if sync_batchnorm or num_workers:
+            raise ValueError("verify(sync_batchnorm=…, num_workers=…) is for a Task: the function decides them itself")
     with tempfile.TemporaryDirectory(prefix="ddparity-verify-") as folder:
         settings = Settings(task, steps, reduction, sync_batchnorm, num_workers, threads, Path(folder))
-        return _Verification(settings, sizes, permutations).compare()
+        runs = _Verification(settings, sizes, permutations)
+        return (
+            runs.compare() if isinstance(target, Task) else runs.compare_function("steps" in options_of(target, 0, ""))
+        )
 
 
-def _check_picklable(task: Task | str) -> None:
+def _check_picklable(task: Task | Function | str) -> None:
     if isinstance(task, str):
         return
     try:
         pickle.dumps(task)
     except Exception as error:
         raise TypeError(
-            f"this Task cannot be pickled ({error}), but verify() sends it to the processes that run it: make its "
-            f"parts functions of a module, not lambdas or inner functions, or give its name, as in "
-            f'verify("file.py:name")'
+            f"this {'Task' if isinstance(task, Task) else 'function'} cannot be pickled ({error}), but verify() sends "
+            f"it to the processes that run it: make its parts functions of a module, not lambdas or inner functions, "
+            f'or give its name, as in verify("file.py:name")'
         ) from error
 
 
@@ -208,6 +224,48 @@ class _Verification:
             found, factor=factor, checked=tuple(checked), curves=tuple(curves), divergences=tuple(divergences)
         )
 
+    def compare_function(self, takes_steps: bool) -> Comparison:
+        """Compare the models that a function returns."""
+        several = [size for size in self._sizes if size > 1]
+        logger.info("verify: one process, twice")
+        reference, repeat = self._ends_alone([RunPlan("reference", "reference"), RunPlan("repeat")])
+        found = Comparison(
+            self._settings.steps if takes_steps else 0,
+            self._settings.reduction,
+            False,
+            {1: reference.fingerprint},
+            0 if self._strict else self._permutations,
+            0.0,
+            (),
+            (),
+            (),
+        )
+        if self._strict or reference.device == "cpu":
+            _, divergence = judge([repeat], reference, None)
+            if divergence is not None:
+                return replace(found, divergences=(divergence,))
+        tolerated, factor = None, 0.0
+        if not self._strict and several:
+            logger.info("verify: one process, with gradients rounded in %d other ways", self._permutations)
+            numbers = range(self._permutations)
+            noise = self._ends_alone([RunPlan(f"rounded{one}", "reference", permutation=one) for one in numbers])
+            factor = tolerance_factor(self._permutations, len(reference.units) * len(several), FALSE_ALARM)
+            tolerated = tolerances(noise, reference, factor)
+        divergences = []
+        for size in several:
+            logger.info("verify: %d processes", size)
+            plan = RunPlan(f"world{size}", "reference")
+            launch_forked(run_together, self._settings, plan, dict(os.environ), nproc=size)
+            ends = read_ends(self._settings.folder / plan.name, size)
+            found.fingerprints[size] = ends[0].fingerprint
+            found.ends[size], divergence = judge(ends, reference, tolerated)
+            divergences += [divergence] if divergence is not None else []
+        return replace(found, factor=factor, divergences=tuple(divergences))
+
+    def _ends_alone(self, plans: Sequence[RunPlan]) -> list[EndNotes]:
+        self._launch_alone(plans)
+        return [read_ends(self._settings.folder / plan.name, 1)[0] for plan in plans]
+
     def _curve(
         self, kind: Literal["processes", "noise", "tolerance"], processes: int, series: Series, floors: Series
     ) -> Curve:
@@ -241,12 +299,16 @@ class _Verification:
         return noise, divergence
 
     def _run_alone(self, plans: Sequence[RunPlan]) -> list[Run]:
+        """Do one-process runs."""
+        self._launch_alone(plans)
+        return [read_run(self._settings.folder / plan.name, 1) for plan in plans]
+
+    def _launch_alone(self, plans: Sequence[RunPlan]) -> None:
         """Do one-process runs, at the same time as many as the largest world has processes."""
         width = self._sizes[-1]
         for start in range(0, len(plans), width):
             some = plans[start : start + width]
             launch_forked(run_alone, self._settings, some, dict(os.environ), nproc=len(some))
-        return [read_run(self._settings.folder / plan.name, 1) for plan in plans]
 
     def _run_together(self, plan: RunPlan, size: int) -> Run:
         """Do one run on `size` processes."""

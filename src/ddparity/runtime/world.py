@@ -1,11 +1,12 @@
 """Join and leave the process group that a launcher describes, and give this process its rank and device.
 
-`world` is the public function. The others, in their order below: the arguments, a group that exists already, joining,
-the store, the device, leaving, scheduling.
+`world` and `join` are the public functions. The others, in their order below: the arguments, a group that exists
+already, joining, the store, the device, leaving, scheduling.
 """
 
 from __future__ import annotations
 
+import atexit
 import errno
 import math
 import os
@@ -110,6 +111,21 @@ def world(
                     leave(store_root(), joined.rank)
                 dist.destroy_process_group()
             _keep_store(store, joined)
+
+
+def join(
+    backend: str | None = None,
+    device: torch.device | str | None = None,
+    timeout: float | timedelta | None = None,
+) -> World:
+    """Join as `world` does, and leave when the process ends: for a script whose code is not in a function.
+
+    Arguments, errors and collectives are those of `world`. Call it on the main thread.
+    """
+    joining = world(backend, device, timeout)
+    joined = joining.__enter__()
+    atexit.register(joining.__exit__, None, None, None)
+    return joined
 
 
 def _checked_backend(backend: str | None) -> str | None:

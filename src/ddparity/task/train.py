@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import convert_sync_batchnorm, synchronises
 from ..checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint.fingerprint import fingerprint
-from ..data.fitting import check_even_shares
+from ..data.fitting import check_even_shares, check_world_size
 from ..data.loader import Loader
-from ..data.plan import BatchPlan
+from ..data.plan import Plan
 from ..data.rng import seed_everything
 from ..data.step import LoadedMicroBatch, Step
+from ..data.stream import StreamPlan
 from ..gradients.accumulate import accumulate
 from ..gradients.replica import Reduction
 from ..gradients.replicate import replicate
@@ -111,30 +112,31 @@ def train(
         net, loader = build(task, here, train_set, num_workers, task.collate_fn, sync_batchnorm)
         model = replicate(net, reduction)
         optimizer = task.optimizer(model.parameters())
+        total = total_steps(task, loader)
+        scheduler = scheduler_of(task, optimizer, total)
         predict = predictor(task, test_set, num_workers)
 
         saving = saving or CheckpointOptions()
         states: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
+        states |= {"scheduler": scheduler} if scheduler is not None else {}
         save = partial(save_checkpoint, checkpoint, keep=saving.keep, **states)
         resumed = _resume(task, checkpoint, model, loader, states) if saving.resume else None
 
-        train_s, metrics, (first_step, first_sample) = 0.0, None, _steps_and_samples(loader)
-        bar = progress(task.epochs * len(loader), here.rank, title, start=(first_step, first_sample))
+        bar = progress(total, here.rank, title, start=(loader.steps_done, 0))
         with bar as display, preemption() as stopping:
             if resumed is not None:
                 display.say(resumed)
+            run = _Run(task, model, optimizer, scheduler, loader, predict, display, saving.every, save, stopping)
             for epoch in loader.epochs(task.epochs):
-                began = time.monotonic()
-                _train_epoch(task, model, optimizer, loader, epoch, display, saving.every, save, stopping)
-                train_s += time.monotonic() - began
-                metrics = evaluate(task, model, predict)
-                display.say(f"epoch {epoch + 1}/{task.epochs}: {_format_metrics(metrics)}")
+                run.train_epoch(epoch)
+                run.evaluate(f"epoch {epoch + 1}/{task.epochs}")
                 save()
-        if metrics is None:  # the checkpoint was the end of the training
-            metrics = evaluate(task, model, predict)
+        if run.metrics is None:  # the checkpoint was the end of the training
+            run.metrics = evaluate(task, model, predict)
 
-        rate = (_steps_and_samples(loader)[1] - first_sample) / train_s if train_s else 0.0
-        result = Result(metrics, time.monotonic() - start, train_s, rate, fingerprint(model), checkpoint.resolve())
+        rate = run.samples / run.train_s if run.train_s else 0.0
+        seconds = time.monotonic() - start
+        result = Result(run.metrics, seconds, run.train_s, rate, fingerprint(model), checkpoint.resolve())
         if here.rank == 0:
             _show(result, here.world_size, str(here.device.type))
         return result
@@ -147,12 +149,17 @@ def build(
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     sync_batchnorm: bool = False,
+    wrap: Callable[[Any], Any] | None = None,
 ) -> tuple[nn.Module, Loader]:
     """Return a Task's model, before `replicate`, and the loader of its training set. Every rank calls it.
 
+    `wrap(train_set)` is the data set that the loader gets.
+
     Raises:
         RankFailure: it failed on another rank. On the rank that failed, the error is its own.
-        ValueError: the training set is empty, or the ranks cannot share a step evenly for synchronised batch norms.
+        TypeError: the Task's plan is one for streams.
+        ValueError: the training set is empty, or the ranks cannot share a step evenly for synchronised batch norms, or
+            there are more ranks than micro-batches in a step.
 
     Collectives: one agreement, and a comparison of the training set's length.
     """
@@ -164,14 +171,25 @@ def build(
         seed_everything(task.seed)
         net = task.model().to(here.device)
         workers_stay = num_workers > 0  # a Task does not change its data set between epochs
-        loader = Loader(train_set, task.plan(len(train_set)), num_workers, collate_fn, persistent_workers=workers_stay)
+        plan = task.plan(train_set)
+        if isinstance(plan, StreamPlan):
+            raise TypeError(
+                "the Task's plan() returned a StreamPlan, but a Task has map-style data: write the loop over a stream "
+                "with Loader and accumulate()"
+            )
+        loaded = train_set if wrap is None else wrap(train_set)
+        loader = Loader(loaded, plan, num_workers, collate_fn, persistent_workers=workers_stay)
+        check_world_size(plan, here.world_size)
         if sync_batchnorm and synchronises(convert_sync_batchnorm(net)):
             check_even_shares(loader.plan, here.world_size)
     return net, loader
 
 
 def backward(
-    model: nn.Module, step: Step, loss_of: Callable[[LoadedMicroBatch], torch.Tensor]
+    model: nn.Module,
+    step: Step,
+    loss_of: Callable[[LoadedMicroBatch], torch.Tensor],
+    count: Callable[[Any], float] | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Compute the gradients of a step. `loss_of(micro)` returns the mean loss of a micro-batch.
 
@@ -181,11 +199,63 @@ def backward(
     Collectives: those of `accumulate`.
     """
     loss_sum, weight_sum = torch.zeros(()), 0.0
-    for micro in accumulate(model, step):
+    for micro in accumulate(model, step, count):
         loss = loss_of(micro)
         (loss * micro.weight).backward()
         loss_sum, weight_sum = loss_sum + loss.detach() * micro.share, weight_sum + micro.share
     return loss_sum, weight_sum
+
+
+def update(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Take the step of an optimizer with the gradients of `backward`, and of the scheduler, if there is one."""
+    if task.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
+    optimizer.step()
+    if scheduler is not None:
+        scheduler.step()
+
+
+def autocast(task: Task, model: nn.Module) -> AbstractContextManager[Any]:
+    """Return the context of the Task's forwards."""
+    if task.autocast is None:
+        return nullcontext()
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return torch.autocast(device, dtype=task.autocast)
+
+
+def loss_of(task: Task, model: nn.Module, data: Any) -> torch.Tensor:
+    """Return the Task's loss of the data of a micro-batch."""
+    with autocast(task, model):
+        return task.loss(model, data)
+
+
+def total_steps(task: Task, loader: Loader) -> int:
+    """Return the number of steps of the whole training."""
+    return sum(_plan_of(loader).steps_in(epoch) for epoch in range(task.epochs))
+
+
+def scheduler_of(task: Task, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """Return the Task's scheduler for a training of so many steps; None if it has none.
+
+    Raises:
+        TypeError: it is none of torch's, or one that needs a metric.
+    """
+    if task.scheduler is None:
+        return None
+    made = task.scheduler(optimizer, steps)
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError(
+            "the Task's scheduler is a ReduceLROnPlateau, which needs a metric in each step: return one that steps "
+            "without, or write the loop with accumulate()"
+        )
+    if not callable(getattr(made, "step", None)):
+        raise TypeError(f"the Task's scheduler() returned a {type(made).__name__}: return a scheduler of torch")
+    return made
+
+
+def _plan_of(loader: Loader) -> Plan:
+    assert not isinstance(loader.plan, StreamPlan), "build() refuses streams"
+    return loader.plan
 
 
 def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, states: dict[str, Any]) -> str:
@@ -204,7 +274,7 @@ def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, stat
             f"{checkpoint} is a training of {epoch} epochs and {step} steps, but the Task has only {task.epochs} "
             f"epochs: give the Task more epochs, or use another checkpoint"
         )
-    return f"resumed from {checkpoint}: {epoch} epochs and {step} of {len(loader)} steps are done"
+    return f"resumed from {checkpoint}: {epoch} epochs and {step} of {_plan_of(loader).steps_in(epoch)} steps are done"
 
 
 def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
@@ -216,44 +286,58 @@ def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
     if not isinstance(model, DistributedDataParallel) or dist.get_world_size() < 3:
         return
     model.train()
-    backward(model, next(loader.epoch(0, start_step=0)), lambda micro: task.loss(model, micro.data))
+    backward(model, next(loader.epoch(0, start_step=0)), lambda micro: loss_of(task, model, micro.data), task.count)
     model.zero_grad()
 
 
-def _steps_and_samples(loader: Loader) -> tuple[int, int]:
-    """Return how many steps and samples are done, over all epochs."""
-    plan, (epoch, step) = loader.plan, loader.position
-    assert isinstance(plan, BatchPlan), "a Task's plan"
-    in_epoch = min(plan.num_samples, len(loader) * plan.global_batch)
-    return epoch * len(loader) + step, epoch * in_epoch + min(step * plan.global_batch, in_epoch)
+@dataclass
+class _Run:
+    """The steps of a training. `metrics`: of the last evaluation. `train_s`, `samples`: of the steps of this call."""
 
+    task: Task
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    loader: Loader
+    predict: Predictor
+    display: Progress
+    save_every: int | None
+    save: Callable[[], None]
+    stopping: Callable[[], int]
+    metrics: dict[str, float] | None = None
+    train_s: float = 0.0
+    samples: int = 0
 
-def _train_epoch(
-    task: Task,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Loader,
-    epoch: int,
-    display: Progress,
-    save_every: int | None,
-    save: Callable[[], None],
-    stopping: Callable[[], int],
-) -> None:
-    model.train()
-    for step in loader.epoch(epoch):
-        loss_sum, weight_sum = backward(model, step, lambda micro: task.loss(model, micro.data))
-        optimizer.step()
-        optimizer.zero_grad()
-        done, samples = _steps_and_samples(loader)
-        if display.due(done):  # not at each step, because float() waits for the device
-            mean = float(loss_sum) / weight_sum if weight_sum else math.nan
-            display.update(done, samples, f"loss {mean:.4f}")
-        signal_number = stopping()
-        if signal_number or (save_every is not None and done % save_every == 0):
-            save()
-        if signal_number:
-            display.say(f"stopped by {signal.Signals(signal_number).name} after step {done}: continue with --resume")
-            raise SystemExit(128 + signal_number)
+    def train_epoch(self, epoch: int) -> None:
+        """Train on the steps of an epoch from the loader's position on."""
+        task, model, plan = self.task, self.model, _plan_of(self.loader)
+        model.train()
+        began = time.monotonic()
+        for step in self.loader.epoch(epoch):
+            loss_sum, weight_sum = backward(model, step, lambda micro: loss_of(task, model, micro.data), task.count)
+            update(task, model, self.optimizer, self.scheduler)
+            self.optimizer.zero_grad()
+            done, self.samples = self.loader.steps_done, self.samples + sum(plan.sizes(epoch, step.number))
+            if self.display.due(done):  # not at each step, because float() waits for the device
+                mean = float(loss_sum) / weight_sum if weight_sum else math.nan
+                self.display.update(done, self.samples, f"loss {mean:.4f}")
+            is_last = step.number + 1 == plan.steps_in(epoch)  # an evaluation follows anyway
+            if task.evaluate_every is not None and done % task.evaluate_every == 0 and not is_last:
+                self.train_s += time.monotonic() - began
+                self.evaluate(f"step {done}")
+                began = time.monotonic()
+            signal_number = self.stopping()
+            if signal_number or (self.save_every is not None and done % self.save_every == 0):
+                self.save()
+            if signal_number:
+                name = signal.Signals(signal_number).name
+                self.display.say(f"stopped by {name} after step {done}: continue with --resume")
+                raise SystemExit(128 + signal_number)
+        self.train_s += time.monotonic() - began
+
+    def evaluate(self, when: str) -> None:
+        self.metrics = evaluate(self.task, self.model, self.predict)
+        self.display.say(f"{when}: {_format_metrics(self.metrics)}")
 
 
 def predictor(task: Task, dataset: Any, num_workers: int = 0) -> Predictor:
@@ -267,11 +351,13 @@ def evaluate(task: Task, model: nn.Module, predict: Predictor, show_progress: bo
     The result is empty on ranks other than 0, and if the Task has no metric.
     """
     if task.sums is not None:
-        value = predict(model, inputs=task.inputs, metric=task.sums, show_progress=show_progress)
+        with autocast(task, model):
+            value = predict(model, inputs=task.inputs, metric=task.sums, show_progress=show_progress)
         return {} if value is None else _by_name(value)
     if task.metric is None:
         return {}
-    outputs = predict(model, inputs=task.inputs, show_progress=show_progress)
+    with autocast(task, model):
+        outputs = predict(model, inputs=task.inputs, show_progress=show_progress)
     return _metric_of(task, outputs, predict.dataset)
 
 
@@ -326,7 +412,7 @@ def predict_task(
         if to is None:
             metrics = evaluate(task, model, predict, show_progress=True)
         else:
-            with _invalid_input():
+            with _invalid_input(), autocast(task, model):
                 predict(model, to, inputs=task.inputs, key=key, show_progress=True)
         seconds = time.monotonic() - start
         if to is not None and metric:

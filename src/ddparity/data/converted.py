@@ -1,0 +1,56 @@
+"""What a Loader takes from a torch DataLoader that it gets in place of a data set: plan, collate function, workers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
+
+from .dataset import sized_length
+from .orders import WeightedPlan
+from .plan import BatchPlan, Plan
+
+_WORKERS = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "worker_init_fn", "timeout")
+
+
+def plan_of(dataloader: DataLoader[Any], sizes: dict[str, Any]) -> Plan:
+    """Return the plan that draws as the DataLoader does on one process; its batch is the global batch.
+
+    Args:
+        sizes: `global_batch`, `micro_batch` and `seed` that Loader() got, or None.
+
+    Raises:
+        TypeError: the DataLoader cuts batches by a batch sampler, or has a sampler of another kind.
+    """
+    batch, sampler = dataloader.batch_size, cast(Any, dataloader.sampler)
+    if batch is None:
+        raise TypeError(
+            "Loader() got a DataLoader with a batch_sampler or batch_size=None, so its batches are not known: give the "
+            "data set, and an OrderPlan"
+        )
+    length = sized_length(dataloader.dataset, "Loader", "; or give the data set, and a StreamPlan")
+    global_batch = sizes["global_batch"] or batch
+    cut: dict[str, Any] = {
+        "global_batch": global_batch,
+        "micro_batch": sizes["micro_batch"] or global_batch,
+        "seed": sizes["seed"] or 0,
+    }
+    weighted = isinstance(sampler, WeightedRandomSampler)
+    if weighted or (isinstance(sampler, RandomSampler) and sampler.replacement):
+        draws = sampler.num_samples - (sampler.num_samples % global_batch if dataloader.drop_last else 0)
+        weights = sampler.weights if weighted else length
+        return WeightedPlan(weights, num_samples=draws, replacement=sampler.replacement, **cut)
+    shuffles = isinstance(sampler, RandomSampler) and sampler.num_samples == length
+    if not shuffles and type(sampler) is not SequentialSampler:
+        raise TypeError(
+            f"Loader() got a DataLoader with a {type(sampler).__name__}: a plan shares out the samples. Give the data "
+            f"set, and an OrderPlan of one process's sampler; in place of a DistributedSampler, shuffle=True"
+        )
+    return BatchPlan(length, shuffle=shuffles, drop_last=dataloader.drop_last, **cut)
+
+
+def options_of(dataloader: DataLoader[Any]) -> dict[str, Any]:
+    """Return its options that do not decide which samples a batch has, except `num_workers` and `collate_fn`."""
+    # It has values of its own for options that were left out, and some of them are refused without workers.
+    options = {name: getattr(dataloader, name) for name in _WORKERS if getattr(dataloader, name, None)}
+    return {**options, "pin_memory": True} if dataloader.pin_memory else options
