@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import threading
 import time
 from collections import deque
@@ -93,6 +94,30 @@ def test_json_of_any_length_but_not_of_any_size_in_memory() -> None:
     with pytest.raises(ValueError, match="has the number NaN"):
         parse_json(b"[NaN]", 0)
     assert parse_json(b"[Infinity]", 0, nan=True) == [float("inf")]
+
+
+def _outside(text: bytes) -> bytes:
+    """Return the bytes that are in no string, one after the other."""
+    found, inside, escaped = bytearray(), False, False
+    for byte in text:
+        if not inside and byte != 34:
+            found.append(byte)
+        if byte == 34 and not escaped:
+            inside = not inside
+        escaped = byte == 92 and not escaped
+    return bytes(found)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 1000])
+def test_what_is_outside_of_strings(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is looked at in pieces, which may end between a backslash and its character."""
+    monkeypatch.setattr(file_format, "_PIECE", piece)
+    draw = random.Random(piece)
+    for _ in range(300):
+        strings = (json.dumps("".join(draw.choices('a"\\,[{', k=draw.randrange(6)))) for _ in range(9))
+        text = "".join("".join(draw.choices(",[]{}:1 ", k=draw.randrange(4))) + one for one in strings).encode()
+        text = text[: draw.choice((len(text), draw.randrange(len(text))))]
+        assert b"".join(file_format._outside_strings(text)) == _outside(text), text
 
 
 def test_threads_share_the_work_and_end_before_the_call_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,7 @@ LARGE = {
         version=2,
     ),
     "long keys on many levels": lambda: _nested_keys(),
+    "a million numbers": lambda: _cannot_be_built(_numbers()),
 }  # fmt: skip
 
 
@@ -212,16 +213,26 @@ LARGE = {
 # takes none. The values of JSON take up to 128 bytes each, and a wide character makes its string 4 times as large;
 # format allows them 256 MiB, so that lists and many small tensors can be loaded.
 BEYOND = {
-    "empty lists": 83, "empty strings": 170, "a wide character": 202, "quotes": 0, "escapes": 0, "brackets": 0,
-    "entries": 204, "a long key above many tensors": 4, "long keys on many levels": 39,
+    "empty lists": 77, "empty strings": 13, "a wide character": 202, "quotes": 0, "escapes": 0, "brackets": 0,
+    "entries": 0, "a long key above many tensors": 6, "long keys on many levels": 39, "a million numbers": 10,
 }  # fmt: skip
+ARRAY = {"kind": "array", "name": "x", "dtype": "bfloat16", "shape": [0]}  # NumPy has no such array
 
 
 def _nested_keys() -> bytes:
     """Return a file with a value whose path is 15 MB long, and which cannot be built."""
-    node: dict[str, Any] = {"kind": "array", "name": "x", "dtype": "bfloat16", "shape": [0]}
+    node: dict[str, Any] = ARRAY
     for _ in range(99):
         node = {"kind": "dict", "keys": ["A" * 150_000], "items": [node]}
+    return _cannot_be_built(node)
+
+
+def _numbers() -> dict[str, Any]:
+    return {"kind": "list", "items": [1] * 1_000_000 + [ARRAY]}
+
+
+def _cannot_be_built(node: dict[str, Any]) -> bytes:
+    """Return a file with a value that has ARRAY in it, so that everything else is read before it is refused."""
     described = {
         "nodes": {"model": node}, "versions": {}, "about": {"model": {"value": True}}, "torch": "2.14.0",
         "sha256": {"x": hashlib.sha256().hexdigest()},

@@ -385,10 +385,14 @@ def check_chunks(node: dict[str, Any], files: int) -> None:
 
 def named_types(node: Node) -> set[str]:
     """Return the names of the named tuples, dataclasses and enums in a node."""
-    if type(node) is not dict:
-        return set()
-    here = {node["type"]} if node["kind"] in ("record", "fields", "enum") else set()
-    return here.union(*(named_types(item) for item in node.get("items", ())))
+    found, waiting = set(), [node]
+    while waiting:
+        one = waiting.pop()
+        if type(one) is dict:
+            if one["kind"] in ("record", "fields", "enum"):
+                found.add(one["type"])
+            waiting += [item for item in one.get("items", ()) if type(item) is dict]
+    return found
 
 
 # Put together
