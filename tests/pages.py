@@ -119,7 +119,8 @@ def run_pages(pages: list[Path], world_size: int) -> dict[str, list[str]]:
     return run_ranks(_run_pages, world_size, pages, timeout_s=120)[0]
 
 
-def _run_file(folder: str, name: str, arguments: list[str]) -> str:
+def run_file(folder: str, name: str, *arguments: str) -> str:
+    """Run a script in this process, in its folder, and return what it prints."""
     os.chdir(folder)
     sys.argv = [name, *arguments]
     return _printed_by(lambda: runpy.run_path(name, run_name="__main__"))
@@ -140,9 +141,9 @@ def run_commands(page: Path, folder: Path, others: Callable[[list[str]], str]) -
             words = shlex.split(command, comments=True)
             match words:
                 case ["ddparity", "run", "--nproc", nproc, name, *arguments]:
-                    printed = run_ranks(_run_file, int(nproc), str(folder), name, arguments)[0]
+                    printed = run_ranks(run_file, int(nproc), str(folder), name, *arguments)[0]
                 case ["python", name, *arguments]:
-                    printed = run_ranks(_run_file, 1, str(folder), name, arguments)[0]
+                    printed = run_ranks(run_file, 1, str(folder), name, *arguments)[0]
                 case _:
                     printed = others(words)
             found.append((command, expected, printed))
