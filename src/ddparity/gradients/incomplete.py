@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+import logging
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,9 +11,13 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+logger = logging.getLogger(__name__)
+
 
 class Trained(Protocol):
     """A model in whose loop we are."""
+
+    told_skipped: bool
 
     def parameters(self) -> list[nn.Parameter]: ...
 
@@ -57,6 +62,17 @@ def forget_left(parameters: Iterable[nn.Parameter]) -> None:
     if len(_left):
         for parameter in parameters:
             _left.pop(parameter, None)
+
+
+def tell_skipped(model: Trained, skipped: Sequence[int], drops: bool) -> None:
+    """Warn, once a model, of micro-batches without a backward. `drops`: their weights are taken out of the step."""
+    if skipped and not model.told_skipped:
+        model.told_skipped = True
+        logger.warning(
+            "accumulate(): micro-batch %s had no backward: %s. This is said once",
+            ", ".join(map(str, skipped[:5])),
+            "its weight is taken out of the step" if drops else "its gradient counts as zero",
+        )
 
 
 def _check(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:

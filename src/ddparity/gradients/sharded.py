@@ -16,7 +16,7 @@ from ..batchnorm import Room, RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks
 from ..compat import FullySharded, averages_scattered, holds_old_fsdp, sharded_modules
 from .early import CAREFUL_STEPS
-from .incomplete import close_loop, forget_left, note_left, open_loop
+from .incomplete import close_loop, forget_left, note_left, open_loop, tell_skipped
 from .replica import walk
 
 logger = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ class ShardedWindow:
     @torch.no_grad()
     def finish(self) -> None:
         """Reduce what is not reduced. Every rank calls it."""
-        self._tell_skipped()
+        tell_skipped(self._models[0], self._skipped, self._drops)
         unreduced = [gradient is not None for one in self._models for gradient in one.shards.unreduced()]
         self._seen.update(number for number, is_left in enumerate(unreduced) if is_left)
         own = [
@@ -361,15 +361,6 @@ class ShardedWindow:
                 "accumulate(): the ranks have %s micro-batches in a step, so this and other such steps gather the "
                 "whole model, which takes its memory on every rank",
                 " and ".join(map(str, sorted(set(self._numbers)))),
-            )
-
-    def _tell_skipped(self) -> None:
-        if self._skipped and not self._models[0].told_skipped:
-            self._models[0].told_skipped = True
-            logger.warning(
-                "accumulate(): micro-batch %s had no backward: %s. This is said once",
-                ", ".join(map(str, self._skipped[:5])),
-                "its weight is taken out of the step" if self._drops else "its gradient counts as zero",
             )
 
 

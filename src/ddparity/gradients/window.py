@@ -20,7 +20,7 @@ from ..data.step import Step
 from ..errors import DDParityError
 from ..runtime.agreement import agreed
 from .early import EarlyAverage
-from .incomplete import close_loop, forget_left, note_left, open_loop
+from .incomplete import close_loop, forget_left, note_left, open_loop, tell_skipped
 from .recheck import Recheck, Rechecks
 from .replica import Holder, Replica, Walk, made_so_far, others_than
 from .state import NO_GRADIENT, State
@@ -348,7 +348,7 @@ class Window:
         """
         self._check_unchanged()
         self._frozen.check()
-        self._tell_skipped()
+        tell_skipped(self._own[0], self._skipped, self._drops)
         self._finished = True
         left = self._left()
         if self._by_ddp is not None:
@@ -444,15 +444,6 @@ class Window:
             f"gradients were complete: move optimizer.step() behind the loop. A forward that writes into its own "
             f"parameters (an embedding with max_norm) writes other values on each rank"
         )
-
-    def _tell_skipped(self) -> None:
-        if self._skipped and not self._own[0].told_skipped:
-            self._own[0].told_skipped = True
-            logger.warning(
-                "accumulate(): micro-batch %s had no backward: %s. This is said once",
-                ", ".join(map(str, self._skipped[:5])),
-                "its weight is taken out of the step" if self._drops else "its gradient counts as zero",
-            )
 
 
 @dataclasses.dataclass

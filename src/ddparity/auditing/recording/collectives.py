@@ -99,7 +99,7 @@ def watch_collectives(journal: Journal) -> None:
         return end(*args, **options)
 
     for module in (dist, dist.distributed_c10d):
-        module.init_process_group, module.destroy_process_group = init, destroyed  # type: ignore[attr-defined]
+        module.init_process_group, module.destroy_process_group = init, destroyed  # type: ignore[attr-defined]  # dist re-exports them
     journal.at_end.append(lambda: journal.write("ended", group=dist.is_initialized()))
 
 

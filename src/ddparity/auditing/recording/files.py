@@ -62,7 +62,7 @@ def watch_files(journal: Journal) -> None:
 
     builtins.open = io.open = functools.wraps(opening)(watched)
     builtins.print = functools.wraps(printing)(printed)
-    logging.StreamHandler.emit = emitted  # type: ignore[method-assign]
+    logging.StreamHandler.emit = emitted  # type: ignore[method-assign]  # to see each line
 
 
 def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None:
@@ -152,7 +152,7 @@ def watch_tracker(journal: Journal, attribute: str, module: ModuleType) -> None:
         journal.write("tracker", name=name, site=journal.site(3))
 
     if isinstance(start, type):
-        make: Any = start.__init__  # type: ignore[misc]
+        make: Any = start.__init__  # type: ignore[misc]  # of a class known at run time only
 
         def init(self: Any, *args: Any, **options: Any) -> None:
             note(attribute)

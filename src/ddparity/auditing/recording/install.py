@@ -95,5 +95,5 @@ class _After(importlib.abc.MetaPathFinder):
             execute(module)
             self.function(module)
 
-        spec.loader.exec_module = and_then  # type: ignore[method-assign]
+        spec.loader.exec_module = and_then  # type: ignore[method-assign]  # run after the import
         return spec

@@ -199,7 +199,7 @@ def watch_loaders(journal: Journal) -> None:
     replace(DataLoader, "__init__", init)
     replace(DataLoader, "__iter__", begin)
     recorded = property(lambda self: _recorded(self, sampler(self), recorder))
-    setattr(DataLoader, "_index_sampler", recorded)  # noqa: B010
+    setattr(DataLoader, "_index_sampler", recorded)  # noqa: B010 - mypy refuses to assign to a property
     replace(iterator_class, "__next__", following)
     replace(Subset, "__init__", init_subset)
     for kind in (fetch._MapDatasetFetcher, fetch._IterableDatasetFetcher):
