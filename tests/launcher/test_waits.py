@@ -17,10 +17,11 @@ _WAITS = (
     "dist.breakpoint on rank 1",
     "collectives in the background",
     "a thread that communicates",
+    "a world of fewer ranks",
     "all ranks stopped",
 )
 _HANGS = (
-    "two groups, no ptrace",
+    "two groups of a second world in another order, no ptrace",
     "two agreements",
     "a collective inside of first",
     "finally: barrier()",
