@@ -398,5 +398,5 @@ def test_ranks_of_another_machine_that_are_late_are_told_by_the_leading_agent(tm
         assert following == []
         said = r"for \d s: ranks 2, 3 have not called all_reduce #1: ranks 0, 1 wait in all_reduce"
         assert re.match(said, notice.lines[0])
-        assert re.search(r"rank 3: .*script.py:\d+, in <module>, sleeping", notice.lines[0])
+        assert re.search(r"ranks 2, 3: .*script.py:\d+, in <module>, sleeping", notice.lines[0])
         assert [bool(row.host and "script.py" in row.where) for row in notice.report.rows] == [True] * 4
