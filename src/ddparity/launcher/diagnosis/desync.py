@@ -166,9 +166,10 @@ def called_by_all(state: RankState) -> tuple[Operation, ...]:
 def of_before(states: Mapping[int, RankState], done: Mapping[int, Sequence[Operation]]) -> dict[tuple[int, str], int]:
     """Return which calls are of an earlier group of the same name: by (rank, group), the record of the last one.
 
-    `done`: by rank, what `called_by_all` returned at an earlier time. All ranks of that group had called it then. So a
-    rank whose numbers are lower now is in another group. If it has called a collective there since, the other rank has
-    not come there, or has made no call there yet. Times of calls are compared: it is for the ranks of one machine.
+    `states`: as they are now. `done`: by rank, what `called_by_all` returned at an earlier time. All ranks of that
+    group had called it then. So a rank whose numbers are lower now is in another group. If it has called a collective
+    there since, the other rank has not come there, or has made no call there yet. Times of calls are compared: it is
+    for the ranks of one machine.
     """
     last: dict[tuple[str, str], list[Operation]] = {}
     for state in states.values():
@@ -176,8 +177,8 @@ def of_before(states: Mapping[int, RankState], done: Mapping[int, Sequence[Opera
         for key, one in calls.items():
             last.setdefault(key, []).append(one)
     found = {}
-    for rank, operations in done.items():
-        for one in operations:
+    for rank in states.keys() & done.keys():
+        for one in done[rank]:
             own = [each.record for each in states[rank].operations if each.group == one.group]
             later = any(
                 other.sequence < one.sequence and other.created_s > one.created_s

@@ -136,8 +136,18 @@ class Known:
             self.states[rank] = replace(self.states[rank], silent=silent)
         if folders and all(self.states[rank].silent for rank in folders):
             self._lose(pause_s)
-        self._before.update(desync.of_before(self.local_states(), self._done))
+        # The record of a rank that has not answered now, or that left none at its end, may be older than `_done`.
+        known = {
+            rank: state
+            for rank, state in self.local_states().items()
+            if (rank not in self.unrecorded if state.exitcode is not None else self._answered_at.get(rank) == now)
+        }
+        self._before.update(desync.of_before(known, self._done))
         self._leave_out()
+        again = {rank for rank in self._in_own_worlds if self.alive(rank) and now >= self._ask_at.get(rank, now)}
+        if again:  # nothing is compared until they have come back
+            self.ask_for_groups(again)
+            self._ask_at.update(dict.fromkeys(again, now + _ASK_S))
         local = self.local_states()
         self._done = {rank: desync.called_by_all(state) for rank, state in local.items()}
         groups = {one.group for state in local.values() for one in state.operations}
