@@ -42,7 +42,8 @@ test-torch-%:
 # Random training programs against one process by hand (tests/gradients/programs.py), seeds FIRST to FIRST + PROGRAMS. The
 # seeds that failed stand in the last line.
 programs: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 TORCH_CPP_LOG_LEVEL=ERROR \
+		$(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
 
 # Whether a test fails if the core is changed: tests/mutants.py, for the modules of tests/mutants.toml, or for
 # MODULES=data/plan.py, or MODULES='data comm'. SAMPLE=1000 tries every mutant.
