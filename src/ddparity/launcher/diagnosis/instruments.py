@@ -116,12 +116,16 @@ def _started(pid: int) -> str | None:
     return None
 
 
-def write_end(folder: Path) -> None:
-    """Write to `ended.json` when the script has ended, and which threads and child processes Python waits for now."""
+def write_end(folder: Path, well: bool) -> None:
+    """Write to `ended.json` when the script has ended, and which threads and child processes Python waits for now.
+
+    `well`: its exit code will be 0.
+    """
     threads = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
     frames = sys._current_frames() if threads else {}
     content = {
         "at": time.time(),
+        "well": well,
         "threads": [[one.native_id, one.name, _where(frames.get(one.ident or 0))] for one in threads],
         "children": [],
     }

@@ -11,6 +11,7 @@ from . import desync
 from .desync import RankState, StragglerCount
 from .flight import AGREEMENT, DEFAULT_GROUP, Operation, ask_groups, ask_records, read_record_file
 from .instruments import FATAL, end_held_abort
+from .unended import read_ended
 from .usage import Usage, read_usages
 
 _ANSWER_S = 0.2
@@ -136,14 +137,7 @@ class Known:
             self.states[rank] = replace(self.states[rank], silent=silent)
         if folders and all(self.states[rank].silent for rank in folders):
             self._lose(pause_s)
-        # The record of a rank that has not answered now, or that left none at its end, may be older than `_done`.
-        known = {
-            rank: state
-            for rank, state in self.local_states().items()
-            if (rank not in self.unrecorded if state.exitcode is not None else self._answered_at.get(rank) == now)
-        }
-        self._before.update(desync.of_before(known, self._done))
-        self._leave_out()
+        self._leave_out_earlier(now)
         again = {rank for rank in self._in_own_worlds if self.alive(rank) and now >= self._ask_at.get(rank, now)}
         if again:  # nothing is compared until they have come back
             self.ask_for_groups(again)
@@ -169,10 +163,25 @@ class Known:
             self._note_repeats(rank, record.operations)
             operations = self._comparable(rank, record.operations)
             state = replace(state, operations=operations, complete=record.complete)
+            self.unrecorded.discard(rank)
         elif rank in self.ranks:
             self.unrecorded.add(rank)
         self.states[rank] = replace(state, exitcode=exitcode, silent=False)
         self._done[rank] = desync.called_by_all(self.states[rank])
+
+    def note_ends(self, now: float) -> None:
+        """Note what ranks have left since the poll at `now`: on a busy machine, Python takes long to end a process.
+
+        A rank whose script has ended well, and that nothing keeps, counts as ended. Others have written their records.
+        """
+        for rank, watched in self.ranks.items():
+            exitcode = self.states[rank].exitcode
+            ended = read_ended(watched.pid, watched.folder) if exitcode is None else None
+            if exitcode is not None and rank in self.unrecorded:
+                self.ended(rank, exitcode)
+            elif ended is not None and ended.well and not ended.keeps:
+                self.ended(rank, 0)
+        self._leave_out_earlier(now)
 
     def note_unchanged(self, now: float) -> None:
         """Note the groups in which the same collectives are pending as at the last poll."""
@@ -188,6 +197,16 @@ class Known:
         self._learn_groups(now)
         if self.unchanged and not self._used and self.idle_s(self.ranks, now) > _USED_AFTER_S:
             self._used = {rank: (now, usage) for rank, usage in self._usages(self.ranks).items()}
+
+    def _leave_out_earlier(self, now: float) -> None:
+        # The record of a rank that has not answered now, or that left none at its end, may be older than `_done`.
+        known = {
+            rank: state
+            for rank, state in self.local_states().items()
+            if (rank not in self.unrecorded if state.exitcode is not None else self._answered_at.get(rank) == now)
+        }
+        self._before.update(desync.of_before(known, self._done))
+        self._leave_out()
 
     def _comparable(self, rank: int, operations: Sequence[Operation]) -> tuple[Operation, ...]:
         """Return the calls of a rank of this machine without those of earlier groups of the same names.

@@ -133,15 +133,17 @@ class Watch:
         The agent calls it after a rank has failed, before it ends the other ranks.
         """
         known = self._known
-        self._poll(known.now())
+        now = known.now()
+        self._poll(now)
         known.ask_for_groups()
+        known.note_ends(now)
         for group in desync.default_last(one.group for state in known.states.values() for one in state.operations):
             ranks = [rank for rank in known.ranks_of(group) if rank not in known.unrecorded]
             mismatch = desync.find_mismatch(known.states, group, bool(known.aborts))
             finding = mismatch or desync.find_left(known.states, group, ranks)
             if finding is not None:
                 return report_on(known, self._host, finding)
-        if self._kept is not None and known.now() - self._kept[0] < _KEPT_S:
+        if self._kept is not None and now - self._kept[0] < _KEPT_S:
             return self._kept[2]
         return None
 
