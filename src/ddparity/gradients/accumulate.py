@@ -19,6 +19,7 @@ from ..compat import joins, uncompiled
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
+from . import strangers
 from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
 from .sharded import Sharded, ShardedWindow, sharded_of
@@ -300,6 +301,7 @@ def _agree(
     with agreed("accumulate()", group) as agreement:
         assert agreement is not None, "a group of several ranks"
         agreement.all_same(values, said)
+        strangers.check_by_store(agreement)
     if isinstance(replica, Replica):
         replica.compared[tuple(map(id, trained))] = None
 

@@ -213,8 +213,7 @@ class Replica:
 
     def compares(self, ahead: int = 0) -> bool:
         """Return True if the ranks compare their parameters after the last step, or after one so many steps ahead."""
-        steps = self._steps + ahead
-        return self.check_every > 0 and (steps == CAREFUL_STEPS or steps % self.check_every == 0)
+        return self.check_every > 0 and (self._steps + ahead) % self.check_every == 0
 
     def warn_of_old_gradients(self) -> None:
         """Warn, once, where an optimizer has stepped since the last step and its gradients are still there."""

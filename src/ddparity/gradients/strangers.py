@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..comm.bits import check_words, parts
 from ..errors import DDParityError
+from ..runtime.agreement import Agreement
 from .replica import replicated_models
 
 logger = logging.getLogger(__name__)
@@ -80,16 +81,30 @@ def check(rows: Sequence[Sequence[int]]) -> None:
     numbers, first, now = (set(column) for column in zip(*rows, strict=True))
     if len(numbers) > 1 or len(now) == 1:
         return
-    shapes = [tuple(one.shape) for seen in list(_seen.values()) for one in _strangers(seen.strangers)]
-    what = (
-        f"an optimizer trains {len(shapes)} parameters that no replicated model has, the first of shape {shapes[0]}, "
-        f"so that nobody reduces their gradients, and they differ between the ranks"
-    )
-    way_out = "replicate the module that has them, too, and give both, accumulate([model, criterion], …)"
     if len(first) == 1:
-        raise DDParityError(f"accumulate(): {what}: {way_out}")
+        raise DDParityError(_text())
     if not _told:
         _told.append(True)
         logger.warning(
-            "accumulate(): %s, as they did at first. Unless each rank is to train its own: %s", what, way_out
+            "%s. Where each rank is to train its own, this is no error; they differed at first, too", _text()
         )
+
+
+def check_by_store(agreement: Agreement) -> None:
+    """As `check`, by a request to the group's store.
+
+    Raises:
+        DDParityError: this rank's differ from those of the first rank to call this.
+    """
+    number, first, now = words()
+    if number and agreement.first_value(f"strangers/{number}/{first}", str(now)) != str(now):
+        raise DDParityError(_text())
+
+
+def _text() -> str:
+    shapes = [tuple(one.shape) for seen in list(_seen.values()) for one in _strangers(seen.strangers)]
+    return (
+        f"accumulate(): an optimizer trains {len(shapes)} parameters that no replicated model has, the first of shape "
+        f"{shapes[0]}, so that nobody reduces their gradients, and they differ between the ranks: replicate the module "
+        f"that has them, too, and give both, accumulate([model, criterion], …)"
+    )
