@@ -454,7 +454,7 @@ def _copied(model: nn.Module, net: nn.Module, micro: Any) -> torch.Tensor:
 def _pickled(net: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(net, file)
-    assert b"ddparity" not in file.getvalue()
+    assert b"ddparity." not in file.getvalue()
     file.seek(0)
     return torch.load(file, weights_only=False)
 
@@ -502,7 +502,7 @@ def _looped(name: str, reduction: str | None) -> list[torch.Tensor]:
             torch.manual_seed(int(micro.data.abs().sum() * 1000))
             loss = forward(model, net, micro).square().mean() * (1 + torch.rand(()))
             (loss * micro.weight).backward()
-    return [value.detach() for value in (*(one.grad for one in net.parameters()), *net.buffers())]
+    return _of_one_step(net)
 
 
 def _all_looped(reduction: str | None) -> dict[str, list[torch.Tensor]]:
