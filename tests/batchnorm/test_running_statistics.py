@@ -582,7 +582,7 @@ def _lost(reduction: str) -> dict[str, tuple[list[torch.Tensor], list[torch.Tens
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_layer_that_cannot_be_kept_has_the_statistics_of_rank_0(world_size: int) -> None:
-    for rank, found in enumerate(run_ranks(_lost, world_size, "fast")):
+    for rank, found in enumerate(run_ranks(_lost, world_size, "fast", timeout_s=150)):
         for name, (_, _, problem) in LOST.items():
             start, expected, told, error = found[name]
             torch.testing.assert_close(start, expected, rtol=1e-11, atol=1e-13, msg=name)
@@ -592,7 +592,7 @@ def test_a_layer_that_cannot_be_kept_has_the_statistics_of_rank_0(world_size: in
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_strict_refuses_a_layer_that_cannot_be_kept(world_size: int) -> None:
-    for found in run_ranks(_lost, world_size, "strict"):
+    for found in run_ranks(_lost, world_size, "strict", timeout_s=150):
         for name, (_, _, problem) in LOST.items():
             error = found[name][-1]
             assert error.startswith("accumulate(): ") and problem in error, name
@@ -639,7 +639,7 @@ def _frozen_in_a_graph() -> int:
 
 
 def test_a_frozen_layer_in_a_graph_is_not_compiled_in_each_step() -> None:
-    assert run_ranks(_frozen_in_a_graph, 2) == [2, 2]  # with hooks, and without
+    assert run_ranks(_frozen_in_a_graph, 2, timeout_s=150) == [2, 2]  # with hooks, and without
 
 
 # --- whether a forward wrote statistics ---
