@@ -89,10 +89,11 @@ def accumulate(
             alone, a batch whose units cannot be counted, or in strict mode a sparse gradient.
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
             not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches,
-            or a `Step` is shared among another number of ranks than the model, or the model is strict and compiled with
-            batch norms inside, or models of one list differ in reduction or ranks, or ranks differ in their plan, step,
-            arguments or model.
-        RuntimeError: another loop over this model is not finished, or parameters have changed inside of the loop.
+            or a `Step` is shared among another number of ranks than the model, or the model is strict and has a batch
+            norm that is compiled or updates otherwise than torch's, or models of one list differ in reduction or ranks,
+            or ranks differ in their plan, step, arguments or model.
+        RuntimeError: another loop over this model is not finished, or parameters, or a batch norm's momentum, have
+            changed inside of the loop.
         DDParityError: the ranks' parameters differ.
 
     Example:

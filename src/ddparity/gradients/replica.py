@@ -64,7 +64,7 @@ class Replica:
         sparse: ids of the parameters with sparse gradients.
         had_gradients: ids of the parameters that had a gradient after the last step, the same on every rank. A loop
             that freezes and unfreezes parts of a model may give them one again, though frozen when the next begins.
-        told_compiled, told_old, told_skipped: a warning was given.
+        told_old, told_skipped: a warning was given.
     """
 
     def __init__(self, model: nn.Module, words: Words, equal: bool) -> None:
@@ -75,7 +75,7 @@ class Replica:
         self.held = False
         self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
-        self.told_compiled = self.told_old = self.told_skipped = False
+        self.told_old = self.told_skipped = False
         self.agreed: object = None
         self.compared: dict[tuple[int, ...], None] = {}
         self.had_gradients: set[int] = set()
