@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
+from ddparity.gradients.incomplete import scale_of_rest
 from tests.ranks import run_ranks
 
 ONE = [torch.ones(1, 1)]
@@ -122,3 +123,9 @@ def _hooked() -> list[float]:
 def test_a_rank_without_a_last_backward_does_not_hang_a_communication_hook() -> None:
     # (1 + 3) / 4 of rank 0 and 1 / 4 of rank 1, halved.
     assert run_ranks(_hooked, 2, timeout_s=20) == [[0.625, 0.625]] * 2
+
+
+def test_the_weights_that_are_left_sum_to_one() -> None:
+    assert scale_of_rest([0.25, 0.25], (4,), None, None) == 2.0
+    assert scale_of_rest([], (4,), None, None) == 1.0
+    assert scale_of_rest([0.5, 0.5], (2,), None, None) == 1.0  # none is left
