@@ -36,30 +36,33 @@ from tests.ranks import kill_self, outcomes, run_ranks
 CASES = {**MATRIX, **FEATURES}
 
 
-LOADED_BY_WORKERS = [name for name in MATRIX if name.endswith("adamw")]
-
-
-def _digests() -> tuple[dict[str, str], dict[str, str]]:
-    """Of all cases, and of some whose data workers load."""
-    loaded = {name: digest(train(CASES[name], 0)) for name in CASES}
-    return loaded, {name: digest(train(CASES[name], 2)) for name in LOADED_BY_WORKERS}
+def _digests(names: list[str], num_workers: int) -> dict[str, str]:
+    return {name: digest(train(CASES[name], num_workers)) for name in names}
 
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, str]:
     """Without a process group: a plain `python train.py`."""
-    (ended,) = outcomes(_digests, 1, env=lambda rank: {}, in_world=False)
+    (ended,) = outcomes(_digests, 1, list(CASES), 0, env=lambda rank: {}, in_world=False)
     assert ended.error is None, ended.trace
-    return ended.value[0]
+    return ended.value
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_bits_of_one_process(world_size: int, one_process: dict[str, str]) -> None:
     # Options of DDP's, and of the checkpointing, change nothing.
     assert len(set(one_process.values())) == len(CASES) - 4, "cases that should differ do not"
-    for digests, by_workers in run_ranks(_digests, world_size):
+    for digests in run_ranks(_digests, world_size, list(CASES), 0):
         assert [name for name in CASES if digests[name] != one_process[name]] == []
-        assert [name for name in LOADED_BY_WORKERS if by_workers[name] != one_process[name]] == []
+
+
+LOADED_BY_WORKERS = [name for name in MATRIX if name.endswith("adamw")]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_workers_load_the_same_bits(world_size: int, one_process: dict[str, str]) -> None:
+    for digests in run_ranks(_digests, world_size, LOADED_BY_WORKERS, 2):
+        assert digests == {name: one_process[name] for name in LOADED_BY_WORKERS}
 
 
 def _fast_and_permuted() -> tuple[str, str, str]:
