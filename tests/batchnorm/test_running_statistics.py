@@ -702,11 +702,27 @@ class _Manual(nn.BatchNorm2d):
         return (input - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt() * self.weight[:, None, None]
 
 
+class _Renormalised(nn.BatchNorm2d):
+    """Batch renormalisation: its output depends on the running statistics, in training, too."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        mean, var = input.mean((0, 2, 3)), input.var((0, 2, 3), unbiased=False) + self.eps
+        running = (self.running_var + self.eps).sqrt()
+        scale = (var.sqrt().detach() / running).clamp(1 / 3, 3)
+        shift = ((mean.detach() - self.running_mean) / running).clamp(-5, 5)
+        self.num_batches_tracked += 1
+        with torch.no_grad():
+            self.running_mean += self.momentum * (mean - self.running_mean)
+            self.running_var += self.momentum * (var - self.running_var)
+        out = (input - mean[:, None, None]) / var.sqrt()[:, None, None] * scale[:, None, None] + shift[:, None, None]
+        return out * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 def _momentum_0(channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels, momentum=0.0)
 
 
-SUBCLASSES = {"frozen": _AlwaysFrozen, "manual": _Manual, "momentum 0": _momentum_0}
+SUBCLASSES = {"frozen": _AlwaysFrozen, "manual": _Manual, "renormalised": _Renormalised, "momentum 0": _momentum_0}
 PICTURES = torch.randn(8, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
 
 
@@ -729,7 +745,7 @@ def _train_subclasses(reduction: str) -> dict[str, list[torch.Tensor]]:
     own = PICTURES[rank * 8 // world_size : (rank + 1) * 8 // world_size]
     for name, make in SUBCLASSES.items():
         net = _with_norm(make)
-        # The frozen layer's bias is used, the others' is not.
+        # Not every layer uses its bias.
         model = dp.replicate(net, reduction=reduction, find_unused_parameters=True)
         for micro in dp.accumulate(model, list(own)):
             (model(micro.data).square().mean() * micro.weight).backward()
@@ -742,9 +758,13 @@ def _train_subclasses(reduction: str) -> dict[str, list[torch.Tensor]]:
 def test_subclasses_are_as_on_one_process(world_size: int, reduction: str) -> None:
     for found in run_ranks(_train_subclasses, world_size, reduction, timeout_s=30):
         for name, make in SUBCLASSES.items():
-            net = _with_norm(make)
+            net, moving = _with_norm(make), _with_norm(make)
             for x in PICTURES:
+                if world_size > 1 or reduction == "strict":  # each micro-batch sees the statistics of the step's start
+                    net.load_state_dict(_with_norm(make).state_dict())
                 (net(x).square().mean() / len(PICTURES)).backward()
+                moving(x)
+            net.load_state_dict(moving.state_dict())
             for ours, expected in zip(found[name], _of_one_step(net), strict=True):
                 torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14, msg=name)
 

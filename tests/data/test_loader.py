@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 import ddparity as dp
+from ddparity.data.converted import options_of
 from ddparity.data.dataset import KeyedDataset, SeededIndices, load_batches
 from ddparity.data.fitting import check_even_shares, check_world_size
 from ddparity.data.loader import ShardSampler
@@ -504,6 +505,12 @@ def test_a_dataloader_is_converted() -> None:
     shuffled = dp.Loader(DataLoader(range(10), batch_size=4, shuffle=True), micro_batch=2, seed=3)
     assert shuffled.plan == dp.BatchPlan(10, 4, 2, seed=3)
     assert dp.Loader(DataLoader(range(10), batch_size=4), dp.BatchPlan(10, 5, 5, seed=1)).plan.seed == 1
+    assert dp.Loader(DataLoader(range(10), batch_size=4), micro_batch=2).plan == dp.BatchPlan(
+        10, 4, 2, 0, shuffle=False
+    )
+    assert options_of(DataLoader(range(10), pin_memory=True)) == {"pin_memory": True}
+    draws = dp.Loader(DataLoader(range(6), 2, sampler=WeightedRandomSampler([1.0] * 6, 7)), micro_batch=1)
+    assert sum(len(micro.data) for step in draws.epoch(0) for micro in step) == 7
 
 
 @pytest.mark.parametrize(
