@@ -217,6 +217,12 @@ def _describe_dense(value: Any, path: str, name: str, tensors: dict[str, torch.T
                 f"{path} is a {type(value).__name__}, a subclass of Tensor, which would come back as a Tensor: give "
                 f".as_subclass(torch.Tensor), or what it is made of"
             )
+        # Names with an underscore are marks that libraries put on tensors.
+        if marks := [name for name in vars(value) if not name.startswith("_")]:
+            raise TypeError(
+                f"{path} is a tensor with the attribute {marks[0]}, which would not be saved: give .detach(), and save "
+                f"the attribute as a value of its own"
+            )
         if value.is_meta:
             raise TypeError(f"{path} is on the meta device, where a tensor has no data: materialise it first")
         if isinstance(value, nn.Parameter):
