@@ -1,15 +1,19 @@
-"""Gradients that are not complete, since a loop of `accumulate` is open or was left: optimizers may not use them."""
+"""Gradients that are not complete, since a loop of `accumulate` is open or was left, or micro-batches were skipped."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
+
+from ..comm.allreduce import copies_of_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,40 @@ def tell_skipped(model: Trained, skipped: Sequence[int], drops: bool) -> None:
             ", ".join(map(str, skipped[:5])),
             "its weight is taken out of the step" if drops else "its gradient counts as zero",
         )
+
+
+def refuse_superseded() -> NoReturn:
+    """Raise RuntimeError: a newer loop over the model has begun, and this one goes on."""
+    raise RuntimeError(
+        "accumulate(): another loop over this model has begun before this one was finished. Two loops in zip() would "
+        "reduce its gradients twice: loop over zip(accumulate(model, a), b), and take both losses in one micro-batch"
+    )
+
+
+def scale_of_rest(
+    dropped: Sequence[float], numbers: Sequence[int], group: dist.ProcessGroup | None, device: torch.device | None
+) -> float:
+    """Return what the gradients are multiplied by, so that the weights that are left sum to one; 1.0 where none is.
+
+    Args:
+        dropped: the weights of this rank's micro-batches without a backward.
+        numbers: micro-batches of each rank.
+
+    Collectives: one of 8 bytes for each micro-batch of the rank that has most.
+    """
+    weights = torch.zeros(max(numbers), dtype=torch.float64)
+    weights[: len(dropped)] = torch.tensor(dropped, dtype=torch.float64)
+    if group is not None:
+        weights = copies_of_ranks(weights.to(device), group)
+    rest = 1.0 - math.fsum(weights.flatten().tolist())  # fsum: its bits do not depend on who ran which
+    return 1.0 / rest if rest > 1e-9 else 1.0
+
+
+def put_back(parameters: Sequence[nn.Parameter], before: Sequence[torch.Tensor | None]) -> None:
+    """Add to the gradients what the parameters had before a step that put it aside."""
+    for parameter, old in zip(parameters, before, strict=True):
+        if old is not None:
+            parameter.grad = old if parameter.grad is None else old.add_(parameter.grad)
 
 
 def _check(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +15,16 @@ from ..batchnorm import Room, RunningStatistics, compiled_layers, equal_buffers
 from ..comm.allreduce import copies_of_ranks
 from ..compat import FullySharded, averages_scattered, holds_old_fsdp, sharded_modules
 from .early import CAREFUL_STEPS
-from .incomplete import close_loop, forget_left, note_left, open_loop, tell_skipped
+from .incomplete import (
+    close_loop,
+    forget_left,
+    note_left,
+    open_loop,
+    put_back,
+    refuse_superseded,
+    scale_of_rest,
+    tell_skipped,
+)
 from .replica import walk
 
 logger = logging.getLogger(__name__)
@@ -267,10 +275,7 @@ class ShardedWindow:
             RuntimeError: another loop over a model of this step has begun.
         """
         if self._superseded:
-            raise RuntimeError(
-                "accumulate(): another loop over this model has begun before this one was finished: loop over "
-                "zip(accumulate(model, a), b), and take both losses in one micro-batch"
-            )
+            refuse_superseded()
         marks = self._marked()
         if marks == self._marks:
             self._dropped.append(share)
@@ -319,21 +324,15 @@ class ShardedWindow:
     def _scale_what_is_left(self) -> None:
         if not self._drops:
             return
-        dropped = torch.zeros(max(self._numbers), dtype=torch.float64)
-        dropped[: len(self._dropped)] = torch.tensor(self._dropped, dtype=torch.float64)
-        if self._group is not None:
-            dropped = copies_of_ranks(dropped.to(self._device), self._group)
-        left = 1.0 - math.fsum(dropped.flatten().tolist())
-        if left > 1e-9:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(left)
+        scale = scale_of_rest(self._dropped, self._numbers, self._group, self._device)
+        for parameter in self._parameters:
+            if parameter.grad is not None and scale != 1.0:
+                parameter.grad.mul_(scale)
 
     def _restore(self) -> None:
         """Put back what the parameters had before, if it was put aside."""
-        for parameter, before in zip(self._parameters, self._before or (), strict=self._before is not None):
-            if before is not None:
-                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+        if self._before is not None:
+            put_back(self._parameters, self._before)
         self._before = None
 
     def _recorded(self, one: Sharded, stack: contextlib.ExitStack) -> RunningStatistics | None:

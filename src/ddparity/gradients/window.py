@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import torch
@@ -20,7 +19,16 @@ from ..data.step import Step
 from ..errors import DDParityError
 from ..runtime.agreement import agreed
 from .early import EarlyAverage
-from .incomplete import close_loop, forget_left, note_left, open_loop, tell_skipped
+from .incomplete import (
+    close_loop,
+    forget_left,
+    note_left,
+    open_loop,
+    put_back,
+    refuse_superseded,
+    scale_of_rest,
+    tell_skipped,
+)
 from .recheck import Recheck, Rechecks
 from .replica import Holder, Replica, Walk, made_so_far, others_than
 from .state import NO_GRADIENT, State
@@ -316,11 +324,7 @@ class Window:
             RuntimeError: another loop over a model of this step has begun.
         """
         if self._superseded:
-            raise RuntimeError(
-                "accumulate(): another loop over this model has begun before this one was finished. Two loops in zip() "
-                "would reduce its gradients twice: loop over zip(accumulate(model, a), b), and take both losses "
-                "in one micro-batch"
-            )
+            refuse_superseded()
         if self._by_ddp is None and any(replica.reduces() for replica in self._own):
             raise RuntimeError(
                 "accumulate(): require_backward_grad_sync was set inside of the loop, which reduces by itself: leave "
@@ -350,7 +354,7 @@ class Window:
         self._frozen.check()
         tell_skipped(self._own[0], self._skipped, self._drops)
         self._finished = True
-        left = self._left()
+        left = scale_of_rest(self._dropped, self._numbers, self._group, self._device) if self._drops else 1.0
         if self._by_ddp is not None:
             self._complete(self._by_ddp)
         elif self._early is not None:
@@ -366,17 +370,6 @@ class Window:
             replica.finished(self._parameters, stay_equal)
         if self._group is not None and any(replica.compares() for replica in self._own):
             check_equal(self._named, self._group)
-
-    def _left(self) -> float:
-        """What the gradients are multiplied by, so that the weights that are left sum to one."""
-        if not self._drops:
-            return 1.0
-        dropped = torch.zeros(max(self._numbers), dtype=torch.float64)
-        dropped[: len(self._dropped)] = torch.tensor(self._dropped, dtype=torch.float64)
-        if self._group is not None:
-            dropped = copies_of_ranks(dropped.to(self._device), self._group)
-        left = 1.0 - math.fsum(dropped.flatten().tolist())  # fsum: its bits do not depend on who ran which
-        return 1.0 / left if left > 1e-9 else 1.0
 
     def _complete(self, replica: Replica) -> None:
         """Let DDP finish its reduction, which the other ranks' backwards wait for; see that it is complete."""
@@ -531,9 +524,8 @@ class _Reduction:
         """Put back what the parameters had before."""
         if self._tree is not None:
             self._tree.restore()
-        for parameter, before in zip(self._parameters, self._before or (), strict=self._before is not None):
-            if before is not None:
-                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+        if self._before is not None:
+            put_back(self._parameters, self._before)
 
 
 def names_of(trained: Named) -> tuple[dict[str, object], dict[str, Callable[[list[str]], str]]]:
