@@ -113,9 +113,9 @@ def host_tensor(tensor: torch.Tensor, copy: bool) -> torch.Tensor:
     return dense.clone() if copy and dense.data_ptr() == tensor.data_ptr() else dense
 
 
-# Why SHA-256: of 96 MB it takes 53 ms of a processor with SHA instructions, in threads beside a write and a flush of 200
-# to 350 ms. BLAKE3 takes 23 ms, but Python has no library for it. XXH3 takes 5 ms, but is no proof that two files are
-# equal, which ranks and the folder of shards need.
+# Why SHA-256: of 96 MB it takes 53 ms of a processor with SHA instructions, in threads, beside a write and a flush of
+# 200 to 350 ms. BLAKE3 takes 23 ms, but Python has no library for it. XXH3 takes 5 ms, but is no proof that two files
+# are equal, which ranks and the folder of shards need.
 #
 # Why not safetensors' `save_file`, measured with 992 MB of tensors: versions 0.4 and 0.5 copy all tensors first (946 MB
 # more memory, 17 s instead of 2 to 3 s). Version 0.8 copies nothing, but it makes a file that only its owner can read,
