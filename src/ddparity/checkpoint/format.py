@@ -153,7 +153,8 @@ def write_states(file: BinaryIO, snapshot: Snapshot) -> str:
     _in_threads(hash_part, parts.items(), size, write_parts)
     states = _description(snapshot, digests)
     _write(file.fileno(), memoryview(_header(tensors, states, padding)), 0)
-    os.ftruncate(file.fileno(), start + size + padding)
+    if padding:
+        os.ftruncate(file.fileno(), start + size + padding)
     return _sha256(states.encode())
 
 
