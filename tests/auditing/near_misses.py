@@ -53,7 +53,11 @@ NEAR: list[Case] = [
         arguments=("--workers", "0"),
     ),
     make_case(
-        "114-near", "hf_like", ("nn.Dropout(0.1)", "nn.Dropout(0.0)"), ("manual_seed(11 + rank)", "manual_seed(11)")
+        "114-near",
+        "hf_like",
+        ("nn.Dropout(0.1)", "nn.Dropout(0.0)"),
+        ("manual_seed(11 + rank)", "manual_seed(11)"),
+        absent="DDP114",
     ),
     make_case(
         "201-near", "functions", ("    model = DDP(net)", "    net[0].requires_grad_(False)\n    model = DDP(net)")
@@ -230,6 +234,7 @@ NEAR: list[Case] = [
         ),
         ("sampler=range(rank, len(test), world)", "shuffle=False"),
         ("    dist.all_reduce(total)\n    return", "    return"),
+        absent="DDP404",
     ),
     make_case("405-near", "functions", _TAIL),
     make_case("405-trainer-style", "functions", _TAIL, ("make_data(2, 30)", "make_data(2, 27)"), codes="DDP405"),
@@ -251,12 +256,23 @@ NEAR: list[Case] = [
         ('        if rank == 0:\n            print(f"epoch', '        if True:\n            print(f"rank {rank} epoch'),
     ),
     make_case(
+        "601-captured",
+        "functions",
+        ("EPOCHS = 2\n", "EPOCHS = 2\nimport contextlib, io\n"),
+        (
+            _STEP,
+            _STEP + "            with contextlib.redirect_stdout(io.StringIO()):\n                print('not shown')\n",
+        ),
+        absent="DDP601",
+    ),
+    make_case(
         "602-near",
         "hf_like",
         (
             "in windows(loader, args.gradient_accumulation_steps)",
             "in __import__('tqdm').tqdm(windows(loader, 3), disable=rank != 0)",
         ),
+        absent="DDP602",
     ),
     make_case(
         "602-class",
@@ -269,6 +285,7 @@ NEAR: list[Case] = [
         "functions",
         ("EPOCHS = 2\n", f"EPOCHS = 2\n{_WRITER}folder = t.mkdtemp()\n"),
         ("    for epoch in", "    writer = SummaryWriter(folder) if rank == 0 else None\n    for epoch in"),
+        absent="DDP603",
     ),
     make_case(
         "603-class",
@@ -305,6 +322,7 @@ NEAR: list[Case] = [
         "functions",
         ("EPOCHS = 2", "EPOCHS = 4\nimport time"),
         ("            loss.backward()\n", "            time.sleep(0.02)\n            loss.backward()\n"),
+        absent="DDP702",
     ),
     make_case(
         "703-near",
@@ -313,8 +331,14 @@ NEAR: list[Case] = [
             "torch.triu(torch.ones(block_size, block_size, dtype=torch.bool), 1))",
             'torch.triu(torch.ones(block_size, block_size, dtype=torch.bool), 1))\n        self.register_buffer("table", torch.zeros(100, 100))',
         ),
+        absent="DDP703",
     ),
-    make_case("704-near", "functions", (_STEP, _STEP + "            if epoch % 2:\n                loss.item()\n")),
+    make_case(
+        "704-near",
+        "functions",
+        (_STEP, _STEP + "            if epoch % 2:\n                loss.item()\n"),
+        absent="DDP704",
+    ),
     make_case(
         "fsdp1-clip",
         "fsdp1",

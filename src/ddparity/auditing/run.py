@@ -293,7 +293,7 @@ def _seen(run: Run) -> dict[str, Any]:
     if first.of("ours"):
         blind.append("loaders of ddparity: their plan shares the samples out, and their epochs are not counted")
     elif not first.passes:
-        blind.append("no data loader: DDP1, but for the model's inputs, and DDP4")
+        blind.append("no pass over a data loader: DDP1, but for the model's inputs, and DDP4")
     elif not any(len([p for p in training if p.loader["site"] == one.loader["site"]]) > 1 for one in training):
         blind.append("no second epoch of a loader: DDP103 and DDP113")
     if first.passes and not evaluations:

@@ -52,7 +52,8 @@ def watch_files(journal: Journal) -> None:
 
     def printed(*values: Any, **options: Any) -> None:
         printing(*values, **options)
-        if options.get("file") not in (None, sys.stdout, sys.stderr) or lines[0] > _LINES:
+        file = options.get("file") or sys.stdout
+        if file not in (sys.stdout, sys.stderr) or isinstance(file, io.StringIO) or lines[0] > _LINES:
             return
         lines[0] += 1
         text = " ".join(map(str, values)) if all(isinstance(v, (str, int, float)) for v in values) else None
