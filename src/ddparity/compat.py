@@ -570,8 +570,9 @@ def is_batch_norm(module: torch.nn.Module) -> bool:
 
 
 def drops_out(model: torch.nn.Module) -> bool:
-    """Return whether a model has a layer of dropout with a probability above 0."""
-    return any(isinstance(one, torch.nn.modules.dropout._DropoutNd) and one.p for one in model.modules())
+    """Return whether a model has a layer of dropout in training mode, with a probability above 0."""
+    layers = (one for one in model.modules() if isinstance(one, torch.nn.modules.dropout._DropoutNd))
+    return any(one.training and one.p > 0 for one in layers)
 
 
 def saved(node: Any, name: str, default: Any = None) -> Any:

@@ -76,14 +76,14 @@ def watch_ddp(recorder: Recorder) -> None:
             if hashed:
                 values["x"] = digest((args, options))
                 values["rng"] = stream_states()[0]
-                if self.training and private().drops_out(self):
+                if private().drops_out(self):
                     values["dropout"] = True
             else:
                 values["x"] = None
             recorder.event(
                 "forward",
                 ddp=number,
-                train=bool(self.training),
+                train=bool(self.module.training),  # Lightning leaves the wrapper in eval mode
                 grad=grad,
                 sync=bool(grad and self.require_backward_grad_sync),
                 site=journal.site(),
