@@ -19,7 +19,7 @@ import ddparity as dp
 from ddparity.auditing.catalogue import CATALOGUE, Finding, finding
 from ddparity.auditing.recording.install import begin
 from ddparity.auditing.recording.journal import Journal
-from ddparity.auditing.run import starts_processes
+from ddparity.auditing.run import inspect_script, starts_processes
 from ddparity.auditing.selection import check_prefixes, chosen, read_options
 from tests.auditing.cases import CLEAN, FAULTY, SCRIPTS, Case, judge
 from tests.auditing.near_misses import NEAR
@@ -95,10 +95,9 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_a_script_that_fails(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("raise KeyError('lost')\n")
-    command = [sys.executable, "-m", "ddparity", "audit", "train.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 3
-    assert "KeyError: 'lost'" in done.stderr
+    report = inspect_script(tmp_path / "train.py")
+    assert report.exit_code == 3
+    assert "KeyError: 'lost'" in report.failure
 
 
 def _train(folder: str | None, script: str) -> list[str]:
