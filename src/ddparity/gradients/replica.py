@@ -79,6 +79,7 @@ class Replica:
         self.agreed: object = None
         self.compared: dict[tuple[int, ...], None] = {}
         self.had_gradients: set[int] = set()
+        self._warning: Any = None  # the hook that gives it
         self._built_in_hook: bool | None = None
         self._broadcasts = False
         self._steps = 0
@@ -167,6 +168,7 @@ class Replica:
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
         self.held = False
+        self.end_warning()
         ddp = self.ddp
         if ddp is not None:
             if ddp.require_backward_grad_sync:  # a loop that was left after DDP began to reduce
@@ -211,19 +213,33 @@ class Replica:
 
     def compares(self, ahead: int = 0) -> bool:
         """Return True if the ranks compare their parameters after the last step, or after one so many steps ahead."""
-        return self.check_every > 0 and (self._steps + ahead) % self.check_every == 0
+        steps = self._steps + ahead
+        return self.check_every > 0 and (steps == CAREFUL_STEPS or steps % self.check_every == 0)
 
     def warn_of_old_gradients(self) -> None:
         """Warn, once, where an optimizer has stepped since the last step and its gradients are still there."""
         if self._old is None or self.told_old:
             return
         probe, version, written = self._old
-        if probe.grad is not None and _written(probe.grad) == written and probe._version != version:
-            self.told_old = True
-            logger.warning(
-                "the gradients of the step before are still there after optimizer.step(), and this step's are added to "
-                "them: call optimizer.zero_grad() after optimizer.step(). This is said once"
-            )
+        if not _is_old(probe, version, written) or not probe.requires_grad:
+            return
+
+        def tell(_: torch.Tensor) -> None:  # zero_grad() may be called inside of the loop
+            if self._warning is not None and _is_old(probe, version, written):
+                self.told_old = True
+                logger.warning(
+                    "the gradients of the step before are still there after optimizer.step(), and this step's are "
+                    "added to them: call optimizer.zero_grad() after optimizer.step(). This is said once"
+                )
+            self._warning = None
+
+        self._warning = probe.register_hook(tell)
+
+    def end_warning(self) -> None:
+        """Warn of old gradients no more."""
+        if self._warning is not None:
+            self._warning.remove()
+            self._warning = None
 
     def backward_of_zeros(self) -> None:
         """Run a backward that adds nothing to any gradient, so that DDP reduces what this rank has.
@@ -249,6 +265,11 @@ class _Nothing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def _is_old(probe: nn.Parameter, version: int, written: tuple[int, int]) -> bool:
+    """Return True if an optimizer has stepped since a step, and the step's gradient is still there."""
+    return probe.grad is not None and _written(probe.grad) == written and probe._version != version
 
 
 def _written(tensor: torch.Tensor) -> tuple[int, int]:
@@ -324,6 +345,11 @@ def others_than(own: Sequence[Replica]) -> list[tuple[Replica, nn.Module]]:
         return []
     found = [(one, model) for model, one in list(_replicas.items()) if one not in own and not one.held]
     return sorted(found, key=lambda pair: pair[0].number)
+
+
+def replicated_models() -> list[nn.Module]:
+    """Return the living replicated models."""
+    return list(_replicas)
 
 
 def made_so_far(ranks: tuple[int, ...] | None) -> int:

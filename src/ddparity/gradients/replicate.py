@@ -46,8 +46,8 @@ def replicate(
             the torch version and the intra-op threads a process.
         batchnorm_statistics: whose batches move the running statistics of plain batch norms, in `accumulate`: "all"
             micro-batches', in their order, as in one process; "rank0": rank 0's, as in DDP (`broadcast_buffers`).
-        check_every: compare the ranks' parameters after every so many steps of `accumulate`; 0: never. It compares them
-            at the start of each epoch, too.
+        check_every: compare the ranks' parameters after every so many steps of `accumulate`, and after the third; 0:
+            never. It compares them at the start of each epoch, too.
         recheck_every: in every so many steps of `accumulate`, and in an epoch's first, each rank also runs one of
             another rank's micro-batches, and the ranks compare the bits of both gradients, and of the weights.
             `WrongArithmetic` names the device that is wrong on every rank, and the step is not taken. The loop gets one
