@@ -20,6 +20,7 @@ from .gradients.accumulate import accumulate
 from .gradients.batch_loss import backward_over_batch
 from .gradients.mean_loss import backward
 from .gradients.replicate import replicate
+from .inference.metrics import Average
 from .inference.predict import Predictor, predict
 from .inference.reading import read_predictions
 from .launcher import launch
@@ -33,6 +34,7 @@ from .task.task import Task
 __version__ = "0.1.0"
 
 __all__ = [
+    "Average",
     "BatchPlan",
     "DDParityError",
     "LengthPlan",

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 
 import ddparity as dp
@@ -275,32 +276,62 @@ def test_loops_that_are_left() -> None:
     run_ranks(_leaving, 2)
 
 
-def _resumed(path: str, first: int, last: int) -> str:
-    net = _sharded()
+def _resumed(path: str, first: int, last: int) -> Any:
+    net, average = _sharded(), _sharded().requires_grad_(False)
+    update = get_ema_multi_avg_fn(0.8)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
     loader = loader_of("uneven")
+    training: dict[str, Any] = {"model": net, "average": average, "optimizer": optimizer, "loader": loader}
     if first:
-        dp.load_checkpoint(path, model=net, optimizer=optimizer, loader=loader)
+        dp.load_checkpoint(path, **training)
     for step in loader.steps(last):
         for micro in dp.accumulate(net, step):
             (net(micro.data).square().mean() * micro.weight).backward()
         optimizer.step()
         optimizer.zero_grad()
-    dp.save_checkpoint(path, model=net, optimizer=optimizer, loader=loader)
-    return _whole(net, optimizer)
+        update(list(average.parameters()), list(net.parameters()), loader.steps_done)
+        for mine, its in zip(average.buffers(), net.buffers(), strict=True):
+            mine.copy_(its)
+    dp.save_checkpoint(path, **training)
+    outputs = dp.predict(average, list(DATA), 4, to="all")
+    return [*_whole(net, optimizer), *map(whole_tensor, average.parameters())], outputs
 
 
-def test_it_continues_on_another_number_of_processes(tmp_path: Path) -> None:
-    expected = run_ranks(_resumed, 1, str(tmp_path / "one"), 0, 8)[0]
+def _averaged_by_hand() -> Any:
+    """By torch's AveragedModel, which takes a copy of the model; a sharded one refuses that."""
+    net = Net()
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    average.n_averaged += 1  # the average begins with the first weights, not with those after the first step
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    for step in loader_of("uneven").steps(8):
+        for micro in step:
+            (net(micro.data).square().mean() * micro.weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(net)
+    with torch.no_grad():
+        outputs = torch.cat([average.eval()(part) for part in DATA.split(4)])
+    return [*_whole(net, optimizer), *(one.detach() for one in average.parameters())], outputs
+
+
+def test_it_and_an_average_of_its_weights_continue_on_another_number_of_processes(tmp_path: Path) -> None:
+    states, outputs = _averaged_by_hand()
+    found = run_ranks(_resumed, 1, str(tmp_path / "one"), 0, 8)
     run_ranks(_resumed, 3, str(tmp_path / "c"), 0, 2)
     run_ranks(_resumed, 2, str(tmp_path / "c"), 2, 5)
-    for found in run_ranks(_resumed, 3, str(tmp_path / "c"), 5, 8):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found += run_ranks(_resumed, 3, str(tmp_path / "c"), 5, 8)
+    for its_states, its_outputs in found:
+        torch.testing.assert_close((its_states, its_outputs), (states, outputs), rtol=1e-12, atol=1e-12)
 
 
 def _predicted(path: str) -> Any:
     net = _sharded()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    if dist.is_initialized():
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            dp.fingerprint(net)
+        gathered = sum(e.count for e in profiler.key_averages() if e.key == "gloo:all_gather")
+        assert gathered == len(list(net.parameters()))  # one tensor after the other
     before = dp.fingerprint(net), dp.fingerprint(net.state_dict())
     outputs = []
     for step in loader_of("even").epoch(0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from ..batchnorm import shared_layers, synchronises
 from ..comm.allreduce import copies_of_ranks
 from ..comm.nesting import to_device
 from ..compat import joins, uncompiled
+from ..data.loader import Loader
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
@@ -103,12 +104,26 @@ def accumulate(
         >>> model.weight.grad
         tensor([[1., 1.]])
     """
+    check_batches(batches, "accumulate()")
     models = [model] if isinstance(model, nn.Module) else list(model)
     if skipped not in ("zero", "drop"):
         raise ValueError(f'accumulate(skipped={skipped!r}) is unknown: use "zero" or "drop"')
     if not models:
         raise ValueError("accumulate() got an empty list of models")
     return _accumulate(models, list(map(state_of, models)), batches, count, equal_counts, skipped == "drop")
+
+
+def check_batches(batches: object, who: str) -> None:
+    """Refuse what is iterable, but is no sequence of batches.
+
+    Raises:
+        TypeError: it is a Loader, one batch, or text.
+    """
+    if isinstance(batches, Loader):
+        raise TypeError(f"{who} got a Loader: loop over its steps, `for step in loader:`, and give each step")
+    if isinstance(batches, (torch.Tensor, Mapping, str, bytes)):
+        kind = type(batches).__name__
+        raise TypeError(f"{who} got a {kind}, which is one batch: give a step of a Loader, or a list of batches")
 
 
 def state_of(model: nn.Module) -> Replica | Sharded:
