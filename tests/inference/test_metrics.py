@@ -42,8 +42,8 @@ def _parts(output: torch.Tensor, batch: list[torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def _averaged(output: torch.Tensor, batch: Any) -> dp.Average:
-    return dp.Average(sum=output.sum(), weight=2.0)
+def _averaged(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, float]:
+    return output.sum(), 2.0  # a pair is a sum and its weight
 
 
 def _sums(balance: str) -> list[Any]:
@@ -219,7 +219,7 @@ def _fails(how: str) -> None:
         "function": lambda output, batch: 1 / (5 - int(batch[1].max())),
         "kind": lambda output, batch: {"a": "text"},
         "shape": lambda output, batch: torch.ones(len(output)),
-        "pair": lambda output, batch: {"a": (output.mean(), len(output))},
+        "triple": lambda output, batch: {"a": (output.sum(), len(output), 1)},
         "change": lambda output, batch: {"a": dp.Average(sum=1, weight=2) if 4 in batch[1].tolist() else 1},
         "neither": lambda output, batch: dp.Average(weight=2),
         "list": lambda output, batch: [output.sum(), len(output)],
@@ -243,7 +243,10 @@ def _fails(how: str) -> None:
             "shape",
             "the metric failed for the data-set indices 6 to 6: ValueError: a metric function returned shape (1,)",
         ),
-        ("pair", "a metric function returned the tuple (tensor(0.5000), 2), which does not say whether it is a sum or"),
+        (
+            "triple",
+            "a metric function returned (tensor(1.), 2, 1): return a sum, an Average, or a pair of a sum and its",
+        ),
         ("change", "the metric failed for the data-set indices 4 to 5: ValueError: a metric function returned Average"),
         ("neither", "TypeError: Average(mean=None, sum=None, weight=2): give a mean or a sum, and one of them only"),
         ("list", "the metric failed for the data-set indices 0 to 1: TypeError: a metric function returned [tensor"),

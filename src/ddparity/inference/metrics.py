@@ -211,16 +211,12 @@ class _Sums:
     def add(self, output: Any, batch: Any) -> None:
         value = self._function(output, batch)
         for name, one in (value if isinstance(value, Mapping) else {None: value}).items():
-            if isinstance(one, tuple):
-                raise TypeError(
-                    f"a metric function returned the tuple {one!r}, which does not say whether it is a sum or a mean "
-                    f"with its weight: return ddparity.Average(sum=…, weight=…) or ddparity.Average(mean=…, weight=…)"
-                )
-            parts = one.parts() if isinstance(one, Average) else (one,)
+            parts = one.parts() if isinstance(one, Average) else one if isinstance(one, tuple) else (one,)
             totals = self._totals.setdefault(name, [ExactSum() for _ in parts])
-            if len(parts) != len(totals):
+            if len(parts) > 2 or len(parts) != len(totals):
                 raise ValueError(
-                    f"a metric function returned {one!r}: return a sum or an Average, and the same kind each time"
+                    f"a metric function returned {one!r}: return a sum, an Average, or a pair of a sum and its weight, "
+                    f"and the same kind each time"
                 )
             for total, part in zip(totals, parts, strict=True):
                 total.add(part)

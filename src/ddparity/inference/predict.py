@@ -79,8 +79,9 @@ def predict(
             of a list or tuple, as of a data set of (input, target), else with the batch; a function with the batch. A
             dict goes to a module's keywords if its forward takes them all.
         metric: return this instead of the outputs, which then do not move. It is a function of a batch's output and the
-            batch that returns a number, which is summed over all batches, or an `Average`, for the weighted mean; or a
-            dict of these. Or it is a torchmetrics object: each rank updates a copy, the object does not change.
+            batch that returns a number, which is summed over all batches, or an `Average`, for the weighted mean, or
+            a pair of a sum and its weight; or a dict of these. Or it is a torchmetrics object: each rank updates a
+            copy, the object does not change.
         targets: with a torchmetrics object, a function from a batch to the second argument of `update`. None: the
             batch's second entry.
         balance: "contiguous": each rank runs a contiguous share of the batches; "dynamic": a rank that is free runs the
