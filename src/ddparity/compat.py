@@ -143,11 +143,30 @@ def group_timeout_s(group: dist.ProcessGroup | None) -> float:
 
 def ranks_of_groups() -> dict[str, list[int]]:
     """Return the global ranks of the process groups that this process is in, by the groups' names."""
+    return {name: sorted(dist.distributed_c10d._world.pg_group_ranks[group]) for name, group in _groups().items()}
+
+
+def numbers_of_groups() -> dict[str, dict[str, int]]:
+    """Return the number of the last collective that this process called in each group, by group and backend."""
+    found: dict[str, dict[str, int]] = {}
+    for name, group in _groups().items():
+        for device in group._device_types:
+            backend = group._get_backend(device)
+            if hasattr(backend, "_get_sequence_number_for_group"):
+                found.setdefault(name, {})[backend.name()] = backend._get_sequence_number_for_group()
+    return found
+
+
+def place_in_world() -> tuple[int, int] | None:
+    """Return this process's rank in the default process group and the group's size; None without such a group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else None
+
+
+def _groups() -> dict[str, Any]:
     known: Any = getattr(dist.distributed_c10d, "_world", None)
     if known is None:
         return {}
-    names, ranks = known.pg_names, known.pg_group_ranks
-    return {str(names[group]): sorted(ranks[group]) for group in list(ranks) if group in names}
+    return {str(known.pg_names[group]): group for group in list(known.pg_group_ranks) if group in known.pg_names}
 
 
 def flight_record() -> bytes | None:
@@ -179,6 +198,9 @@ def add_server_handler(name: str, handler: Callable[[Any, Any], None]) -> None:
     """Let torch's worker server answer requests of this name by a function of (request, response), if it can."""
     register: Any = getattr(torch._C._distributed_c10d, "_register_handler", None)
     if register is not None:
+        ctypes.pythonapi.Py_IncRef(
+            ctypes.py_object(handler)
+        )  # C++ would destroy it without the GIL, after Python's end
         register(name, handler)
 
 

@@ -78,11 +78,13 @@ def test_a_background_process_ends_with_a_word_if_asked(tmp_path: Path) -> None:
 
 FAMILY = """
     import subprocess
+    from multiprocessing.shared_memory import SharedMemory
     if rank == 1:
+        memory = SharedMemory(create=True, size=8)  # named: a process of Python's removes it, which rank 1 has started
         started = [subprocess.Popen(["sleep", "600"], start_new_session=apart).pid for apart in (False, True)]
         started.append(subprocess.Popen(["sleep", "600"], env={}).pid)
         started.append(int(subprocess.check_output(["setsid", "sh", "-c", "exec 2>&-; sleep 600 >&- & echo $!"])))
-        print("started", *started, flush=True)
+        print("started", memory.name, *started, flush=True)
         if sys.argv[1] == "failure":
             raise ValueError("bad batch")
     time.sleep(600)
@@ -93,11 +95,12 @@ FAMILY = """
 def test_all_that_a_rank_started_ends_after_a_failure_or_a_signal(tmp_path: Path, how: str, code: int) -> None:
     with _started("--nproc", "2", "--show", "1", _script(tmp_path, FAMILY), how) as process:
         assert process.stdout is not None
-        pids = [int(word) for word in _line_with(process.stdout, "started").split()[-4:]]
+        memory, *pids = _line_with(process.stdout, "started").split()[-5:]
         if how != "failure":
             process.send_signal(signal.Signals[how])
         assert process.wait(30) == code
-        _until(lambda: not any(_runs(pid) for pid in pids), 20)
+        _until(lambda: not any(_runs(int(pid)) for pid in pids), 20)
+        _until(lambda: not Path("/dev/shm", memory).exists(), 20)
 
 
 # The time to end.

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
 import ddparity as dp
 
@@ -454,6 +456,23 @@ def _leaves() -> None:
 def test_launch_reports_a_function_that_did_not_return() -> None:
     with pytest.raises(dp.RankFailure, match="rank 0 ended with exit code 0 before _leaves returned"):
         dp.launch(_leaves, nproc=1)
+
+
+def test_launch_names_a_rank_that_hangs() -> None:
+    with pytest.raises(
+        dp.RankFailure, match=r"_hangs hangs:\nddparity: hang: rank 1 has not called barrier #4"
+    ) as caught:
+        dp.launch(_hangs, hang_timeout=1)
+    assert caught.value.rank == 1
+
+
+def _hangs() -> None:
+    with dp.world(device="cpu") as world:
+        for _ in range(3):
+            dist.all_reduce(torch.ones(1))
+        if world.rank == 1:
+            time.sleep(600)
+        dist.barrier()
 
 
 def test_launch_takes_a_callable_without_a_name() -> None:

@@ -41,6 +41,16 @@ def later(seconds, work):  # in another process
     process.start()
     return process
 
+WORLDS = []
+def again(*ranks):  # leave this world, and make another one of these ranks; of all if none are given
+    rank = dist.get_rank()
+    ranks = ranks or range(dist.get_world_size())
+    dist.barrier()
+    dist.destroy_process_group()
+    WORLDS.append(ranks)
+    file = f"file://{os.getcwd()}/world{len(WORLDS)}of{ranks[0]}"
+    dist.init_process_group("gloo", file, rank=ranks.index(rank), world_size=len(ranks))
+
 class Slow(Dataset):
     def __init__(self, seconds): self.seconds = seconds
     def __len__(self): return 4
@@ -161,6 +171,26 @@ WAITS = {
         "if rank == 0:\n    time.sleep(S); dist.send(torch.ones(1), 1)\nelse: dist.recv(torch.ones(1), 0)"
     ),
     "a new group": Wait(_ALONE + "time.sleep(S)\ndist.new_group([0, 1])", ptrace=False),
+    "a second world": Wait("again()\n" + _ALONE + "time.sleep(S)"),
+    "a second world, C that holds the GIL": Wait("again()\nif rank == 1:\n    ctypes.PyDLL(None).sleep(int(S))", 3),
+    "a world of fewer ranks": Wait(
+        "if rank == 2:\n    dist.barrier(); dist.destroy_process_group(); sys.exit()\n"
+        "again(0, 1)\nsteps(); steps()\n" + _ALONE + "time.sleep(S)",
+        3,
+    ),
+    "a world of later ranks": Wait(
+        "if rank == 0:\n    dist.barrier(); dist.destroy_process_group(); print('well'); sys.exit()\n"
+        "again(1, 2)\nsteps(); steps()\nif rank == 1:\n    time.sleep(S)",
+        3,
+        ptrace=False,
+    ),
+    "two worlds at once": Wait(
+        "again(*((0, 1) if rank < 2 else (2, 3)))\n"
+        "for _ in range(5): dist.all_reduce(torch.ones(4 if rank < 2 else 8))\n"
+        "if rank in (0, 2): time.sleep(S)\n"
+        "dist.all_reduce(torch.ones(4 if rank < 2 else 8))",
+        4,
+    ),
     "a thread after the end": Wait(_ALONE + "threading.Thread(target=time.sleep, args=(S,)).start()"),
     "work after the others have ended": Wait(_ALONE + "import atexit; atexit.register(time.sleep, S)"),
 }
@@ -213,11 +243,6 @@ HANGS = {
         _TWO + "for group in ((one, two) if rank else (two, one)): dist.all_reduce(torch.ones(1), group=group)",
         r"wait for each other: rank 0 waits in all_reduce #1 of group \d for rank 1; rank 1 waits in all_reduce",
     ),
-    "two groups, no ptrace": Hang(
-        _TWO + "for group in ((one, two) if rank else (two, one)): dist.barrier(group)",
-        r"wait for each other: rank 0 waits in barrier #1 of group \d for rank 1; rank 1 waits in barrier",
-        ptrace=False,
-    ),
     "three groups in a ring": Hang(
         "pairs = [dist.new_group([0, 1]), dist.new_group([1, 2]), dist.new_group([0, 2])]\n"
         "order = {0: (0, 2), 1: (1, 0), 2: (2, 1)}[rank]\n"
@@ -268,6 +293,29 @@ HANGS = {
         "with Timed():\n    if rank == 1: raise KeyError('label')\n    steps()",
         r"rank 1 failed: KeyError: 'label'(?s:.*)was on its way",
         code=1,
+    ),
+    "another collective in a second world": Hang(
+        "again()\ndist.all_reduce(torch.ones(4)) if rank else dist.barrier()",
+        r"do not agree on collective #1: rank 0 calls barrier, rank 1 calls all_reduce of 4",
+    ),
+    "returns early from a second world": Hang(
+        "steps()\nagain()\nif rank == 1: time.sleep(1); sys.exit(0)",
+        r"rank 1 finished without calling all_reduce #1",
+    ),
+    "two groups of a second world in another order, no ptrace": Hang(
+        "steps()\nagain()\n" + _TWO + "for group in ((one, two) if rank else (two, one)): dist.barrier(group)",
+        r"wait for each other: rank 0 waits in barrier #1 of group \d for rank 1; rank 1 waits in barrier",
+        ptrace=False,
+    ),
+    "an endless loop in a second world": Hang(
+        "steps()\ntime.sleep(2)\nagain()\nwhile rank == 1: pass",
+        r"hang: rank 1 has not called all_reduce #1: rank 0 waits.*running Python",
+        False,
+    ),
+    "C that holds the GIL in a second world": Hang(
+        "steps()\ntime.sleep(2)\nagain()\nif rank == 1: ctypes.PyDLL(None).sleep(10**6)",
+        r"hang: rank 1 has not called all_reduce #1: rank 0 waits",
+        False,
     ),
     "a lock": Hang(
         "if rank == 1:\n    lock = threading.Lock(); lock.acquire(); lock.acquire()", _ABSENT + "lock", False

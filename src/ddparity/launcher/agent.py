@@ -40,8 +40,9 @@ from .diagnosis.exits import (
 from .diagnosis.hang_report import HangReport, add_positions, describe_hang, describe_rows
 from .diagnosis.late import describe_doing, only_waits, stacks_of
 from .diagnosis.watch import Watch, WatchedRank
-from .ending import Guardian, RankProcesses, end, end_left, runs, send
+from .ending import Guardian, RankProcesses, end, end_left, runs
 from .exchange import SILENT_S, Exchange, Node, plain_reason
+from .forwarding import Warnings
 from .lingering import LINGER_S, Lingering
 from .output import RankFiles, say, tell
 from .resources import MemoryWatch
@@ -102,11 +103,9 @@ class Agent(LocalElasticAgent):
         self._count_waiting_nodes = spec.rdzv_handler.num_nodes_waiting
         # torch's loop would wait for the store in this method. setattr, since mypy refuses to assign to a method.
         setattr(spec.rdzv_handler, "num_nodes_waiting", self._waiting_nodes)  # noqa: B010 - see above
-        self._forwarded: set[int] = set()  # the scheduler's warnings that the current ranks have received
-        self._from_nodes: set[int] = set()  # warnings that other machines passed on
+        self._warnings = Warnings(signals)
         self._later: HangReport | None = None  # a hang that waits until no rank is at a debugger's prompt
         self._prompted = False  # it was told that the job waits for a debugger
-        self._waits_for_nodes = False  # this machine's ranks have stopped on a warning; others may still save
 
     def folders(self) -> dict[int, Path]:
         """Return the folder of each rank of this machine, in which the rank writes files for its agent."""
@@ -137,7 +136,7 @@ class Agent(LocalElasticAgent):
         """Return the signal on which all ranks saved and stopped; None where the job ended in another way."""
         if self.hang is not None or any(one.ended_by_us or one.left_early or one.lost for one in self.exit_reports):
             return None
-        return self._warning_of({one.code for one in self.exit_reports} - {0})
+        return self._warnings.obeyed({one.code for one in self.exit_reports} - {0})
 
     def straggler_report(self) -> str:
         """Return which ranks the others waited for; empty where no rank stands out."""
@@ -169,8 +168,7 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.exit_reports, self.hang, self._finished, self._succeeded = [], None, None, False
-        self._forwarded.clear()
-        self._waits_for_nodes = False
+        self._warnings.begin()
         several = self._address is not None and self._open_exchange(worker_group, self._address)
         self._begin_logs()
         with self._signals.starting():
@@ -207,7 +205,7 @@ class Agent(LocalElasticAgent):
                 self._tell(describe_hang(hang))
                 self._keep_stacks(hang, ends=False)
                 hang = None
-            self._forward_warnings()
+            self._warnings.forward(self._ranks.pids, self._exchange)
             changes = self._exchange is not None and self._exchange.changes()
             failed_elsewhere = self._exchange is not None and self._exchange.failed()
             if not (changes or failed_elsewhere or self._signals.ending) and self._waits_for_prompt(hang):
@@ -220,7 +218,7 @@ class Agent(LocalElasticAgent):
                 self._end_after_failure(worker_group, hang)
                 super()._monitor_workers(worker_group)  # collects the exit codes of the processes, which have ended
                 return RunResult(state=WorkerState.FAILED)
-            if not self._ranks.all_ended or self._waits_for_nodes:
+            if not self._ranks.all_ended or self._warnings.waits_for_nodes:
                 # torch's method would look again. It would end all ranks if one has failed since, and hide the cause.
                 return RunResult(state=WorkerState.HEALTHY)
         if self._finished is None:
@@ -350,33 +348,7 @@ class Agent(LocalElasticAgent):
         return bool(prompts)
 
     def _have_failed(self) -> bool:
-        """Return whether ranks have failed. Ranks that stop on a scheduler's warning wait for all that still save."""
-        codes = self._ranks.codes - {0}
-        if not codes or self._warning_of(codes) is None:
-            return bool(codes)
-        if not self._ranks.all_ended:
-            return False
-        if self._exchange is None:
-            return True
-        if not self._waits_for_nodes:
-            self._waits_for_nodes = True
-            self._exchange.finish()
-        return self._exchange.all_finished()
-
-    def _warning_of(self, codes: set[int]) -> int | None:
-        """Return the scheduler's warning on which processes with these exit codes stopped; None: not all of them."""
-        return next((number for number in self._forwarded if codes and codes <= {128 + number, -number}), None)
-
-    def _forward_warnings(self) -> None:
-        """Pass a scheduler's warning on to the ranks and to the other machines, and theirs to these ranks."""
-        own = self._signals.take_warnings()
-        others = self._exchange.signals(own) if self._exchange is not None else []
-        # A scheduler may warn every machine: ranks get the warning once.
-        new = [number for number in own if number not in self._from_nodes]
-        self._from_nodes = self._from_nodes - set(own) | set(others)
-        for number in dict.fromkeys([*new, *others]):
-            self._forwarded.add(number)
-            send(self._ranks.pids, number)
+        return self._warnings.have_failed(self._ranks, self._exchange)
 
     # After a failure.
 
@@ -386,7 +358,7 @@ class Agent(LocalElasticAgent):
         exchange = self._exchange
         self._look(at_once=True)
         failed = self._ranks.codes - {0}
-        if hang is not None and failed and self._warning_of(failed) is None:
+        if hang is not None and failed and self._warnings.obeyed(failed) is None:
             hang = None  # a rank that failed is the cause, also one that runs on for a thread of its own
         if hang is None:
             self._wait_for_cause()
@@ -476,7 +448,9 @@ class Agent(LocalElasticAgent):
                 return
             waited = time.monotonic() - start
             elsewhere = self._exchange is not None and (self._exchange.failed() or self._exchange.changes())
-            pause_s = _CAUSE_TIMEOUT_S if self._forwarded else _SAME_CAUSE_S  # after a warning, ranks may be saving
+            pause_s = (
+                _CAUSE_TIMEOUT_S if self._warnings.forwarded else _SAME_CAUSE_S
+            )  # after a warning, ranks may be saving
             if (elsewhere or not any(one.code for one in reports)) and waited > pause_s:
                 return
             if any(one.code for one in reports) and is_settled(reports, waited, _CAUSE_TIMEOUT_S, pause_s):

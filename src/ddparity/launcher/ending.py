@@ -30,6 +30,7 @@ _PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 # the processes that have the job's mark in their environment.
 _GUARDIAN = """
 all=
+trackers=
 mark=$1
 while read -r id; do
     case $id in
@@ -39,6 +40,16 @@ while read -r id; do
     esac
 done
 [ "$all" ] || exit
+for one in $(grep -lsF -e "$mark" /proc/[0-9]*/environ); do
+    one=${one#/proc/}
+    one=${one%/environ}
+    if grep -qsE "$2" "/proc/$one/cmdline"; then trackers="$trackers $one"; else kill -9 "$one"; fi
+done
+for second in 1 2 3; do
+    run=
+    for one in $trackers; do kill -0 "$one" && run=1; done
+    [ "$run" ] && sleep 1
+done
 kill -9 $all
 for round in 1 2 3; do
     found=$(grep -lsF -e "$mark" /proc/[0-9]*/environ)
@@ -46,6 +57,9 @@ for round in 1 2 3; do
     for one in $found; do one=${one#/proc/}; kill -9 "${one%/environ}"; done
 done
 """
+# They remove the named shared memory and semaphores of a rank and its children, after all of these have ended.
+_TRACKERS = ("multiprocessing.resource_tracker", "torch_shm_manager")
+_TRACKED_S = 3.0  # for that: torch's takes up to 2 s
 SLOW_S = 3.0  # a process that has not ended this long after a signal is worth a line
 # Whether a rank may go on after its exception, by its global rank, process id, folder and the seconds since then.
 MayRun = Callable[[int, int, Path, float], bool]
@@ -185,6 +199,15 @@ def kill_all(pids: Iterable[int], mark: str) -> None:
     as long as its ancestors run.
     """
     pids = list(pids)
+    others = started_by(pids, mark)
+    trackers = [one for one in others if _removes_shared_memory(one)]
+    if trackers:
+        send(filter(runs, pids), signal.SIGKILL)
+        for one in others:
+            if one not in trackers:
+                with suppress(psutil.Error):
+                    one.kill()
+        _wait_while(lambda: any(map(_is_alive, trackers)), _TRACKED_S)
     for _ in range(3):  # a process may start another one while this looks for it
         others = started_by(pids, mark)
         for pid in pids:
@@ -230,6 +253,13 @@ def end_left(pids: Collection[int], mark: str) -> str:
     return ", ".join(names)
 
 
+def _removes_shared_memory(process: psutil.Process) -> bool:
+    try:
+        return any(name in one for name in _TRACKERS for one in process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def _is_alive(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
@@ -271,8 +301,12 @@ def end(
 
 def _wait_for(pids: Collection[int], timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
     """Wait until all have ended, but no longer than `timeout_s` and not after `hurry()` returns True."""
+    _wait_while(lambda: any(map(runs, pids)) and not hurry(), timeout_s)
+
+
+def _wait_while(condition: Callable[[], bool], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while any(runs(pid) for pid in pids) and time.monotonic() <= deadline and not hurry():
+    while condition() and time.monotonic() <= deadline:
         time.sleep(_PAUSE_S)
 
 
@@ -286,7 +320,7 @@ class Guardian:
         self._process: subprocess.Popen[bytes] | None = None
         with suppress(FileNotFoundError):  # a container without a shell
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARDIAN, "sh", mark],
+                ["/bin/sh", "-c", _GUARDIAN, "sh", mark, "|".join(_TRACKERS)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

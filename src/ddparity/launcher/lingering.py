@@ -53,8 +53,8 @@ class Lingering:
         if since_s < LINGER_S:
             return True
         ranks = {rank: (pid, folder)}
-        stacks = stacks_of(ranks, before_kill=False)
         late, works = since_s >= self._grace_s, self._work[pid] != before
+        stacks = stacks_of(ranks, before_kill=late)
         if late:
             they = describe_doing(ranks, stacks)
             tell(f"ending {they}, which still ran {self._grace_s:g} s after its exception (--shutdown-timeout)")

@@ -65,7 +65,7 @@ def main() -> None:
         _run(arguments, folder)
         _note_end(folder)
     except SystemExit as ending:
-        _note_end(folder)
+        _note_end(folder, well=ending.code in (None, 0))
         if folder is not None and ending.code is not None and not isinstance(ending.code, int):
             _write_error(folder, ending, _printed(ending.code), "")  # sys.exit("a message")
         raise
@@ -279,10 +279,10 @@ def _close_standard_input() -> None:
         os.close(nothing)
 
 
-def _note_end(folder: Path | None) -> None:
-    """Tell the agent that the script has ended, and what may still keep this process."""
+def _note_end(folder: Path | None, well: bool = True) -> None:
+    """Tell the agent that the script has ended, whether with 0, and what may still keep this process."""
     if folder is not None:
-        _instruments().write_end(folder)
+        _instruments().write_end(folder, well)
 
 
 def _instruments() -> ModuleType:

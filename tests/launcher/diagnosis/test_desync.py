@@ -13,11 +13,13 @@ from ddparity.launcher.diagnosis.circle import find_circle
 from ddparity.launcher.diagnosis.desync import (
     RankState,
     StragglerCount,
+    called_by_all,
     describe_ranks,
     find_left,
     find_mismatch,
     find_missing,
     group_ranks,
+    of_before,
     stuck_groups,
 )
 from ddparity.launcher.diagnosis.flight import Operation, from_json, parse_record, to_json
@@ -135,6 +137,30 @@ def test_a_rank_that_went_on_without_the_others_is_a_mismatch() -> None:
     assert find_mismatch(_states([sent, _op(2, "broadcast", created_s=4.0)], late), "0") is not None
     assert find_mismatch(_states([sent], late), "0") is None  # it may be of an earlier group
     assert find_mismatch(_states([sent], late), "0", aborted=True) is not None
+
+
+def test_calls_of_an_earlier_world_are_known_by_the_numbers() -> None:
+    """Rank 1's call #9 is done, so rank 0 had called #9 there; now it is at #2: it is in another world."""
+    old = [_op(8, created_s=8.0), _op(9, created_s=9.0)]
+    new = [_op(1, record=20, created_s=11.0), _op(2, record=21, created_s=12.0, pending=True)]
+    done = {rank: called_by_all(state) for rank, state in _states(old, old).items()}
+    assert of_before(_states(new, old), done) == {(1, "0"): 9}
+    assert of_before(_states(old, old), done) == {}
+    assert of_before(_states(new, new[:1]), done) == {}  # the record of rank 1 has only calls of the new world
+    early = [replace(one, created_s=1.0) for one in new]
+    assert of_before(_states(early, old), done) == {}  # which of the two worlds is the older one?
+    other = [replace(one, backend="nccl") for one in new]
+    assert of_before(_states(other, old), done) == {}  # NCCL's numbers are not Gloo's
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "known"),
+    [("all_reduce", 4, True), ("barrier", 0, True), ("broadcast", 4, False), ("all_reduce", 0, False)],
+)
+def test_which_collectives_all_ranks_have_called_if_one_is_done(name: str, size: int, known: bool) -> None:
+    done = RankState(0, (_op(1, name, size),))
+    assert bool(called_by_all(done)) == known
+    assert called_by_all(RankState(0, (_op(1, name, size, pending=True),))) == ()
 
 
 @pytest.mark.parametrize(
@@ -317,6 +343,24 @@ def test_a_group_that_was_created_again_starts_again() -> None:
     assert [one.sequence for one in record.operations] == [1]
 
 
+def test_a_group_that_was_created_again_has_another_number_in_torch() -> None:
+    """A world of one collective, and another one; the groups of two backends have one name and their own numbers."""
+    first = [_entry(1, 0, pg_id=0, over="nccl"), _entry(1, 1, pg_id=1), _entry(2, 2, pg_id=0, over="nccl")]
+    second = [_entry(1, 3, pg_id=2, over="nccl"), _entry(1, 4, pg_id=3)]
+    for entries, records in ((first, [0, 1, 2]), (first + second[:1], [1, 3]), (first + second, [3, 4])):
+        record = parse_record(json.dumps({"entries": entries}).encode())
+        assert [one.record for one in record.operations] == records and record.complete
+
+
+def _entry(sequence: int, record: int, pg_id: int, over: str = "gloo") -> dict[str, object]:
+    name = f"{over}:all_reduce"
+    return {**ENTRY, "collective_seq_id": sequence, "record_id": record, "pg_id": pg_id, "profiling_name": name}
+
+
+def test_a_record_whose_first_collectives_are_gone_is_not_complete() -> None:
+    assert not parse_record(json.dumps({"entries": [ENTRY]}).encode()).complete
+
+
 def test_a_record_without_entries_is_empty() -> None:
     assert parse_record(b'{"version": "2.10", "pg_config": {}}').operations == ()
 
@@ -337,8 +381,8 @@ def _agreement(name: str, ranks: tuple[int, ...], main: bool = True) -> Operatio
     return _op(1, name, pending=True, **{**own, "record": 9})
 
 
-def _circle(*ranks: list[Operation]) -> str:
-    states = _states(*ranks)
+def _circle(*ranks: list[Operation], complete: bool = True) -> str:
+    states = {rank: replace(one, complete=complete) for rank, one in _states(*ranks).items()}
     found = find_circle(states, lambda group: group_ranks(states, group, {}))
     return headline(found, states) if found is not None else ""
 
@@ -379,7 +423,8 @@ def test_a_collective_that_has_left_the_record_proves_nothing() -> None:
     """Rank 1 may have called the group's collective before the oldest one that its record still has."""
     one, two = _op(1, group="1", pending=True, ranks=(0, 1)), _op(1, group="2", pending=True, ranks=(0, 1))
     assert _circle([_op(1), one], [_op(1), two]) != ""
-    assert _circle([_op(1), one], [_op(70), two]) == ""
+    assert _circle([_op(70), one], [_op(70), two]) != ""
+    assert _circle([_op(70), one], [_op(70), two], complete=False) == ""
 
 
 def test_a_long_wait_is_told_after_a_minute_and_then_rarely() -> None:

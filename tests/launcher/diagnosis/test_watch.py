@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_mismatch_is_named_whatever_the_time_out(tmp_path: Path, body: str, sa
 
 ABSENT = {
     "sleeping": ("time.sleep(600)", "sleeping"),
-    "lock": ("lock = threading.Lock(); lock.acquire()\nlock.acquire()", "waiting for a lock"),
+    "lock": ("lock = threading.Lock(); lock.acquire(); lock.acquire()", "waiting for a lock"),
     "event": ("threading.Event().wait()", "waiting for a lock"),
     "loop": ("while True: pass", "running Python"),
     "gil": ("ctypes.PyDLL(None).sleep(600)", "in C code, holding the GIL"),
@@ -71,24 +72,24 @@ ABSENT = {
 }
 
 
-@pytest.mark.parametrize(("body", "activity"), ABSENT.values(), ids=ABSENT.keys())
-def test_a_rank_that_does_not_call_is_reported_with_its_activity(tmp_path: Path, body: str, activity: str) -> None:
-    lines = f"ready()\nif rank == 0: dist.all_reduce(torch.ones(4)); time.sleep(600)\n{body}"
-    with job(tmp_path, lines) as running:
+@pytest.mark.parametrize("names", [("sleeping", "lock", "loop"), ("event", "gil", "stopped")], ids="-".join)
+def test_ranks_that_do_not_call_are_reported_with_their_activities(tmp_path: Path, names: tuple[str, ...]) -> None:
+    bodies = "\n".join(f"if rank == {rank}:\n    {ABSENT[name][0]}" for rank, name in enumerate(names, 1))
+    lines = f"ready()\nif rank == 0: dist.all_reduce(torch.ones(4)); time.sleep(600)\n{bodies}"
+    with job(tmp_path, lines, 4) as running:
         running.until_ready()
         running.until(_ended)
         report = running.report
         assert report is not None, running.endings
-        assert (report.kind, report.blamed) == ("absent", (1,))
-        assert report.rows[1].activity == activity
-        assert "script.py" in report.rows[1].where
-        assert report.rows[0].activity == "in all_reduce"
+        assert (report.kind, report.blamed) == ("absent", (1, 2, 3))
+        assert [row.activity for row in report.rows] == ["in all_reduce", *(ABSENT[name][1] for name in names)]
+        assert all("script.py" in row.where for row in report.rows[1:])
         text = describe_hang(report)
-        assert text.startswith("hang: rank 1 has not called all_reduce #4: rank 0 waits in all_reduce of 4 float32")
+        assert text.startswith("hang: ranks 1-3 have not called all_reduce #4: rank 0 waits in all_reduce of 4 float32")
         assert max(len(line) for line in text.splitlines()[1:]) <= 120
         written = running.watch.keep_stacks(report, tmp_path / "stacks")
-        assert {path.name for path in written} == {"stacks-rank-0.txt", "stacks-rank-1.txt"}
-        assert "script.py" in written[1].read_text()
+        assert [path.name for path in written] == [f"stacks-rank-{rank}.txt" for rank in range(4)]
+        assert all("script.py" in one.read_text() for one in written[1:])
 
 
 def test_a_rank_that_is_stopped_while_it_waits(tmp_path: Path) -> None:
@@ -369,8 +370,16 @@ def test_agents_of_two_machines_agree(tmp_path: Path, body: str, kind: str, said
         assert set(leading.stacks) == {0, 1} and set(following.stacks) == {2, 3}
 
 
-def test_a_rank_of_another_machine_that_is_late_is_told_by_the_leading_agent(tmp_path: Path) -> None:
-    with job(tmp_path, "ready()\nif rank != 3: dist.all_reduce(torch.ones(4))\ntime.sleep(600)", 4) as running:
+def test_ranks_of_another_machine_that_are_late_are_told_by_the_leading_agent(tmp_path: Path) -> None:
+    """In a second world: their agent asks them how many collectives they have called there."""
+    body = f"""
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", "file://{tmp_path}/second", rank=rank, world_size=4)
+        print("ready", flush=True)
+        if rank < 2: dist.all_reduce(torch.ones(4))
+        time.sleep(600)
+    """
+    with job(tmp_path, f"for _ in range(3): dist.all_reduce(torch.ones(16))\n{textwrap.dedent(body)}", 4) as running:
         running.until_ready()
         texts: dict[str, str] = {}
         ranks = running.watched
@@ -387,6 +396,7 @@ def test_a_rank_of_another_machine_that_is_late_is_told_by_the_leading_agent(tmp
         running.until(both)
         (notice,), following = told
         assert following == []
-        assert re.match(r"for \d s: rank 3 has not called all_reduce #4: ranks 0-2 wait in all_reduce", notice.lines[0])
-        assert re.search(r"rank 3: .*script.py:\d+, in <module>, sleeping", notice.lines[0])
+        said = r"for \d s: ranks 2, 3 have not called all_reduce #1: ranks 0, 1 wait in all_reduce"
+        assert re.match(said, notice.lines[0])
+        assert re.search(r"ranks 2, 3: .*script.py:\d+, in <module>, sleeping", notice.lines[0])
         assert [bool(row.host and "script.py" in row.where) for row in notice.report.rows] == [True] * 4

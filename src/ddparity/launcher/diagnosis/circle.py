@@ -59,6 +59,4 @@ def _lacks(state: RankState, operation: Operation) -> bool:
     last = state.last(operation.group)
     if last is not None:
         return last.sequence < operation.sequence
-    collectives = [one for one in state.operations if one.backend != AGREEMENT]
-    # The record of a rank has its last collectives only: one that it called long ago may be missing there.
-    return operation.backend == AGREEMENT or not collectives or collectives[0].record <= 1
+    return operation.backend == AGREEMENT or state.complete

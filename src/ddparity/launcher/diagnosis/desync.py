@@ -24,6 +24,8 @@ _SAME_SIZES_GLOO = ("all_gather", "allgather", "_allgather_base", "allgather_bas
 _ANY_DTYPE = ("scatter", "gather", "all_to_all", "alltoall", "barrier", "coalesced")
 # Over Gloo these send rows (indices of the first dimension) of one tensor: ranks may have different numbers of them.
 _ROWS_GLOO = ("all_to_all", "alltoall", "alltoall_base")
+# No rank has returned from these before all have called them; from some others if a rank gives or gets no elements.
+_TWO_WAY = ("all_reduce", "allreduce", "reduce_scatter", "barrier")
 # A rank may return from these before another rank calls them: it only sends.
 _ONE_WAY = ("broadcast", "reduce", "gather", "scatter")
 
@@ -33,12 +35,14 @@ class RankState:
     """What is known of one rank: its collectives, oldest first, and its exit code if it has ended.
 
     `silent`: the rank runs but has not answered lately. It may have left the collective that it last waited in.
+    `complete`: no collective has left its record, which has its last ones only.
     """
 
     rank: int
     operations: tuple[Operation, ...] = ()
     exitcode: int | None = None
     silent: bool = False
+    complete: bool = True
 
     def last(self, group: str) -> Operation | None:
         """Return the last collective that the rank called in a group."""
@@ -147,6 +151,42 @@ def group_ranks(states: Mapping[int, RankState], group: str, known: Mapping[str,
     if group == DEFAULT_GROUP:
         return tuple(sorted(states))
     return tuple(sorted(rank for rank, state in states.items() if state.last(group) is not None))
+
+
+def called_by_all(state: RankState) -> tuple[Operation, ...]:
+    """Return the last collective of each group and backend that all ranks have called: it is done on this rank."""
+    found = {}
+    for one in state.operations:
+        moves = one.name == "barrier" or sum(one.inputs or one.outputs) > 0
+        if moves and one.name.startswith(_TWO_WAY) and not (one.pending or one.point_to_point):
+            found[one.group, one.backend] = one
+    return tuple(found.values())
+
+
+def of_before(states: Mapping[int, RankState], done: Mapping[int, Sequence[Operation]]) -> dict[tuple[int, str], int]:
+    """Return which calls are of an earlier group of the same name: by (rank, group), the record of the last one.
+
+    `states`: as they are now. `done`: by rank, what `called_by_all` returned at an earlier time. All ranks of that
+    group had called it then. So a rank whose numbers are lower now is in another group. If it has called a collective
+    there since, the other rank has not come there, or has made no call there yet. Times of calls are compared: it is
+    for the ranks of one machine.
+    """
+    last: dict[tuple[str, str], list[Operation]] = {}
+    for state in states.values():
+        calls = {(one.group, one.backend): one for one in state.operations if not one.point_to_point}
+        for key, one in calls.items():
+            last.setdefault(key, []).append(one)
+    found = {}
+    for rank in states.keys() & done.keys():
+        for one in done[rank]:
+            own = [each.record for each in states[rank].operations if each.group == one.group]
+            later = any(
+                other.sequence < one.sequence and other.created_s > one.created_s
+                for other in last.get((one.group, one.backend), ())
+            )
+            if later and one.record in own:  # otherwise the rank has called a collective in a later group, too
+                found[rank, one.group] = max(own)
+    return found
 
 
 def find_mismatch(states: Mapping[int, RankState], group: str, aborted: bool = False) -> Finding | None:

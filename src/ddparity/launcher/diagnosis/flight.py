@@ -81,10 +81,27 @@ class Operation:
 
 @dataclass(frozen=True)
 class FlightRecord:
-    """The last collectives of a rank, oldest first, and the global ranks of the process groups that it names."""
+    """The last collectives of a rank, oldest first, and the global ranks of the process groups that it names.
+
+    `complete`: the rank has called no others before them.
+    """
 
     operations: tuple[Operation, ...]
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class GroupsOfRank:
+    """What a rank says of its process groups now.
+
+    `ranks`: the global ranks of each. `called`: at least the number of the last collective that it called in a group
+    over a backend. `launched`: its world is the one that it was launched for, with the rank that it was given.
+    """
+
+    ranks: Mapping[str, tuple[int, ...]]
+    called: Mapping[tuple[str, str], int]
+    launched: bool
 
 
 def parse_record(text: bytes) -> FlightRecord:
@@ -94,11 +111,17 @@ def parse_record(text: bytes) -> FlightRecord:
     """
     content = read_json(text, ANSWER)
     kept: dict[str, list[Operation]] = {}
-    for entry in content.get("entries") or []:
+    made: dict[tuple[str, str], object] = {}  # torch's own number of the group that has the name now
+    entries = content.get("entries") or []
+    for entry in entries:
         operation = _operation(entry)
         own = kept.setdefault(operation.group, [])
-        if own and not operation.point_to_point and operation.sequence < own[-1].sequence:
+        number = entry.get("pg_id")
+        if number is None and own and not operation.point_to_point and operation.sequence < own[-1].sequence:
             own.clear()
+        elif number is not None and made.setdefault((operation.group, operation.backend), number) != number:
+            made[operation.group, operation.backend] = number
+            own[:] = [one for one in own if one.backend != operation.backend]
         own.append(operation)
     # Only NCCL names its groups here, Gloo does not.
     groups = {
@@ -107,7 +130,9 @@ def parse_record(text: bytes) -> FlightRecord:
         if one.get("name")
     }
     return FlightRecord(
-        tuple(sorted((one for own in kept.values() for one in own), key=lambda one: one.record)), groups
+        tuple(sorted((one for own in kept.values() for one in own), key=lambda one: one.record)),
+        groups,
+        complete=not entries or int(entries[0]["record_id"]) <= 1,
     )
 
 
@@ -181,13 +206,19 @@ def ask_records(folders: Mapping[int, Path], timeout_s: float) -> dict[int, Flig
     return found
 
 
-def ask_groups(folders: Mapping[int, Path], timeout_s: float) -> dict[str, tuple[int, ...]]:
-    """Ask ranks for the global ranks of their process groups, by name. A rank needs its GIL to answer."""
-    found: dict[str, tuple[int, ...]] = {}
-    for text in ask(folders, STATE_HANDLER, timeout_s).values():
+def ask_groups(folders: Mapping[int, Path], timeout_s: float) -> dict[int, GroupsOfRank]:
+    """Ask ranks for their process groups. A rank needs its GIL to answer."""
+    found = {}
+    for rank, text in ask(folders, STATE_HANDLER, timeout_s).items():
         with suppress(ValueError, KeyError, TypeError, AttributeError):
-            groups = read_json(text, ANSWER)["groups"]
-            found |= {str(name): tuple(map(int, ranks)) for name, ranks in groups.items()}
+            content = read_json(text, ANSWER)
+            ranks = {str(name): tuple(map(int, ranks)) for name, ranks in content["groups"].items()}
+            called = {
+                (str(name), str(backend)): int(number)
+                for name, numbers in content["called"].items()
+                for backend, number in numbers.items()
+            }
+            found[rank] = GroupsOfRank(ranks, called, bool(content["launched"]))
     return found
 
 

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import importlib.abc
 import importlib.util
 import json
@@ -68,7 +69,8 @@ def install(folder: Path) -> None:
     if sys.platform == "linux":
         _allow_tracing()
     os.register_at_fork(after_in_child=_uninstall)
-    after_import("torch", lambda: _serve(folder))
+    launched = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    after_import("torch", lambda: _serve(folder, launched))
     atexit.register(_at_exit, folder, os.getpid())
 
 
@@ -114,12 +116,16 @@ def _started(pid: int) -> str | None:
     return None
 
 
-def write_end(folder: Path) -> None:
-    """Write to `ended.json` when the script has ended, and which threads and child processes Python waits for now."""
+def write_end(folder: Path, well: bool) -> None:
+    """Write to `ended.json` when the script has ended, and which threads and child processes Python waits for now.
+
+    `well`: its exit code will be 0.
+    """
     threads = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
     frames = sys._current_frames() if threads else {}
     content = {
         "at": time.time(),
+        "well": well,
         "threads": [[one.native_id, one.name, _where(frames.get(one.ident or 0))] for one in threads],
         "children": [],
     }
@@ -142,12 +148,18 @@ def _where(frame: FrameType | None) -> list[tuple[str, int, str]]:
     return found
 
 
-def _answer(request: Any, response: Any) -> None:
-    """Answer with the exception that the main thread handles now, and the ranks of this process's groups."""
+def _answer(launched: list[str | None], request: Any, response: Any) -> None:
+    """Answer with the exception that the main thread handles now, and what is known of this process's groups.
+
+    `launched`: the rank and the world size that the launcher gave. A script may form worlds of other ranks.
+    """
     content: dict[str, Any] = {}
     with contextlib.suppress(Exception):
         content["exception"] = _handled_exception()
         content["groups"] = _compat().ranks_of_groups()
+        content["called"] = _compat().numbers_of_groups()
+        place = _compat().place_in_world()
+        content["launched"] = place is None or list(map(str, place)) == launched
     response.set_content(json.dumps(content), "application/json")
     response.set_status(200)
 
@@ -210,13 +222,13 @@ def _uninstall() -> None:
         faulthandler.enable(sys.__stderr__ or 2)
 
 
-def _serve(folder: Path) -> None:
+def _serve(folder: Path, launched: list[str | None]) -> None:
     path = folder / SERVER
     with contextlib.suppress(Exception):  # the script's import of torch must succeed, whatever torch has changed
         path.unlink(missing_ok=True)
         with _quiet():
             if _compat().serve_flight_records(str(path)):
-                _compat().add_server_handler(STATE_HANDLER, _answer)
+                _compat().add_server_handler(STATE_HANDLER, functools.partial(_answer, launched))
 
 
 def _compat() -> ModuleType:

@@ -11,6 +11,7 @@ from . import desync
 from .desync import RankState, StragglerCount
 from .flight import AGREEMENT, DEFAULT_GROUP, Operation, ask_groups, ask_records, read_record_file
 from .instruments import FATAL, end_held_abort
+from .unended import read_ended
 from .usage import Usage, read_usages
 
 _ANSWER_S = 0.2
@@ -61,7 +62,11 @@ class Known:
         self._missed: dict[int, int] = {}  # polls without an answer since the last answer
         self._calls: dict[tuple[int, str], dict[object, int]] = {}
         self._pending: dict[tuple[int, str], int] = {}  # (rank, group): the record that was pending at the last poll
-        self._ask_at: dict[int, float] = {}  # by rank: when to ask next for the ranks of its groups
+        self._ask_at: dict[int, float] = {}  # by rank: when to ask next for its groups
+        # A script may leave its world and make another one, whose groups have the names of those before.
+        self._before: dict[tuple[int, str], int] = {}  # (rank, group): the last record of an earlier group of this name
+        self._done: dict[int, tuple[Operation, ...]] = {}  # by rank: what all ranks had called at the last poll
+        self._in_own_worlds: set[int] = set()  # ranks whose world is not the one that they were launched for
         self._used: dict[int, tuple[float, Usage]] = {}  # what each rank had used when progress stopped
 
     def now(self) -> float:
@@ -122,8 +127,8 @@ class Known:
         for rank, record in ask_records(folders, _ANSWER_S).items():
             self._groups.update(record.groups)
             self._answered_at[rank] = now
-            operations = tuple(self._with_ranks(one) for one in record.operations)
-            self.update(replace(self.states[rank], operations=operations), now)
+            operations = tuple(self._with_ranks(one) for one in self._comparable(rank, record.operations))
+            self.update(replace(self.states[rank], operations=operations, complete=record.complete), now)
             self._note_repeats(rank, record.operations)
         for rank in folders:
             answered = self._answered_at.get(rank, now)
@@ -132,7 +137,13 @@ class Known:
             self.states[rank] = replace(self.states[rank], silent=silent)
         if folders and all(self.states[rank].silent for rank in folders):
             self._lose(pause_s)
+        self._leave_out_earlier(now)
+        again = {rank for rank in self._in_own_worlds if self.alive(rank) and now >= self._ask_at.get(rank, now)}
+        if again:  # nothing is compared until they have come back
+            self.ask_for_groups(again)
+            self._ask_at.update(dict.fromkeys(again, now + _ASK_S))
         local = self.local_states()
+        self._done = {rank: desync.called_by_all(state) for rank, state in local.items()}
         groups = {one.group for state in local.values() for one in state.operations}
         self.straggler_count.add(local, {group: desync.group_ranks(local, group, self._groups) for group in groups})
 
@@ -150,10 +161,27 @@ class Known:
         record = read_record_file(self.ranks[rank].folder) if rank in self.ranks else None
         if record is not None:
             self._note_repeats(rank, record.operations)
-            state = replace(state, operations=record.operations)
+            operations = self._comparable(rank, record.operations)
+            state = replace(state, operations=operations, complete=record.complete)
+            self.unrecorded.discard(rank)
         elif rank in self.ranks:
             self.unrecorded.add(rank)
         self.states[rank] = replace(state, exitcode=exitcode, silent=False)
+        self._done[rank] = desync.called_by_all(self.states[rank])
+
+    def note_ends(self, now: float) -> None:
+        """Note what ranks have left since the poll at `now`: on a busy machine, Python takes long to end a process.
+
+        A rank whose script has ended well, and that nothing keeps, counts as ended. Others have written their records.
+        """
+        for rank, watched in self.ranks.items():
+            exitcode = self.states[rank].exitcode
+            ended = read_ended(watched.pid, watched.folder) if exitcode is None else None
+            if exitcode is not None and rank in self.unrecorded:
+                self.ended(rank, exitcode)
+            elif ended is not None and ended.well and not ended.keeps:
+                self.ended(rank, 0)
+        self._leave_out_earlier(now)
 
     def note_unchanged(self, now: float) -> None:
         """Note the groups in which the same collectives are pending as at the last poll."""
@@ -170,6 +198,34 @@ class Known:
         if self.unchanged and not self._used and self.idle_s(self.ranks, now) > _USED_AFTER_S:
             self._used = {rank: (now, usage) for rank, usage in self._usages(self.ranks).items()}
 
+    def _leave_out_earlier(self, now: float) -> None:
+        # The record of a rank that has not answered now, or that left none at its end, may be older than `_done`.
+        known = {
+            rank: state
+            for rank, state in self.local_states().items()
+            if (rank not in self.unrecorded if state.exitcode is not None else self._answered_at.get(rank) == now)
+        }
+        self._before.update(desync.of_before(known, self._done))
+        self._leave_out()
+
+    def _comparable(self, rank: int, operations: Sequence[Operation]) -> tuple[Operation, ...]:
+        """Return the calls of a rank of this machine without those of earlier groups of the same names.
+
+        If a rank is in a world of its script's own, ranks have other numbers there: no calls can be compared.
+        """
+        if self._in_own_worlds:
+            return ()
+        return tuple(one for one in operations if one.record > self._before.get((rank, one.group), -1))
+
+    def _leave_out(self) -> bool:
+        """Leave out calls that cannot be compared; return whether there were any. This is no progress of a rank."""
+        changed = False
+        for rank in self.ranks:
+            operations = self._comparable(rank, self.states[rank].operations)
+            changed |= operations != self.states[rank].operations
+            self.states[rank] = replace(self.states[rank], operations=operations)
+        return changed
+
     def _with_ranks(self, operation: Operation) -> Operation:
         """Return an operation with the ranks of its group, if they are known: other machines may not know them."""
         if operation.pending and not operation.ranks and operation.group in self._groups:
@@ -177,21 +233,47 @@ class Known:
         return operation
 
     def _learn_groups(self, now: float) -> None:
-        """Ask ranks that wait in a group for its ranks, unless the flight record names them, as NCCL's does."""
-        folders = {
-            rank: self.ranks[rank].folder
+        """Ask ranks of this machine for their groups while others wait.
+
+        Those that wait in a group tell its ranks, unless the flight record names them, as NCCL's does. Those that have
+        called what others wait in, and that do not wait, tell whether they called it in an earlier group of that name.
+        """
+        ranks = {
+            rank
             for rank, group in self._pending
             if self.alive(rank) and group in self.unchanged and group not in self._groups and group != DEFAULT_GROUP
-            if not self.states[rank].agrees(group) and now >= self._ask_at.get(rank, now)
+            if not self.states[rank].agrees(group)
         }
-        if folders:
-            self.ask_for_groups(folders)
-            self._ask_at.update(dict.fromkeys(folders, now + _ASK_S))
+        for group in self.unchanged:
+            first = min(one.sequence for state in self.states.values() if (one := state.pending(group)) is not None)
+            ranks |= {
+                rank
+                for rank in self.ranks
+                if self.alive(rank) and (rank, group) not in self._pending and self.states[rank].reached(group) >= first
+            }
+        ranks = {rank for rank in ranks if now >= self._ask_at.get(rank, now)}
+        if ranks:
+            self.ask_for_groups(ranks)
+            self._ask_at.update(dict.fromkeys(ranks, now + _ASK_S))
 
-    def ask_for_groups(self, ranks: Iterable[int] | None = None) -> None:
-        """Ask ranks of this machine for the ranks of their groups; None: all of them. The next poll knows them."""
+    def ask_for_groups(self, ranks: Iterable[int] | None = None) -> bool:
+        """Ask ranks of this machine for their groups; None: all of them. The next poll knows the ranks of the groups.
+
+        Return whether the answers show that calls which were compared are of other groups, or groups of other ranks.
+        """
         alive = [rank for rank in (self.ranks if ranks is None else ranks) if self.alive(rank)]
-        self._groups.update(ask_groups({rank: self.ranks[rank].folder for rank in alive}, _ANSWER_S))
+        answers = ask_groups({rank: self.ranks[rank].folder for rank in alive}, _ANSWER_S)
+        groups = {group: ranks for one in answers.values() if one.launched for group, ranks in one.ranks.items()}
+        compared = {group: self.ranks_of(group) for group in groups}
+        self._groups.update(groups)
+        for rank, answer in answers.items():
+            (self._in_own_worlds.discard if answer.launched else self._in_own_worlds.add)(rank)
+            for one in self.states[rank].operations:
+                # The groups' numbers only grow, and the record was read before.
+                if not one.point_to_point and one.sequence > answer.called.get((one.group, one.backend), one.sequence):
+                    self._before[rank, one.group] = max(one.record, self._before.get((rank, one.group), -1))
+        left_out = self._leave_out()
+        return left_out or any(self.ranks_of(group) != ranks for group, ranks in compared.items())
 
     def _note_repeats(self, rank: int, operations: Sequence[Operation]) -> None:
         for one in operations:
@@ -226,7 +308,8 @@ class Known:
         """Return whether no rank has made progress, or answers again, since the poll: reading stacks takes a while."""
         folders = {rank: self.ranks[rank].folder for rank in ranks if self.alive(rank)}
         return all(
-            not self.states[rank].silent and progress(record.operations) == progress(self.states[rank].operations)
+            not self.states[rank].silent
+            and progress(self._comparable(rank, record.operations)) == progress(self.states[rank].operations)
             for rank, record in ask_records(folders, _ANSWER_S).items()
         )
 

@@ -19,10 +19,14 @@ _ANSWER_S = 1.0  # for a rank to answer, which needs its GIL
 
 @dataclass(frozen=True)
 class Ended:
-    """The script of a rank has ended, at `at_s` (seconds since 1970), but its process runs. `keeps`: what keeps it."""
+    """The script of a rank has ended, at `at_s` (seconds since 1970), but its process runs.
+
+    `keeps`: what keeps it. `well`: its exit code will be 0.
+    """
 
     at_s: float
     keeps: str
+    well: bool
 
 
 def read_ended(pid: int, folder: Path) -> Ended | None:
@@ -37,7 +41,7 @@ def read_ended(pid: int, folder: Path) -> Ended | None:
         children = [
             f"its child process {int(child)} ({name})" for child, name in content["children"] if runs(int(child))
         ]
-        return Ended(float(content["at"]), ", ".join((threads + children)[:3]))
+        return Ended(float(content["at"]), ", ".join((threads + children)[:3]), bool(content["well"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -133,14 +133,17 @@ class Watch:
         The agent calls it after a rank has failed, before it ends the other ranks.
         """
         known = self._known
-        self._poll(known.now())
+        now = known.now()
+        self._poll(now)
+        known.ask_for_groups()
+        known.note_ends(now)
         for group in desync.default_last(one.group for state in known.states.values() for one in state.operations):
             ranks = [rank for rank in known.ranks_of(group) if rank not in known.unrecorded]
             mismatch = desync.find_mismatch(known.states, group, bool(known.aborts))
             finding = mismatch or desync.find_left(known.states, group, ranks)
             if finding is not None:
                 return report_on(known, self._host, finding)
-        if self._kept is not None and known.now() - self._kept[0] < _KEPT_S:
+        if self._kept is not None and now - self._kept[0] < _KEPT_S:
             return self._kept[2]
         return None
 
@@ -179,9 +182,15 @@ class Watch:
     # Whether they hang.
 
     def _find_hang(self, now: float) -> tuple[Finding, _Purpose] | None:
-        """Return a finding that has not been reported, and what it is for. The machines are not asked yet."""
+        """Return a finding that has not been reported, and what it is for. The other machines are not asked yet."""
+        self._known.note_unchanged(now)
+        found = self._find_new(now)
+        if found is not None and self._known.ask_for_groups():
+            return None  # calls of different groups were compared: the next look compares again
+        return found
+
+    def _find_new(self, now: float) -> tuple[Finding, _Purpose] | None:
         known = self._known
-        known.note_unchanged(now)
         for group in desync.stuck_groups(known.states):
             if group not in known.unchanged and not known.aborting:
                 continue
@@ -189,7 +198,7 @@ class Watch:
             if finding is None and group in known.unchanged:
                 missing = desync.find_missing(known.states, group, known.ranks_of(group))
                 finding = missing if missing is not None and missing.proof and self._is_recorded(missing, now) else None
-            if finding is not None and self._is_new(finding):
+            if finding is not None and finding.key() not in self._reported:
                 return finding, "end"
         finding = self._find_circle(now)
         if finding is not None:
@@ -201,11 +210,6 @@ class Watch:
                 if purpose is not None:
                     return finding, purpose
         return None
-
-    def _is_new(self, finding: Finding) -> bool:
-        new = finding.key() not in self._reported
-        self._reported.add(finding.key())
-        return new
 
     def _is_recorded(self, finding: Finding, now: float) -> bool:
         """Return whether the last collectives of ranks that finished are known.
@@ -285,6 +289,17 @@ class Watch:
             return None
         return self._act(finding, purpose, report, now)
 
+    def _is_found_again(self, finding: Finding) -> bool:
+        """Return whether the records still show it, now that the agents have asked their ranks for their groups."""
+        known, group = self._known, finding.group
+        if finding.kind == "circle":
+            again = find_circle(known.states, known.ranks_of)
+        elif finding.kind == "mismatch":
+            again = desync.find_mismatch(known.states, group, bool(known.aborts))
+        else:
+            again = desync.find_missing(known.states, group, known.ranks_of(group))
+        return again is not None and again.key() == finding.key()
+
     def _is_confirmed(self, finding: Finding, purpose: _Purpose, rows: Sequence[Row]) -> bool:
         """Return whether what ranks do, of all machines, agrees with the finding."""
         by_rank = {row.rank: row for row in rows}
@@ -357,6 +372,7 @@ class Watch:
                 return replace(report, stacks=texts(stacks_of(known, known.ranks)))
             group = messages.asked_group(announced)
             if group is not None:
+                known.ask_for_groups()
                 self._answer = rows_of(known, self._host, group, stacks_of(known, known.ranks))
         repeated = frozenset(one for one in known.repeated if one[0] in known.ranks)
         own = MachineState(self._host, known.local_states(), repeated, announced, self._answer)
@@ -398,7 +414,7 @@ class Watch:
         progressed = waits and idle_s < now - self._asked_at
         answers = finding.kind == "stalled" and not all(known.states[rank].silent for rank in finding.blamed)
         own = purpose == "end" and not finding.proof and slow and idle_s < self._own_timeout_s * _LONG_WAIT
-        confirmed = self._is_confirmed(finding, purpose, tuple(rows.values()))
+        confirmed = self._is_found_again(finding) and self._is_confirmed(finding, purpose, tuple(rows.values()))
         report = None
         if not (progressed or (answers and purpose == "end") or own) and confirmed:
             report = report_on(self._known, self._host, finding)
