@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 WAIT_S ?= 75
 
-.PHONY: train verify test test-matrix programs mutants waits scale fuzz audit-corpus damage rechecks format docs docs-look docs-picture docs-terminal clean
+.PHONY: train verify test test-matrix programs mutants waits scale fuzz audit-corpus damage rechecks release-check format docs docs-look docs-picture docs-terminal clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -42,7 +42,8 @@ test-torch-%:
 # Random training programs against one process by hand (tests/gradients/programs.py), seeds FIRST to FIRST + PROGRAMS. The
 # seeds that failed stand in the last line.
 programs: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 TORCH_CPP_LOG_LEVEL=ERROR \
+		$(BIN)/python -W ignore -m tests.gradients.program_pool $(PROGRAMS) $(FIRST)
 
 # Whether a test fails if the core is changed: tests/mutants.py, for the modules of tests/mutants.toml, or for
 # MODULES=data/plan.py, or MODULES='data comm'. SAMPLE=1000 tries every mutant.
@@ -74,6 +75,10 @@ damage: $(VENV)/.installed-test
 RECHECKS ?= 10000
 rechecks: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/python -W ignore -m tests.gradients.faults $(RECHECKS)
+
+# Whether a release would work: tests/release.py. It needs 7 GB of disk, and a quarter of an hour.
+release-check:
+	OMP_NUM_THREADS=1 $(PYTHON) tests/release.py
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

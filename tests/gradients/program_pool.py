@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import pickle
+import queue
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from ddparity.comm import allreduce
 from tests.gradients.programs import ByHand, Loop, Model, Observed, Program, Ranks, Step, difference, draw, run
 from tests.ranks import _context, _main, torchrun_env
 
@@ -112,6 +114,7 @@ class _Crew:
 def _serve(pipe: Connection, alone: bool) -> None:
     logging.disable(logging.WARNING)
     faulthandler.register(signal.SIGUSR1)
+    allreduce.YIELDS = 0  # more processes than cores: a rank that waits leaves its core at once
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     programs: list[Program] = pickle.loads(pipe.recv_bytes())
     gc.collect()
@@ -197,33 +200,52 @@ def _smaller_values(value: Any, usual: Any) -> Iterator[Any]:
                 yield replace(value, **{one.name: {k: v for k, v in held.items() if k != key}})
 
 
-def main(count: int, first: int = 0, workers: int = 2) -> int:
-    """Run the programs `first` to `first + count`, `workers` at a time; print progress, and at the end what failed."""
+def run_all(programs: Sequence[Program], workers: int = 4) -> Iterator[tuple[Program, str | None]]:
+    """Yield each program and what is wrong with it, as they end; the ranks of `workers` world sizes work at a time.
+
+    Ranks mostly wait for each other, so these are more processes than the machine has cores.
+    """
     by_size: dict[int, list[Program]] = {}
-    for seed in range(first, first + count):
-        program = draw(seed)
+    for program in programs:
         by_size.setdefault(program.world_size, []).append(program)
-    failed: list[int] = []
-    done, start = 0, time.monotonic()
-
-    def one(programs: list[Program]) -> None:
-        nonlocal done
-        for program, problem in failures(programs):
-            done += 1
-            if problem is not None:
-                failed.append(program.seed)
-                print(f"\n--- failed: {problem}\n", end="", flush=True)
-            if done % 250 == 0:
-                rate = done / (time.monotonic() - start)
-                print(f"{done} of {count} programs, {len(failed)} failed, {rate:.0f} a second\n", end="", flush=True)
-
-    chunks = [
-        programs[begin : begin + 500]
-        for _, programs in sorted(by_size.items(), reverse=True)
-        for begin in range(0, len(programs), 500)
+    most = min(500, max(50, len(programs) // 8))
+    parts = [
+        of_one_size[begin : begin + most]
+        for _, of_one_size in sorted(by_size.items(), reverse=True)
+        for begin in range(0, len(of_one_size), most)
     ]
+    ended: queue.SimpleQueue[tuple[Program, str | None] | BaseException] = queue.SimpleQueue()
+
+    def one(part: list[Program]) -> None:
+        try:
+            for pair in failures(part):
+                ended.put(pair)
+        except BaseException as error:
+            ended.put(error)
+
     with ThreadPoolExecutor(workers) as threads:
-        list(threads.map(one, chunks))
+        for part in parts:
+            threads.submit(one, part)
+        for _ in programs:
+            pair = ended.get()
+            if isinstance(pair, BaseException):
+                threads.shutdown(cancel_futures=True)
+                raise pair
+            yield pair
+
+
+def main(count: int, first: int = 0, workers: int = 6) -> int:
+    """Run the programs `first` to `first + count`; print progress, and at the end what failed."""
+    failed: list[int] = []
+    start = time.monotonic()
+    programs = [draw(seed) for seed in range(first, first + count)]
+    for done, (program, problem) in enumerate(run_all(programs, workers), 1):
+        if problem is not None:
+            failed.append(program.seed)
+            print(f"\n--- failed: {problem}\n", end="", flush=True)
+        if done % 250 == 0:
+            rate = done / (time.monotonic() - start)
+            print(f"{done} of {count} programs, {len(failed)} failed, {rate:.0f} a second\n", end="", flush=True)
     print(f"{count} programs in {time.monotonic() - start:.0f} s, {len(failed)} failed: {sorted(failed)}")
     return 1 if failed else 0
 

@@ -12,12 +12,14 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import ddparity as dp
@@ -45,11 +47,16 @@ class _Short:
 
 @dataclass(frozen=True, repr=False)
 class Model(_Short):
-    """`frozen`: positions of parameters. `options`: of `replicate`."""
+    """`frozen`: positions of parameters. `options`: of `replicate`, or of torch's DDP if `foreign`. `hook`: a
+    communication hook that averages, as a user's. `shares`: its first layer's weight is that of model 0.
+    """
 
     blocks: tuple[str, ...]
     frozen: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    foreign: bool = False
+    hook: bool = False
+    shares: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,7 +131,10 @@ class Program:
 
 # --- how one is drawn ---
 
-_BLOCKS = ("linear", "linear", "norm", "norm", "nested", "tied", "twice", "complex", "checkpoint", "checkpointed norm")
+_BLOCKS = (
+    *("linear", "linear", "norm", "norm", "frozen norm", "nested", "tied", "twice", "complex"),
+    *("checkpoint", "checkpointed norm"),
+)
 _MAINS = ("twice", "retain", "grad", "grad in place", "inputs", "halves", "penalty")
 
 
@@ -133,8 +143,8 @@ def draw(seed: int) -> Program:
     r = random.Random(seed)
     world_size = r.choice((1, 2, 2, 3, 3, 4))
     reduction: Literal["fast", "strict"] = "strict" if r.random() < 0.35 else "fast"
-    models = tuple(_draw_model(r, reduction) for _ in range(1 if r.random() < 0.6 else 2))
-    norms = any("norm" in block for model in models for block in model.blocks)
+    models = _draw_models(r, reduction)
+    norms = any(map(_norms, models))
     plan = _draw_plan(r, world_size, norms) if r.random() < 0.4 else None
     complex_parameters = any("complex" in model.blocks for model in models)
     scaler = r.random() < 0.15 and not complex_parameters  # torch's scaler has no complex gradients
@@ -158,7 +168,25 @@ def draw(seed: int) -> Program:
     )
 
 
-def _draw_model(r: random.Random, reduction: str) -> Model:
+def _norms(model: Model) -> bool:
+    """Whether a model has batch norms that train."""
+    return not {"norm", "checkpointed norm"}.isdisjoint(model.blocks)
+
+
+def _draw_models(r: random.Random, reduction: str) -> tuple[Model, ...]:
+    models = [_draw_model(r) for _ in range(1 if r.random() < 0.6 else 2)]
+    if len(models) == 2 and r.random() < 0.2:
+        models[1] = replace(models[1], shares=True)
+    foreign, hook = (reduction == "fast" and r.random() < odds for odds in (0.2, 0.15))
+    # A foreign DDP that is not given to accumulate() reduces by itself. Its running statistics are rank 0's.
+    if foreign and len(models) == 1 and not _norms(models[0]):
+        models[0] = replace(models[0], foreign=True)
+    if hook and {"branch", "unused", "reentrant"}.isdisjoint(models[0].blocks):
+        models[0] = replace(models[0], hook=True)
+    return tuple(models)
+
+
+def _draw_model(r: random.Random) -> Model:
     blocks = ["linear", *(r.choice(_BLOCKS) for _ in range(r.randint(0, 3)))]
     if r.random() < 0.15:
         blocks.append("reentrant")
@@ -202,7 +230,7 @@ def _draw_step(
         loops.append(_draw_loop(r, world_size, models, 0, scaler))
     used = sorted({model for loop in loops for model in loop.given})
     everything = tuple(range(len(models)))
-    change = r.choice(("freeze", "unfreeze", "add")) if number and r.random() < 0.15 else None
+    change = r.choice(("freeze", "unfreeze", "add", "swap")) if number and r.random() < 0.15 else None
     return Step(
         loops=tuple(loops),
         change=change,
@@ -225,7 +253,9 @@ def _draw_loop(r: random.Random, world_size: int, models: tuple[Model, ...], pla
             loss = r.choice("01")
         elif len(given) == 1 and r.random() < 0.4:
             loss = str(given[0])
-    norms = any("norm" in block for model in models for block in model.blocks)
+    norms = any(map(_norms, models))
+    # DDP itself runs a hook, in the last backward: that needs one forward and one backward of all parameters.
+    hooked = any(model.hook for model in models)
     equal = not planned and r.random() < 0.15
     counted = not equal and r.random() < 0.25
     sizes = None
@@ -239,15 +269,17 @@ def _draw_loop(r: random.Random, world_size: int, models: tuple[Model, ...], pla
     mains = tuple(r.choice(known) if r.random() < 0.5 else "backward" for _ in range(r.randint(1, 5)))
     if r.random() < 0.4:
         mains = ("backward",)
+    if hooked:
+        mains = ("backward",)
     skips: dict[int, bool] = {}
-    if r.random() < 0.25:
+    if r.random() < 0.25 and not hooked:
         odds = r.choice((0.2, 0.5, 1.0))
         skips = {index: r.random() < 0.5 for index in range(planned) if r.random() < odds}
     drops = r.random() < (0.5 if skips else 0.1)
     if world_size == 1 and len(given) < len(models):
         drops = False  # in a world of one nothing is known of a model that was not given
     strays = {}
-    if r.random() < 0.5:
+    if r.random() < 0.5 and not hooked:
         for index in range(planned):
             for place in range(3):
                 if r.random() < 0.3 and (drawn := _draw_strays(r, world_size, models, outside=False, first=False)):
@@ -292,8 +324,8 @@ def _draw_strays(
     for _ in range(r.randint(1, 2)):
         model = r.randrange(len(models))
         rank = r.randrange(world_size) if outside and not first and r.random() < 0.4 else None
-        norms = any("norm" in block for block in models[model].blocks)
-        if norms:  # DDP broadcasts buffers in a forward on all ranks
+        if models[model].hook or any("norm" in block for block in models[model].blocks):
+            # DDP broadcasts buffers in a forward on all ranks, and after a backward that it reduced, its buckets.
             rank = None
         strays.append(Stray(model, r.random() < 0.5, r.random() < 0.6, rank))
     return tuple(strays)
@@ -306,6 +338,9 @@ class _Net(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([_BLOCK_MODULES[block]() for block in model.blocks])
+
+    def first(self) -> nn.Linear:
+        return next(block for block in self.blocks if type(block) is nn.Linear)
 
     def forward(self, x: torch.Tensor, branch: bool = True) -> torch.Tensor:
         for block in self.blocks:
@@ -363,6 +398,20 @@ class _Branch(nn.Linear):
         super().__init__(WIDTH, WIDTH)
 
 
+class _FrozenNorm(nn.BatchNorm1d):
+    """It normalises with its running statistics in training, too."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, eps=0.1)
+        assert self.running_mean is not None and self.running_var is not None, "it tracks them"
+        self.running_mean.normal_()
+        self.running_var.uniform_(0.5, 2.0)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> _FrozenNorm:
+        return self
+
+
 class _Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -384,6 +433,7 @@ def _nested() -> nn.Module:
 _BLOCK_MODULES: dict[str, Callable[[], nn.Module]] = {
     "linear": _linear,
     "norm": lambda: nn.BatchNorm1d(WIDTH, eps=0.1),
+    "frozen norm": _FrozenNorm,
     "nested": _nested,
     "tied": _Tied,
     "twice": _Twice,
@@ -396,8 +446,12 @@ _BLOCK_MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed() also seeds devices that nobody uses: 3 ms
+
+
 def _build(program: Program, position: int) -> _Net:
-    torch.manual_seed(1000 * program.seed + position)
+    _seed(1000 * program.seed + position)
     model = program.models[position]
     net = _Net(model).double()  # complex ones stay complex
     if program.single:
@@ -425,7 +479,13 @@ class Ranks:
             self._steps = iter(dp.Loader(rows, dp.BatchPlan(*program.plan, shuffle=False)).epoch(0))
 
     def wrap(self, net: _Net, model: Model) -> nn.Module:
-        return dp.replicate(net, reduction=self.program.reduction, check_every=1, **model.options)
+        if model.foreign:
+            wrapped: nn.Module = DistributedDataParallel(net, **model.options) if self.world_size > 1 else net
+            if model.hook and isinstance(wrapped, DistributedDataParallel):
+                wrapped.register_comm_hook(None, allreduce_hook)
+            return wrapped
+        hook = (None, allreduce_hook) if model.hook else None
+        return dp.replicate(net, reduction=self.program.reduction, comm_hook=hook, check_every=1, **model.options)
 
     def micros(self, models: list[nn.Module], loop: Loop) -> Iterator[tuple[int, Batch, float]]:
         batches, start = self._batches(loop)
@@ -535,6 +595,9 @@ class _Run:
     def __init__(self, program: Program, by: Ranks | ByHand) -> None:
         self.program, self.by = program, by
         self.nets = [_build(program, position) for position in range(len(program.models))]
+        for net, model in zip(self.nets, program.models, strict=True):
+            if model.shares:
+                net.first().weight = self.nets[0].first().weight
         self.models = [by.wrap(net, model) for net, model in zip(self.nets, program.models, strict=True)]
         self.optimizers = [self._optimizer(net) for net in self.nets]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=program.scaler)
@@ -542,7 +605,7 @@ class _Run:
         self.probe = _rows(program)[200:205]
         self.observed: Observed = []
         if isinstance(by, ByHand):
-            by.all_parameters = lambda: [parameter for net in self.nets for parameter in net.parameters()]
+            by.all_parameters = lambda: list(dict.fromkeys(one for net in self.nets for one in net.parameters()))
 
     def _optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
         if self.program.optimizer == "adamw":
@@ -590,19 +653,24 @@ class _Run:
             for parameter in parameters:
                 parameter.requires_grad_(True)
         else:
-            torch.manual_seed(number)
+            _seed(number)
             added = _linear().to(_rows(self.program).dtype)
-            net.blocks.append(added)
+            if change == "add":
+                net.blocks.append(added)
+            else:
+                net.blocks[list(net.blocks).index(net.first())] = added
             self.optimizers[0].add_param_group({"params": list(added.parameters())})
 
     def _strays(self, strays: Sequence[Stray]) -> None:
         for stray in strays:
             if self.by.runs(stray.rank):
                 model = self.models[stray.model]
-                model.train(stray.train)
+                if not stray.train:
+                    model.eval()
                 with contextlib.nullcontext() if stray.grad else torch.no_grad():
                     self._forward(model, self.probe)
-                model.train()
+                if not stray.train:
+                    model.train()
 
     def _forward(self, model: nn.Module, x: torch.Tensor, branch: bool = True) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.program.autocast):
@@ -658,10 +726,11 @@ class _Run:
         loop: Loop,
     ) -> None:
         run = {"0": (0,), "1": (1,)}.get(loop.loss, range(len(self.nets)))
-        trained = [p for position in run for p in self.nets[position].parameters() if p.requires_grad]
         if main == "backward":
             value.backward()
-        elif main == "twice":
+            return
+        trained = [p for position in run for p in self.nets[position].parameters() if p.requires_grad]
+        if main == "twice":
             value.backward()
             loss(0.5).backward()
         elif main == "halves":
