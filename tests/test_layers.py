@@ -19,7 +19,7 @@ FLOORS = {
     2: ["data", "batchnorm", "checkpoint", "launcher"],
     3: ["gradients", "inference", "testing"],
     4: ["task"],
-    5: ["auditing", "parity"],
+    5: ["auditing", "parity", "scaling"],
     6: [""],  # the public names
     7: ["cli", "__main__"],
 }

@@ -14,8 +14,9 @@ from torch import nn
 
 from ddparity.gradients.early import CAP_BYTES, EarlyAverages
 from ddparity.gradients.strict import subtrees
+from ddparity.scaling.collectives import fit_line
 from ddparity.scaling.links import HERE, Cost, Link, Machine, ring, slices, tree
-from ddparity.scaling.measure import fit_line, parts_of, strict_sizes_of
+from ddparity.scaling.measure import parts_of, strict_sizes_of
 from ddparity.scaling.model import (
     Fit,
     Part,
@@ -203,7 +204,7 @@ def _models() -> Iterator[nn.Module]:
     yield nn.Sequential(*(nn.Linear(500, 500) for _ in range(30)), nn.Linear(500, 500, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("model", _models(), ids=["small", "several", "one large", "many"])
+@pytest.mark.parametrize("model", list(_models()), ids=["small", "several", "one large", "many"])
 def test_parts_are_cut_as_the_reduction_cuts_them(model: nn.Module) -> None:
     parameters = list(model.parameters())
     order = list(range(len(parameters)))[::-1]

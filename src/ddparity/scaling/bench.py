@@ -17,7 +17,7 @@ from ..runtime.world import world
 from ..task.task import Task, check_task
 from .links import HERE, Link
 from .measure import Measurement, measure
-from .model import Fit, Scaled, Variant, fitted, fixed, growing, most_ranks
+from .model import Fit, Scaled, Variant, fitted, fixed, growing, most_ranks, step_traffic
 
 RANKS = tuple(2**power for power in range(11))  # 1 to 1,024
 WANTED = 0.9  # efficiency
@@ -46,6 +46,11 @@ class Report:
     each: int
     forecasts: list[Forecast]
 
+    def sent_bytes(self, variant: Variant) -> float:
+        """Return the bytes that a rank sends in a measured step, the rank that sends most."""
+        found = self.measured
+        return sum(one.sent_bytes for one in step_traffic(found.work, found.machine, variant, found.shares))
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values, in seconds and bytes."""
         found = self.measured
@@ -57,6 +62,7 @@ class Report:
             "parameters": found.parameters,
             "step_s": {variant: found.median_s(variant) for variant in found.steps_s},
             "steps_s": found.steps_s,
+            "sent_bytes": {variant: self.sent_bytes(variant) for variant in found.steps_s},
             "refused": found.refused,
             "stages_s": [dataclasses.asdict(one) for one in found.stages],
             "collectives": {kind: [list(pair) for pair in pairs] for kind, pairs in found.collectives.items()},

@@ -50,9 +50,11 @@ def read_link(text: str) -> Link:
     if found is None:
         raise ValueError(f"--link {text}: {example}")
     number, unit, latency, time_unit = found.groups()
-    bits, size = _BITS.get(unit.removesuffix("ps").lower()), _BYTES.get(unit.lower())
-    if (bits is None and (size is None or "b" in unit)) or time_unit not in _SECONDS:
-        unknown = unit if bits is None and (size is None or "b" in unit) else time_unit
+    plain = f"{unit[:-3]}bit" if unit.endswith("bps") else unit.removesuffix("ps")  # a small b is a bit
+    bits = _BITS.get(plain.lower())
+    size = _BYTES.get(plain.lower()) if plain.endswith("B") else None
+    if (bits is None and size is None) or time_unit not in _SECONDS:
+        unknown = unit if bits is None and size is None else time_unit
         raise ValueError(
             f"--link {text}: the unit {unknown} is unknown: bandwidths are in Mbit, Gbit, MB or GB a second, "
             f"latencies in s, ms, us or ns"

@@ -134,6 +134,41 @@ def strict_traffic(size: int, rows: int, ranks: int, machine: Machine) -> Traffi
     return slices(size, ranks, rows)
 
 
+def part_traffic(part: Part, ranks: int, machine: Machine, link: Link) -> Traffic:
+    """Return what the fast reduction does with a part."""
+    return (reduced if part.early else summed)(part.size, ranks, machine, link)
+
+
+def step_traffic(
+    work: Work, machine: Machine, variant: Variant, shares: Sequence[int], link: Link = HERE
+) -> list[Traffic]:
+    """Return the collectives of a step, on the rank that sends most."""
+    ranks, most = len(shares), max(shares)
+    if variant == "strict":
+        rows = rows_of(tuple(shares))
+        found = [strict_traffic(size, rows, ranks, machine) for size in work.strict_sizes]
+    else:
+        found = [part_traffic(part, ranks, machine, link) for part in work.parts]
+        if early := sum(part.early for part in work.parts):
+            found.append(copied(4 * early, ranks, machine))
+    if variant == "SyncBatchNorm":
+        found += [
+            one
+            for channels in work.layers
+            for one in layer_traffic(channels, ranks, machine, link)
+            for _ in range(most)
+        ]
+    elif sum(work.statistics_bytes):
+        found.append(statistics_traffic(work, most, ranks, machine))
+    return found
+
+
+def statistics_traffic(work: Work, most: int, ranks: int, machine: Machine) -> Traffic:
+    """Return the exchange of plain batch norms' statistics in a step; `most`: micro-batches of the rank with most."""
+    fixed, each = work.statistics_bytes
+    return copied(fixed + most * each, ranks, machine)
+
+
 def layer_traffic(channels: int, ranks: int, machine: Machine, link: Link) -> list[Traffic]:
     """Return what a synchronised batch norm does in a forward and a backward."""
     forward = copied((2 * channels + 1) * _FLOAT64_BYTES, ranks, machine)
@@ -210,8 +245,7 @@ def predict(
         traffic = [one for channels in work.layers for one in layer_traffic(channels, ranks, machine, link)]
         cost += _sum(time_of(one, machine, link) for one in traffic).times(most)
     elif sum(work.statistics_bytes):
-        fixed, each = work.statistics_bytes
-        cost += time_of(copied(fixed + most * each, ranks, machine), machine, link)
+        cost += time_of(statistics_traffic(work, most, ranks, machine), machine, link)
     rest = max(-cost.software_s, fit.extra_s.get(variant, 0.0)) if ranks > 1 else 0.0
     others = compute + waiting + cost.total_s + rest
     load = max(0.0, most * work.load_s - others) if work.workers else most * work.load_s
@@ -228,8 +262,7 @@ def exposed(work: Work, machine: Machine, hidden: float, ranks: int, link: Link)
         return Time()
     total, free, early = Time(), 0.0, 0  # `free`: when the last collective ends, from the begin of the backward
     for part in work.parts:
-        traffic = (reduced if part.early else summed)(part.size, ranks, machine, link)
-        took = time_of(traffic, machine, link)
+        took = time_of(part_traffic(part, ranks, machine, link), machine, link)
         begin = part.ready * work.backward_s if part.early else work.backward_s
         free, total, early = max(free, begin) + took.total_s, total + took, early + part.early
     seen = max(0.0, free - work.backward_s)

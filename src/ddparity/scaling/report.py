@@ -35,7 +35,10 @@ def show(report: Report) -> None:
     for variant in found.steps_s:
         step = found.median_s(variant)
         loaded = step + (0 if found.work.workers else max(found.shares) * found.work.load_s)
-        rows.append((variant, f"{_ms(step)} a step without loading; speed-up {one / loaded:.2f}"))
+        said = (
+            f"{_ms(step)} a step without loading, {report.sent_bytes(variant) / 1e3:,.0f} kB sent by a rank; speed-up"
+        )
+        rows.append((variant, f"{said} {one / loaded:.2f}"))
     rows += [(variant, f"not measured: {why}") for variant, why in found.refused.items()]
     rows.append(("collectives behind the backward", f"{100 * report.fit.hidden:.0f} % of their work costs no time"))
     rows.append(("what limits a step here", limit_here(report)))
