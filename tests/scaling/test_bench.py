@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddparity as dp
+from ddparity.gradients.replica import only
 from ddparity.scaling.bench import RANKS, Report, bench
 from ddparity.scaling.links import Cost, Link, Machine
-from ddparity.scaling.measure import _statistics_bytes, parts_of, strict_sizes_of
+from ddparity.scaling.measure import parts_of, statistics_bytes_of, strict_sizes_of
 from ddparity.scaling.model import Variant, Work, step_traffic
 from ddparity.scaling.picture import picture
 from ddparity.scaling.report import show
@@ -75,12 +76,13 @@ def _bytes_of_a_step(name: str, variant: Variant) -> float:
             (F.cross_entropy(model(x), y) * micro.weight).backward()
         model.zero_grad()
 
-    for _ in range(4):  # the first ones agree on more, and order the parts
-        step()
-    before = _received()
-    for _ in range(4):
-        step()
-    return (_received() - before) / 4
+    with only(model):
+        for _ in range(4):  # the first ones agree on more, and order the parts
+            step()
+        before = _received()
+        for _ in range(4):
+            step()
+        return (_received() - before) / 4
 
 
 def _bytes(cases: list[tuple[str, Variant]]) -> list[float]:
@@ -109,7 +111,7 @@ def test_the_bytes_of_a_step_are_those_that_the_kernel_counts(ranks: int) -> Non
         backwards = list(range(len(parameters)))[::-1]
         work = Work(
             (1.0,), 1.0, 0.0, 0.0, 0.0, 0, 0.6, parts_of(parameters, backwards, [1.0] * len(parameters)),
-            strict_sizes_of(parameters), LAYERS.get(name, ()), _statistics_bytes(net), MICRO_BATCHES * ranks,
+            strict_sizes_of(parameters), LAYERS.get(name, ()), statistics_bytes_of(net), MICRO_BATCHES * ranks,
         )  # fmt: skip
         traffic = step_traffic(work, machine, variant, (MICRO_BATCHES,) * ranks)
         expected = sum(one.sent_bytes for one in traffic)

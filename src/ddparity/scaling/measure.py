@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +13,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..batchnorm import convert_sync_batchnorm, shared_layers, synchronises
 from ..comm.allreduce import PART_BYTES, cut
 from ..comm.broadcast import broadcast
 from ..comm.gather import gather
-from ..comm.nesting import to_device
 from ..compat import grad_dtype
 from ..data.loader import Loader
 from ..data.step import Step
-from ..gradients.accumulate import accumulate
 from ..gradients.early import CAP_BYTES, PARTS, SMALL_BYTES
-from ..gradients.replicate import replicate
 from ..runtime.world import World
 from ..task.task import Task
-from ..task.train import build, loss_of, update
+from ..task.train import build
 from .collectives import LEAST, MOST, Clock, agreed_block, agreed_rounds, collectives, median
 from .links import Kind, Machine
 from .model import Part, Variant, Work
+from .training import Training, trained, trainings_of
 
 _WARM_UP = 4  # steps; the first ones of a model compare values
 _KEPT = 4  # steps whose data stay in memory
@@ -90,11 +87,12 @@ def measure(task: Task, here: World, train_set: Any, workers: int, seconds: floa
     _refuse_sparse(net)
     steps, loads = _loaded(loader, here, seconds * 0.1)
     clock = Clock(here)
-    trainings, refused = _trainings(task, net, steps, clock)
-    alone = _Training(task, copy.deepcopy(net), clock, None)
+    trainings, refused = trainings_of(task, net, steps, clock)
+    alone = Training(task, copy.deepcopy(net), clock, None)
     for one in (alone, *trainings.values()):
-        for number in range(_WARM_UP):
-            one.run(steps[number % len(steps)])
+        with one.apart():
+            for number in range(_WARM_UP):
+                one.run(steps[number % len(steps)])
     solo_micro: list[float] = []
     solo_update: list[float] = []
     if here.rank == 0:
@@ -104,7 +102,7 @@ def measure(task: Task, here: World, train_set: Any, workers: int, seconds: floa
     times = _rounds(alone, trainings, steps, seconds * 0.5, clock)
     stages = _stages(trainings["fast"], steps, loads, seconds * 0.1, clock)
     ready = alone.readiness(steps[0])
-    sizes = [one.nbytes for one in _trained(net)]
+    sizes = [one.nbytes for one in trained(net)]
     exchanged, machine = collectives(here, sum(sizes), seconds * 0.15, clock)
     everyones = gather({"micro": np.array(alone.micro_s), "update": np.array(alone.update_s)}, to="all")
     backward_s, order = broadcast([float(ready[0]), [int(one) for one in ready[1]]])
@@ -118,14 +116,14 @@ def measure(task: Task, here: World, train_set: Any, workers: int, seconds: floa
         load_s=median(loads),
         workers=workers,
         backward_s=backward_s,
-        parts=parts_of(_trained(net), order, fractions),
-        strict_sizes=strict_sizes_of(_trained(net)),
+        parts=parts_of(trained(net), order, fractions),
+        strict_sizes=strict_sizes_of(trained(net)),
         layers=() if synced is None else synced.channels(steps[0]),
-        statistics_bytes=_statistics_bytes(net),
+        statistics_bytes=statistics_bytes_of(net),
         micro_batches=sum(steps[0].shares),
     )
     return Measurement(
-        steps[0].shares, here.device.type, sum(one.numel() for one in _trained(net)), work, machine,
+        steps[0].shares, here.device.type, sum(one.numel() for one in trained(net)), work, machine,
         times, stages, exchanged, refused,
     )  # fmt: skip
 
@@ -140,10 +138,6 @@ def _refuse_sparse(net: nn.Module) -> None:
                 f"{name} has sparse gradients, whose size depends on the data: bench has no prediction for them. Use "
                 f"sparse=False"
             )
-
-
-def _trained(net: nn.Module) -> list[nn.Parameter]:
-    return [one for one in net.parameters() if one.requires_grad]
 
 
 def _loaded(loader: Loader, here: World, seconds: float) -> tuple[list[Step], list[float]]:
@@ -165,139 +159,6 @@ def _loaded(loader: Loader, here: World, seconds: float) -> tuple[list[Step], li
     if count == 0:
         raise ValueError("the training set has no step with a micro-batch for each rank: use fewer processes")
     return kept[:count], times[1:] or times  # the first one starts the workers
-
-
-class _Training:
-    """A copy of the model, trained in one way. `run` takes a step."""
-
-    def __init__(self, task: Task, net: nn.Module, clock: Clock, reduction: Any) -> None:
-        self._task, self._clock = task, clock
-        self._plain = reduction is None
-        self._device = next((one.device for one in net.parameters()), torch.device("cpu"))
-        self.model = net if self._plain else replicate(net, reduction)
-        self.model.train()
-        self._optimizer = task.optimizer(self.model.parameters())
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget the times of steps."""
-        self.micro_s: list[float] = []
-        self.update_s: list[float] = []
-
-    def run(self, step: Step) -> None:
-        if self._plain:
-            self._run_plain(step)
-            return
-        for micro in accumulate(self.model, step, self._task.count):
-            (loss_of(self._task, self.model, micro.data) * micro.weight).backward()
-        self._update()
-
-    def _run_plain(self, step: Step) -> None:
-        """Take a step without the other ranks, and keep the times."""
-        last = self._clock.now()
-        for index in range(len(step)):
-            micro = step[index]
-            (loss_of(self._task, self.model, to_device(micro.data, self._device)) * micro.weight).backward()
-            now = self._clock.now()
-            self.micro_s.append(now - last)
-            last = now
-        self._update()
-        self.update_s.append(self._clock.now() - last)
-
-    def _update(self) -> None:
-        update(self._task, self.model, self._optimizer, None)
-        self._optimizer.zero_grad()
-
-    def stages(self, step: Step) -> list[float]:
-        """Take a step, and return the seconds between micro-batches, of forwards, of backwards, from the last one's
-        end to that of the loop, and of the update."""
-        now = self._clock.now
-        between = forward = backward = 0.0
-        last = now()
-        for micro in accumulate(self.model, step, self._task.count):
-            begin = now()
-            loss = loss_of(self._task, self.model, micro.data)
-            middle = now()
-            (loss * micro.weight).backward()
-            end = now()
-            between, forward, backward = between + begin - last, forward + middle - begin, backward + end - middle
-            last = end
-        reduced = now()
-        self._update()
-        return [between, forward, backward, reduced - last, now() - reduced]
-
-    def readiness(self, step: Step) -> tuple[float, list[int], list[float]]:
-        """Return the seconds of a backward, the order of the parameters' gradients in it, and when each is there.
-
-        The last is a part of the backward's time, for each parameter that is trained.
-        """
-        parameters = _trained(self.model)
-        seen: list[dict[int, float]] = []
-        took: list[float] = []
-        stamp: Callable[[], Any] = time.perf_counter
-        if self._device.type == "cuda":  # the backward has only queued its work when a hook runs
-
-            def stamp() -> torch.cuda.Event:
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()
-                return event
-
-        for number in range(LEAST):
-            micro = step[number % len(step)]
-            loss = loss_of(self._task, self.model, to_device(micro.data, self._device))
-            self._clock.now()
-            marks: dict[int, Any] = {}
-
-            def mark(parameter: torch.Tensor, marks: dict[int, Any] = marks) -> None:
-                marks[id(parameter)] = stamp()
-
-            hooks = [one.register_post_accumulate_grad_hook(mark) for one in parameters]
-            begin, started = stamp(), time.perf_counter()
-            loss.backward()
-            took.append(self._clock.now() - started)
-            for hook in hooks:
-                hook.remove()
-            self._optimizer.zero_grad()
-            since = {
-                key: at - begin if isinstance(at, float) else begin.elapsed_time(at) / 1e3 for key, at in marks.items()
-            }
-            seen.append({key: min(1.0, after / took[-1]) for key, after in since.items()})
-        fractions = [median([one.get(id(parameter), 1.0) for one in seen]) for parameter in parameters]
-        order = sorted(range(len(parameters)), key=lambda number: (fractions[number], -number))
-        return median(took), order, fractions
-
-    def channels(self, step: Step) -> tuple[int, ...]:
-        """Return the channels of each synchronised batch norm that a micro-batch runs. Every rank calls it."""
-        found: list[int] = []
-        hooks = [
-            layer.register_forward_hook(lambda layer, *_: found.append(int(layer.num_features)))
-            for _, layer in shared_layers(self.model)
-        ]
-        with torch.no_grad():
-            loss_of(self._task, self.model, to_device(step[0].data, self._device))
-        for hook in hooks:
-            hook.remove()
-        return tuple(found)
-
-
-def _trainings(
-    task: Task, net: nn.Module, steps: Sequence[Step], clock: Clock
-) -> tuple[dict[Variant, _Training], dict[Variant, str]]:
-    """Return the model in each way of training, and the ways that it refuses."""
-    made: dict[Variant, _Training] = {"fast": _Training(task, copy.deepcopy(net), clock, "fast")}
-    refused: dict[Variant, str] = {}
-    try:
-        made["strict"] = _Training(task, copy.deepcopy(net), clock, "strict")
-    except ValueError as error:  # on every rank, for the same reason
-        refused["strict"] = str(error)
-    converted = convert_sync_batchnorm(copy.deepcopy(net))
-    if not synchronises(converted):
-        refused["SyncBatchNorm"] = "the model has no batch norm"
-    elif len(set(steps[0].shares)) > 1:
-        refused["SyncBatchNorm"] = f"the ranks have {steps[0].shares} micro-batches in a step, not equally many"
-    else:
-        made["SyncBatchNorm"] = _Training(task, converted, clock, "fast")
-    return made, refused
 
 
 def parts_of(parameters: Sequence[nn.Parameter], order: Sequence[int], ready: Sequence[float]) -> tuple[Part, ...]:
@@ -340,7 +201,7 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
 
-def _statistics_bytes(net: nn.Module) -> tuple[int, int]:
+def statistics_bytes_of(net: nn.Module) -> tuple[int, int]:
     """Return what `RunningStatistics` exchanges of plain batch norms: fixed bytes, and bytes for each micro-batch."""
     fixed = each = 0
     for layer in net.modules():
@@ -353,7 +214,7 @@ def _statistics_bytes(net: nn.Module) -> tuple[int, int]:
 # Times
 
 
-def _run_alone(alone: _Training, steps: Sequence[Step], seconds: float) -> tuple[list[float], list[float]]:
+def _run_alone(alone: Training, steps: Sequence[Step], seconds: float) -> tuple[list[float], list[float]]:
     """Return the times of micro-batches and updates while the other ranks wait."""
     alone.forget()
     end, done = time.perf_counter() + seconds, 0
@@ -364,7 +225,7 @@ def _run_alone(alone: _Training, steps: Sequence[Step], seconds: float) -> tuple
 
 
 def _rounds(
-    alone: _Training, trainings: dict[Variant, _Training], steps: Sequence[Step], seconds: float, clock: Clock
+    alone: Training, trainings: dict[Variant, Training], steps: Sequence[Step], seconds: float, clock: Clock
 ) -> dict[Variant, list[float]]:
     """Return the seconds of a step of each training on the slowest rank, in each round.
 
@@ -384,26 +245,27 @@ def _rounds(
         for turn in range(len(contenders)):
             which = (number + turn) % len(contenders)
             clock.together()
-            start = clock.now()
-            for step in range(block):
-                contenders[which].run(steps[(number + step) % len(steps)])
-            times[which].append((clock.now() - start) / block)
+            with contenders[which].apart():
+                start = clock.now()
+                for step in range(block):
+                    contenders[which].run(steps[(number + step) % len(steps)])
+                times[which].append((clock.now() - start) / block)
     slowest = gather(np.array([times]), to="all").max(0)
     return {variant: slowest[number].tolist() for number, variant in enumerate(trainings, 1)}
 
 
 def _stages(
-    training: _Training, steps: Sequence[Step], loads: Sequence[float], seconds: float, clock: Clock
+    training: Training, steps: Sequence[Step], loads: Sequence[float], seconds: float, clock: Clock
 ) -> list[Stages]:
     """Return the stages of a step on each rank."""
     clock.together()
-    began = time.perf_counter()
-    training.stages(steps[0])
-    rounds = agreed_rounds(time.perf_counter() - began, seconds)
     found = []
-    for number in range(rounds):
-        clock.together()
-        found.append(training.stages(steps[number % len(steps)]))
+    with training.apart():
+        began = time.perf_counter()
+        training.stages(steps[0])
+        for number in range(agreed_rounds(time.perf_counter() - began, seconds)):
+            clock.together()
+            found.append(training.stages(steps[number % len(steps)]))
     everyones = gather(np.array([found]), to="all")  # (ranks, rounds, 5)
     load_s = gather(median(loads) * len(steps[0]), to="all")
     shortest = everyones[:, :, 3].min(0)
