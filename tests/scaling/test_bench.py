@@ -196,7 +196,7 @@ def test_the_command_measures_the_digits(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Where a step's time goes (fast)" in done.stdout
     assert "not measured: the model has no batch norm" in done.stdout
-    assert "4 micro-batches a rank, over 1Gbit,100us: speed-up and efficiency over one process" in done.stdout
+    assert "4 micro-batches a rank, over 1Gbit,100us: speed-up (efficiency)" in done.stdout
     found = json.loads((tmp_path / "b.json").read_text())
     assert (found["ranks"], found["parameters"], found["micro_batches"]) == (2, 29_066, [4, 4])
     assert set(found["step_s"]) == {"fast", "strict"}

@@ -99,7 +99,7 @@ class Prediction:
             "the processes' own work for collectives": self.software_s,
             "latency": self.latency_s,
             "bandwidth": self.wire_s,
-            "what only whole steps show": self.rest_s,
+            "the rest": self.rest_s,
         }
 
 

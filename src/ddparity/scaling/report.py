@@ -67,7 +67,7 @@ def show(report: Report) -> None:
 
 
 def _show_forecast(forecast: Forecast, report: Report) -> None:
-    over = f"over {forecast.link.name}: speed-up and efficiency over one process"
+    over = f"over {forecast.link.name}: speed-up (efficiency)"
     variants = list(forecast.grown)
     rows = []
     for number, ranks in enumerate(RANKS):
@@ -118,7 +118,8 @@ def limit_of(scaled: Scaled) -> str:
 
 
 def _scaled(one: Scaled) -> str:
-    return f"{one.speed_up:,.4g} ({100 * one.efficiency:.0f} %)"
+    digits = 0 if one.speed_up >= 100 else 1 if one.speed_up >= 10 else 2
+    return f"{one.speed_up:,.{digits}f} ({100 * one.efficiency:.0f} %)"
 
 
 def _bar(one: Stages, longest: float) -> str:
