@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from ddparity.auditing.catalogue import CATALOGUE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "benchmarks" / "RESULTS.md").read_text()
@@ -167,3 +170,14 @@ def test_numbers_of_the_batch_norms_page_are_ranges_of_the_results() -> None:
         for cell, column in zip(cells, (3, 4), strict=True):
             low, high = _range(_NORM, measured, column, every=True)
             assert cell == (low if low == high else f"{low} to {high}"), shown
+
+
+def test_the_readme_counts_the_codes_of_the_audit() -> None:
+    assert re.findall(r"\b(\d+) codes of the audit", (ROOT / "README.md").read_text()) == [str(len(CATALOGUE))]
+
+
+def test_the_table_of_promises_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs no measurement: `python benchmarks/scaling.py --tables` writes it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = importlib.import_module("scaling").promise_table()
+    assert f"<!-- promise -->\n{made}\n<!-- /promise -->" in (ROOT / "docs" / "scaling.md").read_text()
