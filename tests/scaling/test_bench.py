@@ -149,7 +149,8 @@ def test_all_variants_of_a_model_with_batch_norms(capsys: pytest.CaptureFixture[
         assert here.grown[variant][0].speed_up == here.same[variant][0].speed_up == 1
         # The model is fitted to what was measured here.
         predicted = here.same[variant][1].prediction
-        assert predicted.step_s - predicted.load_s == pytest.approx(measured.median_s(variant), rel=1e-6)
+        expected = max(measured.median_s(variant), predicted.compute_s)  # whatever else runs on the machine
+        assert predicted.step_s - predicted.load_s == pytest.approx(expected, rel=1e-6)
         assert all(a.speed_up >= b.speed_up for a, b in zip(here.grown[variant], slow.grown[variant], strict=True))
     # 1 MB/s and 1 ms: two layers of a synchronised norm take 4 ms a micro-batch at least.
     at_two = {variant: slow.same[variant][1].prediction for variant in measured.steps_s}

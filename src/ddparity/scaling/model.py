@@ -246,7 +246,8 @@ def predict(
         cost += _sum(time_of(one, machine, link) for one in traffic).times(most)
     elif sum(work.statistics_bytes):
         cost += time_of(statistics_traffic(work, most, ranks, machine), machine, link)
-    rest = max(-cost.software_s, fit.extra_s.get(variant, 0.0)) if ranks > 1 else 0.0
+    # Less than nothing where a step hides what its parts take alone, but a step is never shorter than its computing.
+    rest = max(-cost.software_s - waiting, fit.extra_s.get(variant, 0.0)) if ranks > 1 else 0.0
     others = compute + waiting + cost.total_s + rest
     load = max(0.0, most * work.load_s - others) if work.workers else most * work.load_s
     return Prediction(ranks, most, compute, load, waiting, cost.software_s, cost.latency_s, cost.wire_s, rest)
