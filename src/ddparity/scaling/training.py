@@ -154,8 +154,9 @@ def trainings_of(
         made["strict"] = Training(task, copy.deepcopy(net), clock, "strict")
     except ValueError as error:  # on every rank, for the same reason
         refused["strict"] = str(error)
-    converted = convert_sync_batchnorm(copy.deepcopy(net))
-    if not synchronises(converted):
+    has_norms = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in net.modules())
+    converted = convert_sync_batchnorm(copy.deepcopy(net)) if has_norms else net
+    if not has_norms or not synchronises(converted):
         refused["SyncBatchNorm"] = "the model has no batch norm"
     elif len(set(steps[0].shares)) > 1:
         refused["SyncBatchNorm"] = f"the ranks have {steps[0].shares} micro-batches in a step, not equally many"
