@@ -8,15 +8,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bench import RANKS, Forecast, Report
+from .bench import RANKS, WANTED, Forecast, Report
 from .measure import Stages
 from .model import Variant
-from .report import STAGES, said_of
+from .report import STAGES
 
 _WIDTH, _LEFT, _ROW = 900, 70, 30  # pixels
 _COLOURS = ("#8c8c8c", "#6f9bc8", "#24466f", "#c2571a", "#e6b36a", "#3b7a57", "#d9d9d9")
 _LINES: dict[Variant, str] = {"fast": "#24466f", "strict": "#c2571a", "SyncBatchNorm": "#3b7a57"}
-_PANEL_WIDTH, _PANEL_HEIGHT = 400, 300
+_PANEL_WIDTH, _PANEL_HEIGHT = 360, 300
 
 
 def write_picture(report: Report, path: Path) -> None:
@@ -29,7 +29,7 @@ def picture(report: Report) -> str:
     bars, height = _bars(report.measured.stages, 70)
     panels = []
     for number, forecast in enumerate(report.forecasts):
-        x, y = (number % 2) * (_PANEL_WIDTH + 50) + _LEFT - 20, height + 60 + (number // 2) * (_PANEL_HEIGHT + 75)
+        x, y = (number % 2) * (_PANEL_WIDTH + 65) + _LEFT - 10, height + 60 + (number // 2) * (_PANEL_HEIGHT + 75)
         panels += _panel(forecast, x, y)
     rows = -(-len(report.forecasts) // 2)
     total = height + 40 + rows * (_PANEL_HEIGHT + 75)
@@ -46,7 +46,7 @@ def picture(report: Report) -> str:
             _text(10, 24, f"{report.title}: a step of the fast reduction on {processes}", size=17),
             *bars,
             *panels,
-            _text(_LEFT - 20, total - 14, below, size=12),
+            _text(_LEFT - 10, total - 14, below, size=12),
             "</svg>\n",
         ]
     )
@@ -107,7 +107,9 @@ def _panel(forecast: Forecast, x: float, y: float) -> list[str]:
         for dash, rows in (("", scaled), (' stroke-dasharray="2 3"', forecast.same[variant])):
             points = " ".join(at(one.prediction.ranks, one.speed_up) for one in rows)
             lines.append(f'<polyline points="{points}" stroke="{_LINES[variant]}" stroke-width="2" fill="none"{dash}/>')
-        said = f"{variant}: {said_of(forecast.most[variant])}"
+        most = forecast.most[variant]
+        reach = f"up to {most:,} ranks{' or more' * (most == RANKS[-1])}" if most > 1 else "nowhere"
+        said = f"{variant}: {100 * WANTED:.0f} % efficiency {reach}"
         lines.append(f'<rect x="{x + 12}" y="{y + 12 + 20 * number}" width="14" height="4" fill="{_LINES[variant]}"/>')
         lines.append(_text(x + 32, y + 19 + 20 * number, said))
     return lines
