@@ -260,6 +260,12 @@ def disarm(model: DistributedDataParallel) -> None:
     model.reducer._reset_state()
 
 
+def joins(model: DistributedDataParallel) -> bool:
+    """Return True inside of the model's `join()`, which answers collectives of ranks that have more batches."""
+    config = getattr(model, "_join_config", None)
+    return config is not None and bool(config.enable)
+
+
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """Return the module inside of DDP, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -251,6 +251,79 @@ SKIPS = {
 }
 
 
+# --- gradients from before, and with shared memory ---
+
+
+def _old_gradients(modules: Models, _: int) -> None:
+    for parameter in modules[0].parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+def _zeroes(how: str, skipped: str) -> Callable[[Models, Accumulate], None]:
+    def step(models: Models, accumulate: Accumulate) -> None:
+        (model,) = models
+        for number, micro in enumerate(accumulate(model, skipped=skipped)):
+            if number == 0:
+                model.zero_grad(set_to_none=how == "to None")
+            if micro.index != 1 or skipped == "zero":
+                (model(micro.data).square().mean() * micro.weight).backward()
+
+    return step
+
+
+# On rank 2 of 3 the second step has no micro-batch, so nothing there calls zero_grad().
+ZEROES = {
+    f"zero_grad() {how} in the loop{', a micro-batch dropped' if skipped == 'drop' else ''}": Loop(
+        _zeroes(how, skipped), change=_old_gradients, left_out=frozenset([1] if skipped == "drop" else [])
+    )
+    for how in ("to None", "in place")
+    for skipped in ("zero", "drop")
+}
+OLD = {
+    **ZEROES,
+    "old gradients": Loop(plain, change=_old_gradients),
+    "old gradients, a micro-batch dropped": Loop(
+        _leaves_out(frozenset([1]), "drop", False), change=_old_gradients, left_out=frozenset([1])
+    ),
+}
+
+
+class _Summed(nn.Module):
+    """`autograd.grad` gives `w` and `d` one tensor, and `r` one with strides of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.w, self.d = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(2, 6))
+        self.r = nn.Parameter(torch.randn(3))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.w + self.d) + 0.1 * self.r.sum()
+
+
+def _by_autograd_grad(skipped: str) -> Callable[[Models, Accumulate], None]:
+    def step(models: Models, accumulate: Accumulate) -> None:
+        (model,) = models
+        parameters = list(model.parameters())
+        for micro in accumulate(model, skipped=skipped):
+            if micro.index == 1 and skipped == "drop":
+                continue
+            loss = model(micro.data).square().mean() * micro.weight
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    return step
+
+
+SHARED_MEMORY = {
+    "gradients that share memory": Loop(_by_autograd_grad("zero"), lambda: [_Summed()]),
+    "gradients that share memory, a micro-batch dropped": Loop(
+        _by_autograd_grad("drop"), lambda: [_Summed()], left_out=frozenset([1])
+    ),
+}
+
+
 # --- several models ---
 
 
@@ -541,4 +614,4 @@ FIRST = {
     "a forward on one rank right after replicate, unused allowed": Loop(plain, first=_first_forward, options=UNUSED),
 }
 
-LOOPS = {**STRAYS, **FIRST, **BACKWARDS, **SKIPS, **PAIRS, **CHANGES, **WRAPPERS, **PARAMETERS}
+LOOPS = {**STRAYS, **FIRST, **BACKWARDS, **SKIPS, **OLD, **SHARED_MEMORY, **PAIRS, **CHANGES, **WRAPPERS, **PARAMETERS}

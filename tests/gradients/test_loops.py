@@ -101,7 +101,7 @@ def _all(reduction: str) -> dict[str, Found | str]:
 
 @functools.cache
 def _of_ranks(world_size: int, reduction: str) -> list[dict[str, Found]]:
-    return run_ranks(_all, world_size, reduction, timeout_s=30)
+    return run_ranks(_all, world_size, reduction, timeout_s=120)
 
 
 @functools.cache
@@ -215,7 +215,36 @@ def _zip_of_two(model: Any, other: Any) -> None:
         optimizer.step()
 
 
-REFUSED = {"zip of one model": _zip_of_one, "a step inside": _step_inside, "zip of two models": _zip_of_two}
+def _step_of_another(model: Any, other: Any) -> None:
+    """The optimizer of a model that the loop's loss runs, too."""
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for micro in dp.accumulate(model, _batches(), equal_counts=True):
+        ((model(micro.data).mean() + other(micro.data).mean()) * micro.weight).backward()
+        optimizer.step()
+
+
+def _ahead(model: Any, _: Any) -> None:
+    for micro in list(dp.accumulate(model, _batches(), equal_counts=True)):
+        (model(micro.data).mean() * micro.weight).backward()
+
+
+def _one_ahead(model: Any, _: Any) -> None:
+    micros = iter(dp.accumulate(model, _batches(), equal_counts=True))
+    micro = next(micros)
+    for following in micros:
+        (model(micro.data).mean() * micro.weight).backward()
+        micro = following
+    (model(micro.data).mean() * micro.weight).backward()
+
+
+REFUSED = {
+    "zip of one model": _zip_of_one,
+    "a step inside": _step_inside,
+    "zip of two models": _zip_of_two,
+    "a step of another model inside": _step_of_another,
+    "a loop that runs ahead": _ahead,
+    "a loop that runs one ahead": _one_ahead,
+}
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -223,9 +252,14 @@ REFUSED = {"zip of one model": _zip_of_one, "a step inside": _step_inside, "zip 
 def test_what_cannot_be_exact_is_refused_on_every_rank(world_size: int, reduction: str) -> None:
     for errors in run_ranks(_errors, world_size, reduction, timeout_s=30):
         assert "move optimizer.step() behind the loop" in errors["a step inside"]
+        if world_size > 1 and reduction == "strict":  # a late backward is exact in the others
+            assert "may not run ahead" in errors.pop("a loop that runs ahead")
+            assert "may not run ahead" in errors.pop("a loop that runs one ahead")
         if world_size > 1 or reduction == "strict":
             assert "another loop over this model has begun" in errors["zip of one model"]
             assert "accumulate([first, second], …)" in errors["zip of two models"]
+            assert "optimizer.step() inside of the loop" in errors["a step of another model inside"]
+            assert len(errors) == 4
         else:
             assert errors.keys() == {"a step inside"}  # the gradients are those of the losses
 
@@ -239,6 +273,10 @@ def _nested(reduction: str) -> None:
 def test_a_module_that_holds_a_replicated_one_is_refused() -> None:
     for reduction in ("fast", "strict"):
         run_ranks(_nested, 2, reduction, timeout_s=30)
+
+
+def test_join_of_ddp_is_refused() -> None:
+    run_ranks(_in_join, 2, "fast", timeout_s=30)
 
 
 def _forgotten(reduction: str) -> list[str]:
@@ -258,6 +296,65 @@ def test_a_forgotten_zero_grad_is_said_once(reduction: str) -> None:
         assert len(said) == 1 and "call optimizer.zero_grad() after optimizer.step()" in said[0]
 
 
+def _zeroes_inside(reduction: str, to_none: bool) -> list[str]:
+    said = _said()
+    model = dp.replicate(net(), **REDUCTIONS[reduction])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        for number, micro in enumerate(dp.accumulate(model, _batches(), equal_counts=True)):
+            if number == 0:
+                optimizer.zero_grad(set_to_none=to_none)
+            (model(micro.data).mean() * micro.weight).backward()
+        optimizer.step()
+    return said
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_nothing_is_said_of_a_zero_grad_in_the_loop(to_none: bool) -> None:
+    for reduction in REDUCTIONS:
+        assert run_ranks(_zeroes_inside, 2, reduction, to_none, timeout_s=30) == [[], []]
+
+
+def _strangers(reduction: str, by_itself: bool, reduces: bool, check_every: int = 0) -> tuple[str, list[str]]:
+    """A loss with a weight of its own, which no loop knows."""
+    said = _said()
+    model = dp.replicate(net(), check_every=check_every, **REDUCTIONS[reduction])
+    loader = dp.Loader(X, dp.BatchPlan(len(X), global_batch=12, micro_batch=2))
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    of_model, of_loss = list(model.parameters()), [weight]
+    groups = [of_model, of_loss] if by_itself else [of_model + of_loss]
+    optimizers = [torch.optim.SGD(group, lr=0.1) for group in groups]
+    try:
+        for step in [*loader.epoch(0), *loader.epoch(1)]:
+            for micro in dp.accumulate(model, step):
+                ((model(micro.data).square().mean(0) * weight.exp()).sum() * micro.weight).backward()
+            if reduces and weight.grad is not None:
+                dist.all_reduce(weight.grad)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    except dp.DDParityError as error:  # by the store, another rank's
+        return f"{error}\n{error.__notes__}" if hasattr(error, "__notes__") else str(error), said
+    return "", said
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+@pytest.mark.parametrize("reduction", ["after the loop", "strict"])
+def test_parameters_that_no_replicated_model_has_are_noticed(reduction: str, by_itself: bool) -> None:
+    for check_every in (2, 0):  # without, at the start of the next epoch
+        for error, _ in run_ranks(_strangers, 2, reduction, by_itself, False, check_every, timeout_s=30):
+            assert "trains 1 parameters that no replicated model has, the first of shape (2,)" in error
+            assert "accumulate([model, criterion], …)" in error
+    assert run_ranks(_strangers, 2, reduction, by_itself, True, 2, timeout_s=30) == [("", [])] * 2
+
+
+def _in_join(_: str) -> str:
+    model = DistributedDataParallel(net())
+    with model.join(), pytest.raises(ValueError, match="leave join\\(\\) out") as error:
+        next(iter(dp.accumulate(model, _batches())))
+    return str(error.value)
+
+
 def _skips_once(reduction: str) -> list[str]:
     said = _said()
     model = dp.replicate(net(), **REDUCTIONS[reduction])
@@ -274,7 +371,8 @@ def test_a_skipped_micro_batch_is_said_once(world_size: int) -> None:
     for reduction in REDUCTIONS:
         for said in run_ranks(_skips_once, world_size, reduction, timeout_s=30):
             assert said == [
-                "accumulate(): micro-batch 0 had no backward: its gradient counts as zero. This is said once"
+                "accumulate(): micro-batch 0 had no backward before the next was asked for: its gradient counts as "
+                "zero. A loop may not run ahead, as list(accumulate(…)) does. This is said once"
             ]
 
 

@@ -154,7 +154,8 @@ def _reduced(numbers: list[int], numel: int) -> bool:
         reduction = StrictReduction([(str(i), p) for i, p in enumerate(parameters)], numbers, rank, group)
         for number in range(first, first + numbers[rank]):
             for parameter, own in zip(parameters, leaves, strict=True):
-                parameter.grad = None if own[number] is None else own[number].clone()
+                if own[number] is not None:
+                    parameter.backward(own[number].clone())
             reduction.take()
         reduction.finish()
         for parameter, own in zip(parameters, leaves, strict=True):
@@ -204,9 +205,9 @@ def _three(gradients: list[list[float | None]]) -> tuple[list[nn.Parameter], Str
     parameters[0].grad = torch.full((2,), 10.0)
     reduction = StrictReduction(zip("abc", parameters, strict=True), [len(gradients)])
     for row in gradients:
-        assert all(parameter.grad is None for parameter in parameters)
         for parameter, value in zip(parameters, row, strict=True):
-            parameter.grad = None if value is None else torch.full((2,), value)
+            if value is not None:
+                parameter.backward(torch.full((2,), value))
         assert reduction.take() == any(value is not None for value in row)
     return parameters, reduction
 

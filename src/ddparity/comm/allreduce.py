@@ -177,12 +177,42 @@ def reduce_gradients(
         TypeError: another gradient is sparse.
     """
     listed = list(parameters)
+    separate(listed)
     for part in cut([one for one in listed if id(one) not in sparse], PART_BYTES):
         flat = FlatGradients(part)
         flat.write(mean_over_ranks(flat.tensor, group) if average else sum_over_ranks(flat.tensor, group))
     for one in listed:
         if id(one) in sparse:
             _reduce_sparse(one, group, average)
+
+
+def separate(parameters: Sequence[torch.Tensor]) -> None:
+    """Give each gradient memory of its own, and no graph: `own_memory`."""
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter, old, new in zip(parameters, gradients, own_memory(gradients), strict=True):
+        if new is not old:
+            parameter.grad = new
+
+
+def own_memory(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Return gradients without their graphs, and copies of those that share memory, so that each can be written alone.
+
+    `autograd.grad` may give two parameters one tensor, or one with strides of 0. A graph would be this rank's alone.
+    """
+    found: list[torch.Tensor | None] = []
+    addresses: set[int] = set()
+    for gradient in gradients:
+        if gradient is not None and gradient.layout == torch.strided:
+            if gradient.requires_grad:
+                gradient = gradient.detach()
+            if gradient.is_conj():  # it has no parts that can be added
+                gradient = gradient.resolve_conj()
+            address = gradient.data_ptr()
+            if address in addresses or 0 in gradient.stride():
+                gradient = gradient.clone(memory_format=torch.contiguous_format)
+            addresses.add(address)
+        found.append(gradient)
+    return found
 
 
 T = TypeVar("T", bound=torch.Tensor)

@@ -15,10 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import shared_layers, synchronises
 from ..comm.allreduce import copies_of_ranks
 from ..comm.nesting import to_device
-from ..compat import uncompiled
+from ..compat import joins, uncompiled
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
+from . import strangers
 from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
 from .sharded import Sharded, ShardedWindow, sharded_of
@@ -79,8 +80,9 @@ def accumulate(
     one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
     foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
     Where this process has replicated several models, one of 128 bytes. In some steps (`replicate(check_every=…)`) one
-    of 8 bytes a parameter. In the first step of an epoch, and where other parameters are trained than before, requests
-    to the group's store. Of sharded models those of `ShardedWindow`. Every rank must run the loop.
+    of 8 bytes a parameter and 24 bytes. In a step that leaves a rank without a micro-batch, one of a byte a
+    parameter. In the first step of an epoch, and where other parameters are trained than before, requests to the
+    group's store. Of sharded models those of `ShardedWindow`. Every rank must run the loop.
 
     Raises:
         TypeError: a plain module in a world of several processes, a model of which `fully_shard` has sharded parts
@@ -121,6 +123,11 @@ def state_of(model: nn.Module) -> Replica | Sharded:
         raise TypeError(
             f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
             f"gradients nobody would reduce: wrap the model in ddparity.replicate(model) first"
+        )
+    if isinstance(inner, DistributedDataParallel) and joins(inner):
+        raise ValueError(
+            "accumulate() inside of DistributedDataParallel.join(), which would wait for collectives that the loop "
+            "does not run: leave join() out. accumulate takes other numbers of batches on each rank by itself"
         )
     replica = replica_of(inner)
     if replica.careful() and inner is not replica.module:
@@ -294,6 +301,7 @@ def _agree(
     with agreed("accumulate()", group) as agreement:
         assert agreement is not None, "a group of several ranks"
         agreement.all_same(values, said)
+        strangers.check_by_store(agreement)
     if isinstance(replica, Replica):
         replica.compared[tuple(map(id, trained))] = None
 

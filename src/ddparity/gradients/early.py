@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..comm.allreduce import FlatGradients, copies_of_ranks, cut, reduce_gradients, start_mean
+from ..comm.allreduce import FlatGradients, copies_of_ranks, cut, reduce_gradients, separate, start_mean
 from ..comm.bits import is_same
 from .state import State
 
@@ -136,6 +136,7 @@ class EarlyAverage:
         Collectives: those of the parts, and one of 4 bytes a part.
         """
         self.end()
+        separate([parameter for part in self._parts for parameter in part])
         while len(self._started) < len(self._parts) - 1:
             self._start()
         changed = torch.tensor([float(one.changed()) for one in self._started], device=self._parts[0][0].device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -26,26 +26,28 @@ class Trained(Protocol):
     def parameters(self) -> list[nn.Parameter]: ...
 
 
-_open: dict[int, tuple[Trained, object]] = {}  # by the model's id: the model, and its loop
+# By the model's id: the model, its loop, and whether its gradients are incomplete.
+_open: dict[int, tuple[Trained, object, Callable[[], bool]]] = {}
 # The parameters of loops that were left, with the gradients that they had then.
 _left: MutableMapping[nn.Parameter, Any] = WeakIdKeyDictionary()
 # One hook for all loops, from the first on: to register one takes longer than to call it.
 _hooks: list[Any] = []
 
 
-def open_loop(model: Trained, loop: object) -> None:
-    """Refuse an optimizer's step with the model's parameters until `close_loop` of the same loop."""
-    _open[id(model)] = model, loop
+def open_loop(model: Trained, loop: object, incomplete: Callable[[], bool] = lambda: True) -> None:
+    """Refuse an optimizer's step with the model's parameters until `close_loop` of the same loop, if `incomplete`."""
+    _open[id(model)] = model, loop, incomplete
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check))
 
 
 def close_loop(model: Trained, loop: object) -> None:
     """Allow optimizers' steps again, unless a newer loop over the model is open: an exception may keep an old one."""
-    if _open.get(id(model), (model, None))[1] is loop:
+    if id(model) in _open and _open[id(model)][1] is loop:
         del _open[id(model)]
 
 
+_late: MutableMapping[nn.Parameter, Any] = WeakIdKeyDictionary()  # hooks of parameters that refuse a backward
 _DROPPED = object()  # in place of a gradient
 
 
@@ -63,9 +65,34 @@ def note_left(parameters: Iterable[nn.Parameter], dropped: bool = False) -> None
 
 def forget_left(parameters: Iterable[nn.Parameter]) -> None:
     """Let optimizers step again: a new loop has begun."""
-    if len(_left):
+    if len(_left) or len(_late):
         for parameter in parameters:
             _left.pop(parameter, None)
+            _allow(parameter)
+
+
+def refuse_late(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse a backward until an optimizer steps or a loop begins, after a strict step with a micro-batch without one.
+
+    It may be that micro-batch's, in a loop that ran ahead. DDP would average what strict mode adds.
+    """
+    for parameter in parameters:
+        _allow(parameter)
+        if parameter.requires_grad:
+            _late[parameter] = parameter.register_hook(_refuse_backward)
+
+
+def _allow(parameter: nn.Parameter) -> None:
+    hook = _late.pop(parameter, None)
+    if hook is not None:
+        hook.remove()
+
+
+def _refuse_backward(_: torch.Tensor) -> NoReturn:
+    raise RuntimeError(
+        "a backward after the loop of accumulate(), in which a micro-batch had none, of a strict model: a loop may not "
+        "run ahead, as list(accumulate(…)) does. Run each micro-batch's backward in the loop's body, a penalty's, too"
+    )
 
 
 def tell_skipped(model: Trained, skipped: Sequence[int], drops: bool) -> None:
@@ -73,7 +100,8 @@ def tell_skipped(model: Trained, skipped: Sequence[int], drops: bool) -> None:
     if skipped and not model.told_skipped:
         model.told_skipped = True
         logger.warning(
-            "accumulate(): micro-batch %s had no backward: %s. This is said once",
+            "accumulate(): micro-batch %s had no backward before the next was asked for: %s. A loop may not run "
+            "ahead, as list(accumulate(…)) does. This is said once",
             ", ".join(map(str, skipped[:5])),
             "its weight is taken out of the step" if drops else "its gradient counts as zero",
         )
@@ -106,23 +134,20 @@ def scale_of_rest(
     return 1.0 / rest if rest > 1e-9 else 1.0
 
 
-def put_back(parameters: Sequence[nn.Parameter], before: Sequence[torch.Tensor | None]) -> None:
-    """Add to the gradients what the parameters had before a step that put it aside."""
-    for parameter, old in zip(parameters, before, strict=True):
-        if old is not None:
-            parameter.grad = old if parameter.grad is None else old.add_(parameter.grad)
-
-
 def _check(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
-    if _open or len(_left):
+    if _open or len(_left) or len(_late):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         _refuse_open(parameters)
         _refuse_left(parameters)
+        for parameter in parameters if len(_late) else ():
+            _allow(parameter)
 
 
 def _refuse_open(parameters: list[nn.Parameter]) -> None:
-    incomplete = {id(parameter) for model, _ in _open.values() for parameter in model.parameters()}
-    if any(id(parameter) in incomplete for parameter in parameters):
+    own = set(map(id, parameters))
+    for model, _, incomplete in list(_open.values()):
+        if own.isdisjoint(map(id, model.parameters())) or not incomplete():
+            continue
         raise RuntimeError(
             "optimizer.step() inside of the loop of accumulate() over the model, or before that loop has ended, so "
             "that the step's gradients are not complete: move optimizer.step() behind the loop. A zip() that has a "

@@ -37,6 +37,7 @@ from ..comm.trees import take_apart, tensors_in
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..errors import WrongArithmetic
+from .aside import Aside
 from .devices import computer_of, place_of, repeatable
 from .verdict import Verdict, verdict
 
@@ -114,7 +115,7 @@ class Recheck:
         self._group = rechecks.group
         self._rank, self._ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
         self._wire = next((parameter.device for _, parameter in weights), torch.device("cpu"))
-        self._before: list[torch.Tensor | None] | None = None
+        self._aside: Aside | None = None
         self._stack = contextlib.ExitStack()
         self._known = {id(one): one for root in modules for one in root.modules()}
         self._others: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers of other modules, with copies, see `_seen`
@@ -126,9 +127,7 @@ class Recheck:
         """Before the first micro-batch: let its gradient be alone in the parameters, and keep what it starts from."""
         self._buffers = buffers_of(self._modules)
         self._data = _word_of(data)
-        self._before = [parameter.grad for _, parameter in self._trained]
-        for _, parameter in self._trained:
-            parameter.grad = None
+        self._aside = Aside([parameter for _, parameter in self._trained])
         self._stack.enter_context(repeatable(self._device))
         self._stack.enter_context(self._seen())
 
@@ -139,16 +138,17 @@ class Recheck:
         Args:
             micro: as the loop got it. number: of it in this rank's share.
         """
+        assert self._aside is not None, "begin() was called"
+        self._aside.settle()
         self._own, self._micro, self._number = self._words(self._data), micro, number
         self.close()
 
     def close(self) -> None:
         """End the first micro-batch, also where the loop was left."""
         self._stack.close()
-        for (_, parameter), before in zip(self._trained, self._before or (), strict=self._before is not None):
-            if before is not None:
-                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
-        self._before = None
+        if self._aside is not None:
+            self._aside.put_back()
+        self._aside = None
 
     # The others, after the rank's last one
 

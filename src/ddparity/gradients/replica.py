@@ -80,6 +80,7 @@ class Replica:
         self.agreed: object = None
         self.compared: dict[tuple[int, ...], None] = {}
         self.had_gradients: set[int] = set()
+        self._warning: Any = None  # the hook that gives it
         self._built_in_hook: bool | None = None
         self._broadcasts = False
         self._steps = 0
@@ -168,6 +169,7 @@ class Replica:
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
         self.held = False
+        self.end_warning()
         ddp = self.ddp
         if ddp is not None:
             if ddp.require_backward_grad_sync:  # a loop that was left after DDP began to reduce
@@ -219,12 +221,25 @@ class Replica:
         if self._old is None or self.told_old:
             return
         probe, version, written = self._old
-        if probe.grad is not None and _written(probe.grad) == written and probe._version != version:
-            self.told_old = True
-            logger.warning(
-                "the gradients of the step before are still there after optimizer.step(), and this step's are added to "
-                "them: call optimizer.zero_grad() after optimizer.step(). This is said once"
-            )
+        if not _is_old(probe, version, written) or not probe.requires_grad:
+            return
+
+        def tell(_: torch.Tensor) -> None:  # zero_grad() may be called inside of the loop
+            if self._warning is not None and _is_old(probe, version, written):
+                self.told_old = True
+                logger.warning(
+                    "the gradients of the step before are still there after optimizer.step(), and this step's are "
+                    "added to them: call optimizer.zero_grad() after optimizer.step(). This is said once"
+                )
+            self._warning = None
+
+        self._warning = probe.register_hook(tell)
+
+    def end_warning(self) -> None:
+        """Warn of old gradients no more."""
+        if self._warning is not None:
+            self._warning.remove()
+            self._warning = None
 
     def backward_of_zeros(self) -> None:
         """Run a backward that adds nothing to any gradient, so that DDP reduces what this rank has.
@@ -250,6 +265,11 @@ class _Nothing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def _is_old(probe: nn.Parameter, version: int, written: tuple[int, int]) -> bool:
+    """Return True if an optimizer has stepped since a step, and the step's gradient is still there."""
+    return probe.grad is not None and _written(probe.grad) == written and probe._version != version
 
 
 def _written(tensor: torch.Tensor) -> tuple[int, int]:
@@ -345,6 +365,11 @@ def only(model: nn.Module) -> Iterator[None]:
         own.number = number
         _replicas.update(replicas)
         _made.update(made)
+
+
+def replicated_models() -> list[nn.Module]:
+    """Return the living replicated models."""
+    return list(_replicas)
 
 
 def made_so_far(ranks: tuple[int, ...] | None) -> int:

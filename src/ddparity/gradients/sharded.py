@@ -20,7 +20,6 @@ from .incomplete import (
     forget_left,
     note_left,
     open_loop,
-    put_back,
     refuse_superseded,
     scale_of_rest,
     tell_skipped,
@@ -331,8 +330,9 @@ class ShardedWindow:
 
     def _restore(self) -> None:
         """Put back what the parameters had before, if it was put aside."""
-        if self._before is not None:
-            put_back(self._parameters, self._before)
+        for parameter, before in zip(self._parameters, self._before or (), strict=self._before is not None):
+            if before is not None:
+                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
         self._before = None
 
     def _recorded(self, one: Sharded, stack: contextlib.ExitStack) -> RunningStatistics | None:

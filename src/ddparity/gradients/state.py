@@ -18,3 +18,8 @@ class State:
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         self._gradients = [parameter.grad for parameter in parameters]
         self.marks = [NO_GRADIENT if one is None else (id(one), one._version) for one in self._gradients]
+
+    def differs(self, before: State) -> bool:
+        """Return True if a gradient is another one than before, or was written; not where it has gone."""
+        pairs = zip(self.marks, before.marks, strict=True)
+        return any(new != old and new != NO_GRADIENT for new, old in pairs)

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.allreduce import copies_of_ranks, exchange, gathers
+from ..comm.allreduce import copies_of_ranks, exchange, gathers, own_memory
 from ..compat import grad_dtype
+from .aside import Aside
 
 Gradients = list[Tensor | None]  # of one or several micro-batches, one entry a parameter
 
@@ -62,7 +63,7 @@ class StrictReduction:
         self._nodes = [subtrees(start, stop) for start, stop in itertools.pairwise(bounds)]
         self._next = bounds[rank]
         self._tree: TreeSum[Gradients] = TreeSum(_added)
-        self._before = self._taken()
+        self._aside = Aside(self._parameters)
 
     @torch.no_grad()
     def take(self) -> bool:
@@ -75,30 +76,39 @@ class StrictReduction:
     @torch.no_grad()
     def finish(self, scale: float = 1.0) -> None:
         """Set the gradients to the sum over all micro-batches, times `scale`, plus what was there. All ranks call."""
+        self._aside.settle()
+        if self._group is not None and self._parameters and not all(self._nodes):
+            self._aside.agree(self._group)
         sums = self._tree.total() if self._group is None else self._exchanged(self._group)
-        for parameter, before, value in zip(self._parameters, self._before, sums, strict=True):
+        for parameter, value in zip(self._parameters, sums, strict=True):
             if value is not None and scale != 1.0:
                 value.mul_(scale)
-            if before is not None and value is not None:
-                before.add_(value)
-            parameter.grad = value if before is None else before
+            parameter.grad = value
+        self._aside.put_back()
+
+    def has_gradients(self) -> bool:
+        """Return True if the loop has left gradients since the last micro-batch was taken."""
+        old = self._aside.waiting()
+        return any(one.grad is not None and number not in old for number, one in enumerate(self._parameters))
 
     def restore(self) -> None:
         """Set the gradients to what the parameters had before the step."""
         self._tree.nodes.clear()
-        for parameter, before in zip(self._parameters, self._before, strict=True):
-            parameter.grad = before
+        self._aside.restore()
 
     def _taken(self) -> Gradients:
         gradients: Gradients = []
-        for name, parameter in zip(self._names, self._parameters, strict=True):
+        old = self._aside.waiting()
+        for number, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
             gradient = parameter.grad
-            if gradient is not None and gradient.layout != torch.strided:
+            if gradient is None or number in old:
+                gradients.append(None)
+                continue
+            if gradient.layout != torch.strided:
                 raise TypeError(sparse_refusal(name))
-            # Parts of complex numbers are added, see `_parts`, which a conjugate view does not have.
-            gradients.append(gradient.resolve_conj() if gradient is not None and gradient.is_complex() else gradient)
+            gradients.append(gradient)
             parameter.grad = None
-        return gradients
+        return own_memory(gradients)
 
     def _exchanged(self, group: dist.ProcessGroup) -> Gradients:
         sums: Gradients = [None] * len(self._parameters)

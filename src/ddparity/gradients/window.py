@@ -13,18 +13,20 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
-from ..comm.allreduce import copies_of_ranks, reduce_gradients
+from ..comm.allreduce import copies_of_ranks, reduce_gradients, separate
 from ..comm.bits import check_words, parts
 from ..data.step import Step
 from ..errors import DDParityError
 from ..runtime.agreement import agreed
+from . import strangers
+from .aside import Aside
 from .early import EarlyAverage
 from .incomplete import (
     close_loop,
     forget_left,
     note_left,
     open_loop,
-    put_back,
+    refuse_late,
     refuse_superseded,
     scale_of_rest,
     tell_skipped,
@@ -153,6 +155,8 @@ class Window:
             replica.warn_of_old_gradients()
         self._device = device
         forget_left(self._parameters)
+        if self._group is not None:
+            strangers.watch()
         self._stack.callback(self._close)
         for replica in self._own:
             if replica.holder is not None:  # a loop inside of another model's
@@ -181,6 +185,7 @@ class Window:
     def _close(self) -> None:
         """Let go of all; after a loop that was left, give the gradients back that were put aside."""
         for other in self._others.values():
+            close_loop(other.replica, self)
             if not self._finished:
                 other.reduction.restore()
             other.stack.close()
@@ -204,7 +209,8 @@ class Window:
         tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
         sparse = {one for replica in (*self._own, *others) for one in replica.sparse}
         watched = tree is None and (self._careful or bool(others))
-        return _Reduction([parameter for _, parameter in named], self._group, tree, self._sums, sparse, watched)
+        parameters = [parameter for _, parameter in named]
+        return _Reduction(parameters, self._group, tree, self._sums, sparse, watched, 0 in self._numbers)
 
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
@@ -220,7 +226,9 @@ class Window:
             replica.hold()
             statistics = self._recorded(replica, walk[1], stack) if same_ranks else None
             reduction = self._make(named, replica) if same_ranks else _Reduction(parameters, None, None, False)
-            other = _Other(replica, parameters, walk[1], _Frozen(frozen, known), reduction, statistics, stack.pop_all())
+            other = _Other(replica, named, walk[1], _Frozen(frozen, known), reduction, statistics, stack.pop_all())
+        if same_ranks:
+            open_loop(replica, self, reduction.touched)
         self._others[(replica.ranks, replica.number)], replica.holder = other, self
 
     def let_go(self, replica: Replica) -> None:
@@ -237,6 +245,7 @@ class Window:
                 f"accumulate([first, second], …)"
             )
         other = self._others.pop((replica.ranks, replica.number))
+        close_loop(replica, self)
         other.reduction.restore()
         other.stack.close()
         replica.holder = None
@@ -290,6 +299,9 @@ class Window:
         if self._early is not None:
             self._early.end()
         parameters = [*self._parameters, *(one for other in others for one in other.parameters)]
+        for reduction in (self._reduction, *(other.reduction for other in others)):
+            if reduction is not None:
+                reduction.settle()
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -365,11 +377,14 @@ class Window:
         for replica, statistics in zip(self._own, self._statistics, strict=True):
             if statistics is not None:
                 statistics.replay(max(self._numbers), replica.room)
-        self._reduce_others(left)
+        others = self._reduce_others(left)
         for replica, stay_equal in zip(self._own, self._stay_equal, strict=True):
             replica.finished(self._parameters, stay_equal)
+        if self._strict and self._group is not None and self._skipped:
+            refuse_late(self._parameters)
         if self._group is not None and any(replica.compares() for replica in self._own):
-            check_equal(self._named, self._group)
+            beside = [(f"another model's {name}", one) for other in others for name, one in other.named]
+            check_equal([*self._named, *beside], self._group)
 
     def _complete(self, replica: Replica) -> None:
         """Let DDP finish its reduction, which the other ranks' backwards wait for; see that it is complete."""
@@ -379,8 +394,8 @@ class Window:
         replica.let_reduce(False)
         check_equal([(name, parameter.grad) for name, parameter in self._named], self._group)
 
-    def _reduce_others(self, left: float) -> None:
-        """Reduce the replicas that the losses have run besides those that the step is of."""
+    def _reduce_others(self, left: float) -> list[_Other]:
+        """Reduce the replicas that the losses have run besides those that the step is of; return these."""
         others = [other for other in self._others.values() if other.replica.ranks == self._ranks]
         if len(others) < len(self._others):
             for other in self._others.values():
@@ -392,7 +407,7 @@ class Window:
         for other in others:
             other.frozen.check()
         if made_so_far(self._ranks) <= len(self._own):
-            return
+            return []
         touched = [other.replica.number for other in others if other.touched()]
         if self._group is not None:
             touched = self._touched_anywhere(self._group, touched)
@@ -412,6 +427,7 @@ class Window:
             if statistics is not None:
                 statistics.replay(max(self._numbers), replica.room)
             replica.buffers_equal = replica.buffers_equal and equal_buffers(other.buffered, statistics is not None)
+        return [other for other in others if other.replica.number in touched]
 
     def _touched_anywhere(self, group: dist.ProcessGroup, touched: list[int]) -> list[int]:
         if len(touched) > _MOST_OTHERS:
@@ -444,12 +460,16 @@ class _Other:
     """A replica that the step is not of."""
 
     replica: Replica
-    parameters: list[nn.Parameter]
+    named: Named
     buffered: list[nn.Module]
     frozen: _Frozen
     reduction: _Reduction
     statistics: RunningStatistics | None
     stack: contextlib.ExitStack
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named]
 
     def touched(self) -> bool:
         """Whether this rank's losses have run it."""
@@ -486,14 +506,13 @@ class _Reduction:
         sums: bool,
         sparse: Container[int] = (),
         watched: bool = True,
+        empty: bool = False,
     ) -> None:
+        """`empty`: a rank has no micro-batch."""
+        self._empty = empty
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self._touched = False
-        self._before: list[torch.Tensor | None] | None = None
-        if sums:
-            self._before = [parameter.grad for parameter in parameters]
-            for parameter in parameters:
-                parameter.grad = None
+        self._aside = Aside(parameters) if sums else None
         self._first = self._last = State(parameters if watched else ())
 
     def take(self) -> bool:
@@ -503,29 +522,41 @@ class _Reduction:
             self._touched = self._touched or changed
             return changed
         last, self._last = self._last, State(self._parameters)
-        return self._last.marks != last.marks
+        return self._last.differs(last)
 
     def touched(self) -> bool:
         """Return True if the loop has changed a gradient."""
-        return self._touched or (self._tree is None and State(self._parameters).marks != self._first.marks)
+        if self._tree is not None:
+            return self._touched or self._tree.has_gradients()
+        return State(self._parameters).differs(self._first)
 
     def reduce(self, scale: float) -> None:
         """Leave the step's gradient, times `scale`, on top of what the parameters had before. Every rank calls it."""
         if self._tree is not None:
             self._tree.finish(scale)
             return
+        self.settle()
+        if self._aside is not None and self._group is not None and self._empty and self._parameters:
+            self._aside.agree(self._group)
         if self._group is not None:
-            reduce_gradients(self._parameters, self._group, self._before is None, self._sparse)
-        if scale != 1.0 and (gradients := [one.grad for one in self._parameters if one.grad is not None]):
-            torch._foreach_mul_(gradients, scale)
+            reduce_gradients(self._parameters, self._group, self._aside is None, self._sparse)
+        if scale != 1.0:
+            separate(self._parameters)
+            if gradients := [one.grad for one in self._parameters if one.grad is not None]:
+                torch._foreach_mul_(gradients, scale)
         self.restore()
+
+    def settle(self) -> None:
+        """Let the gradients be this step's alone, where what was there before is put aside."""
+        if self._aside is not None:
+            self._aside.settle()
 
     def restore(self) -> None:
         """Put back what the parameters had before."""
         if self._tree is not None:
             self._tree.restore()
-        if self._before is not None:
-            put_back(self._parameters, self._before)
+        if self._aside is not None:
+            self._aside.put_back()
 
 
 def names_of(trained: Named) -> tuple[dict[str, object], dict[str, Callable[[list[str]], str]]]:
@@ -541,9 +572,9 @@ def names_of(trained: Named) -> tuple[dict[str, object], dict[str, Callable[[lis
 
 
 def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.ProcessGroup) -> None:
-    """Raise on every rank where the ranks' tensors differ.
+    """Raise on every rank where the ranks' tensors differ, or what optimizers train beside all replicated models.
 
-    Collectives: one of 8 bytes a tensor.
+    Collectives: one of 8 bytes a tensor and 24 bytes.
 
     Raises:
         DDParityError: names the first tensor that differs, and the rank.
@@ -551,15 +582,16 @@ def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.Pr
     tensors = [(name, one) for name, one in named if one is not None and one.layout == torch.strided]
     if not tensors:
         return
-    words = words_of([one for _, one in tensors])
+    words = [*words_of([one for _, one in tensors]), *strangers.words()]
     everyones = copies_of_ranks(torch.tensor(words, device=tensors[0][1].device), group)
-    different = (everyones != everyones[0]).nonzero().tolist()
+    different = (everyones != everyones[0])[:, : len(tensors)].nonzero().tolist()
     if different:
         rank, number = different[0]
         raise DDParityError(
             f"accumulate(): {tensors[number][0]} differs between rank {rank} and rank 0 after the step, so the ranks "
             f"train different models: look for code that runs on some ranks only and changes gradients or weights"
         )
+    strangers.check(everyones[:, len(tensors) :].tolist())
 
 
 def words_of(tensors: Sequence[torch.Tensor]) -> list[int]:
