@@ -153,7 +153,9 @@ def main(
                 dp.save_checkpoint(checkpoint, keep=2, **training)
 
         some = torch.utils.data.Subset(held_out, range(0, len(held_out), 4 * BLOCK))
-        metric = dp.predict(model, some, 64, metric=lambda logits, data: (loss(logits, data[1], "sum"), count(data)))
+        metric = dp.predict(
+            model, some, 64, metric=lambda y, data: dp.Average(mean=loss(y, data[1]), weight=count(data))
+        )
         fingerprint = dp.fingerprint(model)
         if world.rank == 0:
             print(f"held-out loss {metric:.3f}\nfingerprint {fingerprint}\n\n{write(net)}")

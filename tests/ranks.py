@@ -27,7 +27,8 @@ _context = multiprocessing.get_context("forkserver")
 # step, the others with the test module.
 _context.set_forkserver_preload(
     [
-        "ddparity",
+        "ddparity.auditing.run",
+        "ddparity.parity.verify",
         "torch._dynamo",
         "hypothesis",
         "pytest",

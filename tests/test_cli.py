@@ -89,6 +89,17 @@ WRONG = [
         "verify t.py --reduction strict --sync-batchnorm",
         "synchronised statistics depend on the number of processes",
     ),
+    (ONE, "bench t.py --nproc 1", "--nproc 1: start at least 2 processes"),
+    (ONE, "bench t.py --nproc 3", "3 ranks but only 2 micro-batches in a step (global batch 4, micro-batch 2)"),
+    (
+        ONE,
+        "bench t.py --link 25Gbit",
+        "--link 25Gbit: give a bandwidth and the latency of one message, as in 25Gbit,20us",
+    ),
+    (ONE, "bench t.py --link 25Gib,20us", "--link 25Gib,20us: the unit Gib is unknown"),
+    (ONE, "bench t.py --json no/b.json", "no/b.json: there is no folder"),
+    (ONE, "bench t.py --plot b.png", "--plot b.png: the picture is an SVG, so give a name that ends in .svg"),
+    ("", "bench missing.py", "there is no file missing.py"),
     ("", "run missing.py", "there is no script missing.py"),
     ("", "run --nproc 0 t.py", "--nproc 0: start at least 1 process"),
 ]
@@ -114,6 +125,8 @@ def test_one_line_and_exit_code_2(folder: Path, source: str, arguments: str, mes
         "train t.py --reduction loose",
         "train t.py --threads 0",
         "verify t.py --steps 0",
+        "bench t.py --seconds 0",
+        "bench t.py --each 0",
         "verify t.py --permutations 1",
         "nothing",
         "predict t.py",
@@ -174,6 +187,7 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
     ("train", ["--resume", "--save-every", "--keep"]),
     ("verify", ["TASK", "--nproc", "--world-sizes", "--steps", "--reduction", "--json", "--plot", "Exit code 0"]),
     ("predict", ["TASK", "--nproc", "--checkpoint", "--to", "--metric", "--workers"]),
+    ("bench", ["TASK", "--nproc", "--link", "25Gbit,20us", "--each", "--seconds", "--json", "--plot"]),
 ])  # fmt: skip
 def test_help(command: str, words: list[str]) -> None:
     result = CliRunner().invoke(app, [*command.split(), "--help"])

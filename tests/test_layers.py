@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 import types
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,14 @@ FLOORS = {
     2: ["data", "batchnorm", "checkpoint", "launcher"],
     3: ["gradients", "inference", "testing"],
     4: ["task"],
-    5: ["auditing", "parity"],
+    5: ["auditing", "parity", "scaling"],
     6: [""],  # the public names
     7: ["cli", "__main__"],
 }
 FLOOR_OF = {folder: floor for floor, folders in FLOORS.items() for folder in folders}
 # Pure functions: no torch.distributed, so that tests can run through all of their inputs.
 PURE = ("data.lengths", "data.orders", "data.permutation", "data.plan", "data.rng", "data.sizes")
+PER_TRAINING = ("errors", "compat", "runtime", "comm", "data", "batchnorm", "gradients", "task")
 # These need what only some machines have.
 NEEDS_TRITON = "batchnorm.triton_kernels"
 
@@ -39,12 +42,23 @@ def _name(path: Path) -> str:
 PATHS = {_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
 
 
-def _imports(module: str) -> set[str]:
-    """The modules of ddparity that a module imports anywhere in its file."""
+def _at_once(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: none of functions, or for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        later = isinstance(node, (ast.FunctionDef, ast.Lambda)) or (
+            isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        )
+        if not later:
+            yield node
+            yield from _at_once(node)
+
+
+def _imports(module: str, nodes: Callable[[ast.AST], Iterable[ast.AST]] = ast.walk) -> set[str]:
+    """The modules of ddparity that a module imports, anywhere in its file or in the `nodes` of its tree."""
     path = PATHS[module]
     inside = path.relative_to(SOURCE).parent.parts
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             named = tuple((node.module or "").split(".")) if node.module else ()
             if node.level:
@@ -103,6 +117,26 @@ def test_no_module_needs_itself() -> None:
         return seen
 
     assert not [module for module in PATHS if module in reached(module)]
+
+
+def test_importing_the_package_imports_no_more_than_a_training_needs() -> None:
+    """What starts processes, predicts or saves is imported when it is first used; so are the libraries for that."""
+    seen, waiting = {""}, [""]
+    others: set[str] = set()
+    while waiting:
+        module = waiting.pop()
+        parents = {name.rpartition(".")[0] for name in _imports(module, _at_once)}
+        new = {name for name in _imports(module, _at_once) | parents if name in PATHS} - seen
+        seen |= new
+        waiting += new
+        for node in _at_once(ast.parse(PATHS[module].read_text())):
+            if isinstance(node, ast.Import):
+                others |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                others.add(node.module.partition(".")[0])
+    assert {_folder(module) for module in seen} <= {"", *PER_TRAINING}
+    assert "gradients.window" in seen and "runtime.world" in seen
+    assert others - sys.stdlib_module_names <= {"torch", "numpy"}
 
 
 def test_plans_and_random_streams_know_no_process_group() -> None:

@@ -1,4 +1,4 @@
-"""The command `ddparity`, with its subcommands run, doctor, train, predict, verify and audit."""
+"""The command `ddparity`, with its subcommands run, doctor, train, predict, verify, bench and audit."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ from .parity import plot, show
 from .parity.report import pyplot_of_matplotlib
 from .parity.verify import compare_runs
 from .runtime.environment import find_placement
+from .scaling.bench import bench as bench_task
+from .scaling.links import read_link
+from .scaling.picture import write_picture
+from .scaling.report import show as show_bench
 from .task.task import Task, check_task, load_task, source_digest
 from .task.train import CheckpointOptions, InvalidInput, predict_task
 from .task.train import train as train_task
@@ -301,6 +305,87 @@ def verify(
     raise SystemExit(0 if found.parity else 1)
 
 
+@app.command()
+def bench(
+    task: TaskName,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc",
+            "-n",
+            metavar="N",
+            help="Processes on this machine, at least 2. Default: one for each GPU, or 2.",
+            show_default=False,
+        ),
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RATE,LATENCY",
+            help="Predict for ranks that such a link connects, as in 25Gbit,20us: what one rank can send, and the "
+            "latency of one message. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    each: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            help="Micro-batches of each rank in the predictions whose global batch grows. Default: as many as here.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Data-loader workers for each process.")] = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Threads for each process. Default: as `train`.", show_default=False),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", min=1.0, help="How long to measure, about, after the first steps.")
+    ] = 60.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.", show_default=False)
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.svg", help="Draw the stages and the speed-ups.", show_default=False),
+    ] = None,
+) -> None:
+    """Measure where a training step of a TASK spends its time, and predict it for more ranks and other links.
+
+    It takes about a minute and a half. Exit code 2: a wrong argument.
+    """
+    try:
+        links = [read_link(one) for one in link or ()]
+    except ValueError as error:
+        _refuse(str(error))
+    for path in (json_file, picture):
+        if path is not None and not path.absolute().parent.is_dir():
+            _refuse(f"{path}: there is no folder {path.absolute().parent}")
+    if picture is not None and picture.suffix != ".svg":
+        _refuse(f"--plot {picture}: the picture is an SVG, so give a name that ends in .svg")
+    loaded, count = _load(task, nproc, least=2)
+    if count > 1:
+        options = ["--workers", str(workers), "--seconds", str(seconds)]
+        options += [word for one in link or () for word in ("--link", one)]
+        for name, value in (("each", each), ("threads", threads), ("json", json_file), ("plot", picture)):
+            options += [f"--{name}", str(value)] if value is not None else []
+        raise _LauncherExit(run_command(["-m", "ddparity", "bench", task, *options], count))
+
+    def work() -> None:
+        report = bench_task(loaded, _title(task), links, workers, threads, seconds, each)
+        if report is None:
+            return
+        show_bench(report)
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.to_json()) + "\n")
+        if picture is not None:
+            write_picture(report, picture)
+
+    _in_this_process(work)
+
+
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def audit(
     script: Annotated[
@@ -404,13 +489,13 @@ def _world_sizes(nproc: int | None, listed: str | None) -> list[int]:
     return sizes
 
 
-def _load(spec: str, nproc: int | None) -> tuple[Task, int]:
-    """Return the Task, and how many processes to run it on.
+def _load(spec: str, nproc: int | None, least: int = 1) -> tuple[Task, int]:
+    """Return the Task, and how many processes to run it on, `least` or more.
 
     The number is 1, for this process, if a launcher started it. A wrong Task or number ends the command.
     """
     try:
-        task, count, placement = load_task(spec), _count(nproc), find_placement()
+        task, count, placement = load_task(spec), _count(nproc, least), find_placement()
         if placement is not None and nproc is not None:
             raise ValueError(
                 f"--nproc {nproc}: {placement.engine} started {placement.world_size} processes already: leave --nproc "
@@ -422,12 +507,12 @@ def _load(spec: str, nproc: int | None) -> tuple[Task, int]:
     return task, count if placement is None else 1
 
 
-def _count(nproc: int | None) -> int:
+def _count(nproc: int | None, least: int = 1) -> int:
     """Return how many processes to start on this machine."""
     if nproc is None:
-        return max(1, torch.cuda.device_count())
-    if nproc < 1:
-        raise ValueError(f"--nproc {nproc}: start at least 1 process")
+        return max(least, torch.cuda.device_count())
+    if nproc < least:
+        raise ValueError(f"--nproc {nproc}: start at least {least} process{'es' * (least > 1)}")
     return nproc
 
 

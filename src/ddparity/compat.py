@@ -591,6 +591,23 @@ def zero_redundancy(value: object) -> Any:
     return value if module is not None and isinstance(value, module.ZeroRedundancyOptimizer) else None
 
 
+def is_batch_norm(module: torch.nn.Module) -> bool:
+    """Return whether a module normalises over the samples of a batch, also over those of all processes."""
+    instance = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not instance
+
+
+def drops_out(model: torch.nn.Module) -> bool:
+    """Return whether a model has a layer of dropout in training mode, with a probability above 0."""
+    layers = (one for one in model.modules() if isinstance(one, torch.nn.modules.dropout._DropoutNd))
+    return any(one.training and one.p > 0 for one in layers)
+
+
+def saved(node: Any, name: str, default: Any = None) -> Any:
+    """Return what a node of autograd has saved under a name."""
+    return getattr(node, f"_saved_{name}", default)
+
+
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which batch statistics are kept: float64 if the device has it, else float32."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -656,6 +673,30 @@ def hide_worker() -> None:
 
     assert hasattr(worker, "_worker_info"), "torch 2.6 and later have it"
     worker._worker_info = None
+
+
+def loader_hooks() -> tuple[type, tuple[type, ...], Callable[[Any], Any]]:
+    """Return the class of all iterators of loaders, those that fetch batches, and what gives a loader's sampler."""
+    from torch.utils.data import _utils, dataloader
+
+    fetchers = (_utils.fetch._MapDatasetFetcher, _utils.fetch._IterableDatasetFetcher)
+    return dataloader._BaseDataLoaderIter, fetchers, DataLoader.__dict__["_index_sampler"].fget
+
+
+def set_index_sampler(function: Callable[[Any], Any]) -> None:
+    """Let each loader's iterators draw from what the function returns for the loader."""
+    setattr(DataLoader, "_index_sampler", property(function))  # noqa: B010 - mypy refuses to assign to a property
+
+
+def iterator_seed(iterator: Any) -> tuple[int, int]:
+    """Return the seed of an iterator's workers and their number."""
+    return int(iterator._base_seed), int(iterator._num_workers)
+
+
+def undrawn(iterator: Any) -> Iterator[Any]:
+    """Return what is left of the sampler of an iterator."""
+    rest: Iterator[Any] = iterator._sampler_iter
+    return rest
 
 
 # The launcher and its rendezvous.

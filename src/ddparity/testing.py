@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from .data.plan import MicroBatch, Plan, check_plan_methods
 
 _STEPS = 6  # of an epoch, at its beginning, and as many at its end
+_ROUNDS = 10  # of epochs, in which a plan that keeps a bounded number of steps or epochs stops growing
 
 
 def check_plan(plan: Plan, epochs: Sequence[int] = (0, 1, 5), world_sizes: Sequence[int] = (1, 2, 3, 4, 7)) -> None:
@@ -20,7 +22,8 @@ def check_plan(plan: Plan, epochs: Sequence[int] = (0, 1, 5), world_sizes: Seque
     It looks at the first and the last steps of each epoch in `epochs`: the sizes of micro-batches, their samples,
     weights, seeds and positions; that the shares of ranks are contiguous, that together they are the step of one
     process, and that their numbers differ by at most one; that a step is the same when it is asked for alone, again,
-    in another order, and from a copy that was pickled; that neither random streams nor other epochs change it.
+    in another order, and from a copy that was pickled; that neither random streams nor other epochs change it; and that
+    the plan does not keep more memory with each step that it is asked for.
 
     It cannot check that a plan does not depend on the machine, for example by the time or the order of a set.
 
@@ -93,6 +96,7 @@ def check_plan(plan: Plan, epochs: Sequence[int] = (0, 1, 5), world_sizes: Seque
     finally:
         np.random.set_state(state)
     _require(plan.description() == about == copy.description(), "description() changes when it is asked again")
+    _check_memory(plan, max(epochs, default=0) + 1)
 
 
 def _check_sizes(sizes: Sequence[int], micros: list[MicroBatch], most: int, where: str) -> None:
@@ -134,6 +138,29 @@ def _check_series(plan: Plan, epoch: int, steps: int, expected: dict[tuple[int, 
         series = [_values(micros) for micros in plan.steps(epoch, start, stop)]
         alone = [expected[epoch, step] for step in range(start, stop)]
         _require(series == alone, f"steps({epoch}, {start}, {stop}) gives {series}, but each step alone is {alone}")
+
+
+def _check_memory(plan: Plan, first: int) -> None:
+    """Ask for steps of new epochs, until the plan keeps no more memory after them than before."""
+    traces = not tracemalloc.is_tracing()
+    if traces:
+        tracemalloc.start()
+    try:
+        for number in range(_ROUNDS):
+            before, asked, steps = tracemalloc.get_traced_memory()[0], 0, 0
+            for epoch in range(first + 3 * number, first + 3 * number + 3):
+                for micros in plan.steps(epoch, 0, 2 * _STEPS):
+                    asked, steps = asked + sum(len(micro.samples) for micro in micros), steps + 1
+            kept = tracemalloc.get_traced_memory()[0] - before
+            if kept <= 1024 + 4 * asked:  # what a plan may note of an epoch, and half of an index a sample
+                return
+    finally:
+        if traces:
+            tracemalloc.stop()
+    raise AssertionError(
+        f"the plan keeps {kept:,} bytes more after each {steps} steps of new epochs, which have {asked:,} samples: a "
+        f"long training would run out of memory. Compute a step when it is asked for, and bound every cache"
+    )
 
 
 def _note_seed(seeds: dict[int, str], seed: int, where: str) -> None:

@@ -28,7 +28,10 @@ SCRIPTS = Path(__file__).parent / "scripts"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A change of a script, the codes that must be found, and those that may be, as their consequences."""
+    """A change of a script, and the codes that must be found.
+
+    `allowed`: those that may be found, as their consequences. `absent`: those that must not, not even as a note.
+    """
 
     name: str
     script: str
@@ -37,6 +40,7 @@ class Case:
     allowed: frozenset[str] = frozenset()
     arguments: tuple[str, ...] = ()
     nproc: int = 2
+    absent: frozenset[str] = frozenset()
 
     @property
     def hangs(self) -> bool:
@@ -50,25 +54,35 @@ class Case:
         return text
 
 
-def _case(name: str, script: str, *changes: tuple[str, str], codes: str = "", may: str = "", **options: object) -> Case:
-    return Case(name, script, changes, frozenset(codes.split()), frozenset(may.split()), **options)  # type: ignore[arg-type]
+def make_case(
+    name: str,
+    script: str,
+    *changes: tuple[str, str],
+    codes: str = "",
+    may: str = "",
+    absent: str = "",
+    arguments: tuple[str, ...] = (),
+    nproc: int = 2,
+) -> Case:
+    expected, allowed, unwanted = (frozenset(text.split()) for text in (codes, may, absent))
+    return Case(name, script, changes, expected, allowed, arguments, nproc, unwanted)
 
 
 CLEAN = [
-    _case("clean-functions", "functions"),
-    _case("clean-functions-3", "functions", nproc=3),
-    _case("clean-trainer", "trainer"),
-    _case("clean-trainer-tail", "trainer", arguments=("--samples", "80", "--accumulate", "3", "--workers", "2")),
-    _case("clean-spawned", "spawned"),
-    _case("clean-gan", "gan"),
-    _case("clean-by-hand", "by_hand"),
-    _case("clean-stream", "stream"),
-    _case("clean-imagenet", "imagenet"),
-    _case("clean-nanogpt", "nanogpt"),
-    _case("clean-hf-like", "hf_like"),
-    _case("clean-wgan", "wgan"),
-    _case("clean-sharded", "sharded"),
-    _case(
+    make_case("clean-functions", "functions"),
+    make_case("clean-functions-3", "functions", nproc=3),
+    make_case("clean-trainer", "trainer"),
+    make_case("clean-trainer-tail", "trainer", arguments=("--samples", "80", "--accumulate", "3", "--workers", "2")),
+    make_case("clean-spawned", "spawned"),
+    make_case("clean-gan", "gan"),
+    make_case("clean-by-hand", "by_hand"),
+    make_case("clean-stream", "stream"),
+    make_case("clean-imagenet", "imagenet"),
+    make_case("clean-nanogpt", "nanogpt"),
+    make_case("clean-hf-like", "hf_like"),
+    make_case("clean-wgan", "wgan"),
+    make_case("clean-sharded", "sharded"),
+    make_case(
         "clean-unequal-shards",
         "functions",
         (
@@ -82,9 +96,9 @@ CLEAN = [
         ("        sampler.set_epoch(epoch)\n", ""),
         may="DDP106",
     ),
-    _case("clean-short-tail", "trainer", arguments=("--samples", "84", "--accumulate", "3")),
-    _case("clean-autograd", "functions", ("loss.backward()", "torch.autograd.backward([loss])")),
-    _case(
+    make_case("clean-short-tail", "trainer", arguments=("--samples", "84", "--accumulate", "3")),
+    make_case("clean-autograd", "functions", ("loss.backward()", "torch.autograd.backward([loss])")),
+    make_case(
         "clean-sliced",
         "functions",
         (
@@ -97,7 +111,7 @@ CLEAN = [
             "            x, y = x[rank::world], y[rank::world]\n            optimizer.zero_grad()\n",
         ),
     ),
-    _case(
+    make_case(
         "clean-reducing-optimizer",
         "functions",
         (
@@ -108,7 +122,7 @@ CLEAN = [
         ("model.module", "model"),
         ("torch.optim.SGD(model", "Reducing(model"),
     ),
-    _case(
+    make_case(
         "clean-averaged-parameters",
         "functions",
         ("model = DDP(net)", "model = net"),
@@ -119,14 +133,14 @@ CLEAN = [
         ),
         codes="DDP310",
     ),
-    *([_case("clean-accelerated", "accelerated")] if importlib.util.find_spec("accelerate") else []),
-    _case(
+    *([make_case("clean-accelerated", "accelerated")] if importlib.util.find_spec("accelerate") else []),
+    make_case(
         "clean-compiled",
         "functions",
         ("model = DDP(net)", "model = DDP(net)\n    step_model = torch.compile(model, backend='eager')"),
         ("F.cross_entropy(model(x), y)", "F.cross_entropy(step_model(x), y)"),
     ),
-    _case(
+    make_case(
         "clean-manual-shards",
         "functions",
         (
@@ -136,7 +150,7 @@ CLEAN = [
         ("sampler = DistributedSampler(train, shuffle=True)", "sampler = torch.utils.data.RandomSampler(train)"),
         ("        sampler.set_epoch(epoch)\n", ""),
     ),
-    _case(
+    make_case(
         "clean-weighted-sampler",
         "functions",
         (
@@ -145,7 +159,7 @@ CLEAN = [
         ),
         ("        sampler.set_epoch(epoch)\n", ""),
     ),
-    _case(
+    make_case(
         "clean-unfrozen-rewrapped",
         "functions",
         (
@@ -154,7 +168,7 @@ CLEAN = [
             "        else:\n            net.requires_grad_(True)\n            model = DDP(net)\n        model.train()\n",
         ),
     ),
-    _case(
+    make_case(
         "clean-join",
         "functions",
         ("sampler = DistributedSampler(train, shuffle=True)", "sampler = list(range(rank, 64 - 17 * rank, world))"),
@@ -172,42 +186,42 @@ CLEAN = [
 
 FAULTY = [
     # The data.
-    _case("101-no-sampler", "functions", ("sampler=sampler", "shuffle=False"), codes="DDP101"),
-    _case("101-shuffled", "trainer", ("sampler=self.sampler", "shuffle=True"), codes="DDP101"),
-    _case(
+    make_case("101-no-sampler", "functions", ("sampler=sampler", "shuffle=False"), codes="DDP101"),
+    make_case("101-shuffled", "trainer", ("sampler=self.sampler", "shuffle=True"), codes="DDP101"),
+    make_case(
         "101-one-rank",
         "functions",
         ("train, shuffle=True", "train, world, 0, shuffle=True"),
         codes="DDP101",
         may="DDP111",
     ),
-    _case(
+    make_case(
         "101-by-hand",
         "by_hand",
         ("generator = torch.Generator().manual_seed(1337 + rank)", "generator = torch.Generator().manual_seed(1337)"),
         ("nn.Dropout(0.1)", "nn.Identity()"),
         codes="DDP101",
     ),
-    _case("101-stream", "stream", ("Lines(96, rank, world)", "Lines(96, 0, 1)"), codes="DDP101"),
-    _case(
+    make_case("101-stream", "stream", ("Lines(96, rank, world)", "Lines(96, 0, 1)"), codes="DDP101"),
+    make_case(
         "101-generator",
         "functions",
         ("sampler=sampler", "shuffle=True, generator=torch.Generator().manual_seed(0)"),
         codes="DDP101",
     ),
-    _case("102-seeds", "functions", ("shuffle=True", "shuffle=True, seed=rank"), codes="DDP102"),
-    _case("102-trainer", "trainer", ("seed=3", "seed=3 + dist.get_rank()"), codes="DDP102"),
-    _case("103-functions", "functions", ("        sampler.set_epoch(epoch)\n", ""), codes="DDP103"),
-    _case("103-trainer", "trainer", ("            self.sampler.set_epoch(epoch)\n", ""), codes="DDP103"),
-    _case("103-spawned", "spawned", ("        sampler.set_epoch(epoch)\n", ""), codes="DDP103"),
-    _case(
+    make_case("102-seeds", "functions", ("shuffle=True", "shuffle=True, seed=rank"), codes="DDP102"),
+    make_case("102-trainer", "trainer", ("seed=3", "seed=3 + dist.get_rank()"), codes="DDP102"),
+    make_case("103-functions", "functions", ("        sampler.set_epoch(epoch)\n", ""), codes="DDP103"),
+    make_case("103-trainer", "trainer", ("            self.sampler.set_epoch(epoch)\n", ""), codes="DDP103"),
+    make_case("103-spawned", "spawned", ("        sampler.set_epoch(epoch)\n", ""), codes="DDP103"),
+    make_case(
         "104-random-data",
         "functions",
         ("make_data(1, 64), make_data(2, 30)", "make_data(10 + rank, 64), make_data(2, 30)"),
         codes="DDP104",
     ),
-    _case("104-split", "spawned", (", generator=torch.Generator().manual_seed(42)", ""), codes="DDP104"),
-    _case(
+    make_case("104-split", "spawned", (", generator=torch.Generator().manual_seed(42)", ""), codes="DDP104"),
+    make_case(
         "105-sampler",
         "functions",
         ("sampler = DistributedSampler(train, shuffle=True)", "sampler = range(rank, 64 - 17 * rank, world)"),
@@ -215,8 +229,8 @@ FAULTY = [
         codes="DDP105",
         may="DDP503 DDP106 DDP107 DDP305",
     ),
-    _case("105-stream", "stream", ("Lines(96,", "Lines(96 - 30 * rank,"), codes="DDP105", may="DDP503 DDP305"),
-    _case(
+    make_case("105-stream", "stream", ("Lines(96,", "Lines(96 - 30 * rank,"), codes="DDP105", may="DDP503 DDP305"),
+    make_case(
         "106-drop",
         "trainer",
         ("num_workers=options.workers,", "drop_last=True,"),
@@ -224,22 +238,22 @@ FAULTY = [
         may="DDP111 DDP112",
         arguments=("--batch", "16", "--workers", "0"),
     ),
-    _case(
+    make_case(
         "109-workers",
         "stream",
         ("self.rank * workers + worker, None, self.world * workers", "self.rank, None, self.world"),
         codes="DDP109",
     ),
-    _case(
+    make_case(
         "111-main",
         "trainer",
         ("            generator=torch.Generator().manual_seed(100 + self.rank),\n", ""),
         codes="DDP111",
         arguments=("--workers", "0"),
     ),
-    _case("112-workers", "trainer", ("manual_seed(100 + self.rank)", "manual_seed(100)"), codes="DDP112"),
-    _case("111-numpy", "spawned", ("np.random.seed(10 + rank)", "np.random.seed(10)"), codes="DDP111"),
-    _case(
+    make_case("112-workers", "trainer", ("manual_seed(100 + self.rank)", "manual_seed(100)"), codes="DDP112"),
+    make_case("111-numpy", "spawned", ("np.random.seed(10 + rank)", "np.random.seed(10)"), codes="DDP111"),
+    make_case(
         "113-worker-init",
         "trainer",
         (
@@ -248,17 +262,19 @@ FAULTY = [
         ),
         codes="DDP113",
     ),
-    _case("111-noise", "gan", ("torch.manual_seed(50 + rank)", "torch.manual_seed(50)"), codes="DDP111"),
+    make_case("111-noise", "gan", ("torch.manual_seed(50 + rank)", "torch.manual_seed(50)"), codes="DDP111"),
     # The model.
-    _case("201-no-ddp", "functions", ("model = DDP(net)", "model = net"), ("model.module", "model"), codes="DDP201"),
-    _case(
+    make_case(
+        "201-no-ddp", "functions", ("model = DDP(net)", "model = net"), ("model.module", "model"), codes="DDP201"
+    ),
+    make_case(
         "201-module",
         "trainer",
         ("self.loss(self.model(x), y)", "self.loss(self.model.module(x), y)"),
         codes="DDP201",
         may="DDP306",
     ),
-    _case(
+    make_case(
         "201-frozen",
         "functions",
         ("model = DDP(net)", "net[0].requires_grad_(False)\n    model = DDP(net)"),
@@ -269,7 +285,7 @@ FAULTY = [
         codes="DDP201",
         may="DDP202",
     ),
-    _case(
+    make_case(
         "201-outside",
         "functions",
         ("    model = DDP(net)\n", "    model = DDP(net)\n    head = nn.Linear(2, 2)\n"),
@@ -277,8 +293,8 @@ FAULTY = [
         ("torch.optim.SGD(model.parameters()", "torch.optim.SGD([*model.parameters(), *head.parameters()]"),
         codes="DDP201",
     ),
-    _case("202-rate", "functions", ("lr=0.1", "lr=0.1 * (rank + 1)"), codes="DDP202"),
-    _case(
+    make_case("202-rate", "functions", ("lr=0.1", "lr=0.1 * (rank + 1)"), codes="DDP202"),
+    make_case(
         "202-loaded",
         "trainer",
         (
@@ -287,10 +303,10 @@ FAULTY = [
         ),
         codes="DDP202",
     ),
-    _case(
+    make_case(
         "203-no-broadcast", "by_hand", ("        dist.broadcast(parameter.data, src=0)", "        pass"), codes="DDP203"
     ),
-    _case(
+    make_case(
         "203-teacher",
         "functions",
         ("    path = ", "    teacher = nn.Linear(8, 2)\n    path = "),
@@ -301,8 +317,8 @@ FAULTY = [
         codes="DDP203",
         may="DDP302",
     ),
-    _case("211-few", "spawned", ("DataLoader(train, 10,", "DataLoader(train, 2,"), codes="DDP211"),
-    _case(
+    make_case("211-few", "spawned", ("DataLoader(train, 10,", "DataLoader(train, 2,"), codes="DDP211"),
+    make_case(
         "212-left-out",
         "imagenet",
         (
@@ -311,9 +327,9 @@ FAULTY = [
         ),
         codes="DDP212",
     ),
-    _case("213-buffers", "spawned", ("DDP(net())", "DDP(net(), broadcast_buffers=False)"), codes="DDP213"),
+    make_case("213-buffers", "spawned", ("DDP(net())", "DDP(net(), broadcast_buffers=False)"), codes="DDP213"),
     # The gradients.
-    _case(
+    make_case(
         "301-tail",
         "trainer",
         ("last = i == len(window) - 1", "last = i == self.options.accumulate - 1"),
@@ -321,7 +337,7 @@ FAULTY = [
         arguments=("--accumulate", "3"),
         may="DDP306",
     ),
-    _case(
+    make_case(
         "301-always",
         "functions",
         (
@@ -330,13 +346,13 @@ FAULTY = [
         ),
         codes="DDP301",
     ),
-    _case(
+    make_case(
         "302-no-no-sync",
         "trainer",
         ("contextlib.nullcontext() if last else self.model.no_sync()", "contextlib.nullcontext()"),
         codes="DDP302",
     ),
-    _case(
+    make_case(
         "302-backward-only",
         "trainer",
         (
@@ -345,15 +361,15 @@ FAULTY = [
         ),
         codes="DDP302",
     ),
-    _case(
+    make_case(
         "303-tail",
         "trainer",
         ("/ len(window)", "/ self.options.accumulate"),
         codes="DDP303",
         arguments=("--accumulate", "3"),
     ),
-    _case("304-undivided", "trainer", (" / len(window)", ""), codes="DDP304"),
-    _case(
+    make_case("304-undivided", "trainer", (" / len(window)", ""), codes="DDP304"),
+    make_case(
         "305-unequal",
         "functions",
         ("sampler = DistributedSampler(train, shuffle=True)", "sampler = range(rank, 64 - 6 * rank, world)"),
@@ -361,8 +377,8 @@ FAULTY = [
         codes="DDP305",
         may="DDP106 DDP107",
     ),
-    _case("305-tokens", "stream", ("target[-2:] = -100", "target[: i % 5] = -100"), codes="DDP305"),
-    _case(
+    make_case("305-tokens", "stream", ("target[-2:] = -100", "target[: i % 5] = -100"), codes="DDP305"),
+    make_case(
         "306-clip",
         "by_hand",
         (
@@ -371,7 +387,7 @@ FAULTY = [
         ),
         codes="DDP306",
     ),
-    _case(
+    make_case(
         "307-twice",
         "functions",
         (
@@ -380,7 +396,7 @@ FAULTY = [
         ),
         codes="DDP307",
     ),
-    _case(
+    make_case(
         "307-redundant",
         "functions",
         (
@@ -389,15 +405,15 @@ FAULTY = [
         ),
         codes="DDP307",
     ),
-    _case(
+    make_case(
         "307-scaled",
         "functions",
         ("F.cross_entropy(model(x), y)", "F.cross_entropy(model(x), y) / world_size"),
         ("    rank, world =", "    world_size = dist.get_world_size()\n    rank, world ="),
         codes="DDP307",
     ),
-    _case("308-clip-scaled", "spawned", ("            scaler.unscale_(optimizer)\n", ""), codes="DDP308"),
-    _case(
+    make_case("308-clip-scaled", "spawned", ("            scaler.unscale_(optimizer)\n", ""), codes="DDP308"),
+    make_case(
         "309-zeroed",
         "trainer",
         (
@@ -407,15 +423,15 @@ FAULTY = [
         codes="DDP309",
     ),
     # Evaluation, files, collectives, output, speed.
-    _case(
+    make_case(
         "401-padding",
         "functions",
         ("sampler=range(rank, len(test), world)", "sampler=DistributedSampler(test, shuffle=False)"),
         ("make_data(2, 30)", "make_data(2, 31)"),
         codes="DDP401",
     ),
-    _case("402-shard", "functions", ("    dist.all_reduce(total)\n", ""), codes="DDP402"),
-    _case(
+    make_case("402-shard", "functions", ("    dist.all_reduce(total)\n", ""), codes="DDP402"),
+    make_case(
         "403-order",
         "functions",
         (
@@ -425,8 +441,10 @@ FAULTY = [
         ("    total = torch.zeros(2)\n", "    outputs = []\n"),
         codes="DDP403",
     ),
-    _case("404-everything", "functions", ("sampler=range(rank, len(test), world)", "shuffle=False"), codes="DDP404"),
-    _case(
+    make_case(
+        "404-everything", "functions", ("sampler=range(rank, len(test), world)", "shuffle=False"), codes="DDP404"
+    ),
+    make_case(
         "405-means",
         "functions",
         (
@@ -436,7 +454,7 @@ FAULTY = [
         ("make_data(2, 30)", "make_data(2, 29)"),
         codes="DDP405",
     ),
-    _case(
+    make_case(
         "501-all-save",
         "functions",
         (
@@ -445,7 +463,7 @@ FAULTY = [
         ),
         codes="DDP501",
     ),
-    _case(
+    make_case(
         "502-no-barrier",
         "functions",
         (
@@ -454,7 +472,7 @@ FAULTY = [
         ),
         codes="DDP502",
     ),
-    _case(
+    make_case(
         "503-one-rank",
         "functions",
         (
@@ -463,29 +481,70 @@ FAULTY = [
         ),
         codes="DDP503",
     ),
-    _case("505-destroy", "trainer", ("    dist.destroy_process_group()\n", ""), codes="DDP505"),
-    _case(
+    make_case(
+        "505-and-other-notes",
+        "functions",
+        ("    dist.destroy_process_group()\n", ""),
+        ("        if rank == 0:\n            print(", "        if True:\n            print("),
+        (
+            "EPOCHS = 2\n",
+            "EPOCHS = 4\nimport time, tqdm, tempfile as t\nfrom torch.utils.tensorboard import SummaryWriter\nfolder = t.mkdtemp()\n",
+        ),
+        ("    for epoch in", "    writer = SummaryWriter(folder)\n    for epoch in"),
+        (
+            "        for x, y in loader:\n            optimizer",
+            "        for x, y in tqdm.tqdm(loader):\n            optimizer",
+        ),
+        (
+            "            optimizer.step()\n",
+            "            time.sleep(0.04 * rank)\n            optimizer.step()\n            loss.item()\n",
+        ),
+        ("DDP(net)", "DDP(net, find_unused_parameters=True)"),
+        ("shuffle=True", "shuffle=False"),
+        ("make_data(1, 64)", "make_data(1, 65)"),
+        ("sampler=range(rank, len(test), world)", "shuffle=False"),
+        codes="DDP505 DDP601 DDP602 DDP603 DDP701 DDP702 DDP704 DDP107 DDP108 DDP404",
+    ),
+    make_case("505-destroy", "trainer", ("    dist.destroy_process_group()\n", ""), codes="DDP505"),
+    make_case(
         "601-prints",
         "functions",
         ("        if rank == 0:\n            print(", "        if True:\n            print("),
         codes="DDP601",
     ),
-    _case("701-unused", "functions", ("DDP(net)", "DDP(net, find_unused_parameters=True)"), codes="DDP701"),
-    _case(
+    make_case(
+        "603-functions",
+        "functions",
+        (
+            "EPOCHS = 2\n",
+            "EPOCHS = 2\nfrom torch.utils.tensorboard import SummaryWriter\nimport tempfile as t; folder = t.mkdtemp()\n",
+        ),
+        ("    for epoch in", "    writer = SummaryWriter(folder)\n    for epoch in"),
+        codes="DDP603",
+    ),
+    make_case(
+        "702-sleeps",
+        "functions",
+        ("EPOCHS = 2", "EPOCHS = 4\nimport time"),
+        ("            loss.backward()\n", "            time.sleep(0.04 * rank)\n            loss.backward()\n"),
+        codes="DDP702",
+    ),
+    make_case("701-unused", "functions", ("DDP(net)", "DDP(net, find_unused_parameters=True)"), codes="DDP701"),
+    make_case(
         "704-item",
         "functions",
         ("            optimizer.step()\n", "            optimizer.step()\n            loss.item()\n"),
         codes="DDP704",
     ),
     # The same faults in other styles.
-    _case(
+    make_case(
         "101-imagenet",
         "imagenet",
         ("shuffle=(train_sampler is None)", "shuffle=True"),
         ("        sampler=train_sampler,\n", ""),
         codes="DDP101",
     ),
-    _case(
+    make_case(
         "101-nanogpt",
         "nanogpt",
         ("1337 + seed_offset", "1337"),
@@ -493,21 +552,21 @@ FAULTY = [
         ("iter_num % eval_interval == 0 and master_process", "False"),
         codes="DDP101",
     ),
-    _case(
+    make_case(
         "102-hf",
         "hf_like",
         ("sampler = DistributedSampler(train, seed=11)", "sampler = DistributedSampler(train, seed=11 + rank)"),
         codes="DDP102",
     ),
-    _case("103-imagenet", "imagenet", ("            train_sampler.set_epoch(epoch)\n", ""), codes="DDP103"),
-    _case(
+    make_case("103-imagenet", "imagenet", ("            train_sampler.set_epoch(epoch)\n", ""), codes="DDP103"),
+    make_case(
         "103-wrong-sampler",
         "hf_like",
         ("        sampler.set_epoch(epoch)\n", "        check.sampler.set_epoch(epoch)\n"),
         codes="DDP103",
     ),
-    _case("104-hf", "hf_like", ("tokenise(80, 1)", "tokenise(80, 1 + rank)"), codes="DDP104", may="DDP305"),
-    _case(
+    make_case("104-hf", "hf_like", ("tokenise(80, 1)", "tokenise(80, 1 + rank)"), codes="DDP104", may="DDP305"),
+    make_case(
         "106-imagenet",
         "imagenet",
         ("FakeImages(96, True)", "FakeImages(100, True)"),
@@ -515,13 +574,13 @@ FAULTY = [
         ("default=12, type=int", "default=32, type=int"),
         codes="DDP106",
     ),
-    _case(
+    make_case(
         "112-imagenet",
         "imagenet",
         ("torch.manual_seed(args.seed + args.rank)", "torch.manual_seed(args.seed)"),
         codes="DDP112",
     ),
-    _case(
+    make_case(
         "113-imagenet",
         "imagenet",
         (
@@ -530,15 +589,15 @@ FAULTY = [
         ),
         codes="DDP113",
     ),
-    _case("201-wgan", "wgan", ("            average(critic)\n", ""), codes="DDP201"),
-    _case(
+    make_case("201-wgan", "wgan", ("            average(critic)\n", ""), codes="DDP201"),
+    make_case(
         "201-nanogpt-raw",
         "nanogpt",
         ("            logits, loss = model(X, Y)", "            logits, loss = raw_model(X, Y)"),
         codes="DDP201",
         may="DDP306",
     ),
-    _case(
+    make_case(
         "201-hf-head",
         "hf_like",
         (
@@ -548,40 +607,40 @@ FAULTY = [
         codes="DDP201",
         may="DDP306",
     ),
-    _case(
+    make_case(
         "202-nanogpt",
         "nanogpt",
         ("learning_rate * (it + 1)", "(1 + seed_offset) * learning_rate * (it + 1)"),
         codes="DDP202",
     ),
-    _case(
+    make_case(
         "203-wgan",
         "wgan",
         ("    critic = nn.Sequential(", "    torch.manual_seed(rank)\n    critic = nn.Sequential("),
         codes="DDP203",
     ),
-    _case("211-imagenet", "imagenet", ("default=12, type=int", "default=4, type=int"), codes="DDP211"),
-    _case(
+    make_case("211-imagenet", "imagenet", ("default=12, type=int", "default=4, type=int"), codes="DDP211"),
+    make_case(
         "213-imagenet",
         "imagenet",
         ("DistributedDataParallel(model)", "DistributedDataParallel(model, broadcast_buffers=False)"),
         codes="DDP213",
     ),
-    _case(
+    make_case(
         "301-nanogpt",
         "nanogpt",
         ("micro_step == gradient_accumulation_steps - 1", "False"),
         codes="DDP301",
         may="DDP306",
     ),
-    _case(
+    make_case(
         "301-hf-tail",
         "hf_like",
         ("i == len(window) - 1", "i == args.gradient_accumulation_steps - 1"),
         codes="DDP301",
         may="DDP306",
     ),
-    _case(
+    make_case(
         "302-nanogpt",
         "nanogpt",
         (
@@ -590,16 +649,18 @@ FAULTY = [
         ),
         codes="DDP302",
     ),
-    _case("303-nanogpt", "nanogpt", ("loss = loss / gradient_accumulation_steps", "loss = loss / 4"), codes="DDP303"),
-    _case("304-nanogpt", "nanogpt", ("loss = loss / gradient_accumulation_steps", "pass"), codes="DDP304"),
-    _case(
+    make_case(
+        "303-nanogpt", "nanogpt", ("loss = loss / gradient_accumulation_steps", "loss = loss / 4"), codes="DDP303"
+    ),
+    make_case("304-nanogpt", "nanogpt", ("loss = loss / gradient_accumulation_steps", "pass"), codes="DDP304"),
+    make_case(
         "305-hf",
         "hf_like",
         ('reduction="sum"', 'reduction="mean"'),
         (" * world / tokens.item()", " / len(window)"),
         codes="DDP305",
     ),
-    _case(
+    make_case(
         "306-wgan",
         "wgan",
         (
@@ -608,7 +669,7 @@ FAULTY = [
         ),
         codes="DDP306",
     ),
-    _case(
+    make_case(
         "307-imagenet",
         "imagenet",
         (
@@ -617,14 +678,14 @@ FAULTY = [
         ),
         codes="DDP307",
     ),
-    _case(
+    make_case(
         "308-nanogpt",
         "nanogpt",
         ("enabled=False", "enabled=True, init_scale=64.0"),
         ("        scaler.unscale_(optimizer)\n", ""),
         codes="DDP308",
     ),
-    _case(
+    make_case(
         "309-nanogpt",
         "nanogpt",
         (
@@ -633,14 +694,14 @@ FAULTY = [
         ),
         codes="DDP309",
     ),
-    _case(
+    make_case(
         "401-imagenet",
         "imagenet",
         ("shuffle=False, drop_last=True", "shuffle=False"),
         ("    if len(loader.sampler) * args.world_size < len(loader.dataset):\n", "    if False:\n"),
         codes="DDP401",
     ),
-    _case(
+    make_case(
         "402-imagenet",
         "imagenet",
         ("    losses.all_reduce()\n    top1.all_reduce()\n", ""),
@@ -648,7 +709,7 @@ FAULTY = [
         ("shuffle=False, drop_last=True", "shuffle=False"),
         codes="DDP402",
     ),
-    _case(
+    make_case(
         "501-imagenet",
         "imagenet",
         (
@@ -661,7 +722,7 @@ FAULTY = [
         ),
         codes="DDP501",
     ),
-    _case(
+    make_case(
         "502-read-early",
         "hf_like",
         (
@@ -670,19 +731,19 @@ FAULTY = [
         ),
         codes="DDP502",
     ),
-    _case(
+    make_case(
         "602-bars",
         "hf_like",
         ("in windows(loader, args.gradient_accumulation_steps)", "in __import__('tqdm').tqdm(windows(loader, 3))"),
         codes="DDP602",
     ),
-    _case(
+    make_case(
         "701-nanogpt",
         "nanogpt",
         ("model = DDP(model)", "model = DDP(model, find_unused_parameters=True)"),
         codes="DDP701",
     ),
-    _case(
+    make_case(
         "703-nanogpt",
         "nanogpt",
         (
@@ -691,30 +752,30 @@ FAULTY = [
         ),
         codes="DDP703",
     ),
-    _case("107-never", "functions", ("shuffle=True", "shuffle=False"), codes="DDP107"),
-    _case("108-padding", "functions", ("make_data(1, 64)", "make_data(1, 65)"), codes="DDP108"),
-    _case("114-dropout", "hf_like", ("torch.manual_seed(11 + rank)", "torch.manual_seed(11)"), codes="DDP114"),
-    _case(
+    make_case("107-never", "functions", ("shuffle=True", "shuffle=False"), codes="DDP107"),
+    make_case("108-padding", "functions", ("make_data(1, 64)", "make_data(1, 65)"), codes="DDP108"),
+    make_case("114-dropout", "hf_like", ("torch.manual_seed(11 + rank)", "torch.manual_seed(11)"), codes="DDP114"),
+    make_case(
         "404-imagenet",
         "imagenet",
         ("sampler=val_sampler", "sampler=None"),
         ("    if len(loader.sampler) * args.world_size < len(loader.dataset):\n", "    if False:\n"),
         codes="DDP404",
     ),
-    _case(
+    make_case(
         "503-hf",
         "hf_like",
         ("            dist.all_reduce(tokens)\n", "            dist.all_reduce(tokens) if rank else dist.barrier()\n"),
         codes="DDP503",
     ),
-    _case("505-imagenet", "imagenet", ("    dist.destroy_process_group()\n", ""), codes="DDP505"),
-    _case(
+    make_case("505-imagenet", "imagenet", ("    dist.destroy_process_group()\n", ""), codes="DDP505"),
+    make_case(
         "601-imagenet",
         "imagenet",
         ('    if args.rank == 0:\n        print(f" * Acc', '    if True:\n        print(f" * Acc'),
         codes="DDP601",
     ),
-    _case(
+    make_case(
         "704-nanogpt",
         "nanogpt",
         (
@@ -739,7 +800,7 @@ def judge(case: Case, launched: bool | None = None) -> tuple[str, list[str]]:
         report = inspect_script(path, case.arguments, nproc=case.nproc) if launched else _forked(case, path)
     codes = {one.code for one in report.findings}
     loud = {one.code for one in report.findings if one.severity != "note"}
-    missing, extra = case.expected - codes, loud - case.expected - case.allowed
+    missing, extra = case.expected - codes, (loud - case.expected - case.allowed) | (codes & case.absent)
     words = [f"{one.severity} {one.code} {one.line}/{one.cause_line}: {one.message}" for one in report.findings]
     wrong = [f"not found: {', '.join(sorted(missing))}"] if missing else []
     wrong += [f"false: {', '.join(sorted(extra))}"] if extra else []
@@ -769,8 +830,11 @@ def _run_script(records: str, path: str, arguments: tuple[str, ...]) -> None:
 
 
 def main() -> None:
+    from tests.auditing.more_cases import MORE
+    from tests.auditing.near_misses import NEAR
+
     names = [one for one in sys.argv[1:] if one != "-v"]
-    chosen = [one for one in CLEAN + FAULTY if not names or one.name.startswith(tuple(names))]
+    chosen = [one for one in [*CLEAN, *FAULTY, *MORE, *NEAR] if not names or one.name.startswith(tuple(names))]
     failed = 0
     for case in chosen:
         start = time.monotonic()

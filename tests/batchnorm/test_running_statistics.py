@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +17,9 @@ import torch.utils.checkpoint
 from torch import nn
 
 import ddparity as dp
-from ddparity.batchnorm.running_statistics import _wrote
+from ddparity.batchnorm.norm_forwards import _wrote
 from ddparity.compat import unwrapped
+from ddparity.data.step import LoadedMicroBatch
 from tests.gradients.strict_cases import (
     Case,
     Checkpointed,
@@ -193,6 +196,23 @@ def _evaluating() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval())
 
 
+class _Unfrozen(nn.Module):
+    """Its norm sets itself to train mode in the forwards of some steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.steps = nn.BatchNorm1d(3).eval(), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        self.norm.train(self.steps > 4)  # the third step, of 2 forwards each
+        return self.norm(x)
+
+
+def _unfrozen() -> nn.Module:
+    return _Unfrozen()
+
+
 def _without_statistics() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
 
@@ -202,7 +222,8 @@ def _without_statistics() -> nn.Module:
     [
         (_linear, [1, 1, 1]),
         (_without_statistics, [1, 1, 1]),
-        (_evaluating, [1, 1, 1]),
+        (_evaluating, [2, 2, 2]),  # a header, since the loop may set layers to train mode
+        (_unfrozen, [2, 2, 3]),  # a layer that did not run in the step before is sent after the header
         (_once, [2, 2, 2]),
         (_three_times, [3, 2, 2]),  # the first step finds out how much room it needs
     ],
@@ -210,8 +231,7 @@ def _without_statistics() -> nn.Module:
 def test_one_collective_a_step(make, collectives: list[int]) -> None:
     for found in run_ranks(_collectives, 2, make, "strict"):
         assert [counts.pop("gloo:all_to_all") for counts in found] == collectives
-        if make is not _evaluating:  # DDP broadcasts the buffers of other layers
-            assert found == [{}] * 3
+        assert found == [{}] * 3
 
 
 # --- the user's layers do not change ---
@@ -360,29 +380,266 @@ def test_torch_updates_a_lazy_layer_in_its_first_step() -> None:
     assert run_ranks(_lazy, 1) == [True]
 
 
-def _compiled(reduction: str) -> tuple[int, list[str]]:
-    net = cnn()
+# --- what a loop may do with the layers ---
+
+ROWS = torch.randn(6, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+
+
+class _Ghost(nn.BatchNorm1d):
+    """Updates several times in a forward."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super(_Ghost, self).forward(part) for part in (input, input * 2)])
+
+
+class _OfTheRest(nn.BatchNorm1d):
+    """Updates by 1 - momentum, as TensorFlow's momentum means."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.num_batches_tracked += 1
+        rest = 1 - self.momentum
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, rest, self.eps)
+
+
+class _OfAConstant(nn.BatchNorm1d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.num_batches_tracked += 1
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, 0.3, self.eps)
+
+
+class _OfASquare(nn.BatchNorm1d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.num_batches_tracked += 1
+        square = self.momentum**2
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, square, self.eps)
+
+
+class _ByDifference(nn.BatchNorm1d):
+    """Updates as torch does, with other operations and a random number that it does not use."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        var, mean = torch.var_mean(input, 0)
+        torch.rand(1)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean += self.momentum * (mean - self.running_mean)
+            self.running_var += self.momentum * (var - self.running_var)
+        return F.dropout((input - mean) / (var + self.eps).sqrt() * self.weight, 0.5)
+
+
+def _small(kind: type[nn.BatchNorm1d] = nn.BatchNorm1d) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4, bias=False), kind(4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+def _plainly(model: nn.Module, net: nn.Module, micro: Any) -> torch.Tensor:
+    return model(micro.data)
+
+
+def _set_to_train(model: nn.Module, net: nn.Module, micro: Any) -> torch.Tensor:
+    model.train()
+    return model(micro.data)
+
+
+def _evaluated(model: nn.Module) -> None:
+    model.eval()
+
+
+def _copied(model: nn.Module, net: nn.Module, micro: Any) -> torch.Tensor:
+    copy.deepcopy(net)(micro.data + 1)
+    _pickled(net)(micro.data + 2)
+    return model(micro.data)
+
+
+def _pickled(net: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(net, file)
+    assert b"ddparity." not in file.getvalue()
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _functional(model: nn.Module, net: nn.Module, micro: Any) -> torch.Tensor:
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    torch.func.functional_call(net, buffers, (micro.data + 1,))
+    assert buffers["1.num_batches_tracked"] == net[1].num_batches_tracked + 1
+    return model(micro.data)
+
+
+def _of_momentum(model: nn.Module, net: nn.Module, micro: Any) -> torch.Tensor:
+    net[1].momentum = 0.4
+    return model(micro.data)
+
+
+def _none(model: nn.Module) -> None:
+    pass
+
+
+# name: the layer, what is done before a loop, the loop's forward
+KEPT: dict[str, tuple[type[nn.BatchNorm1d], Callable[[Any], None], Callable[[Any, Any, Any], torch.Tensor]]] = {
+    "train() inside of the loop": (nn.BatchNorm1d, _evaluated, _set_to_train),
+    "copies and pickles": (nn.BatchNorm1d, _none, _copied),
+    "functional_call with buffers": (nn.BatchNorm1d, _none, _functional),
+    "a momentum set inside of the loop": (nn.BatchNorm1d, _none, _of_momentum),
+    "a forward of its own": (_ByDifference, _none, _plainly),
+}
+
+
+def _looped(name: str, reduction: str | None) -> list[torch.Tensor]:
+    """Return what three steps leave; None: by hand, in one process."""
+    kind, before, forward = KEPT[name]
+    net = _small(kind)
+    model = net if reduction is None else dp.replicate(net, reduction=reduction)
+    for number in (1, 6, 4):  # the first step leaves all ranks but one without a micro-batch
+        before(model)
+        rows = list(ROWS[:number])
+        if reduction is None:
+            micros: Any = [LoadedMicroBatch(row, 1 / number, index) for index, row in enumerate(rows)]
+        else:
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+            micros = dp.accumulate(model, [row for i, row in enumerate(rows) if i * world_size // number == rank])
+        for micro in micros:
+            torch.manual_seed(int(micro.data.abs().sum() * 1000))
+            loss = forward(model, net, micro).square().mean() * (1 + torch.rand(()))
+            (loss * micro.weight).backward()
+    return _of_one_step(net)
+
+
+def _all_looped(reduction: str | None) -> dict[str, list[torch.Tensor]]:
+    return {name: _looped(name, reduction) for name in KEPT}
+
+
+@pytest.mark.parametrize(("world_size", "reduction"), [(1, "strict"), (2, "strict"), (2, "fast"), (3, "fast")])
+def test_a_loop_may_use_layers_as_it_likes(world_size: int, reduction: str) -> None:
+    expected = _all_looped(None)
+    for found in run_ranks(_all_looped, world_size, reduction):
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-11, atol=1e-13, msg=name)
+
+
+# --- layers that cannot be kept ---
+
+
+def _of_a_graph(net: nn.Module, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.compile(lambda x: net(x), backend="eager")
+
+
+def _of_forward(net: nn.Module, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: net[3](net[2](net[1].forward(net[0](x))))
+
+
+def _of_a_module(net: nn.Module, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     net.compile(backend="eager")
-    model = dp.replicate(net, reduction=reduction)
+    return model
+
+
+def _of_the_model(net: nn.Module, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return model
+
+
+BY_ITSELF, OTHERWISE = "1 has updated its running statistics by itself", "1 is a _"
+LOST: dict[str, tuple[type[nn.BatchNorm1d], Any, str]] = {
+    "a compiled function": (nn.BatchNorm1d, _of_a_graph, BY_ITSELF),
+    "a compiled module": (nn.BatchNorm1d, _of_a_module, BY_ITSELF),
+    "forward()": (nn.BatchNorm1d, _of_forward, BY_ITSELF),
+    "several updates": (_Ghost, _of_the_model, OTHERWISE),
+    "the rest": (_OfTheRest, _of_the_model, OTHERWISE),
+    "a constant": (_OfAConstant, _of_the_model, OTHERWISE),
+    "a square": (_OfASquare, _of_the_model, OTHERWISE),
+}
+
+
+def _lost(reduction: str) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor], list[str], bool]]:
+    """Return the buffers before the last step's end, those of rank 0's micro-batches alone, and what was said."""
+    found = {}
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("ddparity").addHandler(handler)
-    for _ in range(2):
-        for micro in dp.accumulate(model, torch.randn(2, 2, 3, 8, 8), equal_counts=True):
-            model(micro.data).mean().backward()
-    return net[1].num_batches_tracked.item(), told
+    last = dist.get_world_size() - 1
+    for name, (kind, make, _) in LOST.items():
+        net, alone = _small(kind), _small(kind)
+        model = dp.replicate(net, reduction=reduction)
+        forward = make(net, model)
+        told.clear()
+        error = ""
+        for number in range(3):
+            # Rank 1 of 3 has no micro-batch in the first step.
+            own = [] if number == 0 and 0 < dist.get_rank() < last else [ROWS[dist.get_rank()], ROWS[3]]
+            try:
+                for position, micro in enumerate(dp.accumulate(model, own)):
+                    if position == 0 and number == 2:
+                        start = [buffer.clone() for buffer in net.buffers()]
+                    (forward(micro.data).square().mean() * micro.weight).backward()
+            except ValueError as raised:
+                error = str(raised)
+                break
+        for row in [ROWS[0], ROWS[3]] * 2:
+            alone(row)
+        found[name] = (start if not error else [], list(alone.buffers()), list(told), error)
+    return found
 
 
-def test_a_compiled_layer_raises_an_error_or_logs_a_warning() -> None:
-    (count, told), (_, others) = run_ranks(_compiled, 2, "fast")
-    assert count == 4
-    assert told == ["the model is compiled, and a batch norm inside of a graph does not tell a batch's statistics: its "
-                    "running statistics are rank 0's"]  # fmt: skip
-    assert others == []
-    for outcome in outcomes(_compiled, 2, "strict"):
-        assert outcome.error.startswith("ValueError: accumulate(): the model is compiled")
-        assert 'batchnorm_statistics="rank0"' in outcome.error
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_layer_that_cannot_be_kept_has_the_statistics_of_rank_0(world_size: int) -> None:
+    for rank, found in enumerate(run_ranks(_lost, world_size, "fast", timeout_s=150)):
+        for name, (_, _, problem) in LOST.items():
+            start, expected, told, error = found[name]
+            torch.testing.assert_close(start, expected, rtol=1e-11, atol=1e-13, msg=name)
+            assert not error
+            assert len(told) == (rank == 0) and all(problem in one and "rank 0's" in one for one in told), (name, told)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_strict_refuses_a_layer_that_cannot_be_kept(world_size: int) -> None:
+    for found in run_ranks(_lost, world_size, "strict", timeout_s=150):
+        for name, (_, _, problem) in LOST.items():
+            error = found[name][-1]
+            assert error.startswith("accumulate(): ") and problem in error, name
+            assert 'batchnorm_statistics="rank0"' in error
+
+
+def _changed(what: str) -> None:
+    net = _small()
+    model = dp.replicate(net)
+    rank = dist.get_rank()
+    for position, micro in enumerate(dp.accumulate(model, list(ROWS[:2]))):
+        if what == "momenta":
+            net[1].momentum = 0.1 + position * rank
+        elif what == "momenta of ranks":
+            net[1].momentum = 0.1 + rank
+        (model(micro.data).mean() * micro.weight).backward()
+        if what == "buffers" and rank == 1:
+            net[1].running_mean = net[1].running_mean.clone()
+
+
+@pytest.mark.parametrize("what", ["momenta", "momenta of ranks", "buffers"])
+def test_what_must_not_change_in_the_loop(what: str) -> None:
+    for outcome in outcomes(_changed, 2, what):
+        assert outcome.error.startswith("RuntimeError: accumulate(): the ")
+        assert ("momentum of 1" if what != "buffers" else "running statistics of 1 were replaced") in outcome.error
+
+
+def _frozen_in_a_graph() -> int:
+    """Count the compilations of a function that runs a norm in eval mode."""
+    compiled = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    net = _small()
+    net[1].eval()
+    model = dp.replicate(net)
+    function = torch.compile(lambda x: net(x), backend=backend)
+    for _ in range(5):
+        for micro in dp.accumulate(model, list(ROWS[:2])):
+            (function(micro.data).square().mean() * micro.weight).backward()
+    return len(compiled)
+
+
+def test_a_frozen_layer_in_a_graph_is_not_compiled_in_each_step() -> None:
+    assert run_ranks(_frozen_in_a_graph, 2, timeout_s=150) == [2, 2]  # with hooks, and without
 
 
 # --- whether a forward wrote statistics ---
@@ -445,11 +702,27 @@ class _Manual(nn.BatchNorm2d):
         return (input - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt() * self.weight[:, None, None]
 
 
+class _Renormalised(nn.BatchNorm2d):
+    """Batch renormalisation: its output depends on the running statistics, in training, too."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        mean, var = input.mean((0, 2, 3)), input.var((0, 2, 3), unbiased=False) + self.eps
+        running = (self.running_var + self.eps).sqrt()
+        scale = (var.sqrt().detach() / running).clamp(1 / 3, 3)
+        shift = ((mean.detach() - self.running_mean) / running).clamp(-5, 5)
+        self.num_batches_tracked += 1
+        with torch.no_grad():
+            self.running_mean += self.momentum * (mean - self.running_mean)
+            self.running_var += self.momentum * (var - self.running_var)
+        out = (input - mean[:, None, None]) / var.sqrt()[:, None, None] * scale[:, None, None] + shift[:, None, None]
+        return out * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 def _momentum_0(channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels, momentum=0.0)
 
 
-SUBCLASSES = {"frozen": _AlwaysFrozen, "manual": _Manual, "momentum 0": _momentum_0}
+SUBCLASSES = {"frozen": _AlwaysFrozen, "manual": _Manual, "renormalised": _Renormalised, "momentum 0": _momentum_0}
 PICTURES = torch.randn(8, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
 
 
@@ -472,7 +745,7 @@ def _train_subclasses(reduction: str) -> dict[str, list[torch.Tensor]]:
     own = PICTURES[rank * 8 // world_size : (rank + 1) * 8 // world_size]
     for name, make in SUBCLASSES.items():
         net = _with_norm(make)
-        # The frozen layer's bias is used, the others' is not.
+        # Not every layer uses its bias.
         model = dp.replicate(net, reduction=reduction, find_unused_parameters=True)
         for micro in dp.accumulate(model, list(own)):
             (model(micro.data).square().mean() * micro.weight).backward()
@@ -485,9 +758,13 @@ def _train_subclasses(reduction: str) -> dict[str, list[torch.Tensor]]:
 def test_subclasses_are_as_on_one_process(world_size: int, reduction: str) -> None:
     for found in run_ranks(_train_subclasses, world_size, reduction, timeout_s=30):
         for name, make in SUBCLASSES.items():
-            net = _with_norm(make)
+            net, moving = _with_norm(make), _with_norm(make)
             for x in PICTURES:
+                if world_size > 1 or reduction == "strict":  # each micro-batch sees the statistics of the step's start
+                    net.load_state_dict(_with_norm(make).state_dict())
                 (net(x).square().mean() / len(PICTURES)).backward()
+                moving(x)
+            net.load_state_dict(moving.state_dict())
             for ours, expected in zip(found[name], _of_one_step(net), strict=True):
                 torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14, msg=name)
 

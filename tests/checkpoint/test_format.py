@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+import tracemalloc
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch import nn
 
 import ddparity as dp
 from ddparity.checkpoint import format as file_format
-from ddparity.checkpoint.format import parse_json
+from ddparity.checkpoint import json_text
+from ddparity.checkpoint.json_text import parse_json
 from tests.checkpoint.test_checkpoint import Held
 from tests.checkpoint.test_hostile import SHARD, TENSOR, _file
 
@@ -75,25 +77,45 @@ def test_what_a_layer_says_of_its_version_must_be_json(tmp_path: Path) -> None:
 
 
 def test_json_of_any_length_but_not_of_any_size_in_memory() -> None:
-    """A value may take 128 bytes, and a text with a wide character 4 for each: 256 MiB beside the file are allowed."""
-    assert parse_json(b"[" + b"[]," * 600 + b"0]", 0) == [[]] * 600 + [0]
-    assert len(parse_json(b"[" + b"0," * 1_900_000 + b"0]", 0)) == 1_900_001
-    with pytest.raises(ValueError, match="have too many values to be read in 268,435,456 bytes of memory"):
-        parse_json(b"[" + b"0," * 2_100_000 + b"0]", 0)
-    wide = b'"' + b"a" * 29_700_000 + "\U0001f600".encode() + b'"'
-    assert len(parse_json(wide, 0)) == 29_700_001
+    value, took = parse_json("[" + "[]," * 600 + "0]", 10**6)
+    assert value == [[]] * 600 + [0] and 56 * 600 < took < 10**6
+    with pytest.raises(ValueError, match="have too many values to be read in 50,000 bytes of memory"):
+        parse_json("[" + "[]," * 600 + "0]", 50_000)
+    wide = '"' + "a" * 1000 + "\U0001f600" + '"'
+    assert parse_json(wide, 10_000)[0] == wide[1:-1]
     with pytest.raises(ValueError, match="have too many values"):
-        parse_json(b'"' + b"a" * 200_000 + wide[1:], 0)
-    deep = b"[" * 512 + b"]" * 512
-    parse_json(deep, 0)
+        parse_json(wide, 4000)
+    deep = "[" * 512 + "]" * 512
+    parse_json(deep, 10**6)
     with pytest.raises(ValueError, match="nested more than 512 levels deep"):
-        parse_json(b"[" + deep + b"]", 0)
-    assert parse_json(b'"' + b'[\\"{' * 600 + b'"', 0) == '["{' * 600
+        parse_json("[" + deep + "]", 10**6)
+    assert parse_json('"' + '[\\"{' * 600 + '"', 10**6)[0] == '["{' * 600
     with pytest.raises(ValueError, match="a key stands twice"):
-        parse_json(b'{"a": 1, "a": 1}', 0)
+        parse_json('{"a": 1, "a": 1}', 10**6)
     with pytest.raises(ValueError, match="has the number NaN"):
-        parse_json(b"[NaN]", 0)
-    assert parse_json(b"[Infinity]", 0, nan=True) == [float("inf")]
+        parse_json("[NaN]", 10**6)
+    assert parse_json("[Infinity]", 10**6, nan=True)[0] == [float("inf")]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0, [0] * 9000, [[]] * 9000, [[1e9]] * 9000, [{}] * 9000, [{"a": 1.5}] * 9000, [{"kind": "x"}] * 9000,
+        {str(n): 300 + n for n in range(9000)}, [{f"a{n}": n, f"b{n}": []} for n in range(3000)], ["abc"] * 9000,
+        {str(n): 0 for n in range(10923)}, [{str(n): n for n in range(6)}] * 2000, "\0" * 90_000, '"' * 90_000,
+        ["\U0001f600" + "a" * 90] * 900, [10**4000] * 90, [{"shape": [1, 2], "name": "x", "kind": "tensor"}] * 9000,
+    ],
+    ids=lambda value: str(value)[:20].encode("ascii", "replace").decode(),
+)  # fmt: skip
+def test_values_take_no_more_memory_than_was_computed(value: Any) -> None:
+    text = json.dumps(value)
+    tracemalloc.start()
+    try:
+        _, need = parse_json(text, 2**40, ("kind", "name", "shape"))
+        took = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert took < need + 2**17, (took, need)  # what it takes to compute it
 
 
 def _outside(text: bytes) -> bytes:
@@ -111,13 +133,13 @@ def _outside(text: bytes) -> bytes:
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 1000])
 def test_what_is_outside_of_strings(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text is looked at in pieces, which may end between a backslash and its character."""
-    monkeypatch.setattr(file_format, "_PIECE", piece)
+    monkeypatch.setattr(json_text, "_PIECE", piece)
     draw = random.Random(piece)
     for _ in range(300):
         strings = (json.dumps("".join(draw.choices('a"\\,[{', k=draw.randrange(6)))) for _ in range(9))
         text = "".join("".join(draw.choices(",[]{}:1 ", k=draw.randrange(4))) + one for one in strings).encode()
         text = text[: draw.choice((len(text), draw.randrange(len(text))))]
-        assert b"".join(file_format._outside_strings(text)) == _outside(text), text
+        assert b"".join(json_text._outside_strings(text.decode())) == _outside(text), text
 
 
 def test_threads_share_the_work_and_end_before_the_call_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -121,6 +125,32 @@ def test_any_placements(tmp_path: Path) -> None:
     assert held.state["2"].equal(torch.arange(30.0).reshape(5, 6) + 2)
     sizes = sum(file.stat().st_size for file in (tmp_path / "c").iterdir())
     assert sizes < 12_000  # what several ranks have is written once
+
+
+def _returns_before_it_plans_and_writes(path: str) -> int:
+    """Return how often this rank planned and wrote, each time after the call had returned."""
+    model, optimizer = _sharded()
+    _stepped(model, optimizer)
+    returned, done = threading.Event(), [0]
+
+    def after(right: Callable[..., Any]) -> Callable[..., Any]:
+        def waits(*args: Any) -> Any:
+            assert returned.wait(30), "the call waits for the work of its thread"
+            done[0] += 1
+            return right(*args)
+
+        return waits
+
+    work = {name: after(getattr(sharded, name)) for name in ("_chunks", "write_states", "_publish")}
+    with mock.patch.multiple(sharded, **work):
+        saving = dp.save_checkpoint(path, background=True, model=model, optimizer=optimizer)
+        returned.set()
+        saving.wait()
+    return done[0]
+
+
+def test_in_the_background_a_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
+    assert run_ranks(_returns_before_it_plans_and_writes, 2, str(tmp_path / "c")) == [4, 2]
 
 
 def test_a_replaced_checkpoint_leaves_no_shards(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 import ddparity as dp
 from tests.ranks import outcomes, run_ranks
@@ -115,6 +117,28 @@ def test_what_does_not_fit_is_an_error_on_every_rank(case: str, kinds: tuple[str
     for outcome in outcomes(_other, 2, case):
         assert outcome.error.partition(":")[0] in kinds
         assert text in outcome.error
+
+
+def _counted() -> list[dict[str, int]]:
+    two, large = [torch.ones(2), torch.ones(3, dtype=torch.int64)], torch.ones(5 * 2**20)  # 20 MiB
+    calls = [
+        *(functools.partial(dp.reduce, value) for value in ({"loss": 0.5, "count": 3}, two, large)),
+        *(functools.partial(dp.broadcast, value) for value in (two, large)),
+        *(functools.partial(dp.gather, two, to) for to in (0, "all")),
+    ]
+    counts = []
+    for call in calls:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            call()
+        counts.append({e.key.removeprefix("gloo:"): e.count for e in profiler.key_averages() if "gloo:" in e.key})
+    return counts
+
+
+def test_collectives_are_those_that_docstrings_state() -> None:
+    for rank, counts in enumerate(run_ranks(_counted, 2)):
+        assert [found.pop("all_gather") for found in counts] == [2, 2, 5, 2, 2, 2, 2]
+        reduced = [{}, {"all_to_all": 2}, {}]  # the large tensor in three parts, by all-gathers
+        assert counts == [*reduced, {"broadcast": 1}, {"broadcast": 2}, {("recv", "send")[rank]: 1}, {"broadcast": 2}]
 
 
 def _broadcast(source: int) -> list[Any]:

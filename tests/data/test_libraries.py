@@ -1,4 +1,7 @@
-"""Streams and data sets of other libraries: Hugging Face datasets, WebDataset, torchdata."""
+"""Streams and data sets of other libraries: Hugging Face datasets, WebDataset, torchdata.
+
+All of them are read in one start of processes for each number of ranks, since each process imports the libraries.
+"""
 
 from __future__ import annotations
 
@@ -7,121 +10,167 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import torchdata.nodes
+import webdataset
 
 import ddparity as dp
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 PLAN = dp.StreamPlan(8, 3, seed=1, shuffle_buffer=3)
+TARS = [range(10 * number, 10 * number + 5 + number % 2) for number in range(6)]
 
 
 def _rows(batch: Any) -> list:
-    return batch["x"].tolist() if isinstance(batch, dict) else [int(one) for one in batch]
+    return batch["x"].tolist() if isinstance(batch, dict) else [float(one) for one in batch]
 
 
-def _hugging_face(buffer: int = 0) -> Any:
-    datasets = pytest.importorskip("datasets")
+def _augmented(value: float) -> float:
+    return value + 0.5 * torch.rand(()).item()
+
+
+def _hugging_face(rows: int = 50) -> Any:
+    data = datasets.Dataset.from_dict({"x": list(range(rows))}).to_iterable_dataset(num_shards=5)
+    return data.map(lambda row: {"x": _augmented(row["x"])})
+
+
+def _shuffled() -> Any:
+    # A buffer of the library's own. It reads in threads, whose random numbers nobody can seed.
     data = datasets.Dataset.from_dict({"x": list(range(50))}).to_iterable_dataset(num_shards=5)
-    if buffer:  # it reads in threads, whose random numbers nobody can seed
-        return data.shuffle(seed=3, buffer_size=buffer)
-    return data.map(lambda row: {"x": row["x"] + 0.5 * torch.rand(()).item()})
+    return data.shuffle(seed=3, buffer_size=7)
 
 
-def _nodes(reader: int, readers: int, epoch: int) -> Any:
-    nodes = pytest.importorskip("torchdata.nodes")
-    return nodes.IterableWrapper(range(reader, 50, readers))
+def _nodes() -> Any:
+    def stream(reader: int, readers: int, epoch: int) -> Any:
+        numbers = torchdata.nodes.IterableWrapper(range(reader, 50, readers))
+        return torchdata.nodes.Mapper(numbers, _augmented)
+
+    stream.num_shards = 3  # type: ignore[attr-defined]  # for predictions
+    return stream
 
 
-def _stream(kind: str) -> Any:
-    return {"hugging face": _hugging_face, "shuffled": lambda: _hugging_face(7), "nodes": lambda: _nodes}[kind]()
+def _tars(folder: Path) -> Any:
+    urls = sorted(map(str, folder.glob("*.tar")))
+
+    def stream(reader: int, readers: int, epoch: int) -> Any:
+        own = webdataset.WebDataset(urls[reader::readers], shardshuffle=False, nodesplitter=lambda urls: urls)
+        return own.decode().to_tuple("txt").map(lambda row: _augmented(int(row[0])))
+
+    stream.num_shards = 3  # type: ignore[attr-defined]
+    return stream
 
 
-def _read(kind: str, workers: int, stop: int, path: str = "", resume: bool = False) -> list:
-    loader = dp.Loader(_stream(kind), PLAN, workers)
+def _write_tars(folder: Path) -> None:
+    for number, samples in enumerate(TARS):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for one in samples:
+                info = tarfile.TarInfo(f"{one}.txt")
+                info.size = len(content := str(one).encode())
+                tar.addfile(info, io.BytesIO(content))
+
+
+def _streams(folder: Path) -> dict[str, Any]:
+    return {"hugging face": _hugging_face(), "shuffled": _shuffled(), "nodes": _nodes(), "tars": _tars(folder)}
+
+
+SAMPLES = {
+    "hugging face": list(range(50)),
+    "shuffled": list(range(50)),
+    "nodes": list(range(50)),
+    "tars": [one for samples in TARS for one in samples],
+}
+
+
+def _read(stream: Any, workers: int, stop: int, path: Path, resume: bool) -> list:
+    loader = dp.Loader(stream, PLAN, workers)
     if resume:
         dp.load_checkpoint(path, loader=loader)
     seen = []
     for step in loader.steps(stop):
         seen += [(step.epoch, step.number, micro.index, _rows(micro.data)) for micro in step]
-    if path and not resume:
+    if not resume:
         dp.save_checkpoint(path, loader=loader)
     return seen
 
 
-KINDS = ["hugging face", "shuffled", "nodes"]
-
-
-def _read_all(workers: int, stop: int, folder: str = "", resume: bool = False) -> list[list]:
-    return [_read(kind, workers, stop, f"{folder}/{kind}" if folder else "", resume) for kind in KINDS]
-
-
-def test_streams_that_have_a_state(tmp_path: Path) -> None:
-    alone = _read_all(0, 9)
-    before = run_ranks(_read_all, 2, 1, 4, str(tmp_path))
-    after = run_ranks(_read_all, 3, 0, 9, str(tmp_path), True)
-    for number, steps in enumerate(alone):
-        first = [value for epoch, *_, rows in steps for value in rows if epoch == 0]
-        assert sorted(map(int, first)) == list(range(50))
-        parts = [sorted(one for rank in ranks for one in rank[number]) for ranks in (before, after)]
-        assert parts[0] + parts[1] == sorted(steps)
-
-
-def _tars(folder: Path) -> list[str]:
-    urls = []
-    for number in range(6):
-        urls.append(str(folder / f"{number}.tar"))
-        with tarfile.open(urls[-1], "w") as tar:
-            for one in range(5 + number % 2):
-                info = tarfile.TarInfo(f"{number * 10 + one}.txt")
-                content = str(number * 10 + one).encode()
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return urls
-
-
-def _read_tars(urls: list[str], workers: int) -> list:
-    wds = pytest.importorskip("webdataset")
-
-    def stream(reader: int, readers: int, epoch: int) -> Any:
-        own = wds.WebDataset(urls[reader::readers], shardshuffle=False, nodesplitter=lambda urls: urls)
-        return own.decode().to_tuple("txt").map(lambda row: int(row[0]))
-
-    loader = dp.Loader(stream, dp.StreamPlan(6, 2, shuffle_buffer=4), workers)
-    return [(step.number, micro.index, _rows(micro.data)) for step in loader for micro in step]
-
-
-@pytest.mark.filterwarnings("ignore")  # of the library
-def test_tar_files_of_webdataset(tmp_path: Path) -> None:
-    urls = _tars(tmp_path)
-    alone = _read_tars(urls, 0)
-    assert sorted(x for *_, rows in alone for x in rows) == sorted(
-        10 * number + one for number in range(6) for one in range(5 + number % 2)
-    )
-    ranks = run_ranks(_read_tars, 2, urls, 2)
-    assert sorted(one for rank in ranks for one in rank) == alone
-
-
 def _transformed(workers: int) -> list:
-    datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"x": list(range(20))})
     # The function gets a dict of columns, several samples at once.
-    data.set_transform(lambda rows: {"x": [x + torch.rand(()).item() / 2 for x in rows["x"]]})
+    data.set_transform(lambda rows: {"x": [_augmented(x) for x in rows["x"]]})
     loader = dp.Loader(data, None, workers, global_batch=8, micro_batch=2)
     return [(step.number, micro.index, micro.data["x"].tolist()) for step in loader for micro in step]
 
 
-def test_a_data_set_of_hugging_face_with_a_transform() -> None:
-    alone = _transformed(0)
-    assert sorted(int(x) for *_, rows in alone for x in rows) == list(range(20))
-    ranks = run_ranks(_transformed, 2, 1)
-    assert sorted(one for rank in ranks for one in rank) == alone
+def _whole(batch: Any) -> torch.Tensor:
+    return torch.as_tensor(batch["x"] if isinstance(batch, dict) else batch, dtype=torch.float64)
 
 
-def _predict(workers: int) -> Any:
-    return dp.predict(lambda batch: batch["x"].floor(), _hugging_face(), 4, num_workers=workers)
+def _read_all(folder: Path, workers: int, stop: int, resume: bool = False) -> dict[str, list]:
+    streams = _streams(folder)
+    found = {name: _read(one, workers, stop, folder / name.replace(" ", "_"), resume) for name, one in streams.items()}
+    found["transformed"] = _transformed(workers)
+    found["predictions"] = [
+        dp.predict(_whole, one, 4, "all", num_workers=workers) for name, one in streams.items() if name != "shuffled"
+    ]
+    return found
 
 
-def test_predictions_of_a_stream_with_workers() -> None:
+@pytest.fixture(scope="module")
+def alone_and_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[list]]:
+    """What one process has; what two ranks have until step 4, with a worker; and three from there, without."""
+    folder, other = tmp_path_factory.mktemp("ranks"), tmp_path_factory.mktemp("alone")
+    _write_tars(folder), _write_tars(other)
+    before = run_ranks(_read_all, 2, folder, 1, 4)
+    after = run_ranks(_read_all, 3, folder, 0, 9, True)
+    return _read_all(other, 0, 9), [before, after]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_streams_continue_on_another_number_of_ranks(name: str, alone_and_ranks: Any) -> None:
+    alone, (before, after) = alone_and_ranks
+    first = [value for epoch, *_, rows in alone[name] for value in rows if epoch == 0]
+    assert sorted(map(int, first)) == SAMPLES[name], "each sample once"
+    parts = [sorted(one for rank in ranks for one in rank[name]) for ranks in (before, after)]
+    assert parts[0] + parts[1] == sorted(alone[name])
+
+
+def test_a_data_set_of_hugging_face_with_a_transform(alone_and_ranks: Any) -> None:
+    alone, groups = alone_and_ranks
+    assert sorted(int(x) for *_, rows in alone["transformed"] for x in rows) == list(range(20))
+    for ranks in groups:
+        assert sorted(one for rank in ranks for one in rank["transformed"]) == alone["transformed"]
+
+
+def test_predictions_of_streams(alone_and_ranks: Any) -> None:
     """In a worker a stream of Hugging Face would read only the worker's part of a shard."""
-    assert run_ranks(_predict, 2, 2)[0].tolist() == list(range(50))
+    alone, groups = alone_and_ranks
+    names = [name for name in SAMPLES if name != "shuffled"]
+    for name, outputs in zip(names, alone["predictions"], strict=True):
+        assert sorted(outputs.long().tolist()) == SAMPLES[name]
+    for ranks in groups:
+        for rank in ranks:
+            torch.testing.assert_close(rank["predictions"], alone["predictions"], rtol=0, atol=0)
+
+
+def test_a_stream_of_hugging_face_reads_little_again_at_any_position() -> None:
+    read = []
+
+    def noted(row: dict) -> dict:
+        read.append(row["x"])
+        return row
+
+    def loader() -> dp.Loader:
+        data = datasets.Dataset.from_dict({"x": list(range(20_000))}).to_iterable_dataset(num_shards=4)
+        return dp.Loader(data.map(noted), dp.StreamPlan(16, 4, shuffle_buffer=10))
+
+    first, again = loader(), loader()
+    for _ in first.steps(400):
+        pass
+    again.load_state_dict(first.state_dict())
+    expected = [_rows(micro.data) for micro in next(first.steps(401))]
+    read.clear()
+    assert [_rows(micro.data) for micro in next(again.steps(401))] == expected
+    assert len(read) <= 4 * (2 * 10 + 2 * 4 + 1)  # of each reader two buffers, and two micro-batches

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 import ddparity as dp
+from ddparity.data.converted import options_of
 from ddparity.data.dataset import KeyedDataset, SeededIndices, load_batches
 from ddparity.data.fitting import check_even_shares, check_world_size
 from ddparity.data.loader import ShardSampler
@@ -504,6 +505,35 @@ def test_a_dataloader_is_converted() -> None:
     shuffled = dp.Loader(DataLoader(range(10), batch_size=4, shuffle=True), micro_batch=2, seed=3)
     assert shuffled.plan == dp.BatchPlan(10, 4, 2, seed=3)
     assert dp.Loader(DataLoader(range(10), batch_size=4), dp.BatchPlan(10, 5, 5, seed=1)).plan.seed == 1
+    assert dp.Loader(DataLoader(range(10), batch_size=4), micro_batch=2).plan == dp.BatchPlan(
+        10, 4, 2, 0, shuffle=False
+    )
+    assert options_of(DataLoader(range(10), pin_memory=True)) == {"pin_memory": True}
+    draws = dp.Loader(DataLoader(range(6), 2, sampler=WeightedRandomSampler([1.0] * 6, 7)), micro_batch=1)
+    assert sum(len(micro.data) for step in draws.epoch(0) for micro in step) == 7
+
+
+def test_a_micro_batch_is_not_its_batch() -> None:
+    with pytest.raises(TypeError, match=r"has its batch in .data: write `for micro in …:` and `x, y = micro.data`"):
+        _x, _y = next(iter(dp.Loader(range(4), global_batch=2)))[0]
+
+
+def test_arguments_win_over_those_of_a_dataloader() -> None:
+    workers = {"num_workers": 1, "prefetch_factor": 3, "persistent_workers": True, "timeout": 5}
+    given = DataLoader(range(8), batch_size=4, **workers, worker_init_fn=_told)
+    as_given = dp.Loader(given, micro_batch=2).dataloader
+    assert {name: getattr(as_given, name) for name in workers} == workers
+    here = dp.Loader(given, micro_batch=2, num_workers=0)  # without what torch refuses then
+    assert (here.dataloader.num_workers, here.dataloader.prefetch_factor) == (0, None)
+    assert sorted(sample for step in _drawn(here, 2) for sample in step) == list(range(8))
+    two = dp.Loader(given, micro_batch=2, num_workers=2, prefetch_factor=1, collate_fn=len)
+    assert (two.dataloader.num_workers, two.dataloader.prefetch_factor, two.dataloader.collate_fn) == (2, 1, len)
+    with pytest.raises(ValueError, match="micro_batch=0"):
+        dp.Loader(given, micro_batch=0)
+
+
+def _told(worker: int) -> None:
+    raise AssertionError("no worker starts here")
 
 
 @pytest.mark.parametrize(

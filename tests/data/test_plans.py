@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import pickle
 import random
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomS
 
 import ddparity as dp
 from ddparity.data.orders import _log
-from ddparity.testing import check_plan
+from ddparity.testing import _check_memory, check_plan
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.random(40) * (RNG.random(40) > 0.3)
@@ -197,11 +200,12 @@ def test_the_definition_of_draws_stays() -> None:
         (lambda: dp.WeightedPlan([0, 0], 4, 2), ValueError, "the 2 weights sum to 0"),
         (lambda: dp.WeightedPlan([], 4, 2), ValueError, "the 0 weights sum to 0"),
         (lambda: dp.WeightedPlan(0, 4, 2), ValueError, "weights=0"),
-        (lambda: dp.WeightedPlan(2.5, 4, 2), TypeError, "weights=.*2.5.* give an integer"),
+        (lambda: dp.WeightedPlan(2.5, 4, 2), TypeError, "weights=.*2.5.* is a float: give a weight for each"),
         (lambda: dp.WeightedPlan([[1.0]], 4, 2), TypeError, r"shape \(1, 1\)"),
         (lambda: dp.WeightedPlan(["a"], 4, 2), TypeError, "dtype <U1"),
         (lambda: dp.WeightedPlan([1, 0], 4, 2, replacement=False), ValueError, "only 1 samples have a weight"),
         (lambda: dp.WeightedPlan([1], 4, 2, num_samples=-1), ValueError, "num_samples=-1"),
+        (lambda: dp.WeightedPlan({0: 1.0}, 4, 2), TypeError, r"weights=\{0: 1.0\}\) is a dict: give a weight for each"),
         (lambda: dp.WeightedPlan([1], 0, 2), ValueError, r"WeightedPlan\(global_batch=0"),
         (lambda: dp.OrderPlan([1, 2], 4, 2), TypeError, r"order=\[1, 2\]"),  # type: ignore[arg-type]
         (lambda: dp.OrderPlan(lambda e, g: [[1, 2]], 4, 2).step(0, 0), TypeError, "lists of indices.*chain"),
@@ -235,6 +239,44 @@ def test_global_streams_are_as_before_the_call_of_an_order() -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     dp.OrderPlan(_global_order, 8, 8).step(3, 0)
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
+
+
+def _numpy_order(epoch: int, generator: torch.Generator) -> np.ndarray:
+    return np.random.permutation(_size)
+
+
+_size = 0
+# What docstrings state: the bytes that a plan keeps, and those while it is computed, a sample of the data set.
+MEMORY: dict[str, tuple[Callable[[np.ndarray], dp.Plan], int, int]] = {
+    "BatchPlan": (lambda values: dp.BatchPlan(len(values), 256, 32), 0, 0),
+    "by weight": (lambda values: dp.WeightedPlan(values, 256, 32), 16, 24),
+    "equal weights": (lambda values: dp.WeightedPlan(len(values), 256, 32), 0, 0),
+    "without replacement": (lambda values: dp.WeightedPlan(values, 256, 32, replacement=False), 16, 85),
+    "LengthPlan": (lambda values: dp.LengthPlan(values.astype(int), 3200, 8), 24, 32),
+    "OrderPlan": (lambda values: dp.OrderPlan(_numpy_order, 256, 32), 8, 24),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_and_seeks_are_those_that_docstrings_state(name: str) -> None:
+    """A seek to the end of an epoch whose first step was computed takes the memory of a step, for any data set."""
+    global _size
+    make, kept, peak = MEMORY[name]
+    sizes = (50_000, 200_000)
+    found = []
+    for _size in sizes:
+        values = np.random.default_rng(0).integers(50, 100, _size).astype(float)
+        tracemalloc.start()
+        plan = make(values)
+        assert len(plan.step(0, 0)) == 8
+        found.append(tracemalloc.get_traced_memory())
+        tracemalloc.reset_peak()
+        assert plan.step(0, plan.steps_in(0) - 1)
+        seek = tracemalloc.get_traced_memory()[1] - found[-1][0]
+        tracemalloc.stop()
+        assert seek < 20_000, "of 256 samples, whatever the size of the data set is"
+    for stated, (small, large) in zip((kept, peak), zip(*found, strict=True), strict=True):
+        assert (large - small) / (sizes[1] - sizes[0]) <= stated + 0.5
 
 
 # The check itself: each broken promise is found, and named.
@@ -279,6 +321,43 @@ def _impure(self: Own, epoch: int, step: int, start: int, stop: int) -> np.ndarr
     return Own.samples(self, epoch + _calls["samples"] % 2, step, start, stop)
 
 
+_kept: dict[int, Any] = {}
+
+
+def _keeping(self: Own, epoch: int, step: int, start: int, stop: int) -> np.ndarray:
+    return _kept.setdefault(len(_kept), Own.samples(self, epoch, step, start, stop))
+
+
+def _to_all(self: Own, epoch: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1) -> Any:
+    yield from Own.steps(self, epoch, start, stop)
+
+
+def _without_last(
+    self: Own, epoch: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
+) -> Any:
+    """Leave out what does not divide by the ranks, as a DistributedSampler with drop_last does."""
+    for step in Own.steps(self, epoch, start, stop):
+        each = len(step) // world_size
+        yield step[rank * each : (rank + 1) * each]
+
+
+def _by_world_size(
+    self: Own, epoch: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
+) -> Any:
+    yield from Own.steps(dataclasses.replace(self, seed=world_size), epoch, start, stop, rank, world_size)
+
+
+def _from_the_start(
+    self: Own, epoch: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
+) -> Any:
+    """Forget where a training continues."""
+    yield from itertools.islice(Own.steps(self, epoch, 0, None, rank, world_size), 0, (stop or 4) - start)
+
+
+def _unkeyed(self: Own, epoch: int, step: int, start: int, stop: int) -> np.ndarray:
+    return np.random.permutation(2 * self.pairs)[start:stop]
+
+
 def _uneven(self: Own, epoch: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1) -> Any:
     for step in Own.steps(self, epoch, start, stop):
         yield step if rank == 0 else []
@@ -303,6 +382,12 @@ BROKEN = {
     "weighs 0.5": {"steps": lambda self, *args: ([_heavy(m) for m in step] for step in Own.steps(self, *args))},
     "has a value that a checkpoint": {"description": lambda self, epoch=None: {"a": object()}},
     "description\\(\\) changes": {"description": lambda self, epoch=None: {"a": random.random()}},
+    "not even shares|ranks together have": {"steps": _to_all},  # each rank has all samples
+    "1 ranks together|2 ranks together": {"steps": _without_last},
+    "2 ranks together have": {"steps": _by_world_size},
+    "alone is|are those of other samples": {"steps": _from_the_start},
+    "ranks together have|is asked again": {"samples": _unkeyed},
+    "bytes more after each 12 steps": {"samples": _keeping},
     "raise IndexError": {"step": lambda self, e, s, r=0, w=1: Own.step(self, e, s % 4, r, w)},
 }
 
@@ -322,6 +407,19 @@ def test_a_broken_plan_is_found(message: str, monkeypatch: pytest.MonkeyPatch) -
     check_plan(Own(10))
     with pytest.raises(AssertionError, match=message):
         check_plan(_with(**BROKEN[message]))
+
+
+def test_a_plan_may_keep_a_bounded_number_of_epochs() -> None:
+    @functools.lru_cache(maxsize=8)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng(epoch).permutation(6000)
+
+    class Cached(Own):
+        def samples(self, epoch: int, step: int, start: int, stop: int) -> np.ndarray:
+            return order(epoch)[6 * step + start : 6 * step + stop]
+
+    check_plan(dp.OrderPlan(_random_order, 8, 3))
+    _check_memory(Cached(3000), 0)
 
 
 def test_a_plan_that_cannot_be_pickled_is_found() -> None:

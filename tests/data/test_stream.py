@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import IterableDataset, get_worker_info
 
 import ddparity as dp
+from ddparity import SampleError
 from tests.ranks import kill_self, outcomes, run_ranks
 
 # Parts of different lengths: readers end at different steps.
@@ -326,7 +328,7 @@ def test_ranks_that_differ_are_told_at_once() -> None:
         assert outcome.error is not None and "3 ranks but only 2 micro-batches in a step" in outcome.error
 
 
-def _counted_collectives(plan: dp.StreamPlan) -> int:
+def _counted_collectives(plan: dp.StreamPlan) -> tuple[int, int]:
     from unittest import mock
 
     from ddparity.data import stream_steps
@@ -335,12 +337,14 @@ def _counted_collectives(plan: dp.StreamPlan) -> int:
     with mock.patch.object(stream_steps, "all_gather_single", wraps=stream_steps.all_gather_single) as gathers:
         for step in loader:
             list(step)
-    return gathers.call_count
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        loader.state_dict()
+    return gathers.call_count, sum(e.count for e in profiler.key_averages() if e.key == "gloo:all_gather")
 
 
 def test_collectives_are_those_that_the_docstring_states() -> None:
-    assert run_ranks(_counted_collectives, 2, PLANS["in order"]) == [8, 8]  # 7 steps, and the end
-    assert run_ranks(_counted_collectives, 2, PLANS["steps"]) == [0, 0]
+    assert run_ranks(_counted_collectives, 2, PLANS["in order"]) == [(8, 2)] * 2  # 7 steps, and the end
+    assert run_ranks(_counted_collectives, 2, PLANS["steps"]) == [(0, 2)] * 2
 
 
 class Odd(Seeking):
@@ -359,6 +363,20 @@ def _save_odd() -> None:
 def test_a_state_that_cannot_be_saved_is_named(world_size: int) -> None:
     for outcome in outcomes(_save_odd, world_size):
         assert outcome.error is not None and "state_dict of reader" in outcome.error and "tuples" in outcome.error
+
+
+def test_an_iterator_that_a_reader_had_already_is_refused() -> None:
+    """On one process the readers would share it, and on several each rank would have one; later it is empty."""
+    shared, parts = iter(range(40)), [iter(range(reader, 40, 3)) for reader in range(3)]
+    with pytest.raises(SampleError, match="range_iterator that reader 0 was given for pass 0: return a new iterable"):
+        _first(lambda reader, readers, epoch: shared, dp.StreamPlan(6, 2))
+    loader = dp.Loader(lambda reader, readers, epoch: parts[reader], dp.StreamPlan(6, 2))
+    assert sum(1 for _ in loader) == 7
+    with pytest.raises(SampleError, match="reader 0, in pass 1: TypeError: the stream is the range_iterator"):
+        next(iter(loader))
+    lists = [list(part) for part in (range(4), range(2))]  # a list has a new iterator each time
+    again = dp.Loader(lambda reader, readers, epoch: lists[reader], dp.StreamPlan(4, 2))
+    assert [sum(1 for _ in again) for _ in range(3)] == [2, 2, 2]
 
 
 def _first(stream: Any, plan: dp.StreamPlan) -> dp.Step:

@@ -217,6 +217,8 @@ def _a_loop_inside_of_a_loop(options: dict[str, Any]) -> None:
             d.zero_grad()
             for inner in dp.accumulate(d, [micro.data]):
                 _back(d, inner)
+            if dist.get_rank() == 0:
+                d(micro.data)  # plain DDP would broadcast a buffer here
             ranks = dist.get_world_size()
             parts = X.split(len(X) // (2 * ranks))
             _check(d, _one_process(rows=torch.cat([parts[2 * rank + micro.index % 2] for rank in range(ranks)])))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 
 import ddparity as dp
@@ -99,15 +100,19 @@ def _by_hand(plan: str, epochs: int = 2) -> Any:
     return _whole(net, optimizer), norms
 
 
-@pytest.mark.parametrize("plan", PLANS)
+def _train_all() -> dict[str, Any]:
+    return {plan: _train(plan) for plan in PLANS}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_weights_are_those_of_one_process(world_size: int, plan: str) -> None:
-    expected = _by_hand(plan)
-    found = run_ranks(_train, world_size, plan)
+def test_weights_are_those_of_one_process(world_size: int) -> None:
+    ranks = run_ranks(_train_all, world_size)
     tolerance = 1e-12 if EARLY else 1e-4  # older torch adds the 1e-6 of clip_grad_norm_ on each rank
-    for state, norms, _ in found:
-        torch.testing.assert_close((state, norms), expected, rtol=tolerance, atol=tolerance)
-    assert len({fingerprint for *_, fingerprint in found}) == 1
+    for plan in PLANS:
+        expected = _by_hand(plan)
+        for state, norms, _ in (found[plan] for found in ranks):
+            torch.testing.assert_close((state, norms), expected, rtol=tolerance, atol=tolerance)
+        assert len({found[plan][2] for found in ranks}) == 1
 
 
 def _counts(micro_batches: int, uneven: bool) -> list[dict[str, int]]:
@@ -160,9 +165,12 @@ def _foreign(kind: str) -> Any:
     return [None if one.grad is None else whole_tensor(one.grad) for one in net.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["once", "twice"])
+def _foreign_once_and_twice() -> tuple[Any, Any]:
+    return _foreign("once"), _foreign("twice")
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_foreign_batches(world_size: int, kind: str) -> None:
+def test_foreign_batches(world_size: int) -> None:
     net = Net(norm=False)
     kept = DATA[:, 1].gt(0)
     h = net.second(torch.tanh(net.first(DATA)))
@@ -171,8 +179,9 @@ def test_foreign_batches(world_size: int, kind: str) -> None:
     loss = net.last(torch.relu(h)).square().mean(1)
     (2 * (loss * kept).sum() / kept.sum()).backward()  # two loops
     expected = [one.grad for one in net.parameters()]
-    for found in run_ranks(_foreign, world_size, kind):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for once, twice in run_ranks(_foreign_once_and_twice, world_size):
+        torch.testing.assert_close(once, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(twice, expected, rtol=1e-12, atol=1e-12)
 
 
 def _skipping() -> Any:
@@ -267,32 +276,62 @@ def test_loops_that_are_left() -> None:
     run_ranks(_leaving, 2)
 
 
-def _resumed(path: str, first: int, last: int) -> str:
-    net = _sharded()
+def _resumed(path: str, first: int, last: int) -> Any:
+    net, average = _sharded(), _sharded().requires_grad_(False)
+    update = get_ema_multi_avg_fn(0.8)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
     loader = loader_of("uneven")
+    training: dict[str, Any] = {"model": net, "average": average, "optimizer": optimizer, "loader": loader}
     if first:
-        dp.load_checkpoint(path, model=net, optimizer=optimizer, loader=loader)
+        dp.load_checkpoint(path, **training)
     for step in loader.steps(last):
         for micro in dp.accumulate(net, step):
             (net(micro.data).square().mean() * micro.weight).backward()
         optimizer.step()
         optimizer.zero_grad()
-    dp.save_checkpoint(path, model=net, optimizer=optimizer, loader=loader)
-    return _whole(net, optimizer)
+        update(list(average.parameters()), list(net.parameters()), loader.steps_done)
+        for mine, its in zip(average.buffers(), net.buffers(), strict=True):
+            mine.copy_(its)
+    dp.save_checkpoint(path, **training)
+    outputs = dp.predict(average, list(DATA), 4, to="all")
+    return [*_whole(net, optimizer), *map(whole_tensor, average.parameters())], outputs
 
 
-def test_it_continues_on_another_number_of_processes(tmp_path: Path) -> None:
-    expected = run_ranks(_resumed, 1, str(tmp_path / "one"), 0, 8)[0]
+def _averaged_by_hand() -> Any:
+    """By torch's AveragedModel, which takes a copy of the model; a sharded one refuses that."""
+    net = Net()
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    average.n_averaged += 1  # the average begins with the first weights, not with those after the first step
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    for step in loader_of("uneven").steps(8):
+        for micro in step:
+            (net(micro.data).square().mean() * micro.weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(net)
+    with torch.no_grad():
+        outputs = torch.cat([average.eval()(part) for part in DATA.split(4)])
+    return [*_whole(net, optimizer), *(one.detach() for one in average.parameters())], outputs
+
+
+def test_it_and_an_average_of_its_weights_continue_on_another_number_of_processes(tmp_path: Path) -> None:
+    states, outputs = _averaged_by_hand()
+    found = run_ranks(_resumed, 1, str(tmp_path / "one"), 0, 8)
     run_ranks(_resumed, 3, str(tmp_path / "c"), 0, 2)
     run_ranks(_resumed, 2, str(tmp_path / "c"), 2, 5)
-    for found in run_ranks(_resumed, 3, str(tmp_path / "c"), 5, 8):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found += run_ranks(_resumed, 3, str(tmp_path / "c"), 5, 8)
+    for its_states, its_outputs in found:
+        torch.testing.assert_close((its_states, its_outputs), (states, outputs), rtol=1e-12, atol=1e-12)
 
 
 def _predicted(path: str) -> Any:
     net = _sharded()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    if dist.is_initialized():
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            dp.fingerprint(net)
+        gathered = sum(e.count for e in profiler.key_averages() if e.key == "gloo:all_gather")
+        assert gathered == len(list(net.parameters()))  # one tensor after the other
     before = dp.fingerprint(net), dp.fingerprint(net.state_dict())
     outputs = []
     for step in loader_of("even").epoch(0):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
+from ddparity.gradients.incomplete import put_back, scale_of_rest
 from tests.ranks import run_ranks
 
 ONE = [torch.ones(1, 1)]
@@ -122,3 +123,16 @@ def _hooked() -> list[float]:
 def test_a_rank_without_a_last_backward_does_not_hang_a_communication_hook() -> None:
     # (1 + 3) / 4 of rank 0 and 1 / 4 of rank 1, halved.
     assert run_ranks(_hooked, 2, timeout_s=20) == [[0.625, 0.625]] * 2
+
+
+def test_the_weights_that_are_left_sum_to_one() -> None:
+    assert scale_of_rest([0.25, 0.25], (4,), None, None) == 2.0
+    assert scale_of_rest([], (4,), None, None) == 1.0
+    assert scale_of_rest([0.5, 0.5], (2,), None, None) == 1.0  # none is left
+
+
+def test_what_parameters_had_before_is_added_again() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(4)]
+    parameters[0].grad, parameters[2].grad = torch.ones(1), torch.ones(1)
+    put_back(parameters, [torch.full((1,), 2.0), torch.full((1,), 2.0), None, None])
+    assert [None if one.grad is None else one.grad.item() for one in parameters] == [3.0, 2.0, 1.0, None]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import functools
+import operator
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -212,6 +214,115 @@ FUNCTIONS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
 }
 
 
+class Pair(NamedTuple):
+    net: nn.Module
+
+
+@dataclasses.dataclass
+class Stage:
+    net: nn.Module
+
+    def __call__(self, batch: Any) -> Any:
+        return self.net(**batch)
+
+
+class Base:
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __call__(self, batch: Any) -> Any:
+        return self.net(**batch)
+
+
+class CallsBase(Base):
+    def __call__(self, batch: Any) -> Any:
+        return super().__call__(batch)
+
+
+class Partial:
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def _with(self, which: int, batch: Any) -> Any:
+        return self.net(**batch)
+
+    run = functools.partialmethod(_with, 1)
+
+
+class Lazy:
+    def __init__(self, net: nn.Module) -> None:
+        self.make = lambda: net
+
+    @functools.cached_property
+    def net(self) -> nn.Module:
+        return self.make()
+
+    def __call__(self, batch: Any) -> Any:
+        return self.net(**batch)
+
+
+class Decorator:
+    def __init__(self, f: Any) -> None:
+        self.f = f
+
+    def __call__(self, *a: Any) -> Any:
+        return self.f(*a)
+
+
+class OfClosure:
+    def __init__(self, net: nn.Module) -> None:
+        self.run = lambda batch: net(**batch)
+
+
+class Nested:
+    def __init__(self, net: nn.Module) -> None:
+        self.inner = Holder(net)
+
+    def __call__(self, batch: Any) -> Any:
+        return self.inner.net(**batch)
+
+
+class ByNames:
+    def __init__(self, net: nn.Module) -> None:
+        self.nets = {"a": [net]}
+
+    def __call__(self, batch: Any) -> Any:
+        return self.nets["a"][0](**batch)
+
+
+# The ways to a module that differ only in where it is: in one process.
+MORE: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
+    "a partial of a partial": lambda net: functools.partial(functools.partial(_takes, which=1), net=net),
+    "a partial of a method": lambda net: functools.partial(Holder(net)._inner),
+    "a partialmethod": lambda net: Partial(net).run,
+    "a named tuple": lambda net: (lambda pair: lambda batch: pair.net(**batch))(Pair(net)),
+    "a dataclass": Stage,
+    "super": CallsBase,
+    "a cached property": Lazy,
+    "cache": lambda net: (lambda cached: lambda batch: cached()(**batch))(functools.cache(lambda: net)),
+    "a decorator class": lambda net: Decorator(lambda batch: net(**batch)),
+    "a lambda of a lambda": lambda net: (lambda run: lambda batch: run(batch))(lambda batch: net(**batch)),
+    "a function in a list": lambda net: (lambda runs: lambda batch: runs[0](batch))([lambda batch: net(**batch)]),
+    "an attribute that is a lambda": lambda net: OfClosure(net).run,
+    "an object in an object": Nested,
+    "a namespace": lambda net: (lambda space: lambda batch: space.net(**batch))(types.SimpleNamespace(net=net)),
+    "lists in a dict": ByNames,
+    "forward": lambda net: net.forward and (lambda batch: net.forward(**batch)),
+    "a bound forward": lambda net: (lambda forward: lambda batch: forward(**batch))(net.forward),
+    "a ModuleList": lambda net: (lambda nets: lambda batch: nets[0](**batch))(nn.ModuleList([net])),
+    "methodcaller": lambda net: (lambda call: lambda batch: call(Holder(net), batch))(
+        lambda h, b: operator.methodcaller("_inner", b)(h)
+    ),
+    "reduce": lambda net: (lambda steps: lambda batch: functools.reduce(lambda x, f: f(x), steps, batch))(
+        (lambda b: net(**b),)
+    ),
+    "a generator": lambda net: lambda batch: next(net(**b) for b in [batch]),
+    "singledispatch": lambda net: functools.singledispatch(lambda batch: net(**batch)),
+    "a ChainMap": lambda net: (lambda m: lambda batch: m["a"](**batch))(collections.ChainMap({"a": net})),
+    "itemgetter": lambda net: (lambda nets: lambda batch: operator.itemgetter("a")(nets)(**batch))({"a": net}),
+}
+
+
 def _data() -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     return [{"x": torch.randn(3, generator=generator), "labels": i} for i in range(11)]
@@ -224,7 +335,7 @@ def _through_a_function(kind: str, wrap: bool) -> Any:
     net.drop.eval()
     before = dp.fingerprint(net)
     as_a_module = dp.predict(wrapped, _data(), 4, to="all")
-    found = dp.predict(FUNCTIONS[kind](wrapped), _data(), 4, to="all")
+    found = dp.predict((FUNCTIONS | MORE)[kind](wrapped), _data(), 4, to="all")
     assert torch.equal(found, as_a_module), (found, as_a_module)
     assert dp.fingerprint(net) == before and wrapped.training and net.norm.training and not net.drop.training
     if wrap:
@@ -232,7 +343,7 @@ def _through_a_function(kind: str, wrap: bool) -> Any:
     return found.tolist()
 
 
-@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("kind", FUNCTIONS | MORE)
 def test_modules_in_a_function_are_evaluated_like_a_module(kind: str) -> None:
     _through_a_function(kind, wrap=False)
 

@@ -33,7 +33,8 @@ def _data(length: int) -> TensorDataset:
 def _parts(output: torch.Tensor, batch: list[torch.Tensor]) -> dict[str, Any]:
     right = output.argmax(1) == batch[1]
     return {
-        "accuracy": (right.sum(), len(right)),
+        "accuracy": dp.Average(sum=right.sum(), weight=len(right)),
+        "error": dp.Average(mean=1 - right.double().mean(), weight=len(right)),
         "sum": output.double().sum().item(),
         "right": int(right.sum()),
         "confusion": torch.bincount(batch[1] * 4 + output.argmax(1), minlength=16).view(4, 4),
@@ -41,12 +42,16 @@ def _parts(output: torch.Tensor, batch: list[torch.Tensor]) -> dict[str, Any]:
     }
 
 
+def _averaged(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, float]:
+    return output.sum(), 2.0  # a pair is a sum and its weight
+
+
 def _sums(balance: str) -> list[Any]:
     found = []
     for length in LENGTHS:
         found.append(dp.predict(nn.Identity(), _data(length), 2, metric=_parts, balance=balance))
         found.append(dp.predict(nn.Identity(), _data(length), 2, metric=lambda o, b: len(o), balance=balance, to="all"))
-        found.append(dp.predict(nn.Identity(), _data(length), 3, metric=lambda o, b: (o.sum(), 2.0), balance=balance))
+        found.append(dp.predict(nn.Identity(), _data(length), 3, metric=_averaged, balance=balance))
     return found
 
 
@@ -67,6 +72,8 @@ def test_sums_are_those_of_one_process_bit_for_bit(world_size: int, balance: str
             right = logits.argmax(1) == targets
             exact = sum(Fraction(one.double().sum().item()) for one in logits.split(2))
             assert named["accuracy"] == right.sum().item() / length
+            errors = [((one != part).double().mean().item(), len(part)) for one, part in _split_classes(length)]
+            assert named["error"] == float(sum(Fraction(mean * size) for mean, size in errors)) / length
             assert named["sum"] == float(exact)
             assert named["right"] == right.sum()
             assert named["confusion"].dtype == torch.int64
@@ -76,6 +83,29 @@ def test_sums_are_those_of_one_process_bit_for_bit(world_size: int, balance: str
             assert named["column"].tolist() == columns
             sums = [Fraction(one.sum().item()) for one in logits.split(3)]
             assert mean == float(sum(sums)) / (2 * len(sums))
+
+
+def _split_classes(length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    logits, targets = _data(length).tensors
+    return list(zip(logits.argmax(1).split(2), targets.split(2), strict=True))
+
+
+def test_a_mean_over_nothing_weighs_nothing() -> None:
+    """Batches of masked tokens, one of which has none; and means of columns with weights of their own."""
+    kept = torch.tensor([[1, 0], [1, 1], [0, 0], [0, 0], [0, 1]], dtype=torch.bool)
+    values = torch.arange(10.0, dtype=torch.float64).view(5, 2)
+
+    def masked(output: Any, batch: Any) -> dict[str, dp.Average]:
+        x, mask = batch
+        columns = (x * mask).sum(0) / mask.sum(0)
+        return {
+            "all": dp.Average(mean=x[mask].mean(), weight=mask.sum()),
+            "columns": dp.Average(mean=columns, weight=mask.sum(0)),
+        }
+
+    found = dp.predict(lambda batch: batch[0], TensorDataset(values, kept), 2, metric=masked)
+    assert found["all"] == values[kept].mean().item()
+    assert found["columns"].tolist() == [(0.0 + 2.0) / 2, (3.0 + 9.0) / 2]
 
 
 def _cut(values: list[float], cuts: list[int]) -> Any:
@@ -189,7 +219,9 @@ def _fails(how: str) -> None:
         "function": lambda output, batch: 1 / (5 - int(batch[1].max())),
         "kind": lambda output, batch: {"a": "text"},
         "shape": lambda output, batch: torch.ones(len(output)),
-        "pair": lambda output, batch: {"a": (1, 2) if 4 in batch[1].tolist() else 1},
+        "triple": lambda output, batch: {"a": (output.sum(), len(output), 1)},
+        "change": lambda output, batch: {"a": dp.Average(sum=1, weight=2) if 4 in batch[1].tolist() else 1},
+        "neither": lambda output, batch: dp.Average(weight=2),
         "list": lambda output, batch: [output.sum(), len(output)],
         "object": object(),
         "class": torchmetrics.MeanSquaredError,
@@ -211,7 +243,12 @@ def _fails(how: str) -> None:
             "shape",
             "the metric failed for the data-set indices 6 to 6: ValueError: a metric function returned shape (1,)",
         ),
-        ("pair", "the metric failed for the data-set indices 4 to 5: ValueError: a metric function returned (1, 2)"),
+        (
+            "triple",
+            "a metric function returned (tensor(1.), 2, 1): return a sum, an Average, or a pair of a sum and its",
+        ),
+        ("change", "the metric failed for the data-set indices 4 to 5: ValueError: a metric function returned Average"),
+        ("neither", "TypeError: Average(mean=None, sum=None, weight=2): give a mean or a sum, and one of them only"),
         ("list", "the metric failed for the data-set indices 0 to 1: TypeError: a metric function returned [tensor"),
         ("object", "TypeError: predict(metric=…) got a object: give a torchmetrics object"),
         ("class", "TypeError: predict(metric=MeanSquaredError) got a class: give an instance, as in metric=MeanSq"),
@@ -248,7 +285,7 @@ def _averages() -> None:
     dp.predict(nn.Identity(), _regressions(5), 2, metric=Averaged())
 
 
-def _on_meta() -> Any:
+def _on_meta(model: Any) -> Any:
     """The meta device, which only has shapes, shows on which device a state is."""
     seen = []
 
@@ -256,9 +293,17 @@ def _on_meta() -> Any:
         seen.append({output.device.type, *(part.device.type for part in batch)})
         return len(output)
 
-    assert dp.predict(nn.Linear(4, 2, device="meta"), _data(5), 2, metric=metric) == 5
+    assert dp.predict(model, _data(5), 2, metric=metric) == 5
     return seen
 
 
 def test_a_metric_gets_the_batch_on_the_models_device() -> None:
-    assert _on_meta() == [{"meta"}] * 3
+    assert _on_meta(nn.Linear(4, 2, device="meta")) == [{"meta"}] * 3
+
+
+def test_a_function_gets_the_batch_on_the_device_of_its_modules() -> None:
+    net, other, here = nn.Linear(4, 2, device="meta"), nn.Linear(2, 2, device="meta"), nn.Linear(2, 2)
+    assert _on_meta(lambda batch: net(batch[0])) == [{"meta"}] * 3
+    assert _on_meta(lambda batch: other(net(batch[0]))) == [{"meta"}] * 3
+    assert _on_meta(lambda batch: here(batch[0][:, :2]) if here else net) == [{"cpu"}] * 3  # of two devices
+    assert _on_meta(lambda batch: batch[0]) == [{"cpu"}] * 3

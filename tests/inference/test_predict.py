@@ -256,7 +256,7 @@ def test_samples_that_a_data_set_loses_are_refused(kind: str, num_workers: int) 
 
 
 def _mean(output: torch.Tensor, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
-    return output.sum(), len(output)
+    return dp.Average(sum=output.sum(), weight=len(output))
 
 
 class Columns(Together):

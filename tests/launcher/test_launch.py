@@ -65,16 +65,16 @@ def _run(*arguments: str) -> tuple[int, str, str]:
 def test_a_script_gets_its_arguments_and_variables(tmp_path: Path) -> None:
     body = """
         print(f"{rank} of {os.environ['WORLD_SIZE']}: {sys.argv[1:]} {__name__} {sys.path[0]}\\n", end="")
-        print(f"threads {os.environ['OMP_NUM_THREADS']}\\n", end="")
+        print(f"threads {os.environ['OMP_NUM_THREADS']}, batch {os.sched_getscheduler(0) == os.SCHED_BATCH}\\n", end="")
     """
     script = _script(tmp_path, body)
-    code, out, err = _run("--nproc", "2", "--show", "all", script, "--nproc", "9", "-x", "a b")
+    code, out, err = _run("--nproc", "2", "--show", "all", "--schedule", "batch", script, "--nproc", "9", "-x", "a b")
     out = re.sub(r"^\[\S+ r\d\] ", "", out, flags=re.MULTILINE)
     assert (code, err) == (0, "")
     lines = sorted(out.splitlines())
     expected = f"['--nproc', '9', '-x', 'a b'] __main__ {tmp_path}"
     assert [line for line in lines if "of" in line] == [f"0 of 2: {expected}", f"1 of 2: {expected}"]
-    assert lines[-2:] == [f"threads {os.environ.get('OMP_NUM_THREADS', 1)}"] * 2
+    assert lines[-2:] == [f"threads {os.environ.get('OMP_NUM_THREADS', 1)}, batch True"] * 2
 
 
 def test_a_ranks_exception_is_the_end_of_the_output(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_progress_of_a_resumed_run(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = rich.console.Console(file=screen, force_terminal=True, width=120, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda: terminal)
+    monkeypatch.setattr(rich.console, "Console", lambda: terminal)
     with progress.progress(20, 0, "train") as display:
         display.update(20, 1280, "loss 0.2500")
         display.say("epoch 1/1")

@@ -319,13 +319,12 @@ def test_the_last_line_of_a_script_is_the_error() -> None:
     assert ended.stderr.splitlines()[-1].startswith("ddparity.errors.RendezvousError: rank 1 of 2")
 
 
-def test_a_script_without_functions_joins_and_leaves() -> None:
-    script = 'import ddparity as dp\nworld = dp.join(device="cpu")\nassert dp.world().__enter__() == world\n'
-    script += "print(dp.reduce(world.rank + 1))"
+def _scripts(script: str) -> list[tuple[int, str, str]]:
+    """Run a script as two ranks, and return the exit code and the output of each."""
     env_of = torchrun_env(2, free_port())
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", f"import ddparity as dp\n{script}"],
             env=os.environ | env_of(rank),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -334,12 +333,78 @@ def test_a_script_without_functions_joins_and_leaves() -> None:
         for rank in (0, 1)
     ]
     try:
-        assert [one.communicate(timeout=60) for one in started] == [("3\n", "")] * 2
-        assert [one.returncode for one in started] == [0, 0]
+        outputs = [one.communicate(timeout=100) for one in started]
+        return [(one.returncode, *output) for one, output in zip(started, outputs, strict=True)]
     finally:
         for one in started:
             one.kill()
             one.wait()
+
+
+def test_a_script_without_functions_joins_and_leaves() -> None:
+    script = 'world = dp.join(device="cpu")\nassert dp.world().__enter__() == world\nprint(dp.reduce(world.rank + 1))'
+    assert _scripts(script) == [(0, "3\n", "")] * 2
+
+
+JOINED_AND_FAILS = """
+world = dp.join(device="cpu")
+if world.rank == 1:
+    raise OSError("lost")
+try:
+    dp.reduce(1)  # a collective
+except RuntimeError as error:
+    print("reduce failed")
+with dp.first():  # an agreement through the store
+    pass
+"""
+
+
+def test_ranks_that_wait_are_told_that_a_rank_has_failed_after_join() -> None:
+    """Without a launcher that ends them, and long before the group's time-out."""
+    waiting, failed = _scripts(JOINED_AND_FAILS)
+    assert failed[0] == 1 and "OSError: lost" in failed[2].splitlines()[-1]
+    assert waiting[:2] == (1, "reduce failed\n")
+    assert "RankFailure: rank 1 " in waiting[2].splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda: dp.world().rank, AttributeError, r"world\(\) has no 'rank' before it is entered: write `with .*join"),
+        (lambda: 1 if dp.first() else 0, TypeError, r"first\(\) has no truth value before it is entered: write `with"),
+        (
+            lambda: dp.world(test_a_world_that_was_never_entered_is_told),
+            TypeError,
+            r"write `@ddparity.world\(\)`, with",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:ddparity")
+def test_a_context_manager_without_with_is_named(use: Callable[[], object], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        use()
+
+
+def test_a_world_that_was_never_entered_is_told() -> None:
+    with pytest.warns(RuntimeWarning, match=r"ddparity.world\(\) does nothing before it is entered") as told:
+        dp.world()
+    assert told[0].filename == __file__
+
+    @dp.world(device="cpu")
+    def twice(depth: int) -> int:
+        return dp.world().__enter__().rank + (twice(depth - 1) if depth else 5)
+
+    assert (twice(2), twice(0)) == (5, 5)
+
+
+def _replicates_alone() -> None:
+    dp.replicate(torch.nn.Linear(2, 1))
+
+
+def test_a_rank_that_has_not_joined_may_not_train_alone() -> None:
+    for rank, outcome in enumerate(outcomes(_replicates_alone, 2, in_world=False)):
+        assert outcome.error is not None
+        assert outcome.error.startswith(f"RuntimeError: replicate() was called before this process, rank {rank} of 2")
 
 
 def _on_two_gpus(timeout: float) -> None:

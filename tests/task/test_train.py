@@ -73,7 +73,7 @@ def test_a_world_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def _with_sums(folder: str) -> dict[str, float]:
-    task = _task(metric=None, sums=lambda output, batch: {"mean": (output.sum(), len(output))})
+    task = _task(metric=None, sums=lambda output, batch: {"mean": dp.Average(sum=output.sum(), weight=len(output))})
     return train(task, Path(folder) / "c", num_workers=1).metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,6 +96,7 @@ _ROWS: tuple[tuple[str, str, Severity], ...] = (
     ("DDP601", "lines are printed by all ranks", "note"),
     ("DDP602", "progress bars are shown by several ranks", "note"),
     ("DDP603", "trackers are started by several ranks", "note"),
+    ("DDP702", "the ranks wait for one of them", "note"),
     ("DDP703", "constant buffers are broadcast", "note"),
     ("DDP704", "a value is read in each micro-batch", "note"),
 )
@@ -129,3 +131,13 @@ def finding(
         " ".join(message.split()),
         " ".join(fix.split()),
     )
+
+
+def counted(count: int, word: str) -> str:
+    """Return a number with its word, in the plural where it is not one."""
+    return f"{count} {word}{'' if count == 1 else 'es' if word.endswith('s') else 's'}"
+
+
+def listed(values: Iterable[object]) -> str:
+    """Return values in a sentence, with commas."""
+    return ", ".join(map(str, values))

@@ -1,13 +1,14 @@
-"""Compare what the ranks load: DDP101 to DDP113. Pure functions of the records."""
+"""Compare what the ranks load: DDP101 to DDP108. Pure functions of the records."""
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from .catalogue import Finding, finding
+from .catalogue import Finding, finding, listed
+from .orders import check_orders, check_stream, check_stream_orders
+from .randomness import check_loop, check_noise, check_randomness
 from .records import Pass, Record, Run, Window
 
 _MOST = 0.9  # of a data set, from which a rank is told to load all of it
@@ -17,7 +18,6 @@ _SAMPLER = (
     "sampler.set_epoch(epoch) before each epoch."
 )
 _JOIN = "Call dist.init_process_group() and wrap the model in DistributedDataParallel. "
-_STREAMS = ("torch", "NumPy", "Python's random")
 
 
 def check_data(run: Run) -> Iterator[Finding]:
@@ -38,33 +38,32 @@ def _all(run: Run) -> Iterator[tuple[Finding, Any]]:
             if len(chosen) < 2:
                 continue
             for found in _check_pair(run, chosen):
-                blamed.add((found.code, _place(chosen[0])))
-                yield found, _place(chosen[0])
+                blamed.add((found.code, chosen[0].place))
+                yield found, chosen[0].place
         same = {place for code, place in blamed if code == "DDP101"}
-        for found, place in _check_streams(run, group):
+        for found, place in check_randomness(run, group):
             if place not in same:
+                blamed.add((found.code, place))
                 yield found, place
-    if run.world > 1 and any(one.training for one in run.ranks[0].passes) and not any(c == "DDP101" for c, _ in blamed):
-        for found in _check_noise(run):
+    explained = any(code in ("DDP101", "DDP111") for code, _ in blamed)
+    if run.world > 1 and any(one.training for one in run.ranks[0].passes) and not explained:
+        for found in itertools.islice(itertools.chain(check_noise(run), check_loop(run)), 1):
             yield found, found.line
-    for found, place in itertools.chain(_check_epochs(run), _check_stream_epochs(run)):
+    for found, place in itertools.chain(check_orders(run), check_stream_orders(run)):
         yield found, place
     if run.world > 1 and not any(rank.of("loader") for rank in run.ranks):
         for found in _check_inputs(run) if run.uses("forward") else _check_computed(run):
             yield found, found.line
 
 
-def _place(one: Pass) -> Any:
-    return one.loader["site"], one.loader["dataset"], one.training
-
-
 def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     if pair[0].loader["stream"]:
-        yield from _check_stream(run, pair)
+        yield from check_stream(run, pair)
         return
     ranks = [one.rank for one in pair]
     first = pair[0]
     site, cause = first.site, first.loader["site"]
+    sampler = first.loader["sampler_site"] or cause
     sets = [set(one.indices) for one in pair]
     identical = all(one.indices == first.indices for one in pair) and bool(first.indices)
     content = _content(run, pair)
@@ -93,9 +92,9 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     if content == "differs" and ((disjoint and shares) or _takes_a_share(pair)) and not subsets_differ:
         lengths = [one.loader["base_length"] for one in pair]
         what = (
-            f"The data set has {_list(lengths)} samples on ranks {_list(ranks)}"
+            f"The data set has {listed(lengths)} samples on ranks {listed(ranks)}"
             if len(set(lengths)) > 1
-            else f"The data set's items are not the same on ranks {_list(ranks)}, at places {_differing(run, pair)}"
+            else f"The data set's items are not the same on ranks {listed(ranks)}, at places {_differing(run, pair)}"
         )
         yield finding(
             "DDP104",
@@ -114,7 +113,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     size = first.loader["length"] or 0
     most = all(own == sets[0] or len(own) >= _MOST * size for own in sets)
     everything = complete and most and not draws_again and len(set.intersection(*sets)) > size / 2
-    if content != "differs" and (identical or everything):
+    if content != "differs" and (identical or everything) and not first.loader["repeats"]:
         if _is_sliced(run, pair):
             return
         rest = size - len(sets[0])
@@ -124,9 +123,9 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             "DDP101",
             ranks,
             site,
-            cause,
-            f"Ranks {_list(ranks)} load the same {len(sets[0])} samples {order}, such as "
-            f"{_list(first.indices[:4])}{also}: the ranks repeat each other's work.",
+            sampler,
+            f"Ranks {listed(ranks)} load the same {len(sets[0])} samples {order}, such as "
+            f"{listed(first.indices[:4])}{also}: the ranks repeat each other's work.",
             _JOIN + _SAMPLER
             if not run.uses("joined")
             else _SAMPLER
@@ -142,7 +141,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "DDP102",
                 ranks,
                 site,
-                cause,
+                sampler,
                 f"{duplicates} of {total} samples of an epoch are loaded twice or more, and {lost} of the {size} in "
                 f"the data set by no rank.",
                 "Give the sampler of each rank the same seed and length, and its own rank.",
@@ -154,7 +153,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "DDP106",
                 ranks,
                 site,
-                cause,
+                sampler if first.loader["sampler_drops"] and not first.loader["drop_last"] else cause,
                 f"An epoch leaves out {lost} of {size} samples ({lost / size:.0%}).",
                 "Leave drop_last=True out, or take a smaller batch.",
             )
@@ -163,7 +162,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "DDP108",
                 ranks,
                 site,
-                cause,
+                sampler,
                 f"{duplicates} of {total} samples of an epoch are loaded twice, so that all ranks have equally many.",
                 "Nothing, where a few samples with double weight do no harm; else drop_last=True in the sampler.",
             )
@@ -216,13 +215,15 @@ def _is_sliced(run: Run, pair: list[Pass]) -> bool:
 
 
 def _repeats(one: Pass) -> bool:
-    """Return whether a rank draws a sample twice before its last batch, which may have padding."""
+    """Return whether a rank draws a sample twice before its last batch, which may have padding, or is meant to."""
+    if one.loader["repeats"]:
+        return True
     kept = one.indices[: -max(1, len(one.indices) // max(1, one.batches))]
     return len(kept) > len(set(kept))
 
 
 def _ever(run: Run, one: Pass) -> set[int]:
-    return {i for pair in run.pairs for each in pair if _place(each) == _place(one) for i in each.indices}
+    return {i for pair in run.pairs for each in pair if each.place == one.place for i in each.indices}
 
 
 def _leak(run: Run, pair: list[Pass]) -> str:
@@ -263,7 +264,7 @@ def _at(run: Run, rank: int) -> int:
 
 def _differing(run: Run, pair: list[Pass]) -> str:
     places = [dict(zip(one["places"], one["digests"])) for one in _items(run, pair) if one is not None]
-    return _list([p for p in places[0] if len({one.get(p) for one in places}) > 1])
+    return listed([p for p in places[0] if len({one.get(p) for one in places}) > 1])
 
 
 def _check_counts(run: Run, pair: list[Pass]) -> Iterator[Finding]:
@@ -288,245 +289,11 @@ def _check_counts(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             ranks,
             pair[0].site,
             pair[0].loader["site"],
-            f"Ranks {_list(ranks)} have {_list(counts)} batches in an epoch: the rank with more of them waits in its "
+            f"Ranks {listed(ranks)} have {listed(counts)} batches in an epoch: the rank with more of them waits in its "
             f"backward for gradients that no other rank sends.",
             "Give all ranks equally many batches (DistributedSampler pads or drops), or train inside "
             "`with Join([model]):`.",
         )
-
-
-def _check_stream(run: Run, pair: list[Pass]) -> Iterator[Finding]:
-    first, ranks = pair[0], [one.rank for one in pair]
-    if not first.training:
-        return
-    shortest = min(len(one.digests) for one in pair)
-    same = [len({one.digests[i] for one in pair}) == 1 for i in range(shortest)]
-    if shortest >= 2 and all(same):
-        yield finding(
-            "DDP101",
-            ranks,
-            first.site,
-            first.loader["site"],
-            f"Ranks {_list(ranks)} get the same {shortest} first batches from the stream.",
-            "In the data set's __iter__, give each rank its own part: "
-            "itertools.islice(stream, rank, None, world_size).",
-        )
-    workers = first.workers
-    distinct = Counter(first.digests)
-    if workers > 1 and len(first.digests) >= 2 * workers and all(n % workers == 0 for n in distinct.values()):
-        yield finding(
-            "DDP109",
-            ranks,
-            first.site,
-            first.loader["site"],
-            f"Each batch of the stream comes {workers} times: each of the {workers} workers reads all of it.",
-            "In the data set's __iter__, share the stream out by torch.utils.data.get_worker_info().",
-        )
-    reduced = run.uses("ddp") and not run.uses("join")
-    ended = [one.given for one in pair if one.how == "exhausted"]
-    waits = [one.given for one in pair if one.how is None]
-    more = len(set(ended)) > 1 if len(ended) == len(pair) else bool(ended and waits) and max(waits) > min(ended)
-    if reduced and more and all(one.how in ("exhausted", None) for one in pair):
-        yield finding(
-            "DDP105",
-            ranks,
-            first.site,
-            first.loader["site"],
-            f"Ranks {_list(ranks)} have {_list([one.given for one in pair])} batches in an epoch of the stream.",
-            "Share the stream out so that each rank has equally many batches, or train inside `with Join([model]):`.",
-        )
-
-
-def _check_stream_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
-    """DDP103 and DDP107 for streams: the batches of one epoch against those of the next."""
-    orders: dict[Any, list[list[Pass]]] = defaultdict(list)
-    for pair in run.pairs:
-        if pair[0].training and pair[0].loader["stream"] and all(len(one.digests) > 2 for one in pair):
-            orders[_place(pair[0])].append(pair)
-    for passes in orders.values():
-        first = passes[0][0]
-        for earlier, later in itertools.pairwise(passes):
-            shortest = min(len(one.digests) for one in (*earlier, *later))
-            if any(a.digests[:shortest] != b.digests[:shortest] for a, b in zip(earlier, later)):
-                continue
-            told = (
-                f"Epochs get the same {shortest} first batches from the stream, in the same order, on "
-                f"{'each rank' if run.world > 1 else 'the rank'}"
-            )
-            where = [one.rank for one in earlier], first.site, first.loader["site"]
-            if first.loader.get("shuffles"):
-                yield (
-                    finding(
-                        "DDP103",
-                        *where,
-                        f"{told}, although its data set has {first.loader['shuffles']}.",
-                        "Let the order depend on the epoch: call set_epoch(epoch) before each epoch, or seed with "
-                        "seed + epoch. Persistent workers do not see a change of the data set: pass the epoch on.",
-                        certainty="proved" if "epoch" in first.loader["shuffles"] else "likely",
-                    ),
-                    _place(first),
-                )
-            else:
-                yield (
-                    finding("DDP107", *where, f"{told}.", "Shuffle in the stream, unless the order is meant."),
-                    _place(first),
-                )
-            break
-
-
-def _check_epochs(run: Run) -> Iterator[tuple[Finding, Any]]:
-    """DDP103 and DDP107: the order of one epoch against that of the next."""
-    orders: dict[Any, list[list[Pass]]] = defaultdict(list)
-    for pair in run.pairs:
-        first = pair[0]
-        if first.training and not first.loader["stream"] and all(one.batches > 1 for one in pair):
-            key = (*_place(first), first.loader["subset_digest"], first.loader["length"])
-            orders[key].append(pair)
-    for passes in orders.values():
-        begin = passes[0]
-        ranks = [one.rank for one in begin]
-        rows = [one.indices for one in begin]
-        rising = all(row == sorted(row) for row in (_unpadded(one) for one in begin))
-        if rising and all(len(set(row)) > 2 for row in rows):
-            yield (
-                finding(
-                    "DDP107",
-                    ranks,
-                    begin[0].site,
-                    begin[0].loader["site"],
-                    f"The samples come in the order of the data set, {_list(rows[0][:4])}, … on rank {ranks[0]}.",
-                    "Shuffle in the sampler, unless the order is meant.",
-                ),
-                _place(begin[0]),
-            )
-            continue
-        pairs = list(itertools.pairwise(passes))
-        if begin[0].endless:  # the workers of an endless loader load ahead, before set_epoch: one order may come twice
-            pairs = pairs[1:] if all(_repeats_order(run, a[0], b[0]) for a, b in pairs if b[0].complete) else []
-        for earlier, later in pairs:
-            if all(_repeats_order(run, a, b) for a, b in zip(earlier, later)):
-                many = len(passes)
-                reshuffles = begin[0].epoch is not None or begin[0].loader["sampler"].startswith("torch.")
-                yield (
-                    finding(
-                        "DDP103",
-                        ranks,
-                        begin[0].site,
-                        begin[0].loader["site"],
-                        f"Epochs load the same samples in the same order, {_list(rows[0][:4])}, … on rank {ranks[0]} "
-                        f"({many} epochs seen): the shuffle is that of the first epoch, and so is each rank's share.",
-                        "Call sampler.set_epoch(epoch) before each epoch, on the sampler that the loader draws from.",
-                        certainty="proved"
-                        if reshuffles
-                        else "likely",  # a sampler of the user's may have a fixed order
-                    ),
-                    _place(begin[0]),
-                )
-                break
-
-
-def _repeats_order(run: Run, earlier: Pass, later: Pass) -> bool:
-    """Return whether a pass has the order of a whole one before it. A hang or crash may have ended the later one."""
-    if not earlier.complete:
-        return False
-    if later.complete:
-        return earlier.indices == later.indices
-    known = len(later.indices)
-    return run.exit_code != 0 and known >= 8 and later.batches > 2 and earlier.indices[:known] == later.indices
-
-
-def _unpadded(one: Pass) -> list[int]:
-    """Return a pass's indices without the padding at its end."""
-    indices = one.indices
-    while len(indices) > 1 and indices[-1] < indices[-2]:
-        indices = indices[:-1]
-    return indices if len(indices) >= len(one.indices) - (one.loader["batch"] or 1) else one.indices
-
-
-def _check_streams(run: Run, group: list[int]) -> Iterator[tuple[Finding, Any]]:
-    """DDP111, DDP112 and DDP113: the random streams that the data draws from."""
-    states = {rank.rank: _states(rank) for rank in run.ranks}
-    for pair in run.pairs:
-        chosen = [one for one in pair if one.rank in group]
-        if not chosen or not chosen[0].training:
-            continue
-        ranks, first = [one.rank for one in chosen], chosen[0]
-        found = [states[one.rank].get((one.loader["id"], one.number), {}) for one in chosen]
-        common = [place for place in found[0] if all(place in one for one in found)]
-        for stream, name in enumerate(_STREAMS):
-            drew = [p for p in common if all(one[p]["drew"][stream] and not one[p]["reseeded"] for one in found)]
-            equal = [p for p in drew if len({one[p]["before"][stream] for one in found}) == 1]
-            if len(chosen) > 1 and drew and len(equal) == len(drew):
-                in_workers = equal[0][0] is not None
-                yield (
-                    finding(
-                        "DDP112" if in_workers else "DDP111",
-                        ranks,
-                        first.site,
-                        first.loader["site"],
-                        f"The random stream of {name} is in the same state on ranks {_list(ranks)} before each of "
-                        f"{len(equal)} batches{' in the workers' if in_workers else ''}: the ranks augment their "
-                        f"samples with the same random numbers.",
-                        "Seed with seed + rank after the model is made"
-                        + (
-                            ", or give the DataLoader generator=torch.Generator().manual_seed(seed + rank)."
-                            if in_workers
-                            else "."
-                        ),
-                    ),
-                    _place(first),
-                )
-                break
-    for rank in run.ranks:
-        by_place: dict[Any, list[Pass]] = defaultdict(list)
-        for one in rank.passes:
-            if one.training:
-                by_place[_place(one)].append(one)
-        for passes in by_place.values():
-            for earlier, later in itertools.pairwise(passes):
-                before, after = (states[rank.rank].get((p.loader["id"], p.number), {}) for p in (earlier, later))
-                for stream, name in enumerate(_STREAMS):
-                    places = [
-                        p
-                        for p in before.keys() & after.keys()
-                        if p[1] == 0
-                        and all(one[p]["drew"][stream] and not one[p]["reseeded"] for one in (before, after))
-                    ]
-                    if places and all(before[p]["before"][stream] == after[p]["before"][stream] for p in places):
-                        yield (
-                            finding(
-                                "DDP113",
-                                [rank.rank],
-                                earlier.site,
-                                earlier.loader["site"],
-                                f"The random stream of {name} begins two epochs in the same state on rank "
-                                f"{rank.rank}: the data is augmented with the same random numbers in each epoch.",
-                                "Leave the seed in worker_init_fn or at the epoch's start out, or make it depend on "
-                                "the epoch.",
-                            ),
-                            _place(earlier),
-                        )
-
-
-def _states(rank: Any) -> dict[tuple[int, int], dict[Any, Record]]:
-    """Return, for each pass of a rank, its records of fetches by worker and number."""
-    by_number = {begin["it"]: (begin["loader"], begin["n"]) for begin in rank.of("iter")}
-    owners = {one["id"]: one["own"] for one in rank.of("loader")}
-    by_base: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)  # loaders may have one seed
-    for one in rank.of("seed"):
-        if one["it"] in by_number:
-            by_base[one["base"]][owners.get(by_number[one["it"]][0], 0)] = by_number[one["it"]]
-    found: dict[tuple[int, int], dict[Any, Record]] = defaultdict(dict)
-    for one in rank.fetches:
-        seeded = by_base.get(one["base"], {})
-        place = (
-            by_number.get(one["it"])
-            if one["worker"] is None
-            else seeded.get(one["own"], next(iter(seeded.values()), None))
-        )
-        if place is not None:
-            found[place].setdefault((one["worker"], one["n"]), one)
-    return found
 
 
 def _check_inputs(run: Run) -> Iterator[Finding]:
@@ -543,26 +310,6 @@ def _check_inputs(run: Run) -> Iterator[Finding]:
             f"The model gets the same inputs on all ranks, in each of {shortest} forwards.",
             "Give each rank its own samples: take every world_size-th, or seed the draw with seed + rank.",
         )
-
-
-def _check_noise(run: Run) -> Iterator[Finding]:
-    """DDP111 for a model that gets random numbers, as a generator does, and not the loaders' samples."""
-    for number in {one["id"] for one in run.ranks[0].of("ddp")}:
-        rows = [
-            [one for one in rank.of("forward") if one["ddp"] == number and one["train"] and one["x"] is not None]
-            for rank in run.ranks
-        ]
-        steps = [[row[i]["x"] for row in rows] for i in range(min(map(len, rows)))]
-        if len({step[0] for step in steps}) >= 2 and all(one == step[0] for step in steps for one in step):
-            yield finding(
-                "DDP111",
-                [rank.rank for rank in run.ranks],
-                rows[0][0]["site"],
-                next(one["site"] for one in run.ranks[0].of("ddp") if one["id"] == number),
-                f"The model gets the same inputs on all ranks in each of {len(steps)} forwards, although the ranks "
-                f"load other samples: what it gets is drawn from equal random streams.",
-                "Seed with seed + rank after the models are made.",
-            )
 
 
 def _check_computed(run: Run) -> Iterator[Finding]:
@@ -593,7 +340,3 @@ def _computed(window: Window) -> list[Any] | None:
         return None
     grads: list[Any] | None = window.step.get("grads")
     return grads if grads and any(one is not None for one in grads) else None
-
-
-def _list(values: Any) -> str:
-    return ", ".join(map(str, values))

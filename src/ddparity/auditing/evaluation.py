@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 from .catalogue import Finding, finding
-from .gradients import divides_by_world
 from .records import Pass, Record, Run
+from .source import compares_by_order, divides_by_world, is_unrelated, trims
 
 
 def check_evaluation(run: Run) -> Iterator[Finding]:
@@ -63,6 +61,8 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     site, cause = first.site, first.loader["site"]
     sets = [set(one.indices) for one in pair]
     if all(own == sets[0] for own in sets):
+        if _is_rest(run, pair):
+            return
         yield finding(
             "DDP404",
             ranks,
@@ -91,7 +91,7 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         )
     gathers = [e for e in reductions[0] if "gather" in e["name"]]
     padded = _gathered(reductions, lengths) if total > union and counted is None and not by_object else None
-    if padded is not None and not _trims(padded["site"]) and not _trims(site):
+    if padded is not None and not trims(padded["site"]) and not trims(site):
         yield finding(
             "DDP401",
             ranks,
@@ -105,7 +105,7 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         )
     if gathers and all("object" not in e["name"] for e in gathers) and _strided(first):
         floats = [e for e in gathers if "float" in e.get("dtype", "") and (e.get("shape") or [0])[0] > 1]
-        if floats and len(floats) == len(gathers) and _compares_by_order(floats[0]["site"]):
+        if floats and len(floats) == len(gathers) and compares_by_order(floats[0]["site"]):
             yield finding(
                 "DDP403",
                 ranks,
@@ -116,20 +116,35 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "Gather the labels or the indices in the same way, or use a contiguous sampler.",
                 certainty="likely",
             )
-    if not any(reductions) and any(e["k"] == "line" for events in windows for e in events):
+    combining = [e for calls in reductions for e in calls if _combines(e) and not is_unrelated(site, e["site"])]
+    by_files = _exchanges_files(windows)
+    if not combining and not by_files and any(e["k"] == "line" for events in windows for e in events):
         lines = [e for events in windows for e in events if e["k"] == "line"]
         yield finding(
             "DDP402",
             ranks,
             lines[0]["site"],
             cause,
-            f"Each rank evaluates its own {lengths[0]} of {union} samples, and nothing is reduced or gathered before a "
-            f"line is printed.",
+            f"Each rank evaluates its own {lengths[0]} of {union} samples, and nothing of it is reduced or gathered "
+            f"before a line is printed.",
             "Sum the counts over the ranks with all_reduce, and divide then.",
             certainty="likely",
         )
     scalars = [e for e in reductions[0] if e["name"] in ("all_reduce", "reduce") and len(e.get("values") or []) == 1]
     means = [e for e in scalars if e["op"] == "AVG" or divides_by_world(e["site"], 6)]
+    inside = sum(e["at"] <= first.end for e in means)
+    by_batch = inside >= first.batches > 0 and inside % first.batches == 0
+    if total > union and by_batch and counted is None and not by_object and not trims(site):
+        yield finding(
+            "DDP401",
+            ranks,
+            means[0]["site"],
+            cause,
+            f"The ranks average a number of each batch over {total} samples where the data set has {union}: the "
+            f"sampler's padding repeats {total - union} of them.",
+            "Share the samples out without padding (ddparity's ShardSampler or predict), and reduce sums and counts.",
+            certainty="likely",
+        )
     if len(set(lengths)) > 1 and means and counted is None:
         yield finding(
             "DDP405",
@@ -154,6 +169,29 @@ def _after(run: Run, one: Pass) -> list[Record]:
     return found
 
 
+def _is_rest(run: Run, pair: list[Pass]) -> bool:
+    """Return whether all ranks evaluate only the samples that a shared evaluation of the data set leaves over."""
+    rest = set(pair[0].indices)
+    for other in run.pairs:
+        first = other[0]
+        same = first.loader["key"] == pair[0].loader["key"] and not first.training and first is not pair[0]
+        if same and not set(first.indices) & rest and len({tuple(one.indices) for one in other}) > 1:
+            return True
+    return False
+
+
+def _exchanges_files(windows: list[list[Record]]) -> bool:
+    """Return whether a rank reads what another has written since its evaluation began."""
+    written = [{e["path"] for e in events if e["k"] == "file" and e["how"] != "read"} for events in windows]
+    read = [{e["path"] for e in events if e["k"] == "file" and e["how"] == "read"} for events in windows]
+    return any(read[i] & written[j] for i in range(len(windows)) for j in range(len(windows)) if i != j)
+
+
+def _combines(collective: Record) -> bool:
+    """Return whether a collective may bring the ranks' results together."""
+    return any(part in collective["name"] for part in ("reduce", "gather", "all_to_all"))
+
+
 def _counted(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
     """Return the reduction to which each rank gives its number of samples."""
     for calls in zip(*reductions):
@@ -175,63 +213,6 @@ def _gathered(reductions: list[list[Record]], lengths: list[int]) -> Record | No
         if all(length and count and count % length == 0 for count, length in zip(counts, lengths)):
             return next(e for e in rows[0] if e["site"] == site)
     return None
-
-
-def _trims(site: str | None) -> bool:
-    """Return whether a file cuts a sequence to a length, `outputs[: len(data)]`, or Accelerate does."""
-    for node in ast.walk(_parsed(site)):
-        if isinstance(node, ast.Attribute) and node.attr == "gather_for_metrics":
-            return True
-        cut = node.slice if isinstance(node, ast.Subscript) else None
-        if (
-            isinstance(cut, ast.Slice)
-            and cut.lower is None
-            and isinstance(cut.upper, (ast.Call, ast.Name, ast.Attribute, ast.BinOp))
-        ):
-            return True
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("unique", "scatter_", "index_copy_")
-        ):
-            return True
-    return False
-
-
-def _compares_by_order(site: str | None) -> bool:
-    """Return whether a file reads a data set's labels as a whole, and has no line that may restore the order."""
-    reads = False
-    for node in ast.walk(_parsed(site)):
-        if isinstance(node, ast.Attribute):
-            if node.attr in (
-                "stack",
-                "T",
-                "mT",
-                "t",
-                "transpose",
-                "permute",
-                "scatter_",
-                "index_copy_",
-            ):
-                return False
-            of_itself = isinstance(node.value, ast.Name) and node.value.id == "self"
-            reads = reads or (node.attr in ("tensors", "targets", "labels", "target", "y") and not of_itself)
-        elif (
-            isinstance(node, ast.Slice)
-            and node.step is not None
-            and not isinstance(node.step, (ast.Constant, ast.UnaryOp))
-        ):
-            reads_shard = isinstance(node.lower, (ast.Name, ast.Attribute, ast.Call))
-            if reads_shard:
-                return False
-    return reads
-
-
-def _parsed(site: str | None) -> ast.Module:
-    try:
-        return ast.parse(Path(str(site).rpartition(":")[0]).read_text())
-    except (OSError, SyntaxError, ValueError):
-        return ast.Module([], [])
 
 
 def _strided(one: Pass) -> bool:

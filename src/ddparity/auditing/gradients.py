@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from .catalogue import Finding, finding
-from .recording.training import MEANS
+from .recording.losses import MEANS
 from .records import Record, Run, Window
+from .source import divides_by_world
 
 _UNEQUAL = 1.1  # ratio of counts from which their means are told to have wrong weights
-_WORLD = re.compile(
-    r"[*/]=?\s*\(?\s*(?:\w+\.)*(?:\w*world\w*|num_processes|n_?procs?|num_gpus|n_?gpus?|num_replicas)\b", re.IGNORECASE
-)
 
 
 def check_gradients(run: Run) -> Iterator[Finding]:
@@ -195,18 +190,36 @@ def _check_clips(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
             limit = calls[0]["limit"] or math.inf
             grads = [window.step.get("grads") for window in step]
             reduced = None not in grads and all(row == grads[0] for row in grads)
+            if apart and max(norms) > limit and _is_sharded(run, step):
+                yield finding(
+                    "DDP306",
+                    _ranks(run),
+                    calls[0]["site"],
+                    None,
+                    f"Before step {step[0].step['n']} torch.nn.utils clips the shards of FullyShardedDataParallel to "
+                    f"{limit:g} by the norms {', '.join(f'{norm:.4g}' for norm in norms)} of the ranks' own shards: "
+                    f"each rank scales its shard by another factor.",
+                    "Call the model's own clip_grad_norm_, which takes the norm over all ranks.",
+                )
+                return
             if apart and reduced and max(norms) > limit:
                 yield finding(
                     "DDP306",
                     _ranks(run),
                     calls[0]["site"],
                     None,
-                    f"Before step {step[0].step['n']} gradients with the norms "
+                    f"Before step {step[0].step['n']} gradients with the {calls[0]['of']}s "
                     f"{', '.join(f'{norm:.4g}' for norm in norms)} on the ranks are clipped to {limit:g}, and only "
                     f"then reduced: each rank's share is scaled by another factor.",
                     "Clip after the backward that reduces the gradients, right before the step.",
                 )
                 return
+
+
+def _is_sharded(run: Run, step: tuple[Window, ...]) -> bool:
+    """Return whether the optimizer of a step has the shards of FullyShardedDataParallel alone."""
+    parameters = run.ranks[0].parameters(step[0].step["opt"])
+    return bool(parameters) and all(row[3] == "flat" for row in parameters)
 
 
 def _check_scaler(run: Run, windows: list[Window]) -> Iterator[Finding]:
@@ -224,7 +237,8 @@ def _check_scaler(run: Run, windows: list[Window]) -> Iterator[Finding]:
                     event["site"],
                     None,
                     f"Gradients are clipped to {event['limit']:g} while they are still multiplied by the GradScaler's "
-                    f"factor" + (f" (their norm is {event['norm']:.4g})." if event["norm"] is not None else "."),
+                    f"factor"
+                    + (f" (their {event['of']} is {event['norm']:.4g})." if event["norm"] is not None else "."),
                     "Call scaler.unscale_(optimizer) before the clip.",
                 )
                 return
@@ -332,13 +346,3 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
             "Take the loss of the rank's batch as it is, unless the factor makes up for another.",
             certainty="likely",
         )
-
-
-def divides_by_world(site: Any, after: int = 0) -> bool:
-    """Return whether a line, or one of the 12 before or `after` it, multiplies or divides by the number of ranks."""
-    file, _, line = str(site).rpartition(":")
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:
-        return False
-    return _WORLD.search("\n".join(lines[max(0, int(line) - 12) : int(line) + after])) is not None

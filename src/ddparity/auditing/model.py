@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .catalogue import Certainty, Finding, finding
+from .catalogue import Certainty, Finding, counted, finding
 from .records import Rank, Record, Run, Window
 
 _FEW = 5  # samples of a rank's batch
@@ -208,8 +208,8 @@ def _check_parameters(
                 numbers,
                 site,
                 cause,
-                f"{_named(parameters, own)} begin with other values on each rank, and stay different, since only the "
-                f"gradients are made equal.",
+                f"{_named(parameters, own)} begin with other values on each rank, and stay different: equal gradients "
+                f"do not make them equal.",
                 "Broadcast the parameters from rank 0 before training, or make the model under one seed.",
             )
             return
@@ -271,9 +271,11 @@ def _check_evaluated(run: Run) -> Iterator[Finding]:
                 ranks,
                 first["site"],
                 wrapped,
-                f"{len(names)} buffers, such as {names[0]}, have other values on each rank where {first['type']} is "
-                f"evaluated: the ranks evaluate, and save, different models.",
+                f"{counted(len(names), 'buffer')}, such as {names[0]}, differed between ranks where {first['type']} "
+                f"was evaluated: the ranks evaluate, and save, different models.",
                 "Use SyncBatchNorm, leave broadcast_buffers=False out, or broadcast the buffers before an evaluation.",
+                # A copy, such as an average of weights, takes what each rank's forward left: little, and usual.
+                severity="note" if not first["ddps"] and any(broadcasts.values()) else None,
             )
         if (
             not first["ddps"]
@@ -310,8 +312,8 @@ def _check_norms(run: Run) -> Iterator[Finding]:
                 ranks,
                 ddp["site"],
                 ddp["site"],
-                f"{len(local)} batch norms, such as {local[0]}, take their statistics on each rank alone, while "
-                f"{len(whole)} others take them over all ranks.",
+                f"{counted(len(local), 'batch norm')}, such as {local[0]}, normalised over each rank's own samples, "
+                f"{counted(len(whole), 'other')} over those of all ranks.",
                 "Convert the whole model before it is wrapped.",
             )
         elif local and not run.uses("converted"):
@@ -328,8 +330,8 @@ def _check_norms(run: Run) -> Iterator[Finding]:
                     ranks,
                     ddp["site"],
                     ddp["site"],
-                    f"{len(local)} batch norms, such as {local[0]}, take their statistics over {size} samples of one "
-                    f"rank.",
+                    f"{counted(len(local), 'batch norm')}, such as {local[0]}, normalised over "
+                    f"{counted(size, 'sample')} of one rank.",
                     "Use torch.nn.SyncBatchNorm.convert_sync_batchnorm(model), or ddparity's on the CPU, before the "
                     "model is wrapped.",
                 )
@@ -363,7 +365,7 @@ def _check_dropout(run: Run) -> Iterator[Finding]:
 
 def _named(parameters: list[Any], which: list[int]) -> str:
     names = [parameters[j][1] for j in sorted(which)]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more parameters" if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (f" and {counted(len(names) - 3, 'other parameter')}" if len(names) > 3 else "")
 
 
 def _norms(step: tuple[Window, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from .catalogue import Finding, finding
+from .catalogue import Finding, counted, finding
 from .records import Run
 
 
@@ -28,7 +28,7 @@ def check_output(run: Run) -> Iterator[Finding]:
             ranks,
             repeated[0],
             None,
-            f"All ranks print the same lines in {len(repeated)} places, such as {texts[repeated[0]]!r}.",
+            f"All ranks print the same lines in {counted(len(repeated), 'place')}, such as {texts[repeated[0]]!r}.",
             "Print on rank 0 alone, or call ddparity.setup_logging().",
         )
     for code, kind, what, fix in (

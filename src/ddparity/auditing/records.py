@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class Pass:
         return [mapped[i] for i in self.positions if 0 <= i < len(mapped)]
 
     @property
+    def place(self) -> tuple[Any, ...]:
+        """The loader's line, its data set, and whether it trains: passes of one place are epochs of one another."""
+        return self.loader["site"], self.loader["dataset"], self.training
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What pairs this pass with that of another rank."""
         return (self.loader["site"], self.loader["dataset"], self.loader["ordinal"], self.number)
@@ -56,6 +61,7 @@ class Window:
     events: list[Record]
     step: Record
     ddps: frozenset[int] = frozenset()  # the models whose parameters the optimizer has
+    loops: frozenset[int] = frozenset()  # the lines of backwards that a window of the optimizer has several times
 
     def of(self, kind: str) -> list[Record]:
         return [one for one in self.events if one["k"] == kind]
@@ -66,8 +72,13 @@ class Window:
 
     @cached_property
     def accumulated(self) -> list[Record]:
-        """The micro-batches of this step: backwards called from the same lines as the last, or without a reduction."""
+        """The micro-batches of this step: backwards called from the same lines as the last.
+
+        If those are in no loop, also those without a reduction: a loop may have a line for the last micro-batch.
+        """
         found, synchronised = [], True
+        last = self.backwards[-1]["chain"] if self.backwards else None
+        alone = last not in self.loops
         called: set[int] = set()
         repeats = [one for one in self.backwards if one["inside"]][:-1]  # of a closure, which are other tries
         for event in self.events:
@@ -76,7 +87,7 @@ class Window:
                 called.add(event["ddp"])
             elif event["k"] == "backward":
                 others = bool(called and self.ddps) and not called & self.ddps and event is not self.backwards[-1]
-                if (not synchronised or event["chain"] == self.backwards[-1]["chain"]) and not others:
+                if (event["chain"] == last or (alone and not synchronised)) and not others:
                     found.append(event)
                 called = set()
         return [one for one in found if not any(one is repeat for repeat in repeats)]
@@ -133,7 +144,9 @@ class Rank:
                 events = []
             else:
                 events.append(record)
-        return found
+        chains = [Counter(one["chain"] for one in window.backwards) for window in found]
+        loops = frozenset(chain for counts in chains for chain, count in counts.items() if count > 1)
+        return [replace(window, loops=loops) for window in found]
 
     def parameters(self, optimizer: int) -> list[Any]:
         found = [one["params"] for one in self.of("parameters") if one["opt"] == optimizer]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .catalogue import CATALOGUE, Finding
+from .catalogue import CATALOGUE, Finding, counted
 from .run import Report
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -38,12 +38,22 @@ def summary(report: Report) -> str:
     """Say how many findings there are, and what was looked at."""
     seen = report.seen
     counts = {name: sum(one.severity == name for one in report.findings) for name in _COLOURS}
-    told = [f"{count} {name}{'s' if count != 1 else ''}" for name, count in counts.items() if count]
+    told = [counted(count, name) for name, count in counts.items() if count]
     lines = [f"ddparity audit {report.script}: {', '.join(told) or 'no findings'}"]
     if seen.get("world_size"):
         lines.append(
-            f"  looked at: {seen['world_size']} processes, {seen['steps']} steps, {seen['epochs']} epochs, "
-            f"{seen['evaluations']} evaluations, {seen['loaders']} loaders, {seen['collectives']} collectives"
+            "  looked at: "
+            + ", ".join(
+                counted(seen[key], word)
+                for key, word in (
+                    ("world_size", "process"),
+                    ("steps", "step"),
+                    ("epochs", "epoch"),
+                    ("evaluations", "evaluation"),
+                    ("loaders", "loader"),
+                    ("collectives", "collective"),
+                )
+            )
         )
     if seen.get("cut"):
         lines.append(f"  cut short: {', '.join(place(*_split(one)) for one in seen['cut'])}")

@@ -148,7 +148,7 @@ def inspect_script(
                 launch = parse(command)
                 with redirect_stderr(heard):
                     code = run_launch(launch)
-        run = read_run(folder / "records", script, code)
+        run = read_run(folder / "records", Path(f"-m {arguments[0]}") if module else script, code)
     return replace(compare(run, wanted, unwanted), failure=heard.failure() if code else "")
 
 
@@ -279,10 +279,10 @@ def _run_alone(script: Path, arguments: Sequence[str], records: Path) -> int:
 def _seen(run: Run) -> dict[str, Any]:
     """Return what the audit looked at, and which checks had nothing to look at."""
     if not run.ranks:
-        return {"world_size": 0, "blind": ["no process imported torch"]}
+        return {"world_size": 0, "blind": ["no process recorded a training"]}
     first = run.ranks[0]
     training = [one for one in first.passes if one.training]
-    evaluations = [one for one in first.passes if not one.training]
+    evaluations = [one for one in first.passes if not one.training and (one.how != "left" or one.given > 1)]
     cut = sorted({str(one.site) for one in training if one.how == "cut"})
     steps = len(first.of("step"))
     blind = []
@@ -291,9 +291,9 @@ def _seen(run: Run) -> dict[str, Any]:
     if not steps:
         blind.append("no optimizer step: DDP2 and DDP3")
     if first.of("ours"):
-        blind.append("loaders of ddparity are not watched: their plan shares the samples out")
+        blind.append("loaders of ddparity: their plan shares the samples out, and their epochs are not counted")
     elif not first.passes:
-        blind.append("no data loader: DDP1, but for the model's inputs, and DDP4")
+        blind.append("no pass over a data loader: DDP1, but for the model's inputs, and DDP4")
     elif not any(len([p for p in training if p.loader["site"] == one.loader["site"]]) > 1 for one in training):
         blind.append("no second epoch of a loader: DDP103 and DDP113")
     if first.passes and not evaluations:

@@ -1,13 +1,21 @@
-"""Look at what costs time alone: DDP701, DDP703 and DDP704."""
+"""Look at what costs time alone: DDP701 to DDP704."""
 
 from __future__ import annotations
 
-import ast
+import itertools
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 from .catalogue import Finding, finding
-from .records import Run
+from .records import Run, Window
+from .source import reads_in_loop
+
+_WARM = 2  # first steps, whose times say little
+_FEWEST = 6  # steps that can show that a rank is slow
+_SLOW, _SLOW_S, _OF_A_STEP = 2.0, 0.005, 0.2  # times as long as the others, seconds longer, part of a step
+_WAITS = {"backward": "begin_backward", "completed": "collective"}  # how a wait for other ranks ends, and begins
 
 
 def check_speed(run: Run) -> Iterator[Finding]:
@@ -15,15 +23,17 @@ def check_speed(run: Run) -> Iterator[Finding]:
     ranks = [rank.rank for rank in run.ranks]
     if run.world > 1:
         yield from _check_ddp(run, ranks)
-    site = _reads_in_loop(run.script) if run.uses("backward") else None
+        yield from _check_waiting(run)
+    calls = Counter(one["site"] for rank in run.ranks[:1] for one in rank.of("backward") if one["site"])
+    reads = (reads_in_loop(site) for site, count in calls.items() if count > 1)
+    site = next((one for one in reads if one is not None), None)
     if site is not None:
         yield finding(
             "DDP704",
             ranks,
             site,
             None,
-            "A loop with a backward calls .item(), .cpu() or float() of a loss in each turn: on an accelerator each "
-            "call waits for all work.",
+            "Each backward comes with a call of .item(): on an accelerator it waits for all work.",
             "Add up on the device, and read the value now and then.",
         )
 
@@ -66,21 +76,77 @@ def _check_ddp(run: Run, ranks: list[int]) -> Iterator[Finding]:
             )
 
 
-def _reads_in_loop(script: Path) -> str | None:
-    """Return the line of a .item() in the innermost loop that has a backward."""
-    try:
-        tree = ast.parse(script.read_text())
-    except (OSError, SyntaxError, ValueError):
-        return None
-    for loop in ast.walk(tree):
-        if not isinstance(loop, (ast.For, ast.While)):
+def _check_waiting(run: Run) -> Iterator[Finding]:
+    """DDP702: a rank that takes longer than the others in nearly all steps. Wall-clock times of one machine."""
+    if not run.uses("ddp") or run.uses("join"):
+        return
+    for optimizer in run.ranks[0].optimizers:
+        by_rank = [rank.windows(optimizer["id"]) for rank in run.ranks]
+        steps = [_timed(step, before) for before, step in itertools.pairwise(zip(*by_rank))][_WARM:]
+        known = [step for step in steps if step is not None]
+        if len(known) < _FEWEST:
             continue
-        calls = [n for n in ast.walk(loop) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
-        inner = [n for n in ast.walk(loop) if isinstance(n, (ast.For, ast.While)) and n is not loop]
-        deeper = {id(n) for one in inner for n in ast.walk(one)}
-        own = [n for n in calls if id(n) not in deeper]
-        if any(n.func.attr == "backward" for n in own if isinstance(n.func, ast.Attribute)):
-            for n in own:
-                if isinstance(n.func, ast.Attribute) and n.func.attr == "item":
-                    return f"{script.resolve()}:{n.lineno}"
-    return None
+        own = [statistics.median(times) for times in zip(*(step.own for step in known))]
+        slow = own.index(max(own))
+        others = max(time for i, time in enumerate(own) if i != slow)
+        behind = sum(_is_behind(step.own, slow) for step in known)
+        waited = own[slow] - others
+        whole = statistics.median(step.whole for step in known)
+        if behind < 0.9 * len(known) or waited < _OF_A_STEP * whole:
+            continue
+        number = run.ranks[slow].rank
+        loads = statistics.median(step.windows[slow].step["load_s"] for step in known)
+        loader = next((one for one in run.ranks[slow].passes if one.training), None) if loads > waited / 2 else None
+        yield finding(
+            "DDP702",
+            [number],
+            loader.site if loader is not None else _slowest(known, slow) or known[0].windows[slow].step["site"],
+            loader.loader["site"] if loader is not None else None,
+            f"Rank {number} works {own[slow] * 1e3:.0f} ms in a step, the others at most {others * 1e3:.0f} ms"
+            + (f"; it waits {loads * 1e3:.0f} ms for its data" if loader is not None else "")
+            + f". The others wait for it in {behind} of {len(known)} steps.",
+            "Give all ranks equal work, and leave out what one rank alone does in each step; a slower machine gets a "
+            "smaller share.",
+            certainty="likely",
+        )
+        return
+
+
+@dataclass(frozen=True)
+class _Step:
+    windows: tuple[Window, ...]
+    own: tuple[float, ...]  # seconds that each rank worked, without its waits
+    whole: float  # seconds
+
+
+def _timed(step: tuple[Window, ...], before: tuple[Window, ...]) -> _Step | None:
+    """Return the times of a step; None where an epoch begins in it, since other work is done then."""
+    if any(window.of("iter") or window.of("end") for window in step):
+        return None
+    own, wholes = [], []
+    for window, last in zip(step, before):
+        begun: dict[str, float] = {}
+        waited = 0.0
+        for event in window.events:
+            begun[event["k"]] = event["t"]
+            waited += event["t"] - begun.get(_WAITS.get(event["k"], ""), event["t"])
+        wholes.append(window.step["t"] - last.step["t"])
+        own.append(wholes[-1] - waited)
+    return _Step(step, tuple(own), max(wholes))
+
+
+def _is_behind(own: tuple[float, ...], slow: int) -> bool:
+    others = max(time for i, time in enumerate(own) if i != slow)
+    return own[slow] >= _SLOW * others and own[slow] - others >= _SLOW_S
+
+
+def _slowest(steps: list[_Step], slow: int) -> str | None:
+    """Return the line of the call before which the slow rank loses most of its time."""
+    lost: dict[str, float] = defaultdict(float)
+    for step in steps:
+        last = None
+        for event in [*step.windows[slow].events, step.windows[slow].step]:
+            if last is not None and event["k"] not in _WAITS and event.get("site"):
+                lost[event["site"]] += event["t"] - last
+            last = event["t"]
+    return max(lost, key=lambda site: lost[site], default=None)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import logging
+import math
 import operator
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from ..comm.allreduce import copies_of_ranks
-from ..compat import is_compiled, recomputation_ended
+from ..compat import is_compiled
 from .layer import SyncBatchNorm
+from .norm_forwards import MOMENTA, MOVED, REPLACED, UNLIKE, Moments, NormForwards, adding, is_tracked
 
-Moments = tuple[Tensor, Tensor]  # the mean and the unbiased variance of one batch
-LayerState = tuple[Tensor, Tensor, Tensor | None, float | None]  # running mean and variance, batch count, momentum
-Saved = tuple[LayerState, Moments]  # and the copies that a forward writes to
+logger = logging.getLogger(__name__)
 
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+_HEADER_WORDS = 3  # of a layer: the number of its records, their momentum, and the batches counted so far
 
 
 class RunningStatistics:
@@ -36,147 +36,255 @@ class RunningStatistics:
 
         running = (1 - momentum) * running + momentum * statistics of the batch
 
-    Every forward of a layer counts, as in one process: also a second one in the same micro-batch, and one that
-    activation checkpointing recomputes in the backward. The class does not change layers in eval mode, layers without
-    running statistics, synchronised layers, and norms that are not torch batch norms: no rank sends the buffers of
-    these.
+    Every forward of a layer in training counts, as in one process: also a second one in the same micro-batch, one that
+    activation checkpointing recomputes in the backward, and one of a layer that was in eval mode when the loop began.
+    The momentum is that of these forwards. The class does not change layers without running statistics, synchronised
+    layers, and norms that are not torch batch norms: no rank sends the buffers of these.
 
-    Collectives: `replay` runs one all-gather. A rank sends 16 bytes for each layer, the bytes of the running means and
-    variances, and these bytes again for each micro-batch of the rank that has most. In the first step in which a rank
-    runs its layers more than once a micro-batch, there is one more all-gather. In a world of one, or without such a
-    layer, there is no collective.
+    Two kinds of layers cannot be kept, and have rank 0's statistics from then on: one that updates itself without a
+    call of its hooks, as inside of a compiled function, and a subclass whose forward updates otherwise than torch's.
+    The class finds them in their first step.
+
+    Args:
+        model: names its layers in errors. modules: those of its modules that have buffers.
+        room: the same object in every step of the model.
+        strict: raise an error where a layer cannot be kept.
+
+    Collectives: `replay` runs one all-gather. A rank sends 24 bytes for each layer and, for the layers that ran in the
+    last step on any rank (in the first step: for all), the bytes of the running means and variances, and these bytes
+    again for each micro-batch of the rank that has most. In a step in which other layers run, or for the first time run
+    more than once a micro-batch, there is one more all-gather. In a world of one there is no collective.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], group: dist.ProcessGroup | None) -> None:
-        self.layers = [module for module in modules if _is_tracked(module) and module.training]
-        self._group = group
-        self._records: list[list[Moments]] = [[] for _ in self.layers]
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Iterable[nn.Module],
+        group: dist.ProcessGroup | None,
+        room: Room,
+        strict: bool = False,
+    ) -> None:
+        self._model, self._group, self._room, self._strict = model, group, room, strict
+        self._layers = {module: None for module in modules if is_tracked(module) and module not in room.lost}
+        self._forwards: list[NormForwards] = []
+        self._numbers: list[int] = []
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._layers)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._layers
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the forwards inside the context. On exit, also by an exception, the layers are as before."""
-        saved: dict[_BatchNorm, Saved] = {}
-        handles = []
+        self._forwards = [NormForwards(layer, self._room.checked) for layer in self._layers]
+        in_graphs = self._room.in_graphs
+        in_graphs.update(_compiled_layers(self._model))
         try:
-            for layer, records in zip(self.layers, self._records, strict=True):
-                handles.append(layer.register_forward_pre_hook(functools.partial(_before_forward, saved)))
-                after = functools.partial(_after_forward, saved, records)
-                # always_call: checkpointing may end a recomputed forward by an exception after the normalisation.
-                # prepend: two contexts can be active, as an exception may keep the loop of the first one alive. The
-                # inner context must then end first.
-                handles.append(layer.register_forward_hook(after, prepend=True, always_call=True))
+            for one in self._forwards:
+                if one.layer not in in_graphs:  # a hook would be compiled again in each step
+                    one.hook(adding(in_graphs, one.layer))
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-            for layer in list(saved):  # KeyboardInterrupt ends a forward without the hook
-                _restore(saved, layer)
+            for one in self._forwards:
+                one.end()
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
-        """Forget the forwards inside the context, within `recording`."""
-        lengths = [len(records) for records in self._records]
+        """Forget the forwards inside the context, within `recording`. The caller puts the buffers back."""
+        before = [(one, len(one.records), one.moved()) for one in self._forwards]
         try:
             yield
         finally:
-            for records, length in zip(self._records, lengths, strict=True):
-                del records[length:]
+            for one, length, moved in before:
+                one.cut(length)
+                if not moved:
+                    one.begin()
+
+    def count(self) -> None:
+        """Count the batches of each layer, after the loop and before any model's `replay`: models may share a layer."""
+        self._numbers = [one.number() for one in self._forwards]
 
     def moved(self) -> bool:
-        """Return True if a layer has run on this rank since the recording began."""
-        return any(self._records)
+        """Return True if a layer has run on this rank, after `count`."""
+        return any(self._numbers)
 
-    def replay(self, micro_batches: int, room: Room) -> None:
-        """Update the running statistics by what all ranks recorded. All ranks call it.
+    def replay(self, micro_batches: int) -> bool:
+        """Update the running statistics by what all ranks recorded. All ranks call it, after `count`.
 
         Args:
             micro_batches: the largest number of micro-batches that a rank has in this step.
-            room: how many forwards fit into the message; the same object in every step.
+
+        Returns:
+            Whether the running statistics of all layers are equal on all ranks.
+
+        Raises:
+            RuntimeError: a layer's momentum has changed inside of the loop or differs between ranks, or its buffers
+                were replaced; on every rank.
+            ValueError: strict, and a layer cannot be kept; on every rank.
         """
         with torch.no_grad():
-            of_ranks = [self._records]
+            numbers = self._numbers
+            records = [one.records if number > 0 else [] for one, number in zip(self._forwards, numbers, strict=True)]
+            momenta = [math.inf if one.momentum is None else float(one.momentum) for one in self._forwards]
+            everyones, numbers_of, momenta_of = [records], [numbers], [momenta]
             if self._group is not None:
-                of_ranks = self._gather(self._group, micro_batches, room)
-            batches = [
-                [moments for records in of_ranks for moments in records[number]] for number in range(len(self.layers))
-            ]
-            _update(self.layers, batches)
+                everyones, numbers_of, momenta_of = self._gather(self._group, micro_batches, numbers, momenta, records)
+            kept, batches, used, lost = [], [], [], []
+            for position, one in enumerate(self._forwards):
+                its = [of_rank[position] for of_rank in numbers_of]
+                found = {m[position] for m, number in zip(momenta_of, its, strict=True) if number > 0}
+                state = MOMENTA if len(found) > 1 else min(its)
+                if state < 0:
+                    lost.append((one.layer, state))
+                elif found:
+                    kept.append(one)
+                    batches.append([moments for of_rank in everyones for moments in of_rank[position]])
+                    (momentum,) = found
+                    used.append(None if momentum == math.inf else momentum)
+            if lost:
+                self._lose(lost)
+            _update(kept, batches, used)
+        return not lost
 
-    def _gather(self, group: dist.ProcessGroup, micro_batches: int, room: Room) -> list[list[list[Moments]]]:
-        """Return the records of all ranks, by rank and layer. Set the running statistics to rank 0's, as DDP does.
+    def _lose(self, lost: Sequence[tuple[nn.Module, int]]) -> None:
+        """Raise an error for layers that cannot be kept, or leave them to rank 0 from now on. The same on all ranks."""
+        layer, state = min(lost, key=operator.itemgetter(1))
+        name = next((name for name, module in self._model.named_modules() if module is layer), "a batch norm")
+        if state == MOMENTA:
+            raise RuntimeError(
+                f"accumulate(): the momentum of {name} changes inside of the loop over the micro-batches, or differs "
+                f"between ranks: set it before the step's first forward, on all ranks alike"
+            )
+        if state == REPLACED:
+            raise RuntimeError(
+                f"accumulate(): the running statistics of {name} were replaced by other tensors inside of the loop "
+                f"over the micro-batches: do it before the loop, or copy into them after it"
+            )
+        self._room.lost.update(layer for layer, _ in lost)
+        problem = _PROBLEMS[state].format(name=name, kind=type(layer).__name__)
+        if self._strict:
+            raise ValueError(
+                f"accumulate(): {problem}: {_WAYS_OUT[state]}, or take rank 0's running statistics, by "
+                f'replicate(model, reduction="strict", batchnorm_statistics="rank0")'
+            )
+        if not self._room.told and dist.get_rank(self._group) == 0:
+            logger.warning("%s: its running statistics are rank 0's. This is said once", problem)
+        self._room.told = True
 
-        A rank sends for each layer the number of its records and of the batches counted so far, then the running
-        statistics, then the records.
+    def _gather(
+        self,
+        group: dist.ProcessGroup,
+        micro_batches: int,
+        numbers: list[int],
+        momenta: list[float],
+        records: list[list[Moments]],
+    ) -> tuple[list[list[list[Moments]]], list[list[int]], list[list[float]]]:
+        """Return the records, numbers and momenta of all ranks, by rank and layer. Set the statistics to rank 0's.
+
+        A rank sends a header of all layers. Of the layers that ran in the last step, on any rank, follow the running
+        statistics, then the records. Where that is too little, all ranks send again.
         """
-        running = [_running(layer) for layer in self.layers]
-        tracked = [layer.num_batches_tracked for layer in self.layers]
-        device = running[0][0].device
+        room, count = self._room, len(self._forwards)
+        running = [one.running for one in self._forwards]
         sizes = [sum(value.nbytes for value in moments) for moments in running]
-        lengths = torch.tensor([len(records) for records in self._records])
+        device = running[0][0].device
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        counted = torch.cat([zero if count is None else count.view(1).to(device) for count in tracked])
-        recorded = [moments for records in self._records for moments in records]
-        own = torch.cat([*_pack([(lengths, counted)], device), *_pack(running, device), *_pack(recorded, device)])
-        header = 2 * lengths.nbytes
-        fixed, capacity = header + sum(sizes), micro_batches * sum(sizes) * room.forwards
-        copies = copies_of_ranks(_resized(own, fixed + capacity), group)
-        numbers = copies[:, :header].reshape(-1).cpu().view(torch.int64).view(len(copies), 2, -1)
-        counts = numbers[:, 0].tolist()
-        needs = [sum(map(operator.mul, counts_of_rank, sizes)) for counts_of_rank in counts]
-        if max(needs) > capacity:  # the same on every rank
-            room.forwards = -(-max(needs) // (micro_batches * sum(sizes)))
-            copies = copies_of_ranks(_resized(own, fixed + max(needs)), group)
-        if dist.get_rank(group) != 0:
-            _copy_from_rank_0(running, tracked, copies[0, header:fixed], numbers[0, 1])
-        return [_unpack(copy[fixed:], running, its) for copy, its in zip(copies, counts, strict=True)]
+        counted = [zero if one.counted is None else one.counted.view(1).to(device) for one in self._forwards]
+        own = torch.cat([torch.tensor(numbers), torch.tensor(momenta, dtype=torch.float64).view(torch.int64)])
+        header = torch.cat(_pack([(own, torch.cat(counted))], device))
+        start = header.numel()
+
+        def exchanged(layers: list[int], capacity: int) -> Tensor:
+            theirs = [moments for layer in layers for moments in records[layer]]
+            packed = [header, *_pack([running[layer] for layer in layers], device), *_pack(theirs, device)]
+            return copies_of_ranks(
+                _resized(torch.cat(packed), start + sum(sizes[layer] for layer in layers) + capacity), group
+            )
+
+        layers = [layer for layer in range(count) if room.layers is None or layer in room.layers]
+        capacity = micro_batches * room.forwards * sum(sizes[layer] for layer in layers)
+        copies = exchanged(layers, capacity)
+        words = copies[:, :start].reshape(-1).cpu().view(torch.int64).view(len(copies), _HEADER_WORDS, count)
+        numbers_of: list[list[int]] = words[:, 0].tolist()
+        momenta_of: list[list[float]] = words[:, 1].contiguous().view(torch.float64).tolist()
+        counts = [[max(number, 0) for number in of_rank] for of_rank in numbers_of]
+        needs = max(sum(map(operator.mul, of_rank, sizes)) for of_rank in counts)
+        ran = [layer for layer in range(count) if any(of_rank[layer] for of_rank in counts)]
+        # The same on every rank, as all that follows.
+        if needs > capacity or not set(ran) <= set(layers):
+            layers, capacity = ran, needs
+            copies = exchanged(layers, capacity)
+        room.layers = set(ran)
+        if ran:
+            room.forwards = max(room.forwards, -(-needs // (micro_batches * sum(sizes[layer] for layer in ran))))
+        like = [running[layer] for layer in layers]
+        stop = start + sum(sizes[layer] for layer in layers)
+        if dist.get_rank(group) != 0 and layers:
+            chosen = [self._forwards[layer] for layer in layers]
+            _copy_from_rank_0(like, [one.counted for one in chosen], copies[0, start:stop], words[0, 2, layers])
+        everyones = []
+        for copy, of_rank in zip(copies, counts, strict=True):
+            found = dict(zip(layers, _unpack(copy[stop:], like, [of_rank[layer] for layer in layers]), strict=True))
+            everyones.append([found.get(layer, []) for layer in range(count)])
+        return everyones, numbers_of, momenta_of
+
+
+_PROBLEMS = {
+    MOVED: "{name} has updated its running statistics by itself, as a batch norm inside of a compiled graph does, and "
+    "one whose forward() is called without its hooks",
+    UNLIKE: "{name} is a {kind}, whose forward does not update running statistics once, by "
+    "(1 - momentum) * running + momentum * statistics of the batch",
+}
+_WAYS_OUT = {
+    MOVED: "compile parts without batch norms, and call the layer as a module",
+    UNLIKE: "use a batch norm of torch",
+}
 
 
 class Room:
-    """The number of forwards for each layer and micro-batch that fit into the message; equal on all ranks."""
+    """What is kept of a model's running statistics between steps.
+
+    Attributes:
+        forwards: for each layer and micro-batch, so many fit into the message. layers: the numbers of the layers that
+            do; None for all. lost: the layers that cannot be kept. These are equal on all ranks.
+        checked: see `NormForwards`. in_graphs: layers that a compiler has seen on this rank. told: a warning was given.
+    """
 
     def __init__(self) -> None:
         self.forwards = 1
+        self.layers: set[int] | None = None
+        self.lost: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.in_graphs: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.told = False
 
 
-def equal_buffers(modules: Iterable[nn.Module], tracked: bool) -> bool:
+def equal_buffers(modules: Iterable[nn.Module], statistics: RunningStatistics | None) -> bool:
     """Return True if all buffers of a model's modules stay equal on all ranks without a broadcast.
 
-    These are the running statistics of batch norms in training that are synchronised over all ranks. If `tracked`, they
-    also include the running statistics that `RunningStatistics` updates.
+    These are the running statistics of batch norms in training that are synchronised over all ranks, and those that
+    `statistics` updates.
     """
     return all(
-        (_is_synchronised(module) or (tracked and _is_tracked(module))) and names <= _STATISTICS
+        (_is_synchronised(module) or (statistics is not None and module in statistics)) and names <= _STATISTICS
         for module in modules
         # `module.buffers()` takes several times as long as `_buffers`.
         if (names := {name for name, buffer in module._buffers.items() if buffer is not None})
     )
 
 
-def compiled_layers(model: nn.Module) -> bool:
-    """Return True if a compiled graph contains a layer with running statistics. Hooks would recompile it each step."""
+def _compiled_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers with running statistics inside of modules that `torch.compile` compiles."""
     compiled = [module for module in model.modules() if is_compiled(module)]
-    return any(_is_tracked(layer) for module in compiled for layer in module.modules())
-
-
-def _is_tracked(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    return (
-        isinstance(module, _BatchNorm)
-        and not isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm))
-        and module.track_running_stats
-        and module.running_mean is not None
-        and module.running_var is not None
-        and not is_lazy(module.running_mean)
-    )
+    return [layer for module in compiled for layer in module.modules() if is_tracked(layer)]
 
 
 def _is_synchronised(module: nn.Module) -> bool:
     over_all_ranks = isinstance(module, SyncBatchNorm) and module.process_group in (None, dist.group.WORLD)
     return over_all_ranks and module.training
-
-
-def _running(layer: _BatchNorm) -> Moments:
-    assert layer.running_mean is not None and layer.running_var is not None, "_is_tracked selected the layer"
-    return layer.running_mean, layer.running_var
 
 
 # --- the message of a rank ---
@@ -226,66 +334,9 @@ def _copy_from_rank_0(
         torch._foreach_copy_([own for own, _ in pairs], [count for _, count in pairs])
 
 
-# --- the hooks of a layer ---
-
-
-def _before_forward(saved: dict[_BatchNorm, Saved], layer: _BatchNorm, _: Any) -> None:
-    """Replace the layer's buffers by copies, which a forward of the user's own may read, and set momentum to 1."""
-    if not layer.training:
-        return
-    mean, var = _running(layer)
-    count = layer.num_batches_tracked
-    copies = mean.clone(), var.clone()
-    saved[layer] = (mean, var, count, layer.momentum), copies
-    _set_state(layer, *copies, None if count is None else count.clone(), 1.0)
-
-
-def _after_forward(
-    saved: dict[_BatchNorm, Saved], records: list[Moments], layer: _BatchNorm, _inputs: Any, output: Any
+def _update(
+    layers: Sequence[NormForwards], batches: Sequence[Sequence[Moments]], momenta: Sequence[float | None]
 ) -> None:
-    """Record the batch's statistics, if the forward wrote them, and put the layer's own buffers back."""
-    if layer not in saved:
-        return
-    before = saved[layer]
-    after, count = _running(layer), layer.num_batches_tracked
-    _restore(saved, layer)
-    # Momentum 1 leaves exactly the batch's statistics. A frozen layer, and one that failed before, writes nothing.
-    if _wrote(before, after, count, failed=output is None and not recomputation_ended()):
-        records.append(after)
-
-
-def _wrote(before: Saved, after: Moments, count: Tensor | None, failed: bool) -> bool:
-    """Return True if a forward wrote new running statistics.
-
-    torch's batch norm writes into the tensors without a new version of them, but the layer counts the batch in the
-    line before. Where that says nothing, compare the values; a device must then be waited for.
-    """
-    (mean, var, *_), copies = before
-    counts = not copies[0].is_inference()  # torch.inference_mode() makes copies that count no writes
-    if any(new is not old or (counts and new._version) for new, old in zip(after, copies, strict=True)):
-        return True
-    if count is not None and counts and not failed:
-        return count._version > 0
-    return not (torch.equal(after[0], mean) and torch.equal(after[1], var))
-
-
-def _restore(saved: dict[_BatchNorm, Saved], layer: _BatchNorm) -> None:
-    state, _ = saved.pop(layer)
-    _set_state(layer, *state)
-
-
-def _set_state(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | None, momentum: float | None) -> None:
-    buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
-    if buffers.keys() <= layer._buffers.keys():
-        layer._buffers.update(buffers)  # Module.__setattr__ takes as long as the forward of a small layer
-    else:  # the user replaced a buffer by another attribute
-        for name, value in buffers.items():
-            if value is not None:
-                setattr(layer, name, value)
-    layer.momentum = momentum
-
-
-def _update(layers: Sequence[_BatchNorm], batches: Sequence[Sequence[Moments]]) -> None:
     """Update each layer's running statistics by its batches, one after the other.
 
     Each update rounds three times to the buffers' dtype. A fused multiply-add would give other bits on other
@@ -293,8 +344,8 @@ def _update(layers: Sequence[_BatchNorm], batches: Sequence[Sequence[Moments]]) 
     """
     groups: dict[Any, list[tuple[Moments, Sequence[Moments]]]] = {}
     tracked, numbers = [], []
-    for layer, recorded in zip(layers, batches, strict=True):
-        running, count, momentum = _running(layer), layer.num_batches_tracked, layer.momentum
+    for layer, recorded, momentum in zip(layers, batches, momenta, strict=True):
+        running, count = layer.running, layer.counted
         before = None
         if count is not None:
             before = int(count) if momentum is None else None

@@ -236,12 +236,15 @@ def _write(target: Path, snapshot: Snapshot, keep: int | None) -> None:
 def _writer_of_shards(target: Path, shards: sharded.Shards, keep: int | None) -> Callable[[], None]:
     """Return what writes this rank's shards, here or in a thread. Every rank calls it."""
     agreement = begun(f"save_checkpoint({os.fspath(target)!r})", kind="shards")
-    token, rank, world_size = sharded.new_token(), 0, 1
+    rank, world_size = 0, 1
     if agreement is not None:
         agreement.may_leave = True  # a thread may still write when its rank has left the world
-        token, rank, world_size = agreement.first_value("token", token), dist.get_rank(), dist.get_world_size()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def write() -> None:
+        token = sharded.new_token()
+        if agreement is not None:
+            token = agreement.first_value("token", token)
         with _named_errors(target):
             sharded.write_part(target, shards, keep, agreement, token, rank, world_size)
 

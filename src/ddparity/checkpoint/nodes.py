@@ -41,6 +41,11 @@ _MOST_PLACES = 1 << 22  # values of a state; the header of a file has no room fo
 _PLAIN = (type(None), bool, int, str)
 _LEAVES = {*_PLAIN, float, complex, torch.Tensor, nn.Parameter, np.ndarray}  # some that have no values inside
 _DIMS = 64
+# What built values take in CPython, at most. A tuple and a dict are made from a list, and an OrderedDict has links.
+_TENSOR_BYTES = 900
+_BUILT_BYTES = {"float": 32, "complex": 112, "enum": 0, "list": 120, "tuple": 180, "dict": 460}
+_ENTRY_BYTES = {"list": 10, "tuple": 20, "dict": 240}
+KEYS = ("kind", "name", "dtype", "shape", "items", "keys", "type", "text", "parts", "member", "parameter", "chunks")
 _FACTORIES: dict[str, Callable[[], Any]] = {
     cls.__name__: cls for cls in (int, float, bool, str, list, dict, set, tuple)
 }
@@ -212,6 +217,12 @@ def _describe_dense(value: Any, path: str, name: str, tensors: dict[str, torch.T
                 f"{path} is a {type(value).__name__}, a subclass of Tensor, which would come back as a Tensor: give "
                 f".as_subclass(torch.Tensor), or what it is made of"
             )
+        # Names with an underscore are marks that libraries put on tensors.
+        if marks := [name for name in vars(value) if not name.startswith("_")]:
+            raise TypeError(
+                f"{path} is a tensor with the attribute {marks[0]}, which would not be saved: give .detach(), and save "
+                f"the attribute as a value of its own"
+            )
         if value.is_meta:
             raise TypeError(f"{path} is on the meta device, where a tensor has no data: materialise it first")
         if isinstance(value, nn.Parameter):
@@ -339,6 +350,21 @@ def leaf_keys(node: Node, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[An
 def bytes_of(node: dict[str, Any]) -> int:
     """Return how many bytes a described tensor has."""
     return int(math.prod(node["shape"])) * DTYPES[node["dtype"]].itemsize
+
+
+def built_bytes(node: Node) -> int:
+    """Return how many bytes of memory the value of a checked node takes at most, with the bytes of its tensors.
+
+    Numbers and strings in lists and dicts are those of the node. A sharded tensor has its bytes in other files.
+    """
+    if type(node) is not dict:
+        return 0
+    if "name" in node:
+        return _TENSOR_BYTES + (0 if "chunks" in node else bytes_of(node))
+    kind, items = node["kind"], node.get("items", ())
+    kind = "dict" if kind in ("record", "fields") else kind
+    inside = sum(built_bytes(item) for item in items if type(item) is dict)
+    return _BUILT_BYTES[kind] + len(items) * _ENTRY_BYTES.get(kind, 0) + inside
 
 
 def check_chunks(node: dict[str, Any], files: int) -> None:

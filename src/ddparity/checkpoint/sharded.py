@@ -44,48 +44,61 @@ def is_sharded(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Shards:
-    """What a rank writes: its shards, and on rank 0 also everything that is not sharded."""
+    """What a rank writes: its parts of sharded tensors, and on rank 0 also everything that is not sharded."""
 
     snapshot: Snapshot
-    chunks: dict[str, Chunk]  # of the tensors that this rank writes
-    local: Snapshot
+    sharded: dict[str, torch.Tensor]  # DTensors whose parts this rank writes. Later steps may change their content.
+    parts: dict[str, torch.Tensor]
 
 
 def cut(snapshot: Snapshot, copy: bool) -> Shards:
-    """Split a snapshot that has DTensors into what rank 0 writes and the shards of this rank.
+    """Split a snapshot that has DTensors into what rank 0 writes and the parts of this rank.
+
+    With `copy` later changes of the states do not change it. Nothing else is done here: a step may be waiting.
 
     Raises:
         TypeError: a DTensor has partial sums.
     """
+    sharded: dict[str, Any] = {}
+    parts: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Any] = snapshot.tensors
+    for name, tensor in tensors.items():
+        if is_dtensor(tensor) and _writes(tensor, name):
+            local = tensor.detach().to_local()
+            if local.numel() or not tensor.numel():
+                sharded[name], parts[name] = tensor, host_tensor(local, copy)
+    plain = {}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        plain = {n: host_tensor(t, copy) for n, t in snapshot.tensors.items() if not is_dtensor(t)}
+    return Shards(replace(snapshot, tensors=plain), sharded, parts)
+
+
+def _chunks(shards: Shards) -> dict[str, Chunk]:
+    """Return where this rank's parts are in their tensors, by torch's plan. It reads no content of a tensor.
+
+    Raises:
+        TypeError: a part is in several pieces.
+    """
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-    sharded = {name: tensor for name, tensor in snapshot.tensors.items() if is_dtensor(tensor)}
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(sharded), is_coordinator=False)
+    planner.set_up_planner(dict(shards.sharded), is_coordinator=False)
     chunks: dict[str, Chunk] = {}
-    shards: dict[str, torch.Tensor] = {}
     for item in planner.create_local_plan().items:
         name, data = item.index.fqn, item.tensor_data
         assert data is not None, "a DTensor is written as a tensor"
-        if not _writes(sharded[name], name):
-            continue
-        local = planner.resolve_data(item)
-        assert isinstance(local, torch.Tensor), "a DTensor has a local tensor"
-        if local.numel() == 0 and sharded[name].numel():
-            continue
-        if name in chunks or list(local.shape) != list(data.chunk.sizes):
+        if name in chunks or list(shards.parts[name].shape) != list(data.chunk.sizes):
             raise TypeError(f"{name} is a DTensor whose local part is in several pieces: redistribute it first")
         chunks[name] = (list(data.chunk.offsets), list(data.chunk.sizes))
-        shards[name] = host_tensor(local.detach(), copy)
+    return chunks
+
+
+def _snapshot_of(parts: dict[str, torch.Tensor]) -> Snapshot:
     nodes = [
         {"kind": "tensor", "name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
-        for n, t in shards.items()
+        for n, t in parts.items()
     ]
-    local_snapshot = Snapshot({"shards": {"kind": "list", "items": nodes}}, shards, {}, {})
-    plain = {}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        plain = {n: host_tensor(t, copy) for n, t in snapshot.tensors.items() if n not in sharded}
-    return Shards(replace(snapshot, tensors=plain), chunks, local_snapshot)
+    return Snapshot({"shards": {"kind": "list", "items": nodes}}, parts, {}, {})
 
 
 def _writes(tensor: Any, name: str) -> bool:
@@ -109,6 +122,7 @@ def write_part(
 
     Raises:
         OSError: a file cannot be written.
+        TypeError: a part of a tensor is in several pieces.
         RankFailure: another rank failed; raised on rank 0.
     """
     file = folder / f"shard-{token}-{rank}.safetensors"
@@ -120,8 +134,8 @@ def write_part(
             )
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(file) as draft:
-            digest = write_states(draft, shards.local)
-        told = json.dumps([file.name, digest, shards.chunks])
+            digest = write_states(draft, _snapshot_of(shards.parts))
+        told = json.dumps([file.name, digest, _chunks(shards)])
         if agreement is not None and rank:
             agreement.publish(f"shard/{rank}", told)
             agreement.arrive()

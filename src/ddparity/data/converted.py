@@ -10,7 +10,7 @@ from .dataset import sized_length
 from .orders import WeightedPlan
 from .plan import BatchPlan, Plan
 
-_WORKERS = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "worker_init_fn", "timeout")
+_WITH_WORKERS = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "timeout")  # refused without them
 
 
 def plan_of(dataloader: DataLoader[Any], sizes: dict[str, Any]) -> Plan:
@@ -29,15 +29,12 @@ def plan_of(dataloader: DataLoader[Any], sizes: dict[str, Any]) -> Plan:
             "data set, and an OrderPlan"
         )
     length = sized_length(dataloader.dataset, "Loader", "; or give the data set, and a StreamPlan")
-    global_batch = sizes["global_batch"] or batch
-    cut: dict[str, Any] = {
-        "global_batch": global_batch,
-        "micro_batch": sizes["micro_batch"] or global_batch,
-        "seed": sizes["seed"] or 0,
-    }
+    given = {name: value for name, value in sizes.items() if value is not None}
+    global_batch = given.get("global_batch", batch)
+    cut: dict[str, Any] = {"global_batch": global_batch, "micro_batch": global_batch, "seed": 0, **given}
     weighted = isinstance(sampler, WeightedRandomSampler)
     if weighted or (isinstance(sampler, RandomSampler) and sampler.replacement):
-        draws = sampler.num_samples - (sampler.num_samples % global_batch if dataloader.drop_last else 0)
+        draws = sampler.num_samples - (sampler.num_samples % max(global_batch, 1) if dataloader.drop_last else 0)
         weights = sampler.weights if weighted else length
         return WeightedPlan(weights, num_samples=draws, replacement=sampler.replacement, **cut)
     shuffles = isinstance(sampler, RandomSampler) and sampler.num_samples == length
@@ -49,8 +46,9 @@ def plan_of(dataloader: DataLoader[Any], sizes: dict[str, Any]) -> Plan:
     return BatchPlan(length, shuffle=shuffles, drop_last=dataloader.drop_last, **cut)
 
 
-def options_of(dataloader: DataLoader[Any]) -> dict[str, Any]:
-    """Return its options that do not decide which samples a batch has, except `num_workers` and `collate_fn`."""
-    # It has values of its own for options that were left out, and some of them are refused without workers.
-    options = {name: getattr(dataloader, name) for name in _WORKERS if getattr(dataloader, name, None)}
+def options_of(dataloader: DataLoader[Any], num_workers: int) -> dict[str, Any]:
+    """Return its options that do not decide which samples a batch has, for so many workers, except `collate_fn`."""
+    names = ("worker_init_fn", *_WITH_WORKERS * (num_workers > 0))
+    # It has values of its own for options that were left out.
+    options = {name: getattr(dataloader, name) for name in names if getattr(dataloader, name, None)}
     return {**options, "pin_memory": True} if dataloader.pin_memory else options

@@ -52,9 +52,10 @@ class Loader:
         plan: what each step consumes: a `BatchPlan`, `WeightedPlan`, `LengthPlan`, `OrderPlan` or a `Plan` of your own.
             None: a `BatchPlan` of `global_batch`, `micro_batch` (None: the global batch), `seed`, and of `shuffle` and
             `drop_last` as torch's DataLoader has them, except that `shuffle` is True unless it is given.
-        num_workers, collate_fn, dataloader_options: passed to torch.utils.data.DataLoader. As there, each epoch has new
-            workers, with a copy of the data set as it is then, unless `persistent_workers=True`. Memory is pinned if
-            CUDA is available, unless `pin_memory=False`.
+        num_workers, collate_fn, dataloader_options: passed to torch.utils.data.DataLoader; what is left out is that of
+            a DataLoader that was given, or torch's default. As there, each epoch has new workers, with a copy of the
+            data set as it is then, unless `persistent_workers=True`. Memory is pinned if CUDA is available, unless
+            `pin_memory=False`.
 
     Attributes:
         dataset: the data set; of a DataLoader that was given, its data set.
@@ -75,7 +76,7 @@ class Loader:
         self,
         dataset: Any,
         plan: Plan | StreamPlan | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         *,
         global_batch: int | None = None,
@@ -87,9 +88,11 @@ class Loader:
         if isinstance(dataset, DataLoader):
             if plan is None:
                 plan, sizes = plan_of(dataset, sizes), dict.fromkeys(sizes)
-            dataloader_options = {**options_of(dataset), **dataloader_options}
-            num_workers, collate_fn = num_workers or dataset.num_workers, collate_fn or dataset.collate_fn
+            num_workers = dataset.num_workers if num_workers is None else num_workers
+            collate_fn = collate_fn or dataset.collate_fn
+            dataloader_options = {**options_of(dataset, num_workers), **dataloader_options}
             dataset = dataset.dataset
+        num_workers = num_workers or 0
         self._stream: StreamSteps | None = None
         if not isinstance(plan, StreamPlan):
             plan = checked_plan(dataset, plan, sizes, dataloader_options)

@@ -52,7 +52,7 @@ class WeightedPlan(_OrderedPlan):
     may be any number, and `loader.steps(stop)` goes on over epochs.
 
     Memory: with replacement 16 bytes a sample of the data set; with an integer for the weights, none. Without
-    replacement 8 bytes a sample and 8 a draw of the current epoch, and 80 bytes a sample while it is computed.
+    replacement 8 bytes a sample and 8 a draw of the current epoch, and 85 bytes a sample while it is computed.
     Time of a seek: with replacement a binary search a sample of the step, at any step. Without replacement one sort of
     the data set an epoch. docs/data.md has figures.
 
@@ -88,6 +88,11 @@ class WeightedPlan(_OrderedPlan):
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, int) or np.ndim(_array(self.weights)) == 0:
+            if not hasattr(self.weights, "__index__"):
+                raise TypeError(
+                    f"WeightedPlan(weights={self.weights!r}) is a {type(self.weights).__name__}: give a weight for "
+                    f"each sample of the data set, 1-D, or an integer, the number of samples"
+                )
             count = able = checked_integer(self.weights, "weights")
             if count < 1:
                 raise ValueError(f"WeightedPlan(weights={count}): the number of samples must be at least 1")

@@ -38,6 +38,9 @@ class LoadedMicroBatch:
         if math.isnan(self.share):
             self.share = self.weight
 
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("a micro-batch has its batch in .data: write `for micro in …:` and `x, y = micro.data`")
+
 
 # Steps that have not ended, though a loop over them has taken their last micro-batch.
 _taken: weakref.WeakSet[Step] = weakref.WeakSet()

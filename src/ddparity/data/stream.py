@@ -22,6 +22,7 @@ from .sizes import check_sizes, checked_integer, cut_sizes
 # What a checkpoint has of a reader: where the stream begins to be read again, and what was taken since.
 ReaderState = dict[str, Any]
 ENDED: ReaderState = {"ended": True}
+Opened = dict[int, tuple[int, Any]]  # of each reader, the pass and the iterator that it had last
 _END = object()
 
 
@@ -143,6 +144,7 @@ class Readers(IterableDataset[list[Read]]):
         self._readers: Sequence[int] = ()
         self._epoch, self._step = 0, 0
         self._states: Sequence[ReaderState | None] = ()
+        self._opened: Opened = {}
 
     def restart(self, epoch: int, step: int, readers: Sequence[int], states: Sequence[ReaderState | None]) -> None:
         """Begin at this step with these readers, and the states of all readers of the plan; None: by skipping."""
@@ -154,7 +156,7 @@ class Readers(IterableDataset[list[Read]]):
         if worker is not None:
             hide_worker()  # streams would share out their samples among workers once more
         epoch, step = self._epoch, self._step
-        readers = [_Reader(self.dataset, plan, one, epoch, step, self._states[one]) for one in mine]
+        readers = [_Reader(self.dataset, plan, one, epoch, step, self._states[one], self._opened) for one in mine]
         while readers:
             reads = [one.read(self._collate, plan.seed_of(epoch, step, one.number) + 1) for one in readers]
             yield reads
@@ -169,9 +171,17 @@ class _Reader:
     """Reads one part of a stream, in the order of its shuffle, from a step or a state on."""
 
     def __init__(
-        self, dataset: Any, plan: StreamPlan, number: int, epoch: int, step: int, state: ReaderState | None
+        self,
+        dataset: Any,
+        plan: StreamPlan,
+        number: int,
+        epoch: int,
+        step: int,
+        state: ReaderState | None,
+        opened: Opened,
     ) -> None:
         self.number = number
+        self._opened = opened
         self._dataset, self._plan = dataset, plan
         self._size = plan.sizes[number]
         self._ended = state == ENDED
@@ -217,11 +227,23 @@ class _Reader:
             if state["stream"] is not None:
                 self._count = state["read"]
             self._samples = self._stream.start(state["stream"])
+            if not self._stream.seeks:
+                self._check_new()
         except Exception as error:
             raise self._error(error) from error
         while self._count < state["read"] and self._raw() is not _END:
             pass
         self._next_start = self._start = (self._count, state["stream"])
+
+    def _check_new(self) -> None:
+        """Check that no reader has had this iterator: it would go on where that one stopped."""
+        for reader, (its_pass, samples) in self._opened.items():
+            if samples is self._samples:
+                raise TypeError(
+                    f"the stream is the {type(samples).__name__} that reader {reader} was given for pass {its_pass}: "
+                    f"return a new iterable in each call, as a generator function does"
+                )
+        self._opened[self.number] = (self._pass, self._samples)
 
     def _take(self) -> Any:
         """Return the next sample of the shuffled order, or _END."""
@@ -297,7 +319,7 @@ class _Open:
             part = dataset(reader, readers, epoch)
         self._part: Any = part
         self._resets = _has(part, "state_dict", "reset") and not _has(part, "load_state_dict")  # a torchdata node
-        self._seeks = (self._resets or _has(part, "state_dict", "load_state_dict")) and not _forgets(part)
+        self.seeks = (self._resets or _has(part, "state_dict", "load_state_dict")) and not _forgets(part)
 
     def start(self, state: Any) -> Iterator[Any]:
         """Return an iterator from the beginning, or from the state on."""
@@ -309,7 +331,7 @@ class _Open:
         return iter(part)
 
     def state(self) -> Any:
-        return self._part.state_dict() if self._seeks else None
+        return self._part.state_dict() if self.seeks else None
 
 
 def _has(part: Any, *names: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from ..batchnorm import shared_layers, synchronises
 from ..comm.allreduce import copies_of_ranks
 from ..comm.nesting import to_device
 from ..compat import joins, uncompiled
+from ..data.loader import Loader
 from ..data.rng import seed_streams
 from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
@@ -89,10 +90,11 @@ def accumulate(
             alone, a batch whose units cannot be counted, or in strict mode a sparse gradient.
         ValueError: no rank has a unit, a count is negative or not finite, or the DDP module has static_graph=True and
             not one micro-batch, or the model has synchronised batch norms and the ranks not equally many micro-batches,
-            or a `Step` is shared among another number of ranks than the model, or the model is strict and compiled with
-            batch norms inside, or models of one list differ in reduction or ranks, or ranks differ in their plan, step,
-            arguments or model.
-        RuntimeError: another loop over this model is not finished, or parameters have changed inside of the loop.
+            or a `Step` is shared among another number of ranks than the model, or the model is strict and has a batch
+            norm that is compiled or updates otherwise than torch's, or models of one list differ in reduction or ranks,
+            or ranks differ in their plan, step, arguments or model.
+        RuntimeError: another loop over this model is not finished, or parameters, or a batch norm's momentum, have
+            changed inside of the loop.
         DDParityError: the ranks' parameters differ.
 
     Example:
@@ -102,12 +104,26 @@ def accumulate(
         >>> model.weight.grad
         tensor([[1., 1.]])
     """
+    check_batches(batches, "accumulate()")
     models = [model] if isinstance(model, nn.Module) else list(model)
     if skipped not in ("zero", "drop"):
         raise ValueError(f'accumulate(skipped={skipped!r}) is unknown: use "zero" or "drop"')
     if not models:
         raise ValueError("accumulate() got an empty list of models")
     return _accumulate(models, list(map(state_of, models)), batches, count, equal_counts, skipped == "drop")
+
+
+def check_batches(batches: object, who: str) -> None:
+    """Refuse what is iterable, but is no sequence of batches.
+
+    Raises:
+        TypeError: it is a Loader, one batch, or text.
+    """
+    if isinstance(batches, Loader):
+        raise TypeError(f"{who} got a Loader: loop over its steps, `for step in loader:`, and give each step")
+    if isinstance(batches, (torch.Tensor, Mapping, str, bytes)):
+        kind = type(batches).__name__
+        raise TypeError(f"{who} got a {kind}, which is one batch: give a step of a Loader, or a list of batches")
 
 
 def state_of(model: nn.Module) -> Replica | Sharded:

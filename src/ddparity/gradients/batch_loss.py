@@ -16,7 +16,7 @@ from ..comm.nesting import to_device
 from ..data.rng import RandomState, seed_streams
 from ..data.step import Step
 from ..runtime.agreement import agreed
-from .accumulate import accumulate, first_dimension, state_of
+from .accumulate import accumulate, check_batches, first_dimension, state_of
 from .recheck import buffers_of, set_buffers
 from .replica import Replica
 from .sharded import Sharded
@@ -82,6 +82,7 @@ def backward_over_batch(
     group = replicas[0].group
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     device = next((one.device for each in models for one in each.parameters()), torch.device("cpu"))
+    check_batches(step, _WHO)
     batches: Sequence[Any] = step if isinstance(step, Step) else list(step)
     if isinstance(step, Step):
         numbers = list(step.shares)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -64,7 +65,7 @@ class Replica:
         sparse: ids of the parameters with sparse gradients.
         had_gradients: ids of the parameters that had a gradient after the last step, the same on every rank. A loop
             that freezes and unfreezes parts of a model may give them one again, though frozen when the next begins.
-        told_compiled, told_old, told_skipped: a warning was given.
+        told_old, told_skipped: a warning was given.
     """
 
     def __init__(self, model: nn.Module, words: Words, equal: bool) -> None:
@@ -75,7 +76,7 @@ class Replica:
         self.held = False
         self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
-        self.told_compiled = self.told_old = self.told_skipped = False
+        self.told_old = self.told_skipped = False
         self.agreed: object = None
         self.compared: dict[tuple[int, ...], None] = {}
         self.had_gradients: set[int] = set()
@@ -349,6 +350,26 @@ def others_than(own: Sequence[Replica]) -> list[tuple[Replica, nn.Module]]:
 def replicated_models() -> list[nn.Module]:
     """Return the living replicated models."""
     return list(_replicas)
+
+
+@contextlib.contextmanager
+def only(model: nn.Module) -> Iterator[None]:
+    """Let this be the one model that this process has replicated, so that a measurement of it has no cost of others.
+
+    Every rank enters it, with the same model.
+    """
+    replicas, made = dict(_replicas), dict(_made)
+    own = replicas[model]
+    number, own.number = own.number, 0
+    _replicas.clear()
+    _made.clear()
+    _replicas[model], _made[own.ranks] = own, 1
+    try:
+        yield
+    finally:
+        own.number = number
+        _replicas.update(replicas)
+        _made.update(made)
 
 
 def made_so_far(ranks: tuple[int, ...] | None) -> int:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import shared_layers
 from ..compat import holds_old_fsdp, sharded_modules, uncompiled
 from ..runtime.agreement import agreed
+from ..runtime.world import check_joined
 from .replica import CHECK_EVERY, Reduction, Statistics, Words, asked, forget, refuse_nested
 from .strict import sparse_refusal
 
@@ -64,6 +65,7 @@ def replicate(
 
     Raises:
         TypeError: the model is wrapped or sharded already, or no module, or `comm_hook` is no function.
+        RuntimeError: a launcher started this process as one of several, and it has not joined them.
         ValueError: an option is unknown. For strict: the model is sharded by `fully_shard`, a batch norm is
             synchronised over several ranks, an embedding has sparse gradients, static_graph, mixed_precision or
             comm_hook is set, or the ranks' numbers of intra-op threads differ (`RankFailure` on those that came
@@ -84,6 +86,7 @@ def replicate(
         raise TypeError("replicate() got a DistributedDataParallel: give the module inside, model.module")
     _refuse_sharded(model, reduction)
     refuse_nested(model, "replicate() got a module that holds a DistributedDataParallel")
+    check_joined("replicate() was called")
     words = (reduction, batchnorm_statistics, operator.index(check_every), _checked_recheck(model, recheck_every))
     state_and_hook = _checked_hook(comm_hook, reduction, recheck_every)
     _agree(model, words, comm_hook is not None, ddp_options.get("process_group"))

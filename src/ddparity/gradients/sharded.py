@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..batchnorm import Room, RunningStatistics, compiled_layers, equal_buffers
+from ..batchnorm import Room, RunningStatistics, equal_buffers
 from ..comm.allreduce import copies_of_ranks
 from ..compat import FullySharded, averages_scattered, holds_old_fsdp, sharded_modules
 from .early import CAREFUL_STEPS
@@ -64,7 +64,7 @@ class Sharded:
         self.agreed: object = None
         self.room = Room()
         self.supersede: Callable[[], None] | None = None
-        self.told_skipped = self.told_gathered = self.told_compiled = False
+        self.told_skipped = self.told_gathered = False
         self._steps = 0
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -315,9 +315,12 @@ class ShardedWindow:
         self._scale_what_is_left()
         self._restore()
         self._finished = True
-        for one, statistics in zip(self._models, self._statistics, strict=True):
-            if statistics is not None:
-                statistics.replay(max(self._numbers), one.room)
+        recorded = [statistics for statistics in self._statistics if statistics is not None]
+        for statistics in recorded:
+            statistics.count()
+        for statistics in recorded:
+            statistics.replay(max(self._numbers))
+        for one in self._models:
             one.skip()
 
     def _scale_what_is_left(self) -> None:
@@ -338,19 +341,12 @@ class ShardedWindow:
     def _recorded(self, one: Sharded, stack: contextlib.ExitStack) -> RunningStatistics | None:
         """Return what keeps a model's running statistics in this step. Make other buffers those of rank 0."""
         _, buffered, _ = walk(one.module)
-        kept = RunningStatistics(buffered, self._group)
-        statistics = kept if kept.layers else None
-        if statistics is not None and compiled_layers(one.module):
-            if not one.told_compiled:
-                logger.warning(
-                    "the model is compiled, and a batch norm inside of a graph does not tell a batch's statistics: its "
-                    "running statistics are rank 0's"
-                )
-            one.told_compiled, statistics = True, None
-        if statistics is not None:
-            stack.enter_context(statistics.recording())
-        if self._group is not None and not equal_buffers(buffered, statistics is not None):
+        statistics = RunningStatistics(one.module, buffered, self._group, one.room) if self._group is not None else None
+        if self._group is not None and not equal_buffers(buffered, statistics):
             _broadcast([buffer for module in buffered for buffer in module._buffers.values()], self._group)
+        if statistics is None or not len(statistics):
+            return None
+        stack.enter_context(statistics.recording())
         return statistics
 
     def _tell_gathered(self, one: Sharded) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..batchnorm import RunningStatistics, compiled_layers, equal_buffers
+from ..batchnorm import RunningStatistics, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients, separate
 from ..comm.bits import check_words, parts
 from ..data.step import Step
@@ -169,8 +169,11 @@ class Window:
             if self.waits:
                 replica.supersede = self.supersede
         for replica, buffered in zip(self._own, self._buffered, strict=True):
-            self._statistics.append(self._recorded(replica, buffered, self._stack))
+            self._statistics.append(_statistics(replica, buffered, self._strict))
         self._share_buffers()
+        for statistics in self._statistics:
+            if statistics is not None:
+                self._stack.enter_context(statistics.recording())
         if self._strict:
             self._stack.enter_context(deterministic(device))
         self._reduction = self._make(self._named)
@@ -224,7 +227,9 @@ class Window:
         with contextlib.ExitStack() as stack:
             stack.callback(replica.release)
             replica.hold()
-            statistics = self._recorded(replica, walk[1], stack) if same_ranks else None
+            statistics = _statistics(replica, walk[1], self._strict) if same_ranks else None
+            if statistics is not None:
+                stack.enter_context(statistics.recording())
             reduction = self._make(named, replica) if same_ranks else _Reduction(parameters, None, None, False)
             other = _Other(replica, named, walk[1], _Frozen(frozen, known), reduction, statistics, stack.pop_all())
         if same_ranks:
@@ -254,20 +259,12 @@ class Window:
         """Hold a replica again after a loop of its own."""
         self._adopt(replica)
 
-    def _recorded(
-        self, replica: Replica, buffered: list[nn.Module], stack: contextlib.ExitStack
-    ) -> RunningStatistics | None:
-        statistics = _statistics(replica, buffered, self._strict)
-        if statistics is not None:
-            stack.enter_context(statistics.recording())
-        return statistics
-
     def _share_buffers(self) -> None:
         """Broadcast buffers that may differ between ranks, as DDP does in a step's first forward."""
         self._stay_equal = []
         for replica, buffered, statistics in zip(self._own, self._buffered, self._statistics, strict=True):
             were_equal, replica.buffers_equal = replica.buffers_equal, False  # until the step is over
-            stay_equal = equal_buffers(buffered, statistics is not None)
+            stay_equal = equal_buffers(buffered, statistics)
             self._stay_equal.append(stay_equal)
             if replica.ddp is not None and not (were_equal and stay_equal):
                 replica.share_buffers()
@@ -306,9 +303,8 @@ class Window:
         for parameter in parameters:
             parameter.grad = None
         with contextlib.ExitStack() as stack:
-            for statistics in (*self._statistics, *(other.statistics for other in others)):
-                if statistics is not None:
-                    stack.enter_context(statistics.forgetting())
+            for statistics in self._all_statistics():
+                stack.enter_context(statistics.forgetting())
             self._paused = True
             try:
                 yield
@@ -316,6 +312,10 @@ class Window:
                 self._paused = False
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
+
+    def _all_statistics(self) -> list[RunningStatistics]:
+        found = (*self._statistics, *(other.statistics for other in self._others.values()))
+        return [statistics for statistics in found if statistics is not None]
 
     def supersede(self) -> None:
         """End this step's hold on its models, for another one."""
@@ -366,6 +366,8 @@ class Window:
         self._frozen.check()
         tell_skipped(self._own[0], self._skipped, self._drops)
         self._finished = True
+        for statistics in self._all_statistics():
+            statistics.count()
         left = scale_of_rest(self._dropped, self._numbers, self._group, self._device) if self._drops else 1.0
         if self._by_ddp is not None:
             self._complete(self._by_ddp)
@@ -374,12 +376,11 @@ class Window:
         else:
             assert self._reduction is not None
             self._reduction.reduce(left)
-        for replica, statistics in zip(self._own, self._statistics, strict=True):
-            if statistics is not None:
-                statistics.replay(max(self._numbers), replica.room)
+        most = max(self._numbers)
+        kept = [statistics is None or statistics.replay(most) for statistics in self._statistics]
         others = self._reduce_others(left)
-        for replica, stay_equal in zip(self._own, self._stay_equal, strict=True):
-            replica.finished(self._parameters, stay_equal)
+        for replica, *stay_equal in zip(self._own, self._stay_equal, kept, strict=True):
+            replica.finished(self._parameters, all(stay_equal))
         if self._strict and self._group is not None and self._skipped:
             refuse_late(self._parameters)
         if self._group is not None and any(replica.compares() for replica in self._own):
@@ -424,9 +425,8 @@ class Window:
                 continue
             other.reduction.reduce(left)
             replica.note_gradients(other.parameters)
-            if statistics is not None:
-                statistics.replay(max(self._numbers), replica.room)
-            replica.buffers_equal = replica.buffers_equal and equal_buffers(other.buffered, statistics is not None)
+            kept = statistics is None or statistics.replay(max(self._numbers))
+            replica.buffers_equal = replica.buffers_equal and kept and equal_buffers(other.buffered, statistics)
         return [other for other in others if other.replica.number in touched]
 
     def _touched_anywhere(self, group: dist.ProcessGroup, touched: list[int]) -> list[int]:
@@ -618,18 +618,5 @@ def _statistics(replica: Replica, buffered: list[nn.Module], strict: bool) -> Ru
     """Return what keeps a replica's running statistics in this step; None where every forward moves them itself."""
     if replica.batchnorm_statistics == "rank0":
         return None
-    statistics = RunningStatistics(buffered, replica.group)
-    if not statistics.layers:
-        return None
-    if compiled_layers(replica.module):
-        problem = "the model is compiled, and a batch norm inside of a graph does not tell a batch's statistics"
-        if strict:
-            raise ValueError(
-                f"accumulate(): {problem}: compile parts without batch norms, or take rank 0's running statistics, by "
-                f'replicate(model, reduction="strict", batchnorm_statistics="rank0")'
-            )
-        if not replica.told_compiled and dist.get_rank(replica.group) == 0:
-            logger.warning("%s: its running statistics are rank 0's", problem)
-        replica.told_compiled = True
-        return None
-    return statistics
+    statistics = RunningStatistics(replica.module, buffered, replica.group, replica.room, strict)
+    return statistics if len(statistics) else None

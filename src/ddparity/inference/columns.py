@@ -13,6 +13,7 @@ holds what Arrow's types do not say, e.g. tensor or array. It is JSON and names 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain, islice
 from typing import Any
@@ -84,6 +85,8 @@ def to_table(output: Any, start: int, size: int, schema: pa.Schema | None = None
         _column(name, leaf, start, size, None if schema is None else schema.field(name).type) for name, leaf in leaves
     ]
     arrays.insert(0, pa.array(np.arange(start, start + size, dtype=np.int64)))
+    if schema is not None and [array.type for array in arrays] == schema.types and names == schema.names:
+        return pa.Table.from_arrays(arrays, schema=schema)  # the same as below, in less time
     table = pa.table(arrays, names=names)
     return table if schema is None else table.select(schema.names).cast(schema)
 
@@ -103,8 +106,7 @@ def _column(name: str, leaf: Any, start: int, size: int, to: pa.DataType | None)
         elif description["kind"] == "list":
             array = _entries(part, description["entry"], where)
         else:
-            shapes = np.tile(np.array(part.shape[1:], dtype=np.int64), (len(part), 1))
-            array = _nested([part], shapes, where)
+            array = _of_one_shape(part, where)
         return array if to is None else _cast(array, to, where)
 
     return located(leaf, start, make)
@@ -192,6 +194,17 @@ def _nested(values: Sequence[Any], shapes: Ints, where: str) -> pa.Array:
         array = pa.ListArray.from_arrays(
             _offsets(np.repeat(shapes[:, level], shapes[:, :level].prod(axis=1)), where), array
         )
+    return array
+
+
+def _of_one_shape(part: Any, where: str) -> pa.Array:
+    """Return what `_nested` returns for the rows of one tensor or array."""
+    for level in range(1, len(part.shape)):
+        _check_count(math.prod(part.shape[: level + 1]), where)
+    array = _numbers(_flat([part]))
+    for level in reversed(range(1, len(part.shape))):
+        ends = np.arange(math.prod(part.shape[:level]) + 1, dtype=np.int32) * np.int32(part.shape[level])
+        array = pa.ListArray.from_arrays(pa.array(ends), array)
     return array
 
 

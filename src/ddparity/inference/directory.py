@@ -201,7 +201,7 @@ class Directory:
         self._file: Path | None = None  # that is being written
         self._draft: Draft | None = None
         self._writer: Any = None
-        self._held: list[pa.Table] = []
+        self._held: list[pa.RecordBatch] = []
 
     def take(self, samples: range, where: str, output: Any, batch: Any) -> None:
         check_rows(output, len(samples), f"the output for the {where}")
@@ -231,8 +231,8 @@ class Directory:
             self._stream = pa.BufferedOutputStream(pa.PythonFile(self._digested, mode="w"), _BUFFER_BYTES)
             self._writer = pq.ParquetWriter(self._stream, self._schema, write_page_checksum=True)
         ends = samples.stop == rows_of(self._run, number).stop
-        if ends or sum(table.nbytes for table in self._held) >= _ROW_GROUP_BYTES:
-            self._writer.write_table(pa.concat_tables(self._held).combine_chunks())
+        if ends or sum(batch.get_total_buffer_size() for batch in self._held) >= _ROW_GROUP_BYTES:
+            self._writer.write_table(pa.Table.from_batches(self._held).combine_chunks())
             self._held = []
         if ends:
             assert self._draft is not None, "it was opened with the writer"
@@ -309,9 +309,7 @@ def _ranges(numbers: Sequence[int]) -> Iterator[range]:
         yield range(members[0], members[-1] + 1)
 
 
-def _copied(table: pa.Table) -> pa.Table:
+def _copied(table: pa.Table) -> pa.RecordBatch:
     """Return a table in memory of its own: the model may write its next output into this one's memory."""
-    stream = pa.BufferOutputStream()
-    with pa.ipc.new_stream(stream, table.schema) as writer:
-        writer.write_table(table)
-    return pa.ipc.open_stream(stream.getvalue()).read_all()
+    (batch,) = table.combine_chunks().to_batches()
+    return pa.ipc.read_record_batch(batch.serialize(), table.schema)

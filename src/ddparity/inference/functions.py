@@ -12,7 +12,7 @@ import types
 import warnings
 import weakref
 from collections import UserDict, UserList, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ def _of_function(function: types.FunctionType, place: _Place) -> Iterator[tuple[
 def _of_class(cls: type, place: _Place) -> Iterator[tuple[Any, _Place]]:
     own = [one for one in cls.__mro__ if not _is_of_library(one)]
     for name in (*place.names, *_SPECIAL):
-        if (found := next((vars(one)[name] for one in own if name in vars(one)), _NOTHING)) is not _NOTHING:
+        for found in _of_bases(own, name, place):
             yield _bound(found, cls), place.attribute(name)
 
 
@@ -179,6 +179,14 @@ def _of_object(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
     for name in (*place.names, *_SPECIAL):
         if (found := _attribute(value, name)) is not _NOTHING:
             yield found, place.attribute(name)
+        for other in _of_bases(type(value).__mro__, name, place)[1:]:
+            yield _bound(other, value), place.attribute(name)
+
+
+def _of_bases(classes: Sequence[type], name: str, place: _Place) -> list[Any]:
+    """Return the entries of this name in classes: the first one, and where the code uses super(), the others."""
+    found = [vars(one)[name] for one in classes if name in vars(one)]
+    return found if "super" in place.names else found[:1]
 
 
 def _attribute(value: Any, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +20,49 @@ from ..errors import DDParityError
 from .collect import check_each_once, merged
 
 Parts = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Return this from a metric function of `predict` for a weighted mean over all batches.
+
+    Give what a batch adds to the mean in one of two ways: its own mean, or its sum. A batch of weight 0 adds nothing.
+
+    Args:
+        mean: of the batch, a number or an array.
+        sum: of the batch, in place of its mean.
+        weight: what the batch's mean is over, as its samples or its unmasked tokens.
+
+    Raises:
+        TypeError: there is neither a mean nor a sum, or there are both.
+
+    Example:
+        >>> from ddparity import predict
+        >>> def loss(output, batch):
+        ...     return Average(mean=output.mean(), weight=len(output))
+        >>> predict(torch.nn.Identity(), torch.arange(5.0), 2, metric=loss)
+        2.0
+    """
+
+    mean: Any = None
+    sum: Any = None
+    weight: Any
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) == (self.sum is None):
+            raise TypeError(f"{self}: give a mean or a sum, and one of them only")
+
+    def parts(self) -> tuple[Any, Any]:
+        """Return the batch's sum and its weight."""
+        if self.sum is not None:
+            return self.sum, self.weight
+        mean, weight = _as_float64(self.mean), _as_float64(self.weight)
+        with np.errstate(invalid="ignore"):
+            return np.where(weight == 0, 0.0, mean * weight), self.weight
+
+
+def _as_float64(value: Any) -> NDArray[np.float64]:
+    return np.asarray(value.detach().cpu().double() if isinstance(value, torch.Tensor) else value, np.float64)
 
 
 def is_metric(value: Any) -> bool:
@@ -51,7 +95,7 @@ class Metric:
         if not is_module and not callable(metric):
             raise TypeError(
                 f"predict(metric=…) got a {type(metric).__name__}: give a torchmetrics object, or a function of a "
-                f"batch's output and the batch that returns sums"
+                f"batch's output and the batch that returns sums or averages"
             )
         if not is_module and targets is not None:
             raise TypeError("predict(targets=…) is for a torchmetrics object: a metric function is given the batch")
@@ -167,12 +211,12 @@ class _Sums:
     def add(self, output: Any, batch: Any) -> None:
         value = self._function(output, batch)
         for name, one in (value if isinstance(value, Mapping) else {None: value}).items():
-            parts = one if isinstance(one, tuple) else (one,)
+            parts = one.parts() if isinstance(one, Average) else one if isinstance(one, tuple) else (one,)
             totals = self._totals.setdefault(name, [ExactSum() for _ in parts])
             if len(parts) > 2 or len(parts) != len(totals):
                 raise ValueError(
-                    f"a metric function returned {one!r}: return a sum, or a pair of a sum and its weight, and the "
-                    f"same kind each time"
+                    f"a metric function returned {one!r}: return a sum, an Average, or a pair of a sum and its weight, "
+                    f"and the same kind each time"
                 )
             for total, part in zip(totals, parts, strict=True):
                 total.add(part)

@@ -34,13 +34,18 @@ def reached(model: Model, **functions: Callable[..., Any] | None) -> dict[str, n
     return found
 
 
-def callable_of(model: Model, inputs: Callable[[Any], Any] | None) -> tuple[Callable[[Any], Any], torch.device | None]:
+def callable_of(
+    model: Model, inputs: Callable[[Any], Any] | None, modules: Iterable[nn.Module]
+) -> tuple[Callable[[Any], Any], torch.device | None]:
     """Return the function to call with a batch, and the device that the batch must be on; None: where it is.
 
-    The module inside DDP is called.
+    The module inside DDP is called. `modules` are those that a function uses: if all of their parameters are on one
+    device, it is the batch's.
     """
     if not isinstance(model, nn.Module):
-        return (model if inputs is None else lambda batch: model(inputs(batch))), None
+        devices = {parameter.device for module in modules for parameter in module.parameters()}
+        device = next(iter(devices)) if len(devices) == 1 else None
+        return (model if inputs is None else lambda batch: model(inputs(batch))), device
     module = unwrapped(model)
     take = inputs or (lambda batch: batch[0] if isinstance(batch, (list, tuple)) else batch)
     keywords = _Keywords.of(module)

@@ -68,7 +68,8 @@ def predict(
     Args:
         model: a module, or any function of a batch. A module, and modules that a function uses, run in eval mode and
             under no_grad. If one is a DDP module, the module inside it runs. Modes, buffers and random streams are
-            restored at the end, also on an exception.
+            restored at the end, also on an exception. Batches are moved to the device of the module, or to that of the
+            modules that the function uses if it is the same for all.
         dataset: map-style, of the same length on every rank; or a stream that can be cut into shards (`num_shards`,
             and `shard(num_shards=, index=)`, as datasets.IterableDataset). Batches of a stream are cut within a shard.
         batch_size: samples of a batch, at least 1.
@@ -78,8 +79,9 @@ def predict(
             of a list or tuple, as of a data set of (input, target), else with the batch; a function with the batch. A
             dict goes to a module's keywords if its forward takes them all.
         metric: return this instead of the outputs, which then do not move. It is a function of a batch's output and the
-            batch that returns a dict of sums, or of pairs of a sum and its weight, for the weighted mean; or one sum or
-            pair alone. Or it is a torchmetrics object: each rank updates a copy, the object does not change.
+            batch that returns a number, which is summed over all batches, or an `Average`, for the weighted mean, or
+            a pair of a sum and its weight; or a dict of these. Or it is a torchmetrics object: each rank updates a
+            copy, the object does not change.
         targets: with a torchmetrics object, a function from a batch to the second argument of `update`. None: the
             batch's second entry.
         balance: "contiguous": each rank runs a contiguous share of the batches; "dynamic": a rank that is free runs the
@@ -118,8 +120,8 @@ def predict(
     Example:
         >>> predict(torch.nn.Identity(), torch.arange(5), batch_size=2)
         tensor([0, 1, 2, 3, 4])
-        >>> predict(torch.nn.Identity(), torch.arange(5), 2, metric=lambda output, batch: (output.sum(), len(output)))
-        2.0
+        >>> predict(torch.nn.Identity(), torch.arange(5), 2, metric=lambda output, batch: output.sum())
+        10
     """
 
     def predictor() -> Predictor:
@@ -265,7 +267,7 @@ def _predict(predictor: Callable[[], Predictor], given: _Call) -> Any:
                 named |= {"the data set's length": source.length, "the data set's num_shards": source.shards}
                 checksums = Checksums(modules, not isinstance(given.model, nn.Module))
                 agreement.all_same({**named, "the model": checksums.text}, {"the model": checksums.difference})
-            call, device = callable_of(given.model, given.inputs)
+            call, device = callable_of(given.model, given.inputs, modules.values())
             path, chunks = given.directory(), cut(len(source), world_size, balance)
             sink: Sink
             if path is not None:

@@ -90,8 +90,8 @@ def run_launch(launch: Launch) -> int:
 
 
 def _run(launch: Launch, setup: RendezvousSetup) -> int:
-    kind = () if launch.python else ("--exec",)
-    arguments = (worker.__file__, str(os.getpid()), *kind, *launch.command)
+    kinds = [*["--batch"] * (launch.schedule == "batch"), *["--exec"] * (not launch.python)]
+    arguments = (worker.__file__, str(os.getpid()), *kinds, *launch.command)
     rendezvous = None if launch.alone else setup.config.rdzv_endpoint
     options = AgentOptions(launch.grace_s, launch.hang_timeout_s, launch.on_hang, rendezvous, launch.children)
     files = partial(RankFiles, show=launch.show, logs=launch.logs)
@@ -174,7 +174,7 @@ def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> l
     Windows has no fork server.
     """
     # torch._dynamo: an optimizer imports it in its first step, which takes a second or two.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["ddparity", "torch._dynamo"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["ddparity.parity.run", "torch._dynamo"])
     setup, signals = check_rendezvous(_one_machine(nproc)), Signals()
     ranks = _agent(setup, function, args, AgentOptions(), Inherited, "forkserver", signals=signals)
     with _raise_afterwards(signals), ranks as agent:

@@ -6,6 +6,7 @@ python worker.py AGENT SCRIPT ARGS...
 python worker.py AGENT -m MODULE ARGS...
 python worker.py AGENT --call PICKLE
 python worker.py AGENT --exec PROGRAM ARGS...
+python worker.py AGENT --batch (one of these)
 
 It does not import ddparity, because a script that does not use ddparity would wait for the import. It writes files for
 the agent into the rank's folder, which is that of TORCHELASTIC_ERROR_FILE: `error.json`, in the form of torch's own
@@ -42,6 +43,10 @@ _HEAD_OF_TRACEBACK = "Traceback (most recent call last):\n"
 def main() -> None:
     """Run what the arguments name, and end with its exit code."""
     agent, *arguments = sys.argv[1:]
+    if arguments[0] == "--batch":
+        del arguments[0]
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:  # another one was chosen on purpose
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # for all threads and processes to come
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
     folder = Path(record).parent if record else None
     interrupt = signal.getsignal(signal.SIGINT)

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 
 from ..compat import PrefixStore, Store, append, default_store, group_name, group_timeout_s
@@ -328,6 +327,8 @@ def _machine_id() -> str:
 
 
 def _is_alive(pid: int) -> bool:
+    import psutil  # here, since importing ddparity need not take longer for it
+
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
 import torch.distributed as dist
 
 from .agreement import Agreement, Calls, store_access, store_root
+from .blocks import block
 from .members import members
 
 # Inside of a `first`: the key of its current turn, and the ranks that run at the same time.
 _turn: ContextVar[tuple[str, tuple[int, ...]] | None] = ContextVar("turn", default=None)
 
 
-@contextmanager
+@block("`with ddparity.first() as goes_first:`")
 def first(scope: Literal["world", "node"] = "world") -> Iterator[bool]:
     """Run the body on the first rank of the world, or of each node; then run it on the other ranks.
 

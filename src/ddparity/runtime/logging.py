@@ -15,8 +15,6 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch.distributed as dist
-from rich.logging import RichHandler
-from rich.progress import Progress as Bars
 
 from ..compat import Store
 from .agreement import store_root
@@ -26,7 +24,6 @@ from .log_libraries import follow_in_libraries, replace_method, restore_method, 
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
 _PLAIN = logging.Formatter()  # what a handler without a formatter uses
 _CONNECT_S = 5.0
-_TERMINAL_HANDLERS = (logging.StreamHandler, RichHandler)
 
 
 def setup_logging(
@@ -143,7 +140,9 @@ def _terminal_handlers() -> list[logging.Handler]:
 
 def _terminal_handlers_of(logger: logging.Logger) -> list[logging.Handler]:
     """Return the handlers of a logger, of the root logger all but log files, that write to a terminal."""
-    kinds = (logging.Handler,) if logger is logging.root else _TERMINAL_HANDLERS
+    # A module that nobody has imported has no handlers.
+    of_rich = [sys.modules["rich.logging"].RichHandler] if "rich.logging" in sys.modules else []
+    kinds = (logging.Handler,) if logger is logging.root else (logging.StreamHandler, *of_rich)
     return [one for one in logger.handlers if isinstance(one, kinds) and not isinstance(one, logging.FileHandler)]
 
 
@@ -189,7 +188,7 @@ def _quiet(original: Callable[..., Any]) -> Callable[..., Any]:
 def _disable_progress_bars() -> None:
     """Disable the bars of rich and tqdm in this process. Their consoles still show what a program prints and logs."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # for processes that this one starts
-    _disable(Bars)
+    _disable(importlib.import_module("rich.progress").Progress)
     with suppress(ImportError):
         _disable(importlib.import_module("tqdm.std").tqdm)
 

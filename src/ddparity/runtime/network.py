@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-import psutil
-
 from ..compat import is_store, recognises_stores
 
 LOOPBACK = "127.0.0.1"
@@ -73,6 +71,8 @@ def interfaces() -> dict[str, list[str]]:
 
     Loopback and link-local addresses are left out, and so are interfaces that have no others.
     """
+    import psutil  # here, since importing ddparity need not take longer for it
+
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     found: dict[str, list[str]] = {}
     for name, entries in psutil.net_if_addrs().items():
@@ -85,6 +85,8 @@ def interfaces() -> dict[str, list[str]]:
 
 def interface_of(address: str) -> str | None:
     """Return the interface that has this address; None where there is none."""
+    import psutil  # here, since importing ddparity need not take longer for it
+
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in entries):
             return name
@@ -100,6 +102,8 @@ def is_loopback(address: str) -> bool:
 
 def is_this_machine(host: str) -> bool:
     """Return True if `host`, a name or an address, is this machine; False if the name has no address."""
+    import psutil  # here, since importing ddparity need not take longer for it
+
     own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
     with suppress(OSError):
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
@@ -217,6 +221,8 @@ def listen_at(address: str, port: int) -> socket.socket:
 
 def process_at_port(port: int) -> str:
     """Return which process listens at the port, as " by process 12 (python)"; "" where the system does not show it."""
+    import psutil  # here, since importing ddparity need not take longer for it
+
     with suppress(psutil.Error):  # other users' processes
         for connection in psutil.net_connections("tcp"):
             here = connection.laddr and connection.laddr.port == port

@@ -5,18 +5,18 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
 from ..compat import PrefixStore
 from .agreement import store_access, store_root
+from .blocks import block
 
 _WHAT = "stopping on a signal"
 
 
-@contextmanager
+@block("`with ddparity.preemption() as stopping:`")
 def preemption(*signals: str) -> Iterator[Callable[[], int]]:
     """Handle the signals by which a scheduler announces the job's end, so that all ranks stop after the same step.
 

@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
+if TYPE_CHECKING:  # importing ddparity need not take longer for rich
+    from rich.progress import Progress as Bars
+    from rich.table import Table
 
 PROGRESS_MARKER = "progress"  # the file is there: the rank has finished a step, or has saved a checkpoint
 
@@ -56,6 +55,9 @@ def progress(
     if rank:
         yield _Silent()
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console()
     if not console.is_terminal:
         yield _Lines(total, title, unit, start)
@@ -68,7 +70,7 @@ def progress(
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Bars(*columns, console=console, refresh_per_second=5) as bars:
+    with Progress(*columns, console=console, refresh_per_second=5) as bars:
         yield _Live(bars, total, title, unit, start)
 
 
@@ -133,6 +135,8 @@ class _Lines(_Timed):
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:
     """Print a table of names and values to standard output."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -143,6 +147,8 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 def show_grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with a header to standard output: the first column is left-aligned, the others right-aligned."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", title_style="bold", header_style="cyan")
     for number, name in enumerate(head):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
@@ -152,6 +158,8 @@ def show_grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def _print(table: Table) -> None:
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:
         console.width = 200  # not the 80 columns that rich assumes: long values are not folded

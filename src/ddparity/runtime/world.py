@@ -24,6 +24,7 @@ import torch.distributed as dist
 from ..compat import PrefixStore, Store, TCPStore, serve_store
 from ..errors import RankFailure, RendezvousError
 from .agreement import Agreement, leave, store_root
+from .blocks import block
 from .environment import Placement, find_placement
 from .members import Member, collect_members, members, publish_members, this_member
 from .network import listen_at, own_address, process_at_port, route_to, set_gloo_interface, wait_for_store
@@ -50,7 +51,7 @@ class World:
     backend: str | None
 
 
-@contextmanager
+@block("`with ddparity.world() as world:`, or `world = ddparity.join()` in a script without functions")
 def world(
     backend: str | None = None,
     device: torch.device | str | None = None,
@@ -126,6 +127,26 @@ def join(
     joined = joining.__enter__()
     atexit.register(joining.__exit__, None, None, None)
     return joined
+
+
+def check_joined(what: str) -> None:
+    """Check that a process which a launcher started as one of several has joined the others.
+
+    Raises:
+        RuntimeError: it has not, so it would train alone.
+    """
+    if not dist.is_available() or dist.is_initialized():
+        return
+    try:
+        placement = find_placement()
+    except ValueError:  # variables that contradict each other; `world` tells it
+        return
+    if placement is not None and placement.world_size > 1:
+        raise RuntimeError(
+            f"{what} before this process, rank {placement.rank} of {placement.world_size} by the launcher's variables, "
+            f"has joined the others, so it would train alone: call it inside of `with ddparity.world():`, or write "
+            f"`ddparity.join()` above it"
+        )
 
 
 def _checked_backend(backend: str | None) -> str | None:

@@ -13,8 +13,14 @@ _NAMES = (
     "broadcast",
     "all_gather",
     "all_gather_into_tensor",
+    "all_gather_single",  # torch 2.13 renamed what ends with `tensor`
     "reduce_scatter",
     "reduce_scatter_tensor",
+    "reduce_scatter_single",
+    "gather_into_tensor",
+    "gather_single",
+    "all_reduce_coalesced",
+    "all_gather_coalesced",
     "all_to_all",
     "all_to_all_single",
     "gather",
@@ -50,7 +56,9 @@ def watch_collectives(journal: Journal) -> None:
             group = options.get("group")
             if group is None:
                 group = next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
-            values = _describe(journal, name, args, options, count[0])
+            values: dict[str, Any] = {"op": None}
+            with journal.safely:
+                values = _describe(journal, name, args, options, count[0])
             ranks = None
             if group is not None and group is not dist.group.WORLD and isinstance(group, dist.ProcessGroup):
                 ranks = dist.get_process_group_ranks(group)
@@ -123,7 +131,8 @@ def _describe(
     import torch.distributed as dist
 
     tensors = [one for one in (*args, *options.values()) if isinstance(one, torch.Tensor)]
-    found = tensors[name.endswith("into_tensor") and len(tensors) > 1] if tensors else None  # not the output
+    second = name.endswith(("_tensor", "_single")) and len(tensors) > 1  # the first is the output
+    found = tensors[second] if tensors else None
     op = next(
         (one for one in (*args, *options.values()) if isinstance(one, dist.ReduceOp | dist.ReduceOp.RedOpType)), None
     )

@@ -17,6 +17,17 @@ from .journal import Journal, replace
 
 TRACKERS = (("wandb", "init"), ("torch.utils.tensorboard", "SummaryWriter"), ("mlflow", "start_run"))
 _MOST = 5_000  # files that are recorded
+# Parts of the paths of libraries whose files are no business of the script's.
+_OPEN_FOR_THEMSELVES = (
+    "importlib",
+    "_inductor",
+    "_dynamo",
+    "triton",
+    "logging",
+    "filelock",
+    "huggingface",
+    f"{os.sep}hydra{os.sep}",
+)
 _LINES = 1_000  # printed
 _DEEPEST = 40  # frames between the user's line and the opening of a file
 
@@ -31,15 +42,18 @@ def watch_files(journal: Journal) -> None:
             result = opening(file, mode, *args, **options)
         except FileNotFoundError:  # another rank may be about to write it
             if not journal.hidden and isinstance(file, (str, os.PathLike)) and str(mode).startswith("r"):
-                note_file(journal, file, mode, opened)
+                with journal.safely:
+                    note_file(journal, file, mode, opened)
             raise
         if not journal.hidden and isinstance(file, (str, os.PathLike)) and isinstance(mode, str) and opened[0] < _MOST:
-            note_file(journal, file, mode, opened)
+            with journal.safely:
+                note_file(journal, file, mode, opened)
         return result
 
     def printed(*values: Any, **options: Any) -> None:
         printing(*values, **options)
-        if options.get("file") not in (None, sys.stdout, sys.stderr) or lines[0] > _LINES:
+        file = options.get("file") or sys.stdout
+        if file not in (sys.stdout, sys.stderr) or isinstance(file, io.StringIO) or lines[0] > _LINES:
             return
         lines[0] += 1
         text = " ".join(map(str, values)) if all(isinstance(v, (str, int, float)) for v in values) else None
@@ -70,14 +84,11 @@ def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None
     frame, site = sys._getframe(2), None
     for _ in range(_DEEPEST):
         name = frame.f_code.co_filename
-        if any(
-            part in name
-            for part in ("importlib", "_inductor", "_dynamo", "triton", "logging", "filelock", "huggingface")
-        ):
-            return
         if not journal.is_library(name):
             site = f"{os.path.realpath(name)}:{frame.f_lineno}"
             break
+        if any(part in name for part in _OPEN_FOR_THEMSELVES):
+            return
         if frame.f_back is None:
             return
         frame = frame.f_back

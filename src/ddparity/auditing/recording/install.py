@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import atexit
 import functools
-import importlib.abc
-import importlib.util
 import multiprocessing.util
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+from .imports import after_import
 from .journal import Journal
 
 
@@ -43,6 +40,7 @@ def begin(folder: str, steps: int) -> Callable[[], None]:
         multiprocessing.util.register_after_fork(journal, lambda _: _finalize(finish))
 
     after_import("torch", after_torch)
+    after_import("torchdata.stateful_dataloader.stateful_dataloader", lambda module: journal.watch_loader(module))
     after_import("tqdm.std", lambda module: files.watch_bars(journal, module))
     for name, attribute in files.TRACKERS:
         after_import(name, functools.partial(files.watch_tracker, journal, attribute))
@@ -68,32 +66,3 @@ def _once(journal: Journal) -> Callable[[], None]:
                 journal.write("problem", text=f"{type(error).__name__}: {error}")
 
     return finish
-
-
-def after_import(name: str, function: Callable[[ModuleType], Any]) -> None:
-    """Call the function with a module once it has been imported."""
-    if name in sys.modules:
-        function(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _After(name, function))
-
-
-class _After(importlib.abc.MetaPathFinder):
-    def __init__(self, name: str, function: Callable[[ModuleType], Any]) -> None:
-        self.name, self.function = name, function
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def and_then(module: ModuleType) -> None:
-            execute(module)
-            self.function(module)
-
-        spec.loader.exec_module = and_then  # type: ignore[method-assign]  # run after the import
-        return spec

@@ -39,8 +39,11 @@ class Journal:
         self.world = 1
         self.fetching: int | None = None  # the pass over a loader that loads now
         self.is_gradient: Callable[[Any], bool] = lambda tensor: False
+        self.watch_loader: Callable[[Any], None] = lambda module: None
         self.passes = 0  # over loaders
+        self.loading_s = 0.0  # waited for data since the last optimizer step
         self.at_end: list[Callable[[], None]] = []
+        self.safely = _Safely(self)
         self._sites: dict[tuple[str, int], str | None] = {}
         self._library: dict[str, bool] = {}
         os.register_at_fork(after_in_child=self._forked)
@@ -103,6 +106,22 @@ class Journal:
             outside = file.startswith("<") or real.startswith((_OURS, _STARTERS)) or "site-packages" in real
             self._library[file] = outside or real.startswith(_LIBRARIES)
         return self._library[file]
+
+
+class _Safely:
+    """A context in which an error of the recorder ends: it becomes a record, and the script goes on."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        if isinstance(error, Exception):
+            self._journal.write("problem", text=f"{type(error).__name__}: {error}")
+            return True
+        return False
 
 
 def replace(owner: Any, name: str, function: Any) -> None:

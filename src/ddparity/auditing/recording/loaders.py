@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .journal import Journal, digest, replace
+from .private import private
 
 _MOST_INDICES = 2_000_000  # of one iteration
 _DIGESTS_PER_ITERATION = 4
@@ -63,11 +64,52 @@ class _RecordedSampler:
         return getattr(self._sampler, name)
 
     def __iter__(self) -> Iterator[Any]:
-        drawn, iteration = (
-            iter(self._sampler),
-            self._recorder.opened.get(id(self._loader)),
-        )  # now, not at the first item
-        return drawn if iteration is None else self._recorder.recorded(drawn, iteration)
+        iteration = self._recorder.opened.get(id(self._loader))  # now, not at the first item
+        drawn: Iterator[Any] = iter(self._sampler)
+        if iteration is None:
+            return drawn
+        kind = _StatefulBatches if hasattr(drawn, "state_dict") else _Batches
+        return kind(drawn, iteration, self._recorder)
+
+
+class _Batches:
+    """The batches of indices of one iteration, which are noted as they are given."""
+
+    def __init__(self, drawn: Any, iteration: _Iteration, recorder: _Recorder) -> None:
+        self._drawn, self._iteration, self._recorder = drawn, iteration, recorder
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._drawn)
+        except StopIteration:
+            if not self._iteration.complete:
+                self._iteration.complete = True
+                self._recorder.flush(self._iteration)
+            raise
+        with self._recorder.journal.safely:
+            self._recorder.drawn(self._iteration, batch)
+        return batch
+
+
+class _StatefulSampler(_RecordedSampler):
+    """A sampler that torchdata's loader saves and restores: it asks for these methods by name."""
+
+    def state_dict(self) -> Any:
+        return self._sampler.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self._sampler.load_state_dict(state)
+
+
+class _StatefulBatches(_Batches):
+    def state_dict(self) -> Any:
+        return self._drawn.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self._drawn.load_state_dict(state)
 
 
 class _Recorder:
@@ -76,17 +118,11 @@ class _Recorder:
         self.opened: dict[int, _Iteration] = {}  # the iteration that begins on a loader
         self.loaders: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self.datasets: dict[int, Any] = {}  # kept until the end, to read items again
-        self.subsets: dict[int, str | None] = {}
+        self.subsets: dict[int, str | None] = {}  # where they were made
+        self.samplers: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
         self.made = 0
         self.iterations = 0
         self.live: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def recorded(self, batches: Iterator[Any], iteration: _Iteration) -> Iterator[Any]:
-        for batch in batches:
-            self.drawn(iteration, batch)
-            yield batch
-        iteration.complete = True
-        self.flush(iteration)
 
     def drawn(self, iteration: _Iteration, batch: Any) -> None:
         iteration.batches += 1
@@ -107,17 +143,73 @@ class _Recorder:
 
 def watch_loaders(journal: Journal) -> None:
     """Put the recorder around torch's DataLoader, its iterators and fetchers, and Subset."""
-    import torch
-    from torch.utils.data import DataLoader, Subset, dataloader
-    from torch.utils.data._utils import fetch
+    from torch.utils.data import DataLoader, DistributedSampler, Subset
 
     recorder = _Recorder(journal)
-    make: Any = DataLoader.__init__
-    iterate: Any = DataLoader.__iter__
-    sampler: Any = DataLoader.__dict__["_index_sampler"].fget
-    iterator_class: Any = dataloader._BaseDataLoaderIter
+    iterator_class, fetchers, sampler = private().loader_hooks()
     advance: Any = iterator_class.__next__
     make_subset: Any = Subset.__init__
+    make_sampler: Any = DistributedSampler.__init__
+
+    def init_subset(self: Any, *args: Any, **options: Any) -> None:
+        make_subset(self, *args, **options)
+        recorder.subsets[id(self)] = journal.site()
+
+    def init_sampler(self: Any, *args: Any, **options: Any) -> None:
+        make_sampler(self, *args, **options)
+        recorder.samplers[self] = journal.site()
+
+    def following(self: Any) -> Any:
+        iteration = getattr(self, "_ddparity_iteration", None)
+        if iteration is None:
+            return advance(self)
+        if iteration.windows >= 0:
+            iteration.steps += journal.windows - iteration.windows
+        iteration.windows = journal.windows
+        enough = iteration.steps >= journal.limit() and journal.backwards == 0 and not iteration.over
+        if enough and _takes_an_end(sys._getframe(1)):
+            with journal.safely:
+                _drain(self, iteration, recorder)
+            raise StopIteration
+        journal.fetching = iteration.number
+        begin = time.perf_counter()
+        try:
+            batch = advance(self)
+        except StopIteration:
+            if not iteration.over:
+                iteration.over = True
+                journal.write("end", it=iteration.number, given=iteration.given, how="exhausted")
+            raise
+        finally:
+            journal.loading_s += time.perf_counter() - begin
+        iteration.given += 1
+        most = _DIGESTS_OF_STREAM if iteration.stream else _DIGESTS_PER_ITERATION
+        if iteration.given <= most:
+            with journal.safely:
+                journal.write("batch", it=iteration.number, n=iteration.given - 1, d=digest(batch))
+        elif iteration.given % _CHUNK == 0:
+            journal.write("given", it=iteration.number, given=iteration.given)
+        return batch
+
+    _watch_class(recorder, DataLoader)
+    journal.watch_loader = lambda module: _watch_class(recorder, module.StatefulDataLoader)  # has both of its own
+    private().set_index_sampler(lambda self: _recorded(self, sampler(self), recorder))
+    replace(iterator_class, "__next__", following)
+    replace(Subset, "__init__", init_subset)
+    replace(DistributedSampler, "__init__", init_sampler)
+    for kind in fetchers:
+        replace(kind, "fetch", _watched_fetch(journal, kind.fetch))
+    _count_seeds(journal)
+    journal.at_end.append(lambda: _finish(recorder))
+
+
+def _watch_class(recorder: _Recorder, kind: Any) -> None:
+    """Put the recorder around the making of a class of loaders, and around the begin of a pass."""
+    import torch
+
+    journal = recorder.journal
+    make: Any = kind.__init__
+    iterate: Any = kind.__iter__
 
     def init(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
@@ -128,11 +220,8 @@ def watch_loaders(journal: Journal) -> None:
             journal.write("ours", site=journal.site())
             return
         recorder.made += 1
-        recorder.loaders[self] = _describe(recorder, self, recorder.made, journal.site())
-
-    def init_subset(self: Any, *args: Any, **options: Any) -> None:
-        make_subset(self, *args, **options)
-        recorder.subsets[id(self)] = journal.site()
+        with journal.safely:
+            recorder.loaders[self] = _describe(recorder, self, recorder.made, journal.site())
 
     def begin(self: Any) -> Any:
         described = recorder.loaders.get(self)
@@ -162,56 +251,23 @@ def watch_loaders(journal: Journal) -> None:
             iterator = iterate(self)
         finally:
             recorder.opened.pop(id(self), None)
-        with contextlib.suppress(AttributeError):  # a subclass may give an iterator of its own
+        with contextlib.suppress(AttributeError), journal.safely:  # a subclass may give an iterator of its own
             iterator._ddparity_iteration = iteration
             recorder.live.add(iterator)
             weakref.finalize(iterator, _left, journal, iteration).atexit = False
-            journal.write("seed", it=iteration.number, base=iterator._base_seed, workers=iterator._num_workers)
+            base, workers = private().iterator_seed(iterator)
+            journal.write("seed", it=iteration.number, base=base, workers=workers)
         return iterator
 
-    def following(self: Any) -> Any:
-        iteration = getattr(self, "_ddparity_iteration", None)
-        if iteration is None:
-            return advance(self)
-        if iteration.windows >= 0:
-            iteration.steps += journal.windows - iteration.windows
-        iteration.windows = journal.windows
-        enough = iteration.steps >= journal.limit() and journal.backwards == 0 and not iteration.over
-        if enough and _takes_an_end(sys._getframe(1)):
-            _drain(self, iteration, recorder)
-            raise StopIteration
-        journal.fetching = iteration.number
-        try:
-            batch = advance(self)
-        except StopIteration:
-            if not iteration.over:
-                iteration.over = True
-                journal.write("end", it=iteration.number, given=iteration.given, how="exhausted")
-            raise
-        iteration.given += 1
-        most = _DIGESTS_OF_STREAM if iteration.stream else _DIGESTS_PER_ITERATION
-        if iteration.given <= most:
-            journal.write("batch", it=iteration.number, n=iteration.given - 1, d=digest(batch))
-        elif iteration.given % _CHUNK == 0:
-            journal.write("given", it=iteration.number, given=iteration.given)
-        return batch
-
-    replace(DataLoader, "__init__", init)
-    replace(DataLoader, "__iter__", begin)
-    recorded = property(lambda self: _recorded(self, sampler(self), recorder))
-    setattr(DataLoader, "_index_sampler", recorded)  # noqa: B010 - mypy refuses to assign to a property
-    replace(iterator_class, "__next__", following)
-    replace(Subset, "__init__", init_subset)
-    for kind in (fetch._MapDatasetFetcher, fetch._IterableDatasetFetcher):
-        replace(kind, "fetch", _watched_fetch(journal, kind.fetch))
-    _count_seeds(journal)
-    journal.at_end.append(lambda: _finish(recorder))
+    replace(kind, "__init__", init)
+    replace(kind, "__iter__", begin)
 
 
 def _recorded(loader: Any, sampler: Any, recorder: _Recorder) -> Any:
     if loader not in recorder.loaders or id(loader) not in recorder.opened:
         return sampler
-    return _RecordedSampler(sampler, loader, recorder)
+    kind = _StatefulSampler if hasattr(sampler, "state_dict") else _RecordedSampler
+    return kind(sampler, loader, recorder)
 
 
 def _left(journal: Journal, iteration: _Iteration) -> None:
@@ -233,14 +289,14 @@ def _drain(iterator: Any, iteration: _Iteration, recorder: _Recorder) -> None:
     iteration.over = True
     recorder.journal.write("end", it=iteration.number, given=iteration.given, how="cut")
     if not iteration.stream:
-        for _ in iterator._sampler_iter:
+        for _ in private().undrawn(iterator):
             if iteration.indices > _MOST_INDICES or iteration.batches == iteration.planned:
                 break
 
 
 def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -> dict[str, Any]:
     """Record what a loader is made of."""
-    from torch.utils.data import IterableDataset, Subset
+    from torch.utils.data import DistributedSampler, IterableDataset, Subset
 
     dataset = loader.dataset
     stream = isinstance(dataset, IterableDataset)
@@ -272,6 +328,9 @@ def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -
         subset_digest=None if mapped is None else zlib.crc32(repr(mapped).encode()),
         subset_site=subset_site,
         sampler=f"{type(inner).__module__}.{type(inner).__qualname__}",
+        sampler_site=recorder.samplers.get(inner) if isinstance(inner, DistributedSampler) else None,
+        sampler_drops=bool(getattr(inner, "drop_last", False)),
+        repeats=_repeats(inner),
         batch=loader.batch_size,
         drop_last=bool(getattr(loader, "drop_last", False)),
         workers=loader.num_workers,
@@ -280,6 +339,12 @@ def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -
     if not stream and len(recorder.datasets) < _MOST_DATASETS:
         recorder.datasets[id(base)] = base
     return {"id": number, "stream": stream, "passes": 0}
+
+
+def _repeats(sampler: Any) -> bool:
+    """Return whether a sampler gives a sample several times by design, in other augmentations, to other ranks too."""
+    values = getattr(sampler, "__dict__", {}).items()
+    return any("repe" in name and isinstance(value, int) and value > 1 for name, value in values)
 
 
 def _shuffles(dataset: Any) -> str | None:

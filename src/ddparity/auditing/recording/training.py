@@ -1,4 +1,4 @@
-"""Watch models and optimizers: DDP's forwards, backwards with the loss's scale, clips, and gradients at each step.
+"""Watch what trains: backwards with the loss's scale, clips, scalers, and gradients and parameters at each step.
 
 Checksums of gradients and parameters are taken in the first steps, and in the steps whose windows differ from those
 before. Under torch.compile a watched function is torch's own.
@@ -7,75 +7,38 @@ before. Under torch.compile a watched function is torch's own.
 from __future__ import annotations
 
 import functools
-import math
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from .journal import Journal, batch_size, checksum, digest, replace
-from .loaders import stream_states
+from .imports import after_import
+from .journal import Journal, checksum, replace
+from .losses import scale_of
+from .models import note_held, note_large, watch_ddp, watch_modules, watch_sharding
+from .state import HASHED, MOST_EVENTS, Recorder
 
-_HASHED = 10  # steps of each optimizer
 _HASHED_SMALL = 400  # of a small one
 _SMALL = 100_000  # parameters
-_MOST_EVENTS = 60_000
-_LARGE_BUFFER = 2**20  # bytes
 _NORMS = 12  # windows in which gradient norms are taken
-_SUMS = ("AddBackward0", "SubBackward0")
-_LINEAR = (
-    *_SUMS,
-    "MulBackward0",
-    "MulBackward1",
-    "DivBackward0",
-    "NegBackward0",
-    "ToCopyBackward0",
-    "ViewBackward0",
-    "SqueezeBackward0",
-)
-# Nodes of losses that are means over their samples.
-MEANS = ("NllLoss", "Mean", "MseLoss", "BinaryCrossEntropy", "L1Loss", "SmoothL1", "HuberLoss", "KlDiv")
 
 
 class _End(SystemExit):
     """The script has shown enough."""
 
 
-class _Recorder:
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        self.ddps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self.names: dict[int, tuple[int, str]] = {}  # of the parameters in DDP, by id
-        self.frozen: set[int] = set()
-        self.optimizers: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
-        self.depth = 0
-        self.forwards = 0
-        self.scale: float | None = None  # of a GradScaler
-        self.events = 0
-        self.evaluated: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
-        self.large: dict[tuple[int, str], int] = {}  # checksums of large buffers
-        self.fully_sharded = False
-        self.reduces: bool | None = None  # the last switch of fully_shard's reduction
-        self.shape: tuple[Any, ...] = ()  # of the window that is open
-
-    def event(self, kind: str, /, **values: Any) -> None:
-        self.events += 1
-        if self.events < _MOST_EVENTS:
-            self.journal.write(kind, **values)
-
-
 def watch_training(journal: Journal) -> None:
     """Put the recorder around DDP, backward, optimizers, clipping, scaling and the conversion of batch norms."""
 
-    recorder = _Recorder(journal)
-    _watch_ddp(recorder)
+    recorder = Recorder(journal)
+    watch_ddp(recorder)
+    watch_modules(recorder)
     _watch_backward(recorder)
     _watch_optimizers(recorder)
     _watch_clipping(recorder)
-    _watch_modules(recorder)
+    after_import("torch.distributed.fsdp", lambda fsdp: watch_sharding(recorder, fsdp))
     journal.is_gradient = lambda tensor: _is_gradient(recorder, tensor)
 
 
-def _is_gradient(recorder: _Recorder, tensor: Any) -> bool:
+def _is_gradient(recorder: Recorder, tensor: Any) -> bool:
     """Return whether a tensor is the gradient of a known optimizer's parameter, or all of them in one."""
     gradients = [
         p.grad
@@ -88,131 +51,11 @@ def _is_gradient(recorder: _Recorder, tensor: Any) -> bool:
     return tensor.numel() == whole > 1 or any(one.data_ptr() == tensor.data_ptr() for one in gradients)
 
 
-def _watch_ddp(recorder: _Recorder) -> None:
-    import torch
-    import torch.distributed.fsdp as fsdp
-    from torch.distributed.algorithms.join import Join
-    from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel as DDP
-
-    journal = recorder.journal
-    make: Any = DDP.__init__
-    forward: Any = DDP.forward
-    join: Any = Join.__enter__
-    hook: Any = DDP.register_comm_hook
-
-    def init(self: Any, module: Any, *args: Any, **options: Any) -> None:
-        journal.hidden += 1
-        try:
-            make(self, module, *args, **options)
-        finally:
-            journal.hidden -= 1
-            journal.collectives += 1
-        recorder.ddps[self] = number = len(recorder.ddps) + 1
-        ignored = set(getattr(self, "parameters_to_ignore", ()))
-        frozen = []
-        for name, parameter in module.named_parameters():
-            if name in ignored:
-                continue
-            recorder.names[id(parameter)] = (number, name)
-            if not parameter.requires_grad:
-                frozen.append(name)
-                recorder.frozen.add(id(parameter))
-        norms = [(name, *_norm(one)) for name, one in module.named_modules() if _norm(one)[0]]
-        large = [
-            (name, checksum(buffer), buffer.nbytes)
-            for name, buffer in module.named_buffers()
-            if buffer.nbytes >= _LARGE_BUFFER
-        ]
-        recorder.large |= {(number, name): value for name, value, _ in large}
-        recorder.event(
-            "ddp",
-            id=number,
-            site=journal.site(),
-            type=type(module).__name__,
-            frozen=frozen,
-            ignored=sorted(ignored),
-            norms=norms,
-            large=large,
-            unused=bool(self.find_unused_parameters),
-            broadcasts=bool(self.broadcast_buffers),
-            ranks=torch.distributed.get_process_group_ranks(self.process_group),
-        )
-
-    def watched(self: Any, *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or recorder.events > _MOST_EVENTS:
-            return forward(self, *args, **options)
-        number = recorder.ddps.get(self)
-        hashed = journal.windows < _HASHED or recorder.forwards < _HASHED
-        recorder.forwards += 1
-        grad = torch.is_grad_enabled()
-        values: dict[str, Any] = {"n": batch_size((args, options))}
-        if hashed:
-            values["x"] = digest((args, options))
-            values["rng"] = stream_states()[0]
-            if self.training and any(m.p for m in self.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd)):
-                values["dropout"] = True
-        else:
-            values["x"] = None
-        recorder.event(
-            "forward",
-            ddp=number,
-            train=bool(self.training),
-            grad=grad,
-            sync=bool(grad and self.require_backward_grad_sync),
-            site=journal.site(),
-            **values,
-        )
-        return forward(self, *args, **options)
-
-    def joined(self: Any) -> Any:
-        recorder.event("join", site=journal.site())
-        return join(self)
-
-    def hooked(self: Any, *args: Any, **options: Any) -> Any:
-        recorder.event("hook", ddp=recorder.ddps.get(self), site=journal.site())
-        return hook(self, *args, **options)
-
-    def switched(self: Any, wanted: bool, *args: Any, **options: Any) -> Any:
-        recorder.reduces, site = bool(wanted), journal.site()
-        recorder.event("reduces", wanted=recorder.reduces, site=site)
-        return switch(self, wanted, *args, **options)
-
-    def sharded(module: Any, *args: Any, **options: Any) -> Any:
-        mesh = options.get("mesh")
-        every = range(torch.distributed.get_world_size() if mesh is None else 0)
-        ranks = sorted(mesh.mesh.flatten().tolist()) if mesh is not None else list(every)
-        recorder.fully_sharded = True
-        recorder.event("fsdp", ranks=ranks, site=journal.site())
-        return shard(module, *args, **options)
-
-    shard: Any = fsdp.fully_shard
-    replace(fsdp, "fully_shard", sharded)
-    switch: Any = FSDPModule.set_requires_gradient_sync
-    replace(FSDPModule, "set_requires_gradient_sync", switched)
-    for name, function in (("__init__", init), ("forward", watched), ("register_comm_hook", hooked)):
-        replace(DDP, name, function)
-    replace(Join, "__enter__", joined)
-
-
-def _norm(module: Any) -> tuple[str, bool]:
-    """Return the kind of a batch norm, and whether it takes statistics over the ranks; "" for another module."""
-    import torch
-
-    kind = type(module)
-    if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-        return "", False
-    if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
-        return "", False
-    own = kind.__module__.startswith("ddparity.")
-    return kind.__name__, isinstance(module, torch.nn.SyncBatchNorm) or own
-
-
 def _count(parameters: Iterable[Any]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _watch_backward(recorder: _Recorder) -> None:
+def _watch_backward(recorder: Recorder) -> None:
     import torch
 
     journal = recorder.journal
@@ -220,11 +63,13 @@ def _watch_backward(recorder: _Recorder) -> None:
     inside = [False]  # checkpointing calls it again within
 
     def watched(tensors: Any, *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or inside[0] or journal.hidden or recorder.events > _MOST_EVENTS:
+        if torch.compiler.is_compiling() or inside[0] or journal.hidden or recorder.events > MOST_EVENTS:
             return backward(tensors, *args, **options)
         loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
-        scalar = isinstance(loss, torch.Tensor) and loss.numel() == 1
-        scale, node, units = _scale_of(loss, recorder.scale) if scalar else (None, "", None)
+        scale, node, units = None, "", None
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            with journal.safely:
+                scale, node, units = scale_of(loss, recorder.scale)
         site = journal.site()
         journal.backwards += 1
         recorder.shape = (*recorder.shape, site)
@@ -235,6 +80,9 @@ def _watch_backward(recorder: _Recorder) -> None:
         finally:
             inside[0] = False
         journal.collectives += 1  # DDP's, which ends before `backward` does
+        norm = None
+        with journal.safely:
+            norm = _norms(recorder)
         recorder.event(
             "backward",
             site=site,
@@ -243,64 +91,14 @@ def _watch_backward(recorder: _Recorder) -> None:
             scale=scale,
             node=node,
             units=units,
-            norm=_norms(recorder),
+            norm=norm,
         )
         return result
 
     replace(torch.autograd, "backward", watched)
 
 
-def _scale_of(loss: Any, scaler: float | None) -> tuple[float | None, str, float | None]:
-    """Return a loss's constant factor, the node of autograd below it, and the units of its mean where torch keeps them.
-
-    The factor is read off the multiplications and divisions by constants that end the graph. None: by another tensor.
-    """
-    node, factor = loss.grad_fn, 1.0
-    for _ in range(8):
-        if node is None:
-            break
-        name = node.name()
-        if name not in ("MulBackward0", "DivBackward0"):
-            break
-        other = getattr(node, "_saved_other", None)
-        if name == "MulBackward0" and other is None:
-            other = getattr(node, "_saved_self", None)
-        below = [one for one, _ in node.next_functions if one is not None]
-        if len(below) != 1 or other is None or other.numel() != 1:
-            return None, name, None
-        value = float(other)
-        if name == "MulBackward0" and scaler is not None and value == scaler:
-            value, scaler = 1.0, None
-        factor = factor * value if name == "MulBackward0" else factor / value if value else math.nan
-        node = below[0]
-    units = None
-    name = _name_of(node)
-    if name.startswith("NllLoss") and getattr(node, "_saved_reduction", None) == 1 and node._saved_weight is None:
-        units = float(node._saved_total_weight)
-    return factor, name, units
-
-
-def _name_of(node: Any, depth: int = 6) -> str:
-    """Return the name of a node of autograd; of a weighted sum of means, that of one of them."""
-    if node is None:
-        return ""
-    name = str(node.name())
-    if getattr(node, "_saved_reduction", 1) != 1:
-        return f"{name}:sum"
-    if depth and name in _LINEAR:
-        below = [one for one, _ in node.next_functions if one is not None]
-        factors = [getattr(node, key, None) for key in ("_saved_self", "_saved_other")]
-        if all(getattr(one, "numel", lambda: 1)() == 1 for one in factors):
-            names = [_name_of(one, depth - 1) for one in below]
-            if any(one.name() == "MulBackward1" for one in below) and any(n.startswith("NllLoss") for n in names):
-                return "NllLoss"  # with label smoothing
-            others = [one for one in names if ":sum" in one or not one.startswith(MEANS)]
-            if names and (name in _SUMS or len(names) == 1):
-                return others[0] if others else names[0]
-    return name
-
-
-def _norms(recorder: _Recorder) -> float | None:
+def _norms(recorder: Recorder) -> float | None:
     """Return the norm of the gradients of all known optimizers, in the first windows of small models."""
     import torch
 
@@ -319,7 +117,7 @@ def _norms(recorder: _Recorder) -> float | None:
         return float(torch.stack([one.float().norm() for one in gradients]).norm())
 
 
-def _watch_optimizers(recorder: _Recorder) -> None:
+def _watch_optimizers(recorder: Recorder) -> None:
     import torch
     from torch.optim import Optimizer
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -327,6 +125,7 @@ def _watch_optimizers(recorder: _Recorder) -> None:
     journal = recorder.journal
     make: Any = Optimizer.__init__
     zero: Any = Optimizer.zero_grad
+    empty: Any = torch.nn.Module.zero_grad
 
     def init(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
@@ -338,6 +137,17 @@ def _watch_optimizers(recorder: _Recorder) -> None:
             recorder.event("zero", opt=state["id"], held=held, site=journal.site())
         return zero(self, *args, **options)
 
+    def emptied(self: Any, *args: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling() and journal.backwards and not journal.hidden:
+            with journal.safely:
+                own = {id(p) for p in self.parameters()}
+                for optimizer, state in list(recorder.optimizers.items()):
+                    all_own = [p for group in optimizer.param_groups for p in group["params"]]
+                    if all(id(p) in own for p in all_own):
+                        held = any(p.grad is not None for p in all_own)
+                        recorder.event("zero", opt=state["id"], held=held, site=journal.site())
+        return empty(self, *args, **options)
+
     def before(optimizer: Any, args: Any, options: Any) -> None:
         if torch.compiler.is_compiling():
             return
@@ -345,15 +155,9 @@ def _watch_optimizers(recorder: _Recorder) -> None:
         state = recorder.optimizers.get(optimizer) or _register(recorder, optimizer, journal.site(3), late=True)
         if recorder.depth > 1 or not state["recorded"]:
             return
-        closure = next((one for one in (*args, *options.values()) if callable(one)), None)
-        odd = recorder.shape != state["shape"]
-        state["shape"] = recorder.shape
-        most = _HASHED_SMALL if state["size"] < _SMALL else _HASHED
-        state["now"] = state["steps"] < most or (odd and state["odd"] < 2 * _HASHED)
-        state["odd"] += odd
-        state["before"] = _checksums(optimizer, "data") if state["now"] else None
-        state["grads"] = _checksums(optimizer, "grad") if state["now"] and closure is None else None
-        state["norm"] = _norms(recorder) if closure is None else None
+        with journal.safely:
+            closure = any(callable(one) for one in (*args, *options.values()))
+            _read_before(recorder, optimizer, state, closure)
 
     def after(optimizer: Any, args: Any, options: Any) -> None:
         if torch.compiler.is_compiling():
@@ -363,18 +167,22 @@ def _watch_optimizers(recorder: _Recorder) -> None:
         if recorder.depth or state is None or not state["recorded"]:
             return
         values: dict[str, Any] = {}
-        if state.get("now"):
-            _describe_parameters(recorder, optimizer, state)
-            values["grads"] = state["grads"] if state["grads"] is not None else _checksums(optimizer, "grad")
-            values["before"], values["after"] = state["before"], _checksums(optimizer, "data")
-            if recorder.reduces is False and journal.backwards:
-                values["sharded"] = _without_gradient(optimizer)
-            values["lr"] = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-        if state["steps"] == 3:
-            _note_large(recorder)
-        if journal.windows == 1:
-            _note_held(recorder)
-        recorder.event("step", opt=state["id"], n=state["steps"], site=journal.site(3), norm=state["norm"], **values)
+        with journal.safely:
+            values = _read_after(recorder, optimizer, state) if state.get("now") else {}
+            if state["steps"] == 3:
+                note_large(recorder)
+            if journal.windows == 1:
+                note_held(recorder)
+        recorder.event(
+            "step",
+            opt=state["id"],
+            n=state["steps"],
+            site=journal.site(3),
+            norm=state["norm"],
+            load_s=journal.loading_s,
+            **values,
+        )
+        journal.loading_s = 0.0
         state["steps"] += 1
         journal.windows += 1
         journal.backwards = 0
@@ -385,50 +193,56 @@ def _watch_optimizers(recorder: _Recorder) -> None:
 
     replace(Optimizer, "__init__", init)
     replace(Optimizer, "zero_grad", zeroed)
+    replace(torch.nn.Module, "zero_grad", emptied)
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)
 
 
-def _note_large(recorder: _Recorder) -> None:
-    """Record which large buffers have not changed since DDP was made."""
-    for ddp, number in list(recorder.ddps.items()):
-        same = [
-            name
-            for name, buffer in ddp.module.named_buffers()
-            if (number, name) in recorder.large and recorder.large[number, name] == checksum(buffer)
-        ]
-        if same:
-            recorder.event("large", ddp=number, same=same)
+def _read_before(recorder: Recorder, optimizer: Any, state: dict[str, Any], closure: bool) -> None:
+    """Take checksums and norms before a step. With a closure the gradients come within it."""
+    odd = recorder.shape != state["shape"]
+    state["shape"] = recorder.shape
+    most = _HASHED_SMALL if state["size"] < _SMALL else HASHED
+    state["now"] = state["steps"] < most or (odd and state["odd"] < 2 * HASHED)
+    state["odd"] += odd
+    state["before"] = _checksums(optimizer, "data") if state["now"] else None
+    state["grads"] = _checksums(optimizer, "grad") if state["now"] and not closure else None
+    state["norm"] = None if closure else _norms(recorder)
 
 
-def _note_held(recorder: _Recorder) -> None:
-    """Record the parameters of models that were put into eval mode before the training, and still are: teachers."""
-    for model, site in list(recorder.evaluated.items()):
-        own = list(model.parameters())
-        if own and not model.training and not any(id(p) in recorder.names or hasattr(p, "placements") for p in own):
-            frozen = not any(p.requires_grad for p in own)
-            values = digest([checksum(p) for p in own])
-            recorder.event("held", type=type(model).__name__, site=site, frozen=frozen, parameters=values)
+def _read_after(recorder: Recorder, optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what is recorded of a step: checksums around it, and the learning rates."""
+    _describe_parameters(recorder, optimizer, state)
+    values: dict[str, Any] = {
+        "grads": state["grads"] if state["grads"] is not None else _checksums(optimizer, "grad"),
+        "before": state["before"],
+        "after": _checksums(optimizer, "data"),
+        "lr": [float(group["lr"]) for group in optimizer.param_groups if "lr" in group],
+    }
+    if recorder.reduces is False and recorder.journal.backwards:
+        values["sharded"] = _without_gradient(optimizer)
+    return values
 
 
-def _register(recorder: _Recorder, optimizer: Any, site: str | None, late: bool = False) -> dict[str, Any]:
+def _register(recorder: Recorder, optimizer: Any, site: str | None, late: bool = False) -> dict[str, Any]:
     if optimizer in recorder.optimizers:
         return recorder.optimizers[optimizer]
     number = len(recorder.optimizers) + 1
     size = _count(p for group in optimizer.param_groups for p in group["params"])
-    state = {"id": number, "steps": 0, "shape": (), "size": size, "odd": 0, "count": -1, "recorded": True}
+    state = {"id": number, "steps": 0, "shape": (), "size": size, "odd": 0, "count": -1, "recorded": True, "norm": None}
     recorder.optimizers[optimizer] = state
     recorder.event("optimizer", id=number, late=late, site=site)
     return state
 
 
-def _describe_parameters(recorder: _Recorder, optimizer: Any, state: dict[str, Any]) -> None:
+def _describe_parameters(recorder: Recorder, optimizer: Any, state: dict[str, Any]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = {id(p) for module in recorder.flat for p in module.parameters()}
     described = [
         [
             *recorder.names.get(id(p), (0, f"parameter {i} {tuple(p.shape)}")),
             id(p) in recorder.frozen,
-            hasattr(p, "placements") or hasattr(p, "_ddparity_private"),
+            "flat" if id(p) in flat else hasattr(p, "placements") or hasattr(p, "_ddparity_private"),
         ]
         for i, p in enumerate(parameters)
     ]
@@ -459,7 +273,16 @@ def _without_gradient(optimizer: Any) -> bool:
     return bool(own) and all(p.grad is None for p in own)
 
 
-def _watch_clipping(recorder: _Recorder) -> None:
+def _largest(parameters: Any) -> float | None:
+    """Return the largest absolute value of the gradients."""
+    import torch
+
+    every = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+    gradients = [p.grad for p in every if p.grad is not None and not hasattr(p.grad, "placements") and p.grad.numel()]
+    return max((float(one.abs().max()) for one in gradients), default=None)
+
+
+def _watch_clipping(recorder: Recorder) -> None:
     import torch
     from torch.amp import GradScaler
 
@@ -472,14 +295,24 @@ def _watch_clipping(recorder: _Recorder) -> None:
                 return function(parameters, *args, **options)
             if not isinstance(parameters, torch.Tensor):
                 parameters = list(parameters)
+            largest = None
+            with journal.safely:
+                largest = None if by_norm or journal.windows >= _NORMS else _largest(parameters)
             journal.hidden += 1
             try:
                 result = function(parameters, *args, **options)
             finally:
                 journal.hidden -= 1
             limit = args[0] if args else next((options[n] for n in ("max_norm", "clip_value") if n in options), None)
-            norm = float(result) if by_norm and not hasattr(result, "placements") else None
-            recorder.event("clip", norm=norm, limit=None if limit is None else float(limit), site=journal.site())
+            with journal.safely:
+                norm = float(result) if by_norm and not hasattr(result, "placements") else largest
+                recorder.event(
+                    "clip",
+                    of="norm" if by_norm else "largest value",
+                    norm=norm,
+                    limit=None if limit is None else float(limit),
+                    site=journal.site(),
+                )
             return result
 
         return call
@@ -514,51 +347,3 @@ def _watch_clipping(recorder: _Recorder) -> None:
 
     for name, watched in (("scale", scaled), ("unscale_", unscaled), ("step", stepped)):
         replace(GradScaler, name, watched)
-
-
-def _watch_modules(recorder: _Recorder) -> None:
-    import torch
-    from torch.nn.parallel import DistributedDataParallel as DDP
-
-    journal = recorder.journal
-    evaluate: Any = torch.nn.Module.eval
-    compiling: Any = torch.compile
-    convert: Any = torch.nn.SyncBatchNorm.__dict__["convert_sync_batchnorm"].__func__
-
-    def watched(self: Any) -> Any:
-        result = evaluate(self)
-        if not torch.compiler.is_compiling() and not journal.hidden and not journal.windows:
-            recorder.evaluated[self] = journal.site()
-        if not torch.compiler.is_compiling() and journal.windows and not journal.hidden and recorder.events < 5_000:
-            buffers = {name: checksum(b) for name, b in self.named_buffers() if not hasattr(b, "placements")}
-            inside = [one for one in self.modules() if isinstance(one, DDP)]
-            known = {recorder.names[id(p)][0] for p in self.parameters() if id(p) in recorder.names}
-            parameters = [checksum(p) for p in self.parameters() if not hasattr(p, "placements")]
-            recorder.event(
-                "eval",
-                type=type(self).__name__,
-                wrapped=bool(inside),
-                ddps=sorted(known),
-                buffers=buffers,
-                parameters=digest(parameters) if journal.windows < 400 else None,
-                site=journal.site(),
-            )
-        return result
-
-    def compiled(*args: Any, **options: Any) -> Any:
-        recorder.event("compile", site=journal.site())
-        return compiling(*args, **options)
-
-    def converted(cls: Any, module: Any, *args: Any, **options: Any) -> Any:
-        wrapped = any(isinstance(one, DDP) for one in module.modules())
-        if wrapped or (not journal.hidden and any(id(p) in recorder.names for p in module.parameters())):
-            recorder.event("converted", site=journal.site())
-        journal.hidden += 1
-        try:
-            return convert(cls, module, *args, **options)
-        finally:
-            journal.hidden -= 1
-
-    replace(torch.nn.Module, "eval", watched)
-    replace(torch, "compile", compiled)
-    replace(torch.nn.SyncBatchNorm, "convert_sync_batchnorm", classmethod(functools.wraps(convert)(converted)))

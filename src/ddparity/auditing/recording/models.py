@@ -1,0 +1,223 @@
+"""Watch models: DDP and its forwards, sharding, batch norms that are converted, and models that are evaluated."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from .journal import batch_size, checksum, digest, replace
+from .loaders import stream_states
+from .private import private
+from .state import HASHED, MOST_EVENTS, Recorder
+
+_LARGE_BUFFER = 2**20  # bytes
+
+
+def watch_ddp(recorder: Recorder) -> None:
+    import torch
+    from torch.distributed.algorithms.join import Join
+    from torch.nn.parallel import DistributedDataParallel as DDP
+
+    journal = recorder.journal
+    make: Any = DDP.__init__
+    forward: Any = DDP.forward
+    join: Any = Join.__enter__
+    hook: Any = DDP.register_comm_hook
+
+    def init(self: Any, module: Any, *args: Any, **options: Any) -> None:
+        journal.hidden += 1
+        try:
+            make(self, module, *args, **options)
+        finally:
+            journal.hidden -= 1
+            journal.collectives += 1
+        recorder.ddps[self] = number = len(recorder.ddps) + 1
+        with journal.safely:
+            ignored = set(getattr(self, "parameters_to_ignore", ()))
+            frozen = []
+            for name, parameter in module.named_parameters():
+                if name in ignored:
+                    continue
+                recorder.names[id(parameter)] = (number, name)
+                if not parameter.requires_grad:
+                    frozen.append(name)
+                    recorder.frozen.add(id(parameter))
+            norms = [(name, *_norm(one)) for name, one in module.named_modules() if _norm(one)[0]]
+            large = [
+                (name, checksum(buffer), buffer.nbytes)
+                for name, buffer in module.named_buffers()
+                if buffer.nbytes >= _LARGE_BUFFER
+            ]
+            recorder.large |= {(number, name): value for name, value, _ in large}
+            recorder.event(
+                "ddp",
+                id=number,
+                site=journal.site(),
+                type=type(module).__name__,
+                frozen=frozen,
+                ignored=sorted(ignored),
+                norms=norms,
+                large=large,
+                unused=bool(self.find_unused_parameters),
+                broadcasts=bool(self.broadcast_buffers),
+                ranks=torch.distributed.get_process_group_ranks(self.process_group),
+            )
+
+    def watched(self: Any, *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or recorder.events > MOST_EVENTS:
+            return forward(self, *args, **options)
+        with journal.safely:
+            number = recorder.ddps.get(self)
+            hashed = journal.windows < HASHED or recorder.forwards < HASHED
+            recorder.forwards += 1
+            grad = torch.is_grad_enabled()
+            values: dict[str, Any] = {"n": batch_size((args, options))}
+            if hashed:
+                values["x"] = digest((args, options))
+                values["rng"] = stream_states()[0]
+                if private().drops_out(self):
+                    values["dropout"] = True
+            else:
+                values["x"] = None
+            recorder.event(
+                "forward",
+                ddp=number,
+                train=bool(self.module.training),  # Lightning leaves the wrapper in eval mode
+                grad=grad,
+                sync=bool(grad and self.require_backward_grad_sync),
+                site=journal.site(),
+                **values,
+            )
+        return forward(self, *args, **options)
+
+    def joined(self: Any) -> Any:
+        recorder.event("join", site=journal.site())
+        return join(self)
+
+    def hooked(self: Any, *args: Any, **options: Any) -> Any:
+        recorder.event("hook", ddp=recorder.ddps.get(self), site=journal.site())
+        return hook(self, *args, **options)
+
+    for name, function in (("__init__", init), ("forward", watched), ("register_comm_hook", hooked)):
+        replace(DDP, name, function)
+    replace(Join, "__enter__", joined)
+
+
+def watch_sharding(recorder: Recorder, fsdp: ModuleType) -> None:
+    """Put the recorder around both ways to shard a model, once the script has imported them: that takes long."""
+    import torch
+
+    journal = recorder.journal
+    flatten: Any = fsdp.FullyShardedDataParallel.__init__
+    shard: Any = fsdp.fully_shard
+    switch: Any = fsdp.FSDPModule.set_requires_gradient_sync
+
+    def switched(self: Any, wanted: bool, *args: Any, **options: Any) -> Any:
+        recorder.reduces, site = bool(wanted), journal.site()
+        recorder.event("reduces", wanted=recorder.reduces, site=site)
+        return switch(self, wanted, *args, **options)
+
+    def sharded(module: Any, *args: Any, **options: Any) -> Any:
+        mesh = options.get("mesh")
+        every = range(torch.distributed.get_world_size() if mesh is None else 0)
+        ranks = sorted(mesh.mesh.flatten().tolist()) if mesh is not None else list(every)
+        recorder.fully_sharded = True
+        recorder.event("fsdp", ranks=ranks, site=journal.site())
+        return shard(module, *args, **options)
+
+    def flattened(self: Any, *args: Any, **options: Any) -> None:
+        flatten(self, *args, **options)
+        recorder.flat.add(self)
+        ranks = torch.distributed.get_process_group_ranks(self.process_group)
+        recorder.event("fsdp", ranks=sorted(ranks), site=journal.site())
+
+    replace(fsdp.FullyShardedDataParallel, "__init__", flattened)
+    replace(fsdp, "fully_shard", sharded)
+    replace(fsdp.FSDPModule, "set_requires_gradient_sync", switched)
+
+
+def _norm(module: Any) -> tuple[str, bool]:
+    """Return the kind of a batch norm, and whether it takes statistics over the ranks; "" for another module."""
+    import torch
+
+    kind = type(module)
+    if not private().is_batch_norm(module):
+        return "", False
+    own = kind.__module__.startswith("ddparity.")
+    return kind.__name__, isinstance(module, torch.nn.SyncBatchNorm) or own
+
+
+def note_large(recorder: Recorder) -> None:
+    """Record which large buffers have not changed since DDP was made."""
+    for ddp, number in list(recorder.ddps.items()):
+        same = [
+            name
+            for name, buffer in ddp.module.named_buffers()
+            if (number, name) in recorder.large and recorder.large[number, name] == checksum(buffer)
+        ]
+        if same:
+            recorder.event("large", ddp=number, same=same)
+
+
+def note_held(recorder: Recorder) -> None:
+    """Record the parameters of models that were put into eval mode before the training, and still are: teachers."""
+    for model, site in list(recorder.evaluated.items()):
+        own = list(model.parameters())
+        if own and not model.training and not any(id(p) in recorder.names or hasattr(p, "placements") for p in own):
+            frozen = not any(p.requires_grad for p in own)
+            values = digest([checksum(p) for p in own])
+            recorder.event("held", type=type(model).__name__, site=site, frozen=frozen, parameters=values)
+
+
+def _note_evaluated(recorder: Recorder, model: Any, site: str | None) -> None:
+    """Record the buffers and parameters of a model that is put into eval mode after optimizer steps."""
+    buffers = {name: checksum(b) for name, b in model.named_buffers() if not hasattr(b, "placements")}
+    known = {recorder.names[id(p)][0] for p in model.parameters() if id(p) in recorder.names}
+    parameters = [checksum(p) for p in model.parameters() if not hasattr(p, "placements")]
+    recorder.event(
+        "eval",
+        type=type(model).__name__,
+        ddps=sorted(known),
+        buffers=buffers,
+        parameters=digest(parameters) if recorder.journal.windows < 400 else None,
+        site=site,
+    )
+
+
+def watch_modules(recorder: Recorder) -> None:
+    import torch
+    from torch.nn.parallel import DistributedDataParallel as DDP
+
+    journal = recorder.journal
+    evaluate: Any = torch.nn.Module.eval
+    compiling: Any = torch.compile
+    convert: Any = torch.nn.SyncBatchNorm.__dict__["convert_sync_batchnorm"].__func__
+
+    def watched(self: Any) -> Any:
+        result = evaluate(self)
+        if not torch.compiler.is_compiling() and not journal.hidden and not journal.windows:
+            recorder.evaluated[self] = journal.site()
+        if not torch.compiler.is_compiling() and journal.windows and not journal.hidden and recorder.events < 5_000:
+            with journal.safely:
+                _note_evaluated(recorder, self, journal.site())
+        return result
+
+    def compiled(*args: Any, **options: Any) -> Any:
+        recorder.event("compile", site=journal.site())
+        return compiling(*args, **options)
+
+    def converted(cls: Any, module: Any, *args: Any, **options: Any) -> Any:
+        with journal.safely:
+            wrapped = any(isinstance(one, DDP) for one in module.modules())
+            if wrapped or (not journal.hidden and any(id(p) in recorder.names for p in module.parameters())):
+                recorder.event("converted", site=journal.site())
+        journal.hidden += 1
+        try:
+            return convert(cls, module, *args, **options)
+        finally:
+            journal.hidden -= 1
+
+    replace(torch.nn.Module, "eval", watched)
+    replace(torch, "compile", compiled)
+    replace(torch.nn.SyncBatchNorm, "convert_sync_batchnorm", classmethod(functools.wraps(convert)(converted)))

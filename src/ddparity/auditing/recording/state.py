@@ -1,0 +1,37 @@
+"""What the watchers of models, optimizers and losses share in one process."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from .journal import Journal
+
+HASHED = 10  # steps of each optimizer, and forwards, of which checksums are taken
+MOST_EVENTS = 60_000
+
+
+class Recorder:
+    """The models and optimizers that this process has made, and the window that is open."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.ddps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.names: dict[int, tuple[int, str]] = {}  # of the parameters in DDP, by id
+        self.frozen: set[int] = set()
+        self.optimizers: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self.depth = 0
+        self.forwards = 0
+        self.scale: float | None = None  # of a GradScaler
+        self.events = 0
+        self.evaluated: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+        self.large: dict[tuple[int, str], int] = {}  # checksums of large buffers
+        self.flat: weakref.WeakSet[Any] = weakref.WeakSet()  # modules of the first FSDP, whose gradients are shards
+        self.fully_sharded = False
+        self.reduces: bool | None = None  # the last switch of fully_shard's reduction
+        self.shape: tuple[Any, ...] = ()  # of the window that is open
+
+    def event(self, kind: str, /, **values: Any) -> None:
+        self.events += 1
+        if self.events < MOST_EVENTS:
+            self.journal.write(kind, **values)

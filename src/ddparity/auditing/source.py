@@ -1,0 +1,203 @@
+"""Read the script's source, for what its records cannot tell. What rests on it is likely, not proved."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+_WORLD = re.compile(
+    r"[*/]=?\s*\(?\s*(?:\w+\.)*(?:\w*world\w*|num_processes|n_?procs?|num_gpus|n_?gpus?|num_replicas)\b", re.IGNORECASE
+)
+_TRANSPOSES = ("stack", "T", "mT", "t", "transpose", "permute", "scatter_", "index_copy_")
+_LABELS = ("tensors", "targets", "labels", "target", "y")
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def parsed(site: str | Path | None) -> ast.Module:
+    """Return the syntax tree of the file of a site, file:line, or of a path; an empty one where it cannot be read."""
+    path = site if isinstance(site, Path) else Path(str(site).rpartition(":")[0])
+    try:
+        return ast.parse(path.read_text())
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
+def divides_by_world(site: str | None, after: int = 0) -> bool:
+    """Return whether a line, or one of the 12 before or `after` it, multiplies or divides by the number of ranks."""
+    file, _, line = str(site).rpartition(":")
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return False
+    return _WORLD.search("\n".join(lines[max(0, int(line) - 12) : int(line) + after])) is not None
+
+
+def trims(site: str | None) -> bool:
+    """Return whether a file cuts a sequence to a length, `outputs[: len(data)]`, or Accelerate does."""
+    for node in ast.walk(parsed(site)):
+        if isinstance(node, ast.Attribute) and node.attr == "gather_for_metrics":
+            return True
+        cut = node.slice if isinstance(node, ast.Subscript) else None
+        if (
+            isinstance(cut, ast.Slice)
+            and cut.lower is None
+            and isinstance(cut.upper, (ast.Call, ast.Name, ast.Attribute, ast.BinOp))
+        ):
+            return True
+        if _method(node) in ("unique", "scatter_", "index_copy_"):
+            return True
+    return False
+
+
+def compares_by_order(site: str | None) -> bool:
+    """Return whether a file reads a data set's labels as a whole, and has no line that may restore the order."""
+    reads = False
+    for node in ast.walk(parsed(site)):
+        if isinstance(node, ast.Attribute):
+            if node.attr in _TRANSPOSES:
+                return False
+            of_itself = isinstance(node.value, ast.Name) and node.value.id == "self"
+            reads = reads or (node.attr in _LABELS and not of_itself)
+        elif (
+            isinstance(node, ast.Slice)
+            and node.step is not None
+            and not isinstance(node.step, (ast.Constant, ast.UnaryOp))
+            and isinstance(node.lower, (ast.Name, ast.Attribute, ast.Call))
+        ):
+            return False  # it reads a shard
+    return reads
+
+
+def reads_in_loop(backward: str) -> str | None:
+    """Return the line of a .item() that is called for each call of a backward, a site: beside it, not under an `if`.
+
+    Beside it: in the innermost loop around it, or in its function where no loop in it is around the backward.
+    """
+    file, _, line = backward.rpartition(":")
+    for around in ast.walk(parsed(backward)):
+        if not isinstance(around, (ast.For, ast.While, *_FUNCTIONS)):
+            continue
+        own = [n for n in _unless(around, (ast.For, ast.While, *_FUNCTIONS)) if _method(n) == "backward"]
+        if any(isinstance(n, ast.Call) and _spans(n, int(line)) for n in own):
+            for n in _unless(around, (ast.For, ast.While, ast.If, ast.IfExp, *_FUNCTIONS)):
+                if isinstance(n, ast.Call) and _method(n) == "item":
+                    return f"{file}:{n.lineno}"
+    return None
+
+
+def _unless(node: ast.AST, kinds: tuple[type[ast.AST], ...]) -> Iterator[ast.AST]:
+    """Yield the nodes below a node; of statements of these kinds, the iterable or the test alone."""
+    for one in ast.iter_child_nodes(node):
+        inside = getattr(one, "test", getattr(one, "iter", None)) if isinstance(one, kinds) else one
+        if inside is not None:
+            yield inside
+            yield from _unless(inside, kinds)
+
+
+def is_unrelated(loop: str | None, call: str | None) -> bool:
+    """Return whether nothing that the loop at one line computes can reach the call at another.
+
+    Both are sites. The call must be in the function of the loop, or in one that calls that by its name; elsewhere,
+    and for what is kept in attributes, the answer is False.
+    """
+    tree = parsed(loop)
+    if str(loop).rpartition(":")[0] != str(call).rpartition(":")[0]:
+        return False
+    around, at = _function(tree, _line(loop)), _function(tree, _line(call))
+    for_loop = _innermost(around, _line(loop))
+    if around is None or at is None or for_loop is None:
+        return False
+    modules = _imported(tree)
+    names = {one for node in ast.walk(for_loop) for one in _changed(node)} - modules
+    if at is not around:
+        if not isinstance(around, _FUNCTIONS):
+            return False
+        names = {
+            one
+            for node in ast.walk(at)
+            if isinstance(node, ast.Assign) and any(_called(n) == around.name for n in ast.walk(node.value))
+            for one in _changed(node)
+        }
+        if not names:
+            return False
+    calls = [node for node in ast.walk(at) if isinstance(node, ast.Call) and _spans(node, _line(call))]
+    used = {one for node in calls for one in _names(*_read(node))} - modules
+    return bool(used) and not used & _reached(at, names, modules)
+
+
+def _reached(function: ast.AST, names: set[str], modules: set[str]) -> set[str]:
+    """Return the names that may hold something of `names`, by the assignments of a function."""
+    found, grown = set(names), True
+    while grown:
+        before = len(found)
+        for node in ast.walk(function):
+            if _names(*_read(node)) & found:
+                found |= _changed(node) - modules
+        grown = len(found) > before
+    return found
+
+
+def _changed(node: ast.AST) -> set[str]:
+    """Return the names that a statement binds or may change: its targets, and the object of a method."""
+    if isinstance(node, ast.Assign):
+        return _names(*node.targets)
+    if isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.For, ast.NamedExpr)):
+        return _names(node.target)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
+        return _names(node.value.func.value)
+    return set()
+
+
+def _read(node: ast.AST) -> list[ast.AST]:
+    """Return what a statement or call reads, without the body of a loop."""
+    if isinstance(node, ast.For):
+        return [node.iter]
+    if isinstance(node, ast.Call):
+        return [*node.args, *(one.value for one in node.keywords)]
+    if isinstance(node, ast.Expr):
+        return _read(node.value)
+    value = getattr(node, "value", None) if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) else None
+    return [value] if value is not None else []
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+
+
+def _names(*nodes: ast.AST) -> set[str]:
+    return {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def _function(tree: ast.Module, line: int) -> ast.AST | None:
+    """Return the innermost function around a line; the module where there is none."""
+    around = [n for n in ast.walk(tree) if isinstance(n, _FUNCTIONS) and _spans(n, line)]
+    return max(around, key=lambda n: n.lineno, default=None) or (tree if tree.body else None)
+
+
+def _innermost(function: ast.AST | None, line: int) -> ast.AST | None:
+    """Return the loop that begins at a line."""
+    found = [] if function is None else ast.walk(function)
+    return next((n for n in found if isinstance(n, ast.For) and n.lineno <= line <= (n.iter.end_lineno or 0)), None)
+
+
+def _spans(node: ast.stmt | ast.expr, line: int) -> bool:
+    return node.lineno <= line <= (node.end_lineno or node.lineno)
+
+
+def _line(site: str | None) -> int:
+    return int(str(site).rpartition(":")[2])
+
+
+def _method(node: ast.AST) -> str | None:
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    return node.func.attr if called else None  # type: ignore[attr-defined]  # it is a call, see above
+
+
+def _called(node: ast.AST) -> str | None:
+    """Return the name of the function or method that a node calls."""
+    if not isinstance(node, ast.Call):
+        return None
+    return node.func.id if isinstance(node.func, ast.Name) else _method(node)

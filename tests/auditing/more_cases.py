@@ -1,0 +1,1092 @@
+# ruff: noqa: E501 - the changes are lines of the scripts
+"""More scripts and faults, in other styles: for `make audit-corpus` alone, since they take some minutes."""
+
+from __future__ import annotations
+
+from tests.auditing.cases import Case
+
+MORE = [
+    Case("clean-snapshot", "snapshot", (), frozenset([]), frozenset([])),
+    Case("clean-dcgan", "dcgan", (), frozenset([]), frozenset([])),
+    Case("clean-modern", "modern", (), frozenset([]), frozenset([])),
+    Case("clean-iterable", "iterable", (), frozenset([]), frozenset([])),
+    Case("clean-simclr", "simclr", (), frozenset([]), frozenset([])),
+    Case("clean-distill", "distill", (), frozenset([]), frozenset([])),
+    Case("clean-ppo", "ppo", (), frozenset([]), frozenset([])),
+    Case("clean-buckets", "buckets", (), frozenset([]), frozenset([])),
+    Case(
+        "101-snap",
+        "snapshot",
+        (
+            ("shuffle=False, sampler=DistributedSampler(dataset)", "shuffle=True"),
+            ("        self.train_data.sampler.set_epoch(epoch)\n", ""),
+        ),
+        frozenset(["DDP101"]),
+        frozenset([]),
+    ),
+    Case(
+        "103-snap",
+        "snapshot",
+        (("        self.train_data.sampler.set_epoch(epoch)\n", ""),),
+        frozenset(["DDP103"]),
+        frozenset([]),
+    ),
+    Case(
+        "104-snap",
+        "snapshot",
+        (("manual_seed(seed)", "manual_seed(seed + int(os.environ['RANK']))"),),
+        frozenset(["DDP104"]),
+        frozenset(["DDP104"]),
+    ),
+    Case(
+        "213-snap",
+        "snapshot",
+        (("DDP(self.model)", "DDP(self.model, broadcast_buffers=False)"),),
+        frozenset(["DDP213"]),
+        frozenset([]),
+    ),
+    Case(
+        "501-snap",
+        "snapshot",
+        (("if self.global_rank == 0 and epoch % self.save_every == 0:", "if epoch % self.save_every == 0:"),),
+        frozenset(["DDP501"]),
+        frozenset([]),
+    ),
+    Case(
+        "401-snap",
+        "snapshot",
+        (
+            (
+                "    part = torch.utils.data.Subset(dataset, list(range(rank, len(dataset), world)))\n    return DataLoader(part, batch_size=batch_size)",
+                "    return DataLoader(dataset, batch_size=batch_size, sampler=DistributedSampler(dataset, shuffle=False))",
+            ),
+        ),
+        frozenset(["DDP401"]),
+        frozenset([]),
+    ),
+    Case(
+        "402-snap",
+        "snapshot",
+        (
+            (
+                "        dist.all_reduce(loss, op=dist.ReduceOp.SUM)\n        dist.all_reduce(seen, op=dist.ReduceOp.SUM)\n",
+                "",
+            ),
+        ),
+        frozenset(["DDP402"]),
+        frozenset([]),
+    ),
+    Case(
+        "405-snap",
+        "snapshot",
+        (
+            (
+                "        dist.all_reduce(loss, op=dist.ReduceOp.SUM)\n        dist.all_reduce(seen, op=dist.ReduceOp.SUM)\n        return (loss / seen).item()",
+                "        mean = loss / seen\n        dist.all_reduce(mean, op=dist.ReduceOp.AVG if False else dist.ReduceOp.SUM)\n        return mean.item() / dist.get_world_size()",
+            ),
+        ),
+        frozenset(["DDP405"]),
+        frozenset([]),
+    ),
+    Case(
+        "503-snap",
+        "snapshot",
+        (
+            (
+                "            val = self._validate()\n",
+                "            val = self._validate() if self.global_rank == 0 else 0.0\n",
+            ),
+        ),
+        frozenset(["DDP503"]),
+        frozenset([]),
+    ),
+    Case(
+        "502-snap",
+        "snapshot",
+        (
+            (
+                "            if self.global_rank == 0 and epoch % self.save_every == 0:\n                self._save_snapshot(epoch)\n",
+                "            if self.global_rank == 0:\n                self._save_snapshot(epoch)\n            import time; time.sleep(1.0)\n            torch.load(self.snapshot_path)\n",
+            ),
+        ),
+        frozenset(["DDP502"]),
+        frozenset([]),
+    ),
+    Case(
+        "211-snap",
+        "snapshot",
+        (('"--batch_size", default=16', '"--batch_size", default=2'),),
+        frozenset(["DDP211"]),
+        frozenset([]),
+    ),
+    Case(
+        "202-snap",
+        "snapshot",
+        (
+            (
+                "        self.model = DDP(self.model)\n",
+                "        self.model = DDP(self.model)\n        if self.global_rank == 0:\n            self.model.module[0].weight.data.mul_(0.5)\n",
+            ),
+        ),
+        frozenset(["DDP202"]),
+        frozenset([]),
+    ),
+    Case(
+        "201-snap-opt",
+        "snapshot",
+        (("        output = self.model(source)\n", "        output = self.model.module(source)\n"),),
+        frozenset(["DDP201"]),
+        frozenset([]),
+    ),
+    Case(
+        "601-snap",
+        "snapshot",
+        (
+            (
+                '            if self.global_rank == 0:\n                print(f"[GPU{self.global_rank}]',
+                '            if True:\n                print(f"[GPU]',
+            ),
+        ),
+        frozenset(["DDP601"]),
+        frozenset([]),
+    ),
+    Case("505-snap", "snapshot", (("    destroy_process_group()\n\n", "\n"),), frozenset(["DDP505"]), frozenset([])),
+    Case(
+        "108-snap", "snapshot", (("MyTrainDataset(128)", "MyTrainDataset(127)"),), frozenset(["DDP108"]), frozenset([])
+    ),
+    Case("101-gan", "dcgan", (("sampler=sampler", "shuffle=True"),), frozenset(["DDP101"]), frozenset(["DDP111"])),
+    Case(
+        "111-gan",
+        "dcgan",
+        (("torch.manual_seed(seed + 1 + rank)", "torch.manual_seed(seed)"),),
+        frozenset(["DDP111"]),
+        frozenset([]),
+    ),
+    Case("103-gan", "dcgan", (("        sampler.set_epoch(epoch)\n", ""),), frozenset(["DDP103"]), frozenset([])),
+    Case("201-gan", "dcgan", (("    netD = DDP(netD)\n", ""),), frozenset(["DDP201"]), frozenset([])),
+    Case(
+        "201-gan-module",
+        "dcgan",
+        (("fake = netG(noise)", "fake = netG.module(noise)"),),
+        frozenset(["DDP201"]),
+        frozenset([]),
+    ),
+    Case("211-gan", "dcgan", (("batch_size=8", "batch_size=2"),), frozenset(["DDP211"]), frozenset([])),
+    Case(
+        "104-gan",
+        "dcgan",
+        (("    torch.manual_seed(seed)\n    images", "    images"),),
+        frozenset(["DDP104"]),
+        frozenset([]),
+    ),
+    Case(
+        "501-gan",
+        "dcgan",
+        (
+            (
+                "        if rank == 0:\n            netG.module.eval()",
+                "        if True:\n            netG.module.eval()",
+            ),
+            ("    if rank == 0:\n        os.remove(out)", "    pass"),
+        ),
+        frozenset(["DDP501"]),
+        frozenset([]),
+    ),
+    Case(
+        "112-modern", "modern", (("    seed_everything(cfg.seed + rank)\n", ""),), frozenset(["DDP112"]), frozenset([])
+    ),
+    Case(
+        "113-modern",
+        "modern",
+        (
+            (
+                "np.random.seed(torch.initial_seed() % 2**32)",
+                "torch.manual_seed(dist.get_rank() if dist.is_initialized() else 7 + worker_id)",
+            ),
+            ("persistent_workers=True,", ""),
+        ),
+        frozenset(["DDP113"]),
+        frozenset(["DDP112"]),
+    ),
+    Case(
+        "301-modern",
+        "modern",
+        (
+            ("boundary = (i + 1) % cfg.accumulation == 0", "boundary = i % cfg.accumulation == 0"),
+            ("            if boundary:", "            if (i + 1) % cfg.accumulation == 0:"),
+        ),
+        frozenset(["DDP301"]),
+        frozenset(["DDP306"]),
+    ),
+    Case(
+        "302-modern",
+        "modern",
+        (("ctx = contextlib.nullcontext() if boundary else model.no_sync()", "ctx = contextlib.nullcontext()"),),
+        frozenset(["DDP302"]),
+        frozenset([]),
+    ),
+    Case(
+        "303-modern",
+        "modern",
+        (
+            ("accumulation: int = 2", "accumulation: int = 3"),
+            ("if boundary:", "if boundary or i + 1 == len(loader):"),
+            ("(i + 1) % cfg.accumulation == 0", "(i + 1) % cfg.accumulation == 0 or i + 1 == len(loader)"),
+            ("Images(96, True)", "Images(112, True)"),
+        ),
+        frozenset(["DDP303"]),
+        frozenset([]),
+    ),
+    Case(
+        "304-modern",
+        "modern",
+        (("(loss / cfg.accumulation).backward()", "loss.backward()"),),
+        frozenset(["DDP304"]),
+        frozenset([]),
+    ),
+    Case(
+        "309-modern",
+        "modern",
+        (("                (loss / cfg", "                opt.zero_grad()\n                (loss / cfg"),),
+        frozenset(["DDP309"]),
+        frozenset([]),
+    ),
+    Case(
+        "203-modern-ema",
+        "modern",
+        (("    ema = EMA(model.module, cfg.ema)", "    torch.manual_seed(rank)\n    ema = EMA(Net(), cfg.ema)"),),
+        frozenset(["DDP203"]),
+        frozenset([]),
+    ),
+    Case(
+        "306-modern",
+        "modern",
+        (
+            (
+                "                (loss / cfg.accumulation).backward()\n",
+                "                (loss / cfg.accumulation).backward()\n            if not boundary:\n                nn.utils.clip_grad_norm_(model.parameters(), 0.01)\n",
+            ),
+        ),
+        frozenset(["DDP306"]),
+        frozenset([]),
+    ),
+    Case("202-modern-lr", "modern", (("lr=cfg.lr)", "lr=cfg.lr / (1 + rank))"),), frozenset(["DDP202"]), frozenset([])),
+    Case(
+        "202-modern-sched",
+        "modern",
+        (("                sched.step()\n", "                sched.step() if rank == 0 else None\n"),),
+        frozenset(["DDP202"]),
+        frozenset([]),
+    ),
+    Case("402-modern", "modern", (("    dist.all_reduce(stats)\n", ""),), frozenset(["DDP402"]), frozenset([])),
+    Case(
+        "401-modern",
+        "modern",
+        (
+            ("sampler=range(rank, len(test), world)", "sampler=DistributedSampler(test, shuffle=False)"),
+            ("Images(22", "Images(23"),
+        ),
+        frozenset(["DDP401"]),
+        frozenset([]),
+    ),
+    Case(
+        "404-modern",
+        "modern",
+        (("sampler=range(rank, len(test), world)", "shuffle=False"),),
+        frozenset(["DDP404"]),
+        frozenset([]),
+    ),
+    Case(
+        "106-modern",
+        "modern",
+        (("Images(96, True)", "Images(60, True)"), ("batch: int = 4", "batch: int = 16")),
+        frozenset(["DDP106"]),
+        frozenset([]),
+    ),
+    Case(
+        "701-modern",
+        "modern",
+        (("gradient_as_bucket_view=True", "find_unused_parameters=True"),),
+        frozenset(["DDP701"]),
+        frozenset([]),
+    ),
+    Case(
+        "114-modern",
+        "modern",
+        (("seed_everything(cfg.seed + rank)", "torch.manual_seed(cfg.seed)"),),
+        frozenset(["DDP114"]),
+        frozenset(["DDP112"]),
+    ),
+    Case(
+        "704-modern",
+        "modern",
+        (
+            (
+                "                (loss / cfg.accumulation).backward()\n",
+                "                (loss / cfg.accumulation).backward()\n            running = loss.item()\n",
+            ),
+        ),
+        frozenset(["DDP704"]),
+        frozenset([]),
+    ),
+    Case(
+        "101-iter",
+        "iterable",
+        (("shard = self.rank * nw + wid", "shard = wid"), ("shards = self.world * nw", "shards = nw")),
+        frozenset(["DDP101"]),
+        frozenset([]),
+    ),
+    Case(
+        "109-iter",
+        "iterable",
+        (("shard = self.rank * nw + wid", "shard = self.rank"), ("shards = self.world * nw", "shards = self.world")),
+        frozenset(["DDP109"]),
+        frozenset([]),
+    ),
+    Case("103-iter", "iterable", (("        ds.set_epoch(epoch)\n", ""),), frozenset(["DDP103"]), frozenset([])),
+    Case(
+        "105-iter",
+        "iterable",
+        (("if n % shards != shard:", "if n % 3 % 2 != self.rank or (n // 3) % nw != wid:"),),
+        frozenset(["DDP105"]),
+        frozenset(["DDP305", "DDP503"]),
+    ),
+    Case(
+        "201-iter", "iterable", (("model = DDP(TinyLM())", "model = TinyLM()"),), frozenset(["DDP201"]), frozenset([])
+    ),
+    Case("103-simclr", "simclr", (("        sampler.set_epoch(epoch)\n", ""),), frozenset(["DDP103"]), frozenset([])),
+    Case(
+        "111-simclr",
+        "simclr",
+        (("torch.manual_seed(100 * (rank + 1))", "torch.manual_seed(100)"),),
+        frozenset(["DDP111"]),
+        frozenset([]),
+    ),
+    Case(
+        "201-simclr", "simclr", (("z = model(torch", "z = model.module(torch"),), frozenset(["DDP201"]), frozenset([])
+    ),
+    Case(
+        "307-simclr",
+        "simclr",
+        (
+            (
+                "            loss.backward()\n",
+                "            loss.backward()\n            for p in model.parameters():\n                dist.all_reduce(p.grad)\n",
+            ),
+        ),
+        frozenset(["DDP307"]),
+        frozenset([]),
+    ),
+    Case(
+        "104-distill",
+        "distill",
+        (
+            (
+                "generator=torch.Generator().manual_seed(args.seed)",
+                "generator=torch.Generator().manual_seed(args.seed + rank)",
+            ),
+        ),
+        frozenset(["DDP104"]),
+        frozenset([]),
+    ),
+    Case("103-distill", "distill", (("        ts.set_epoch(ep)\n", ""),), frozenset(["DDP103"]), frozenset([])),
+    Case(
+        "203-distill",
+        "distill",
+        (("    teacher.load_state_dict(torch.load(path))\n", "    torch.manual_seed(rank)\n    teacher = mlp(32)\n"),),
+        frozenset(["DDP203"]),
+        frozenset([]),
+    ),
+    Case(
+        "502-distill",
+        "distill",
+        (("    dist.barrier()\n    teacher = mlp(32)", "    import time; time.sleep(1)\n    teacher = mlp(32)"),),
+        frozenset(["DDP502"]),
+        frozenset([]),
+    ),
+    Case("401-distill", "distill", (("[150, 30]", "[151, 29]"),), frozenset(["DDP401"]), frozenset(["DDP108"])),
+    Case(
+        "501-distill",
+        "distill",
+        (("    if rank == 0:\n        torch.save(mlp", "    if True:\n        torch.save(mlp"),),
+        frozenset(["DDP501"]),
+        frozenset([]),
+    ),
+    Case(
+        "307-distill",
+        "distill",
+        (
+            (
+                "+ (1 - args.alpha) * F.cross_entropy(out, yb)\n",
+                "+ (1 - args.alpha) * F.cross_entropy(out, yb)\n            loss = loss * world\n",
+            ),
+        ),
+        frozenset(["DDP307"]),
+        frozenset([]),
+    ),
+    Case(
+        "602-distill",
+        "distill",
+        (("for xb, yb in tl:", "for xb, yb in __import__('tqdm').tqdm(tl):"),),
+        frozenset(["DDP602"]),
+        frozenset([]),
+    ),
+    Case(
+        "101-ppo",
+        "ppo",
+        (("Env(100 + rank)", "Env(100)"), ("torch.manual_seed(1 + rank)", "torch.manual_seed(1)")),
+        frozenset(["DDP101"]),
+        frozenset([]),
+    ),
+    Case(
+        "201-ppo",
+        "ppo",
+        (("logits, v = agent(S[b])", "logits, v = agent.module(S[b])"),),
+        frozenset(["DDP201"]),
+        frozenset(["DDP306"]),
+    ),
+    Case(
+        "202-ppo",
+        "ppo",
+        (
+            (
+                "    for update in range(3):",
+                "    if rank == 1:\n        optim.param_groups[0]['lr'] = 1e-3\n    for update in range(3):",
+            ),
+        ),
+        frozenset(["DDP202"]),
+        frozenset([]),
+    ),
+    Case(
+        "103-buckets",
+        "buckets",
+        (("            self.sampler.set_epoch(epoch)\n", ""),),
+        frozenset(["DDP103"]),
+        frozenset([]),
+    ),
+    Case("101-buckets", "buckets", (("yield g[self.rank]", "yield g[0]"),), frozenset(["DDP101"]), frozenset([])),
+    Case(
+        "102-buckets",
+        "buckets",
+        (("random.Random(self.seed + self.epoch)", "random.Random(self.seed + self.epoch + 100 * self.rank)"),),
+        frozenset(["DDP102"]),
+        frozenset([]),
+    ),
+    Case(
+        "105-buckets",
+        "buckets",
+        (
+            ("        batches = batches[: len(batches) // self.world * self.world]\n", ""),
+            ("yield g[self.rank]", "yield from g[self.rank:self.rank + 1]"),
+            ("Pairs(128, 0)", "Pairs(120, 0)"),
+        ),
+        frozenset(["DDP105"]),
+        frozenset(["DDP503"]),
+    ),
+    Case(
+        "305-buckets",
+        "buckets",
+        (("loss = self.loss(x) * self.world / tokens", "loss = self.loss(x, 'mean')"),),
+        frozenset(["DDP305"]),
+        frozenset([]),
+    ),
+    Case("104-buckets", "buckets", (("Pairs(128, 0)", "Pairs(128, self.rank)"),), frozenset(["DDP104"]), frozenset([])),
+    Case("clean-accel_nlp", "accel_nlp", (), frozenset([]), frozenset([])),
+    Case("clean-zero", "zero", (), frozenset([]), frozenset([])),
+    Case("clean-fsdp2", "fsdp2", (), frozenset([]), frozenset([])),
+    Case("clean-detection", "detection", (), frozenset([]), frozenset([])),
+    Case("clean-moco", "moco", (), frozenset([]), frozenset([])),
+    Case("clean-lbfgs", "lbfgs", (), frozenset([]), frozenset([])),
+    Case("clean-groups", "groups", (), frozenset([]), frozenset([]), nproc=4),
+    Case(
+        "103-none", "accel_nlp", (("shuffle=True, coll", "shuffle=False, coll"),), frozenset(["DDP107"]), frozenset([])
+    ),
+    Case(
+        "201-accel",
+        "accel_nlp",
+        (("loss, _ = model(**batch)", "loss, _ = accelerator.unwrap_model(model)(**batch)"),),
+        frozenset(["DDP201"]),
+        frozenset(["DDP306"]),
+    ),
+    Case(
+        "301-accel",
+        "accel_nlp",
+        (("            with accelerator.accumulate(model):\n", "            with accelerator.no_sync(model):\n"),),
+        frozenset(["DDP301"]),
+        frozenset(["DDP303", "DDP304", "DDP306"]),
+    ),
+    Case(
+        "306-accel",
+        "accel_nlp",
+        (
+            (
+                "                if accelerator.sync_gradients:\n                    accelerator.clip_grad_norm_(model.parameters(), 1.0)",
+                "                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)",
+            ),
+        ),
+        frozenset(["DDP306"]),
+        frozenset([]),
+    ),
+    Case(
+        "309-accel",
+        "accel_nlp",
+        (
+            (
+                "                optimizer.step()\n                lr_scheduler.step()\n                optimizer.zero_grad()",
+                "                optimizer.step()\n                lr_scheduler.step()\n                optimizer.optimizer.zero_grad()",
+            ),
+        ),
+        frozenset(["DDP309"]),
+        frozenset([]),
+    ),
+    Case(
+        "401-accel",
+        "accel_nlp",
+        (("accelerator.gather_for_metrics(", "accelerator.gather("),),
+        frozenset(["DDP401"]),
+        frozenset([]),
+    ),
+    Case(
+        "402-accel",
+        "accel_nlp",
+        (
+            (
+                'predictions, references = accelerator.gather_for_metrics((logits.argmax(dim=-1), batch["labels"]))',
+                'predictions, references = logits.argmax(dim=-1), batch["labels"]',
+            ),
+        ),
+        frozenset(["DDP402"]),
+        frozenset([]),
+    ),
+    Case(
+        "104-accel",
+        "accel_nlp",
+        (("train, val = MRPC(96, 0)", "train, val = MRPC(96, accelerator.process_index)"),),
+        frozenset(["DDP104"]),
+        frozenset([]),
+    ),
+    Case(
+        "501-accel",
+        "accel_nlp",
+        (
+            (
+                "    accelerator.end_training()",
+                "    torch.save(accelerator.get_state_dict(model), '/dev/shm/accel-x.pt')\n    accelerator.end_training()",
+            ),
+        ),
+        frozenset(["DDP501"]),
+        frozenset([]),
+    ),
+    Case("601-accel", "accel_nlp", (("accelerator.print(f", "print(f"),), frozenset(["DDP601"]), frozenset([])),
+    Case("103-zero", "zero", (("        sampler.set_epoch(epoch)\n", ""),), frozenset(["DDP103"]), frozenset([])),
+    Case(
+        "202-zero",
+        "zero",
+        (
+            (
+                "ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.Adam, lr=1e-3)",
+                "torch.optim.Adam(model.parameters(), lr=1e-3 * (1 + rank))",
+            ),
+        ),
+        frozenset(["DDP202"]),
+        frozenset([]),
+    ),
+    Case(
+        "403-zero",
+        "zero",
+        (
+            (
+                "    where = list(range(rank * per, min(len(dataset), (rank + 1) * per)))",
+                "    where = list(range(rank, len(dataset), world))",
+            ),
+        ),
+        frozenset(["DDP403"]),
+        frozenset([]),
+    ),
+    Case(
+        "102-zero",
+        "zero",
+        (("DistributedSampler(train, seed=9)", "DistributedSampler(train, seed=rank)"),),
+        frozenset(["DDP102"]),
+        frozenset([]),
+    ),
+    Case("101-fsdp2", "fsdp2", (("sampler=sampler,", "shuffle=True,"),), frozenset(["DDP101"]), frozenset([])),
+    Case("103-fsdp2", "fsdp2", (("        sampler.set_epoch(epoch)\n", ""),), frozenset(["DDP103"]), frozenset([])),
+    Case(
+        "303-fsdp2",
+        "fsdp2",
+        (("t[:, 1:].flatten()) / 2", "t[:, 1:].flatten()) / 4"),),
+        frozenset(["DDP303"]),
+        frozenset([]),
+    ),
+    Case(
+        "304-fsdp2",
+        "fsdp2",
+        (("t[:, 1:].flatten()) / 2", "t[:, 1:].flatten())"),),
+        frozenset(["DDP304"]),
+        frozenset([]),
+    ),
+    Case(
+        "301-fsdp2",
+        "fsdp2",
+        (("(i % 2 == 1)\n            logits", "(False)\n            logits"),),
+        frozenset(["DDP301"]),
+        frozenset([]),
+    ),
+    Case(
+        "201-groups",
+        "groups",
+        (("process_group=group)", "process_group=group)\n    model = model.module"),),
+        frozenset(["DDP201"]),
+        frozenset([]),
+        nproc=4,
+    ),
+    Case(
+        "101-groups",
+        "groups",
+        (("num_replicas=2, rank=rank % 2", "num_replicas=2, rank=0"),),
+        frozenset(["DDP101"]),
+        frozenset([]),
+        nproc=4,
+    ),
+    Case("202-groups", "groups", (("lr=1e-3", "lr=1e-3*(1+rank%2)"),), frozenset(["DDP202"]), frozenset([]), nproc=4),
+    Case(
+        "103-groups",
+        "groups",
+        (("        sampler.set_epoch(epoch)\n", ""),),
+        frozenset(["DDP103"]),
+        frozenset([]),
+        nproc=4,
+    ),
+    Case(
+        "103-det",
+        "detection",
+        (("        train_sampler.set_epoch(epoch)\n", ""),),
+        frozenset(["DDP103"]),
+        frozenset([]),
+    ),
+    Case(
+        "101-det",
+        "detection",
+        (("BatchSampler(train_sampler, 4", "BatchSampler(torch.utils.data.RandomSampler(dataset), 4"),),
+        frozenset(["DDP101"]),
+        frozenset([]),
+    ),
+    Case(
+        "501-det",
+        "detection",
+        (
+            (
+                "        evaluate(model, loader_test)\n",
+                "        evaluate(model, loader_test)\n        torch.save(model_without_ddp.state_dict(), f'/dev/shm/det-{epoch}.pth')\n",
+            ),
+        ),
+        frozenset(["DDP501"]),
+        frozenset([]),
+    ),
+    Case("404-det", "detection", (("sampler=test_sampler, ", ""),), frozenset(["DDP404"]), frozenset([])),
+    Case(
+        "202-det",
+        "detection",
+        (
+            (
+                "    params = [p",
+                "    if rank == 0:\n        model_without_ddp.cls.bias.data.fill_(1.0)\n    params = [p",
+            ),
+        ),
+        frozenset(["DDP202"]),
+        frozenset([]),
+    ),
+    Case(
+        "112-det",
+        "detection",
+        (
+            ("        img = self.images[i]\n", "        img = self.images[i] + torch.randn(())\n"),
+            ("    model = Detector()\n", "    torch.manual_seed(0)\n    model = Detector()\n"),
+        ),
+        frozenset(["DDP112"]),
+        frozenset([]),
+    ),
+    Case(
+        "112-moco",
+        "moco",
+        (("torch.manual_seed(10 + rank)", "torch.manual_seed(10)"),),
+        frozenset(["DDP112"]),
+        frozenset([]),
+    ),
+    Case(
+        "213-moco",
+        "moco",
+        (
+            ("DistributedDataParallel(MoCo())", "DistributedDataParallel(MoCo(), broadcast_buffers=False)"),
+            (
+                "        if rank == 0:\n            print",
+                "        model.eval()\n        model.train()\n        if rank == 0:\n            print",
+            ),
+        ),
+        frozenset(["DDP213"]),
+        frozenset([]),
+    ),
+    Case(
+        "301-lbfgs",
+        "lbfgs",
+        (("        grads_from(model, a + ", "        with model.no_sync():\n            grads_from(model, a + "),),
+        frozenset(["DDP301"]),
+        frozenset([]),
+    ),
+    Case(
+        "201-lbfgs",
+        "lbfgs",
+        (
+            ("nn.parallel.DistributedDataParallel(nn.Linear(5, 1))", "nn.Linear(5, 1)"),
+            ("model.module", "model"),
+            ("        with model.no_sync():\n            grads_from(model, a, b, 0.7)\n", ""),
+        ),
+        frozenset(["DDP201"]),
+        frozenset([]),
+    ),
+    Case(
+        "101-lbfgs",
+        "lbfgs",
+        (("    x, y = x[rank::world], y[rank::world]\n", ""), ("manual_seed(rank)", "manual_seed(0)")),
+        frozenset(["DDP101"]),
+        frozenset([]),
+    ),
+    Case("clean-yolo", "yolo", (), frozenset([]), frozenset([])),
+    Case("clean-cycle", "cycle", (), frozenset([]), frozenset([])),
+    Case("clean-sums", "sums", (), frozenset([]), frozenset([])),
+    Case("clean-localsgd", "localsgd", (), frozenset([]), frozenset([])),
+    Case("clean-flat", "flat", (), frozenset([]), frozenset([])),
+    Case("clean-compiled", "compiled", (), frozenset([]), frozenset([])),
+    Case("clean-kfold", "kfold", (), frozenset([]), frozenset([])),
+    Case("clean-tp", "tp", (), frozenset([]), frozenset([])),
+    Case(
+        "103-yolo",
+        "yolo",
+        (("            train_loader.sampler.set_epoch(epoch)\n", "            pass\n"),),
+        frozenset(["DDP103"]),
+        frozenset([]),
+    ),
+    Case(
+        "101-yolo",
+        "yolo",
+        (
+            ("rank=LOCAL_RANK, shuffle=True", "rank=-1, shuffle=True"),
+            ("        if RANK != -1:\n            train_loader.sampler.set_epoch(epoch)\n", ""),
+        ),
+        frozenset(["DDP101"]),
+        frozenset([]),
+    ),
+    Case(
+        "112-yolo",
+        "yolo",
+        (("6148914691236517205 + seed + RANK", "6148914691236517205 + seed"),),
+        frozenset(["DDP112"]),
+        frozenset([]),
+    ),
+    Case(
+        "308-yolo",
+        "yolo",
+        (("                scaler.unscale_(optimizer)\n", ""), ("enabled=False", "init_scale=256.0")),
+        frozenset(["DDP308"]),
+        frozenset([]),
+    ),
+    Case(
+        "501-yolo",
+        "yolo",
+        (
+            (
+                "        if RANK in {-1, 0}:\n            ema.ema.eval()",
+                "        if True:\n            torch.save({'model': model.module.state_dict()}, '/dev/shm/yolo-last.pt')\n        if RANK in {-1, 0}:\n            ema.ema.eval()",
+            ),
+        ),
+        frozenset(["DDP501"]),
+        frozenset([]),
+    ),
+    Case(
+        "103-cycle",
+        "cycle",
+        (("        sampler.set_epoch(epoch)\n", "        pass\n"),),
+        frozenset(["DDP103"]),
+        frozenset([]),
+    ),
+    Case(
+        "403-cycle",
+        "cycle",
+        (("torch.stack(parts, 1).reshape(-1)", "torch.cat(parts)"),),
+        frozenset(["DDP403"]),
+        frozenset([]),
+    ),
+    Case(
+        "401-cycle",
+        "cycle",
+        (
+            ("[: len(dataset)]\n", "\n"),
+            (
+                "return auc(whole, dataset.tensors[1])",
+                "every = [torch.zeros_like(mine) for _ in range(world)]\n    dist.all_gather(every, mine)\n    return auc(whole, torch.stack(every, 1).reshape(-1))",
+            ),
+            ("    scores = torch.cat", "    mine = torch.cat([y for _, y in loader])\n    scores = torch.cat"),
+        ),
+        frozenset(["DDP401"]),
+        frozenset([]),
+    ),
+    Case("308-sums", "sums", (("            scaler.unscale_(opt)\n", ""),), frozenset(["DDP308"]), frozenset([])),
+    Case(
+        "405-sums",
+        "sums",
+        (
+            (
+                "        dist.all_reduce(hits)\n        dist.all_reduce(nll)\n",
+                "        hits = hits / len(mine)\n        nll = nll / len(mine)\n        dist.all_reduce(hits)\n        dist.all_reduce(nll)\n        hits, nll = hits / world, nll / world\n",
+            ),
+            ("        dist.all_reduce(hits)\n", "        dist.all_reduce(hits)\n"),
+        ),
+        frozenset(["DDP405"]),
+        frozenset([]),
+    ),
+    Case(
+        "402-sums",
+        "sums",
+        (("        dist.all_reduce(hits)\n        dist.all_reduce(nll)\n", ""),),
+        frozenset(["DDP402"]),
+        frozenset([]),
+    ),
+    Case(
+        "701-sums",
+        "sums",
+        (("(checkpoint(self.b, h, use_reentrant=False) if deep else self.c(h))", "self.b(h) + self.c(h)"),),
+        frozenset(["DDP701"]),
+        frozenset([]),
+    ),
+    Case(
+        "202-sums",
+        "sums",
+        (
+            ("scaler = torch.amp", "scaler = torch.amp"),
+            (
+                "            scaler.update()\n",
+                "            scaler.update()\n            if rank == 0 and i == 3:\n                net.head.bias.data.clamp_(-0.01, 0.01)\n",
+            ),
+        ),
+        frozenset(["DDP202"]),
+        frozenset([]),
+    ),
+    Case(
+        "201-flat",
+        "flat",
+        (("        averager.reduce_gradients()\n", ""),),
+        frozenset(["DDP201"]),
+        frozenset(["DDP301"]),
+    ),
+    Case(
+        "301-flat",
+        "flat",
+        (
+            ("            loss.backward()\n", "            loss.backward()\n"),
+            (
+                "grads = [p.grad for p in self.module.parameters() if p.grad is not None]",
+                "grads = [p.grad for p in self.module.parameters() if p.grad is not None][:-1]",
+            ),
+        ),
+        frozenset(["DDP201"]),
+        frozenset(["DDP301"]),
+    ),
+    Case(
+        "203-flat",
+        "flat",
+        (("            dist.broadcast(t, 0)\n", "            pass\n"),),
+        frozenset(["DDP203"]),
+        frozenset([]),
+    ),
+    Case(
+        "306-flat",
+        "flat",
+        (
+            ("default=0.5)", "default=0.05)"),
+            (
+                "        averager.reduce_gradients()\n        nn.utils.clip_grad_norm_(model.parameters(), a.clip)\n",
+                "        nn.utils.clip_grad_norm_(model.parameters(), a.clip)\n        averager.reduce_gradients()\n",
+            ),
+        ),
+        frozenset(["DDP306"]),
+        frozenset([]),
+    ),
+    Case("101-flat", "flat", (("default_rng(100 + rank)", "default_rng(100)"),), frozenset(["DDP101"]), frozenset([])),
+    Case(
+        "502-flat",
+        "flat",
+        (("tofile(path)\n    dist.barrier()\n", "tofile(path)\n    import time; time.sleep(1)\n"),),
+        frozenset(["DDP502"]),
+        frozenset([]),
+    ),
+    Case("304-flat", "flat", ((" / a.accum\n", "\n"),), frozenset(["DDP304"]), frozenset([])),
+    Case(
+        "105-compiled",
+        "compiled",
+        (
+            (
+                "sampler = DistributedSampler(train, shuffle=True, drop_last=False)",
+                "sampler = list(range(0, 80)) if rank == 0 else list(range(80, 128))",
+            ),
+            ("        sampler.set_epoch(epoch)\n", ""),
+        ),
+        frozenset(["DDP105"]),
+        frozenset(["DDP107", "DDP305", "DDP503"]),
+    ),
+    Case(
+        "503-compiled",
+        "compiled",
+        (("            break\n", "            break\n        if rank == 0:\n            dist.barrier()\n"),),
+        frozenset(["DDP503"]),
+        frozenset([]),
+    ),
+    Case(
+        "405-compiled",
+        "compiled",
+        (
+            (
+                "    both = torch.cat([s, n])\n    dist.all_reduce(both)\n    return (both[0] / both[1]).item()",
+                "    m = s / n\n    dist.all_reduce(m)\n    return (m / dist.get_world_size()).item()",
+            ),
+            ("[128, 22]", "[129, 21]"),
+        ),
+        frozenset(["DDP405"]),
+        frozenset(["DDP305"]),
+    ),
+    Case(
+        "404-compiled",
+        "compiled",
+        (("sampler=range(rank, len(val), world)", "shuffle=False"),),
+        frozenset(["DDP404"]),
+        frozenset([]),
+    ),
+    Case(
+        "104-compiled",
+        "compiled",
+        ((", generator=torch.Generator().manual_seed(0))\n    torch.manual_seed(0)", ")\n    torch.manual_seed(0)"),),
+        frozenset(["DDP104"]),
+        frozenset([]),
+    ),
+    Case("103-kfold", "kfold", (("            sampler.set_epoch(epoch)\n", ""),), frozenset(["DDP103"]), frozenset([])),
+    Case(
+        "402-kfold",
+        "kfold",
+        (("MulticlassAccuracy(num_classes=2)", "MulticlassAccuracy(num_classes=2, sync_on_compute=False)"),),
+        frozenset(["DDP402"]),
+        frozenset([]),
+    ),
+    Case("clean-fsdp1", "fsdp1", (), frozenset([]), frozenset([])),
+    Case("clean-diffusion", "diffusion", (), frozenset([]), frozenset([])),
+    Case("101-fsdp1", "fsdp1", (("sampler=sampler", "shuffle=True"),), frozenset(["DDP101"]), frozenset([])),
+    Case("103-diff", "diffusion", (("        sampler.set_epoch(epoch)\n", ""),), frozenset(["DDP103"]), frozenset([])),
+    Case(
+        "111-diff",
+        "diffusion",
+        (("torch.manual_seed(rank)", "torch.manual_seed(7)"),),
+        frozenset(["DDP111"]),
+        frozenset([]),
+    ),
+    Case("101-diff", "diffusion", (("sampler=sampler", "shuffle=True"),), frozenset(["DDP101"]), frozenset([])),
+    Case(
+        "309-late-zero",
+        "snapshot",
+        (("        self.optimizer.step()\n", "        self.optimizer.zero_grad()\n        self.optimizer.step()\n"),),
+        frozenset(["DDP309"]),
+        frozenset([]),
+    ),
+    Case(
+        "502-missing",
+        "flat",
+        (
+            (
+                "    dist.barrier()\n    data = np.memmap",
+                "    import time\n    while not os.path.exists(path):\n        try:\n            open(path).close()\n        except FileNotFoundError:\n            pass\n    time.sleep(0.5)\n    data = np.memmap",
+            ),
+        ),
+        frozenset(["DDP502"]),
+        frozenset([]),
+    ),
+    Case(
+        "402-rank0",
+        "snapshot",
+        (
+            (
+                "            val = self._validate()\n",
+                "            val = self._validate() if self.global_rank == 0 else 0\n",
+            ),
+            (
+                "        dist.all_reduce(loss, op=dist.ReduceOp.SUM)\n        dist.all_reduce(seen, op=dist.ReduceOp.SUM)\n",
+                "",
+            ),
+            (
+                "    part = torch.utils.data.Subset(dataset, list(range(rank, len(dataset), world)))\n    return DataLoader(part, batch_size=batch_size)",
+                "    return DataLoader(dataset, batch_size=batch_size, sampler=DistributedSampler(dataset, shuffle=False))",
+            ),
+            ("self.model(source), targets, red", "self.model.module(source), targets, red"),
+        ),
+        frozenset(["DDP402"]),
+        frozenset([]),
+    ),
+    Case(
+        "105-snap",
+        "snapshot",
+        (
+            (
+                "        for source, targets in self.train_data:\n",
+                "        for i, (source, targets) in enumerate(self.train_data):\n            if self.global_rank and i == 2:\n                break\n",
+            ),
+        ),
+        frozenset(["DDP503"]),
+        frozenset(["DDP102", "DDP105", "DDP106"]),
+    ),
+    Case(
+        "310-hand",
+        "flat",
+        (
+            ("        averager.reduce_gradients()\n", ""),
+            (
+                "        opt.step()\n",
+                "        opt.step()\n        if it % 4 == 3:\n            for p in model.parameters():\n                dist.all_reduce(p.data)\n                p.data /= world\n",
+            ),
+        ),
+        frozenset(["DDP310"]),
+        frozenset([]),
+    ),
+    Case(
+        "602-manual",
+        "detection",
+        (
+            (
+                "    for images, targets in logger.log_every(loader, print_freq",
+                "    from tqdm.auto import tqdm\n    for images, targets in logger.log_every(tqdm(loader), print_freq",
+            ),
+        ),
+        frozenset(["DDP602"]),
+        frozenset([]),
+    ),
+    Case(
+        "703-modern",
+        "modern",
+        (
+            (
+                "        self.head = nn.Linear(16, 4)\n",
+                "        self.head = nn.Linear(16, 4)\n        self.register_buffer('table', torch.randn(512, 600))\n",
+            ),
+        ),
+        frozenset(["DDP703"]),
+        frozenset([]),
+    ),
+    Case(
+        "212-distill",
+        "distill",
+        (
+            (
+                "    student = DDP(mlp(8))",
+                "    import ddparity\n    half = ddparity.convert_sync_batchnorm(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8)))\n    student = DDP(nn.Sequential(half, nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))",
+            ),
+        ),
+        frozenset(["DDP212"]),
+        frozenset([]),
+    ),
+]
