@@ -508,7 +508,7 @@ def test_a_dataloader_is_converted() -> None:
     assert dp.Loader(DataLoader(range(10), batch_size=4), micro_batch=2).plan == dp.BatchPlan(
         10, 4, 2, 0, shuffle=False
     )
-    assert options_of(DataLoader(range(10), pin_memory=True)) == {"pin_memory": True}
+    assert options_of(DataLoader(range(10), pin_memory=True), 0) == {"pin_memory": True}
     draws = dp.Loader(DataLoader(range(6), 2, sampler=WeightedRandomSampler([1.0] * 6, 7)), micro_batch=1)
     assert sum(len(micro.data) for step in draws.epoch(0) for micro in step) == 7
 

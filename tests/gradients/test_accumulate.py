@@ -455,8 +455,7 @@ def test_a_sample_that_cannot_be_loaded_fails_every_rank() -> None:
         ([X], {"count": lambda data: float("nan")}, ValueError, "count gave nan for batch 0"),
         ([torch.tensor(1.0)], {}, TypeError, "pass count="),
         ([], {"equal_counts": True}, ValueError, "got no batches"),
-        (X, {}, TypeError, "got a Tensor, which is one batch: give a step of a Loader, or a list of batches"),
-        ({"x": X}, {}, TypeError, "got a dict, which is one batch"),
+        ({"x": X}, {}, TypeError, "got a dict, which is one batch: give a step of a Loader, or a list of batches"),
         (dp.Loader(X, global_batch=2), {}, TypeError, "got a Loader: loop over its steps, `for step in loader:`"),
     ],
 )

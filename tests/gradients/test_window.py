@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
-from ddparity.gradients.incomplete import put_back, scale_of_rest
+from ddparity.gradients.aside import Aside
+from ddparity.gradients.incomplete import scale_of_rest
 from tests.ranks import run_ranks
 
 ONE = [torch.ones(1, 1)]
@@ -133,6 +134,12 @@ def test_the_weights_that_are_left_sum_to_one() -> None:
 
 def test_what_parameters_had_before_is_added_again() -> None:
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(4)]
-    parameters[0].grad, parameters[2].grad = torch.ones(1), torch.ones(1)
-    put_back(parameters, [torch.full((1,), 2.0), torch.full((1,), 2.0), None, None])
+    for parameter in parameters[:2]:
+        parameter.grad = torch.full((1,), 2.0)
+    aside = Aside(parameters)
+    for parameter in parameters[::2]:
+        parameter.backward(torch.ones(1))
+    aside.settle()
+    assert [None if one.grad is None else one.grad.item() for one in parameters] == [1.0, None, 1.0, None]
+    aside.put_back()
     assert [None if one.grad is None else one.grad.item() for one in parameters] == [3.0, 2.0, 1.0, None]

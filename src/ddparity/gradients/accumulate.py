@@ -117,11 +117,11 @@ def check_batches(batches: object, who: str) -> None:
     """Refuse what is iterable, but is no sequence of batches.
 
     Raises:
-        TypeError: it is a Loader, one batch, or text.
+        TypeError: it is a Loader, one batch as a dict, or text.
     """
     if isinstance(batches, Loader):
         raise TypeError(f"{who} got a Loader: loop over its steps, `for step in loader:`, and give each step")
-    if isinstance(batches, (torch.Tensor, Mapping, str, bytes)):
+    if isinstance(batches, (Mapping, str, bytes)):
         kind = type(batches).__name__
         raise TypeError(f"{who} got a {kind}, which is one batch: give a step of a Loader, or a list of batches")
 

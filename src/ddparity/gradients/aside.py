@@ -48,8 +48,10 @@ class Aside:
             del self._waiting[number]
             self._dropped.add(number)
             return False
-        if old._version != version:  # zero_grad(set_to_none=False)
+        if old._version != version:  # zero_grad(set_to_none=False), or another view of the same memory was written
             if bool(old.any()):
+                if old._is_view():
+                    return True
                 raise RuntimeError(
                     "accumulate(): the loop has written by hand into a gradient that was there before it, so that what "
                     "is new in it cannot be told: call optimizer.zero_grad() before"

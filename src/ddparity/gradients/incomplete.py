@@ -63,29 +63,32 @@ def note_left(parameters: Iterable[nn.Parameter], dropped: bool = False) -> None
         _left[parameter] = _DROPPED if dropped else parameter.grad
 
 
-def forget_left(parameters: Iterable[nn.Parameter]) -> None:
+def forget_left(parameters: Sequence[nn.Parameter]) -> None:
     """Let optimizers step again: a new loop has begun."""
     if len(_left) or len(_late):
         for parameter in parameters:
             _left.pop(parameter, None)
-            _allow(parameter)
+        allow_late(parameters)
 
 
-def refuse_late(parameters: Iterable[nn.Parameter]) -> None:
+def refuse_late(parameters: Sequence[nn.Parameter]) -> None:
     """Refuse a backward until an optimizer steps or a loop begins, after a strict step with a micro-batch without one.
 
     It may be that micro-batch's, in a loop that ran ahead. DDP would average what strict mode adds.
     """
+    allow_late(parameters)
     for parameter in parameters:
-        _allow(parameter)
         if parameter.requires_grad:
             _late[parameter] = parameter.register_hook(_refuse_backward)
 
 
-def _allow(parameter: nn.Parameter) -> None:
-    hook = _late.pop(parameter, None)
-    if hook is not None:
-        hook.remove()
+def allow_late(parameters: Iterable[nn.Parameter]) -> None:
+    """Allow backwards again: they are in a loop's body, or the optimizer has stepped."""
+    if len(_late):
+        for parameter in parameters:
+            hook = _late.pop(parameter, None)
+            if hook is not None:
+                hook.remove()
 
 
 def _refuse_backward(_: torch.Tensor) -> NoReturn:
@@ -139,8 +142,7 @@ def _check(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         _refuse_open(parameters)
         _refuse_left(parameters)
-        for parameter in parameters if len(_late) else ():
-            _allow(parameter)
+        allow_late(parameters)
 
 
 def _refuse_open(parameters: list[nn.Parameter]) -> None:

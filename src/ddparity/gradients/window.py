@@ -22,6 +22,7 @@ from . import strangers
 from .aside import Aside
 from .early import EarlyAverage
 from .incomplete import (
+    allow_late,
     close_loop,
     forget_left,
     note_left,
@@ -224,6 +225,7 @@ class Window:
         named = [(name, one) for name, one in named if id(one) not in known]  # a parameter is reduced once
         parameters = [parameter for _, parameter in named]
         same_ranks = replica.ranks == self._ranks
+        allow_late(parameters)
         with contextlib.ExitStack() as stack:
             stack.callback(replica.release)
             replica.hold()
