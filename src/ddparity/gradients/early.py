@@ -23,6 +23,13 @@ CAREFUL_STEPS = 3  # with checks that take time: a loop that is wrong is mostly 
 LATE_STEPS = 100  # without early averages, after one that was in vain
 
 
+def cut_early(order: list[nn.Parameter], cap: int) -> list[list[nn.Parameter]]:
+    """Return the parts to average early, in this order; none where the gradients are small. `cap`: of one, in bytes."""
+    size = sum(parameter.nbytes for parameter in order)
+    small = size <= min(cap, SMALL_BYTES)
+    return [] if small else cut(order, min(cap, max(SMALL_BYTES, size // PARTS)))
+
+
 class EarlyAverages:
     """The early averages of a model, one a step, and what each tells of the next.
 
@@ -44,15 +51,10 @@ class EarlyAverages:
             return None
         if list(map(id, parameters)) != list(map(id, self._parameters)):
             self._parameters, self._early = parameters, 0
-            self._cut(parameters[::-1])
+            self._parts = cut_early(parameters[::-1], self._cap)
         if len(self._parts) < 2:
             return None
         return EarlyAverage(self, self._parts, self._group, careful or self._early < CAREFUL_STEPS)
-
-    def _cut(self, order: list[nn.Parameter]) -> None:
-        size = sum(parameter.nbytes for parameter in order)
-        small = size <= min(self._cap, SMALL_BYTES)
-        self._parts = [] if small else cut(order, min(self._cap, max(SMALL_BYTES, size // PARTS)))
 
     def finished(self, order: list[nn.Parameter], anew: bool) -> None:
         """Note how one went, and cut the next ones in the order of rank 0's backward. Every rank calls it.
@@ -69,7 +71,7 @@ class EarlyAverages:
             numbers += sorted(place.values(), reverse=True)
             sent = torch.tensor(numbers, device=self._parameters[0].device)
             dist.broadcast(sent, dist.get_global_rank(self._group, 0), group=self._group)
-            self._cut([self._parameters[number] for number in sent.tolist()])
+            self._parts = cut_early([self._parameters[number] for number in sent.tolist()], self._cap)
 
 
 class EarlyAverage:

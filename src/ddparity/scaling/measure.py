@@ -19,7 +19,7 @@ from ..comm.gather import gather
 from ..compat import grad_dtype
 from ..data.loader import Loader
 from ..data.step import Step
-from ..gradients.early import CAP_BYTES, PARTS, SMALL_BYTES
+from ..gradients.early import CAP_BYTES, cut_early
 from ..runtime.world import World
 from ..task.task import Task
 from ..task.train import build
@@ -169,15 +169,13 @@ def parts_of(parameters: Sequence[nn.Parameter], order: Sequence[int], ready: Se
     """
     fractions = {id(one): at for one, at in zip(parameters, ready, strict=True)}
     arriving = [parameters[number] for number in order]
-    size = sum(one.nbytes for one in arriving)
-    if size > SMALL_BYTES:
-        parts = cut(arriving, min(CAP_BYTES, max(SMALL_BYTES, size // PARTS)))
-        if len(parts) > 1:
-            last = len(parts) - 1
-            return tuple(
-                Part(_flat_bytes(part), max(fractions[id(one)] for one in part), number < last)
-                for number, part in enumerate(parts)
-            )
+    parts = cut_early(arriving, CAP_BYTES)
+    if len(parts) > 1:
+        last = len(parts) - 1
+        return tuple(
+            Part(_flat_bytes(part), max(fractions[id(one)] for one in part), number < last)
+            for number, part in enumerate(parts)
+        )
     return tuple(Part(_flat_bytes(part), 1.0, False) for part in cut(parameters, PART_BYTES))
 
 
