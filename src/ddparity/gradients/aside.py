@@ -12,6 +12,8 @@ from torch import nn
 
 from ..comm.allreduce import copies_of_ranks
 
+_TO_ZERO, _TO_NONE = 1, 2  # what zero_grad() has made of a gradient
+
 
 class Aside:
     """What the parameters had before a loop. A gradient is put aside by the loop's first backward that adds to it.
@@ -23,7 +25,7 @@ class Aside:
         self._parameters = parameters
         self._before: list[torch.Tensor | None] = [None] * len(parameters)
         self._waiting: dict[int, tuple[torch.Tensor, int]] = {}  # by position: the gradient, and its version
-        self._dropped: set[int] = set()
+        self._dropped: dict[int, int] = {}  # by position: how
         self._hooks: list[Any] = []
         for number, parameter in enumerate(parameters):
             if parameter.grad is None:
@@ -46,7 +48,7 @@ class Aside:
         old, version = self._waiting[number]
         if self._parameters[number].grad is not old:  # zero_grad(), or another gradient in its place
             del self._waiting[number]
-            self._dropped.add(number)
+            self._dropped[number] = _TO_NONE
             return False
         if old._version != version:  # zero_grad(set_to_none=False), or another view of the same memory was written
             if bool(old.any()):
@@ -57,7 +59,7 @@ class Aside:
                     "is new in it cannot be told: call optimizer.zero_grad() before"
                 )
             self._waiting[number] = old, old._version
-            self._dropped.add(number)
+            self._dropped[number] = _TO_ZERO
         return True
 
     def waiting(self) -> set[int]:
@@ -79,11 +81,14 @@ class Aside:
 
         Collectives: one of a byte a parameter. All ranks call it, after `settle`.
         """
-        own = [number in self._dropped for number in range(len(self._parameters))]
+        own = [self._dropped.get(number, 0) for number in range(len(self._parameters))]
         dropped = torch.tensor(own, dtype=torch.uint8, device=self._parameters[0].device)
-        for number, gone in enumerate(copies_of_ranks(dropped, group).amax(0).tolist()):
-            if gone:
+        for number, how in enumerate(copies_of_ranks(dropped, group).amax(0).tolist()):
+            old = self._before[number]
+            if how == _TO_NONE:
                 self._before[number] = None
+            elif how == _TO_ZERO and old is not None:
+                old.zero_()
 
     def end(self) -> None:
         """Put nothing aside any more."""
