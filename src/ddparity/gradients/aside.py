@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm.allreduce import copies_of_ranks
+from ..compat import local, version
 
 _TO_ZERO, _TO_NONE = 1, 2  # what zero_grad() has made of a gradient
 
@@ -30,7 +31,7 @@ class Aside:
         for number, parameter in enumerate(parameters):
             if parameter.grad is None:
                 continue
-            self._waiting[number] = parameter.grad, parameter.grad._version
+            self._waiting[number] = parameter.grad, version(parameter.grad)
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_hook(functools.partial(self._put, number)))
             else:  # frozen so far; no hook
@@ -45,20 +46,20 @@ class Aside:
     def _is_old(self, number: int) -> bool:
         if number not in self._waiting:
             return False
-        old, version = self._waiting[number]
+        old, before = self._waiting[number]
         if self._parameters[number].grad is not old:  # zero_grad(), or another gradient in its place
             del self._waiting[number]
             self._dropped[number] = _TO_NONE
             return False
-        if old._version != version:  # zero_grad(set_to_none=False), or another view of the same memory was written
-            if bool(old.any()):
-                if old._is_view():
+        if version(old) != before:  # zero_grad(set_to_none=False), or another view of the same memory was written
+            if bool(local(old).any()):
+                if local(old)._is_view():
                     return True
                 raise RuntimeError(
                     "accumulate(): the loop has written by hand into a gradient that was there before it, so that what "
                     "is new in it cannot be told: call optimizer.zero_grad() before"
                 )
-            self._waiting[number] = old, old._version
+            self._waiting[number] = old, version(old)
             self._dropped[number] = _TO_ZERO
         return True
 
