@@ -58,6 +58,16 @@ def test_a_folder_with_the_name_of_an_earlier_file_is_not_touched(number: int, l
         assert _number(tmp_path / "c") == 3
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        for keep in (None, 2):
+            with pytest.raises(FileExistsError, match=r"this is no file, and a new .*pipe"):
+                dp.save_checkpoint(tmp_path / name, keep=keep, number=1)
+    assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
 def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
