@@ -290,6 +290,19 @@ class ByNames:
         return self.nets["a"][0](**batch)
 
 
+def _uses(batch: Any, holder: Any) -> Any:
+    return holder.net(**batch)
+
+
+def _passes_on(batch: Any, holders: list[Any]) -> Any:
+    return _uses(batch, holders[0])
+
+
+class PassesItself(Base):
+    def __call__(self, batch: Any) -> Any:
+        return _uses(batch, self)
+
+
 # The ways to a module that differ only in where it is: in one process.
 MORE: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "a partial of a partial": lambda net: functools.partial(functools.partial(_takes, which=1), net=net),
@@ -319,6 +332,14 @@ MORE: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "a generator": lambda net: lambda batch: next(net(**b) for b in [batch]),
     "singledispatch": lambda net: functools.singledispatch(lambda batch: net(**batch)),
     "a ChainMap": lambda net: (lambda m: lambda batch: m["a"](**batch))(collections.ChainMap({"a": net})),
+    "an argument": lambda net: (lambda holder: lambda batch: _uses(batch, holder))(Holder(net)),
+    "an argument of a partial": lambda net: functools.partial(_uses, holder=Holder(net)),
+    "an argument of further functions": lambda net: functools.partial(_passes_on, holders=[Holder(net)]),
+    "an argument of a local function": lambda net: (lambda holder, use: lambda batch: use(holder, batch))(
+        Nested(net), lambda one, batch: _uses(batch, one.inner)
+    ),
+    "self as an argument": PassesItself,
+    "a class as an argument": lambda net: functools.partial(_uses, holder=_set_class(net)),
     "itemgetter": lambda net: (lambda nets: lambda batch: operator.itemgetter("a")(nets)(**batch))({"a": net}),
 }
 
