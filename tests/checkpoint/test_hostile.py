@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import sys
 import time
 from collections import OrderedDict
@@ -305,6 +306,34 @@ def test_a_load_takes_memory_of_twice_the_files_size(tmp_path: Path) -> None:
         assert bool(said) == name.startswith("hostile"), (name, said)
         assert len(said) < 600, "the error has the file's own text in it"
         assert seconds < 30
+
+
+def test_names_of_a_file_are_one_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    node = {"kind": "enum", "type": "\x1b[2Jrank 0 failed\n" * 1000, "member": "A"}
+    about = {"model": {"value": True}}
+    described = {"nodes": {"model": node}, "versions": {}, "about": about, "torch": "2.14.0", "sha256": {}}
+    (tmp_path / "c").write_bytes(_file(None, {}, json.dumps(described)))
+    with caplog.at_level("WARNING"):
+        assert dp.load_checkpoint(tmp_path / "c") == {}
+    (record,) = caplog.records
+    assert record.getMessage().isprintable() and len(record.getMessage()) < 600 + len(str(tmp_path))
+
+
+def test_a_tensor_that_memory_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    """Of a sparse file, for example, which takes no place on the disk."""
+    size, node = 1 << 33, {"kind": "tensor", "name": "x", "dtype": "uint8", "shape": [1 << 33]}
+    whole = _file(node, {"x": b""}).replace(b'"shape": [0], "data_offsets": [0, 0]', b"%s")
+    header = whole[8:] % f'"shape": [{size}], "data_offsets": [0, {size}]'.encode()
+    (tmp_path / "c").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(tmp_path / "c", 8 + len(header) + size)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"/c: x has 8,589,934,592 bytes, more than this process can have"):
+            dp.load_checkpoint(tmp_path / "c", model=Held())
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_mutated_files(tmp_path: Path) -> None:

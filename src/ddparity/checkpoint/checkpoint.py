@@ -264,7 +264,7 @@ def _named_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # else it is one of ours
             raise OSError(
                 error.errno, f"the checkpoint could not be written ({error.strerror})", str(target)
             ) from error

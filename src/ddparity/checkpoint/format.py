@@ -263,9 +263,23 @@ class Checkpoint:
         return self.read_tensors([leaf for name in names for leaf in leaves(self.nodes[name])])
 
     def read_tensors(self, nodes: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        found = {node["name"]: torch.empty(node["shape"], dtype=DTYPES[node["dtype"]]) for node in nodes}
+        found = {node["name"]: self.empty_tensor(node) for node in nodes}
         _in_threads(self._fill, found.items(), sum(map(bytes_of, nodes)))
         return found
+
+    def empty_tensor(self, node: dict[str, Any]) -> torch.Tensor:
+        """Return a tensor to read a node's into.
+
+        Raises:
+            ValueError: the memory of this machine does not have so many bytes.
+        """
+        try:
+            return torch.empty(node["shape"], dtype=DTYPES[node["dtype"]])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.path}: {node['name'][:80]} has {bytes_of(node):,} bytes, more than this process can have in "
+                f"memory: {error}"
+            ) from error
 
     def _fill(self, named: tuple[str, torch.Tensor]) -> None:
         name, tensor = named
