@@ -650,20 +650,35 @@ def _on_other_data(kind: str, num_workers: int) -> Any:
     return [float(value) for value in found]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize(("kind", "index"), [("order", 0), ("last", 10), ("words", 0)])
-def test_data_sets_that_differ_between_ranks_are_refused(kind: str, index: int, num_workers: int) -> None:
-    for outcome in outcomes(_on_other_data, 2, kind, num_workers):
-        assert f"data sets that differ between ranks: they have the same length, but sample {index}" in outcome.error
-        assert outcome.seconds < 20
+DIFFERENT = [(kind, index, workers) for kind, index in (("order", 0), ("last", 10), ("words", 0)) for workers in (0, 2)]
+EQUAL = [(k, n) for k in ("equal", "path", "own generator", "own share", "sample_seed") for n in (0, 1)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("kind", ["equal", "path", "own generator", "own share", "sample_seed"])
-def test_data_sets_that_need_not_be_equal_are_not_refused(kind: str, num_workers: int) -> None:
-    found = run_ranks(_on_other_data, 3, kind, num_workers)
-    if kind not in ("own generator", "sample_seed"):
-        assert found == [[float(i) for i in range(11)]] * 3
+def _refusals() -> list[str]:
+    errors = []
+    for kind, _, num_workers in DIFFERENT:
+        with pytest.raises((ValueError, dp.RankFailure)) as caught:
+            _on_other_data(kind, num_workers)
+        errors.append(str(caught.value))
+    return errors
+
+
+def test_data_sets_that_differ_between_ranks_are_refused() -> None:
+    for errors in run_ranks(_refusals, 2):
+        for (_, index, _), error in zip(DIFFERENT, errors, strict=True):
+            assert f"data sets that differ between ranks: they have the same length, but sample {index}" in error
+
+
+def _on_equal_data() -> list[Any]:
+    return [_on_other_data(kind, num_workers) for kind, num_workers in EQUAL]
+
+
+def test_data_sets_that_need_not_be_equal_are_not_refused() -> None:
+    for rank in run_ranks(_on_equal_data, 3):
+        for (kind, _), found in zip(EQUAL, rank, strict=True):
+            assert len(found) == 11
+            if kind not in ("own generator", "sample_seed"):
+                assert found == [float(i) for i in range(11)], kind
 
 
 def test_a_directory_of_a_data_set_with_sample_seeds(tmp_path: Any) -> None:
