@@ -253,6 +253,25 @@ def test_a_script_that_executes_itself_again_keeps_its_traceback(tmp_path: Path)
     assert lines[-2:] == ["ValueError: bad batch", "ddparity: rank 0: ended by the launcher"]
 
 
+def test_what_a_child_of_a_script_raises_is_not_the_end_of_its_rank(tmp_path: Path) -> None:
+    """A forked child leaves the script as its rank does; a program may write torch's record to the rank's file."""
+    body = """
+        import json, pathlib
+        record = pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        for end in (ValueError("in the child"), SystemExit("no data"), SystemExit(0)):
+            if (child := os.fork()) == 0:
+                raise end
+            print(os.waitpid(child, 0)[1] >> 8, end=" ", flush=True)
+        print(sorted(one.name for one in record.parent.glob("e*.json")), flush=True)
+        record.write_text(json.dumps({"message": {"message": "KeyError: 7", "extraInfo": {"py_callstack": ""}}}))
+        os.kill(os.getpid(), 9)
+    """
+    code, out, err = _run("--nproc", "1", _script(tmp_path, body))
+    assert (code, out) == (137, "1 1 0 []\n")
+    assert "ValueError: in the child\n" in err and "\nno data\n" in err
+    assert err.splitlines()[-1].startswith("ddparity: rank 0 failed: ended by SIGKILL")
+
+
 def test_a_pod_of_a_pytorch_job_starts_several_processes(tmp_path: Path) -> None:
     body = "print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'GROUP_RANK')))"
     script, port = _script(tmp_path, body), str(free_port())

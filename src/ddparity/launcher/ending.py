@@ -18,9 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from .diagnosis.exits import ExitReport, read_exit_report
+from .diagnosis.exits import ERROR, ExitReport, has_exception, read_exception, read_exit_report
 from .diagnosis.instruments import ENDED
-from .diagnosis.limits import FILE, read_file, read_json
 from .output import RankFiles
 from .resources import MemoryWatch
 
@@ -116,7 +115,7 @@ class RankProcesses:
                 code = self._code_of_exception(local)
             if code is not None:
                 # Without a note of its own, as after a kill, it ended after the look before this one.
-                at = self._noted(local, "error.json") or self._noted(local, ENDED) or before
+                at = self._exception_at(local) or self._noted(local, ENDED) or before
                 self._ended[local] = code, at
                 found.append((self._ranks[local], code))
         return found
@@ -136,8 +135,12 @@ class RankProcesses:
 
     def _since_exception_s(self, local_rank: int) -> float | None:
         """Return how many seconds ago a rank wrote its exception; None if it has written none."""
-        at = self._noted(local_rank, "error.json")
+        at = self._exception_at(local_rank)
         return time.time() - at if at is not None else None
+
+    def _exception_at(self, local_rank: int) -> float | None:
+        """Return when a rank wrote its exception, in seconds since 1970."""
+        return self._noted(local_rank, ERROR) if has_exception(self._files.folders[local_rank]) else None
 
     def _noted(self, local_rank: int, name: str) -> float | None:
         """Return when a rank wrote a file of its folder, in seconds since 1970."""
@@ -147,8 +150,7 @@ class RankProcesses:
 
     def _code_of_exception(self, local_rank: int) -> int:
         with suppress(OSError, ValueError, LookupError, TypeError):
-            record = read_json(read_file(self._files.folders[local_rank] / "error.json"), FILE)
-            return int(record["message"]["extraInfo"]["exit_code"])
+            return int(read_exception(self._files.folders[local_rank])["extraInfo"]["exit_code"])
         return 1
 
     def exit_reports(self, memory: MemoryWatch, by_themselves: Collection[int] | None = None) -> list[ExitReport]:

@@ -72,6 +72,8 @@ def headline(finding: Finding, states: Mapping[int, RankState]) -> str:
     waiting += "" if agreement else f" (collective {number})"
     call = _called(operation) if operation is not None else f"collective {number}"
     who = describe_ranks(finding.blamed)
+    if agreement and finding.blamed and finding.kind == "absent":  # they may have come, and still run the body
+        return f"{waiting} for {who}"
     if finding.kind == "stalled":
         what = f"{who} {_verb(finding.blamed, 'do', 'does')} not answer" if finding.blamed else "no data moves"
         return f"{what}: {waiting}, which all ranks have called"
