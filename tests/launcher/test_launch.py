@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -486,12 +487,17 @@ def test_launch_reports_a_result_that_cannot_be_pickled() -> None:
 
 
 def test_launch_leaves_no_file_open_and_no_variable_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by launches of several threads at once."""
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     dp.launch(_where, nproc=1)
-    before = psutil.Process().num_fds()
-    dp.launch(_where, nproc=1)
-    assert psutil.Process().num_fds() == before
-    assert os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGTERM"
+    files, variables = psutil.Process().num_fds(), dict(os.environ)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(dp.launch, _where, nproc=1)
+        dp.launch(_where, nproc=1)
+        other.result()
+    assert psutil.Process().num_fds() == files
+    assert dict(os.environ) == variables
 
 
 # A caller of launch() with a signal handler of its own. Rank 1, if there is one, fails. SIGTERM does not end rank 0.

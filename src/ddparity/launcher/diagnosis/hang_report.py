@@ -135,7 +135,12 @@ def make_row(
     frame = stack.user_frame() if stack is not None else None
     if state.exitcode is not None:
         activity = f"ended with exit code {state.exitcode}"
-    elif not activity and waits is not None and stack is not None and stack.in_collective(agreement):
+    elif (
+        not activity
+        and waits is not None
+        and stack is not None
+        and (stack.in_collective(agreement) or (not agreement and stack.in_our_collective()))
+    ):
         activity = f"in {waits.name}" if not agreement else "waiting for the others"
     elif not activity and stack is not None:
         activity = stack.activity()
