@@ -84,7 +84,7 @@ FAMILY = """
         started = [subprocess.Popen(["sleep", "600"], start_new_session=apart).pid for apart in (False, True)]
         started.append(subprocess.Popen(["sleep", "600"], env={}).pid)
         started.append(int(subprocess.check_output(["setsid", "sh", "-c", "exec 2>&-; sleep 600 >&- & echo $!"])))
-        print("started", memory.name, *started, flush=True)
+        print("started", os.environ["DDPARITY_JOB"], memory.name, *started, flush=True)
         if sys.argv[1] == "failure":
             raise ValueError("bad batch")
     time.sleep(600)
@@ -95,12 +95,12 @@ FAMILY = """
 def test_all_that_a_rank_started_ends_after_a_failure_or_a_signal(tmp_path: Path, how: str, code: int) -> None:
     with _started("--nproc", "2", "--show", "1", _script(tmp_path, FAMILY), how) as process:
         assert process.stdout is not None
-        memory, *pids = _line_with(process.stdout, "started").split()[-5:]
+        folder, memory, *pids = _line_with(process.stdout, "started").split()[-6:]
         if how != "failure":
             process.send_signal(signal.Signals[how])
         assert process.wait(30) == code
         _until(lambda: not any(_runs(int(pid)) for pid in pids), 20)
-        _until(lambda: not Path("/dev/shm", memory).exists(), 20)
+        _until(lambda: not Path("/dev/shm", memory).exists() and not Path(folder).exists(), 20)
 
 
 # The time to end.

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import ddparity as dp
 
 from ..ranks import free_port
+from .warm import Started
 
 CHEAP = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
@@ -36,15 +37,9 @@ def _script(folder: Path, body: str) -> str:
 
 
 @contextmanager
-def _started(*arguments: str) -> Iterator[subprocess.Popen]:
+def _started(*arguments: str) -> Iterator[Started]:
     """Start `ddparity run ARGUMENTS`. At the end of the block, kill it and all that it started."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddparity", "run", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
+    process = Started(("run", *arguments))
     family: list[psutil.Process] = []
     try:
         yield process

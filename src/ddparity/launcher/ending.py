@@ -26,7 +26,7 @@ from .resources import MemoryWatch
 _PAUSE_S = 0.01
 _PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 # It reads process ids until the launcher's end of the pipe closes, for whatever reason, then kills their sessions, and
-# the processes that have the job's mark in their environment.
+# the processes that have the job's mark in their environment. The mark is the path of the job's folder: it is removed.
 _GUARDIAN = """
 all=
 trackers=
@@ -38,7 +38,7 @@ while read -r id; do
         *) all="$all -$id" ;;
     esac
 done
-[ "$all" ] || exit
+[ "$all" ] || exec rm -rf -- "$mark"
 for one in $(grep -lsF -e "$mark" /proc/[0-9]*/environ); do
     one=${one#/proc/}
     one=${one%/environ}
@@ -52,9 +52,10 @@ done
 kill -9 $all
 for round in 1 2 3; do
     found=$(grep -lsF -e "$mark" /proc/[0-9]*/environ)
-    [ "$found" ] || exit
+    [ "$found" ] || break
     for one in $found; do one=${one#/proc/}; kill -9 "${one%/environ}"; done
 done
+exec rm -rf -- "$mark"
 """
 # They remove the named shared memory and semaphores of a rank and its children, after all of these have ended.
 _TRACKERS = ("multiprocessing.resource_tracker", "torch_shm_manager")
@@ -315,7 +316,7 @@ def _wait_while(condition: Callable[[], bool], timeout_s: float) -> None:
 class Guardian:
     """A shell that outlives the launcher for a moment. When the launcher is killed, it kills what the ranks started.
 
-    `mark`: as for `kill_all`.
+    `mark`: as for `kill_all`; it is the path of the job's temporary folder, which the guardian removes then.
     """
 
     def __init__(self, mark: str) -> None:
