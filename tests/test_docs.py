@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from benchmarks import results
 
 import ddparity as dp
 from tests.launcher.failure_cases import CASES
-from tests.pages import run_file
+from tests.pages import ENGLISH, run_file
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -39,34 +41,51 @@ def test_the_readmes_script_is_short() -> None:
     assert len([line for line in lines if line and not line.startswith(("import ", "from "))]) <= 16
 
 
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
-
-
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
-    assert not [page for page in PAGES if f" {page.relative_to(ROOT / 'docs')}\n" not in navigation]
+    assert not [page for page in ENGLISH if f" {page.relative_to(ROOT / 'docs')}\n" not in navigation]
 
 
-@pytest.mark.parametrize("page", [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")])
+@pytest.mark.parametrize(
+    "page", [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "SECURITY.md")]
+)
 def test_every_link_of_a_file_beside_the_pages_leads_to_a_file(page: Path) -> None:
     links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text())
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """A broken link, anchor or reference is a warning. Nothing is loaded from the network when it is read."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+def _build(language: str, site: Path) -> subprocess.CompletedProcess[str]:
+    config = "mkdocs.yml" if language == "en" else f"mkdocs.{language}.yml"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", config, "-d", str(site / language)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_site_builds_without_a_warning_in_both_languages(tmp_path: Path) -> None:
+    """A broken link, anchor or reference is a warning. Nothing is loaded from the network when it is read."""
+    with ThreadPoolExecutor() as pool:
+        builds = list(pool.map(_build, ("en", "zh"), (tmp_path, tmp_path)))
+    for build in builds:
+        assert build.returncode == 0, build.stdout + build.stderr
     loaded = re.compile(
         r"<(?:script|img|iframe)[^>]*src=\"?https?:|<link[^>]*rel=\"?(?:stylesheet|preconnect)[^>]*https?:"
     )
-    assert not [path for path in (tmp_path / "site").rglob("*.html") if loaded.search(path.read_text())]
+    switch = re.compile(r'<a href="([^"]*)" hreflang="(\w+)" class="md-select__link">')
+    for path in tmp_path.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        assert not loaded.search(text), path
+        language, page = path.relative_to(tmp_path).as_posix().split("/", 1)
+        if page != "404.html":  # it knows no address, its own neither
+            links = {
+                to: posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
+                for link, to in switch.findall(text)
+            }
+            assert links == ({"en": page, "zh": f"zh/{page}"} if language == "en" else {"en": f"../{page}", "zh": page})
+            assert all((tmp_path / other / page).exists() for other in links), path
 
 
 def test_every_public_name_is_documented() -> None:
-    pages = README + "".join(page.read_text() for page in PAGES if page.parent.name != "reference")
+    pages = README + "".join(page.read_text() for page in ENGLISH if page.parent.name != "reference")
     # Types that other names return or raise are described in the docstrings of these names.
     returned = {"DDParityError", "LoadedMicroBatch", "MicroBatch", "Saving", "Step", "World"}
     assert not [name for name in dp.__all__ if name not in returned and name not in pages]
