@@ -516,6 +516,18 @@ def _groups_of(state: Any) -> list[Any]:
     return list(groups) if groups is not None else [one for one in (state._fsdp_param_group,) if one is not None]
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a DTensor; any other tensor as it is."""
+    held: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return held
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Return what grows with each write. A DTensor has two: of its own operators, and of those on what is local."""
+    held = local(tensor)
+    return int(tensor._version) + (0 if held is tensor else int(held._version))
+
+
 def _unreduced(parameter: Any) -> torch.Tensor | None:
     whole = getattr(parameter, "_unsharded_param", None)  # since the first all-gather
     found: torch.Tensor | None = parameter.unsharded_accumulated_grad

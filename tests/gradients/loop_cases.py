@@ -279,8 +279,25 @@ ZEROES = {
     for how in ("to None", "in place")
     for skipped in ("zero", "drop")
 }
+
+
+class _Idle(nn.Module):
+    """A parameter that no forward uses, whose gradient stays what `zero_grad` leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.idle = net(), nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
 OLD = {
     **ZEROES,
+    **{
+        f"{name}, beside a parameter without a gradient": dataclasses.replace(one, models=lambda: [_Idle()])
+        for name, one in ZEROES.items()
+    },
     "old gradients": Loop(plain, change=_old_gradients),
     "old gradients, a micro-batch dropped": Loop(
         _leaves_out(frozenset([1]), "drop", False), change=_old_gradients, left_out=frozenset([1])

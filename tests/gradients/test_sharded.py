@@ -204,6 +204,40 @@ def test_dropped_micro_batches(world_size: int) -> None:
         torch.testing.assert_close(found, [one.grad for one in net.parameters()], rtol=1e-12, atol=1e-12)
 
 
+def _zeroing() -> Any:
+    """zero_grad() in the loop, over old gradients; the last rank has no micro-batch, and the first skips one."""
+    net = _sharded(norm=False)
+    optimizer = torch.optim.SGD(net.parameters())
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found = []
+    for to_none in (True, False):
+        for one in net.parameters():
+            one.grad = torch.ones_like(one)
+        batches = list(DATA.split(2))[: 2 * (world_size - 1)][rank :: world_size - 1] if rank < world_size - 1 else []
+        for number, micro in enumerate(dp.accumulate(net, batches, skipped="drop")):
+            if number == 0:
+                optimizer.zero_grad(set_to_none=to_none)
+            if rank or number:
+                (net(micro.data).square().mean() * micro.weight).backward()
+        found.append([None if one.grad is None else whole_tensor(one.grad) for one in net.parameters()])
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_zero_grad_in_a_loop(world_size: int) -> None:
+    expected = []
+    for to_none in (True, False):
+        net = Net(norm=False)
+        rows = DATA.split(2)[1 : 2 * (world_size - 1)]
+        for one in net.parameters():
+            one.grad = None if to_none else torch.zeros_like(one)
+        for part in rows:
+            (net(part).square().mean() / len(rows)).backward()
+        expected.append([one.grad for one in net.parameters()])
+    for found in run_ranks(_zeroing, world_size):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def _without_a_backward() -> Any:
     """Every rank leaves out its last backward; and a step of forwards alone moves the running statistics."""
     net = _sharded()

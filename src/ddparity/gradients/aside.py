@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm.allreduce import copies_of_ranks
+from ..compat import local, version
+
+_TO_ZERO, _TO_NONE = 1, 2  # what zero_grad() has made of a gradient
 
 
 class Aside:
@@ -23,12 +26,12 @@ class Aside:
         self._parameters = parameters
         self._before: list[torch.Tensor | None] = [None] * len(parameters)
         self._waiting: dict[int, tuple[torch.Tensor, int]] = {}  # by position: the gradient, and its version
-        self._dropped: set[int] = set()
+        self._dropped: dict[int, int] = {}  # by position: how
         self._hooks: list[Any] = []
         for number, parameter in enumerate(parameters):
             if parameter.grad is None:
                 continue
-            self._waiting[number] = parameter.grad, parameter.grad._version
+            self._waiting[number] = parameter.grad, version(parameter.grad)
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_hook(functools.partial(self._put, number)))
             else:  # frozen so far; no hook
@@ -43,21 +46,21 @@ class Aside:
     def _is_old(self, number: int) -> bool:
         if number not in self._waiting:
             return False
-        old, version = self._waiting[number]
+        old, before = self._waiting[number]
         if self._parameters[number].grad is not old:  # zero_grad(), or another gradient in its place
             del self._waiting[number]
-            self._dropped.add(number)
+            self._dropped[number] = _TO_NONE
             return False
-        if old._version != version:  # zero_grad(set_to_none=False), or another view of the same memory was written
-            if bool(old.any()):
-                if old._is_view():
+        if version(old) != before:  # zero_grad(set_to_none=False), or another view of the same memory was written
+            if bool(local(old).any()):
+                if local(old)._is_view():
                     return True
                 raise RuntimeError(
                     "accumulate(): the loop has written by hand into a gradient that was there before it, so that what "
                     "is new in it cannot be told: call optimizer.zero_grad() before"
                 )
-            self._waiting[number] = old, old._version
-            self._dropped.add(number)
+            self._waiting[number] = old, version(old)
+            self._dropped[number] = _TO_ZERO
         return True
 
     def waiting(self) -> set[int]:
@@ -79,11 +82,14 @@ class Aside:
 
         Collectives: one of a byte a parameter. All ranks call it, after `settle`.
         """
-        own = [number in self._dropped for number in range(len(self._parameters))]
+        own = [self._dropped.get(number, 0) for number in range(len(self._parameters))]
         dropped = torch.tensor(own, dtype=torch.uint8, device=self._parameters[0].device)
-        for number, gone in enumerate(copies_of_ranks(dropped, group).amax(0).tolist()):
-            if gone:
+        for number, how in enumerate(copies_of_ranks(dropped, group).amax(0).tolist()):
+            old = self._before[number]
+            if how == _TO_NONE:
                 self._before[number] = None
+            elif how == _TO_ZERO and old is not None:
+                old.zero_()
 
     def end(self) -> None:
         """Put nothing aside any more."""

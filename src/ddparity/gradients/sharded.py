@@ -13,7 +13,8 @@ from torch import nn
 
 from ..batchnorm import Room, RunningStatistics, equal_buffers
 from ..comm.allreduce import copies_of_ranks
-from ..compat import FullySharded, averages_scattered, holds_old_fsdp, sharded_modules
+from ..compat import FullySharded, averages_scattered, holds_old_fsdp, sharded_modules, version
+from .aside import Aside
 from .early import CAREFUL_STEPS
 from .incomplete import (
     close_loop,
@@ -191,7 +192,7 @@ class ShardedWindow:
         self._seen: set[int] = set()
         self._skipped: list[int] = []
         self._dropped: list[float] = []
-        self._before: list[torch.Tensor | None] | None = None
+        self._aside: Aside | None = None
         self._kept: list[torch.Tensor | None] = []
         self._finished = self._superseded = False
         self._stack = contextlib.ExitStack()
@@ -224,11 +225,9 @@ class ShardedWindow:
         except BaseException:
             self.close()
             raise
+        if self._gathers:
+            self._aside = Aside(self._parameters)
         self._had = [parameter.grad is not None for parameter in self._parameters]
-        if self._drops:
-            self._before = [parameter.grad for parameter in self._parameters]
-            for parameter in self._parameters:
-                parameter.grad = None
         self._marks = self._marked()
 
     def close(self) -> None:
@@ -241,7 +240,8 @@ class ShardedWindow:
     def _drop(self) -> None:
         for one in self._models:
             one.shards.drop()
-        self._restore()
+        if self._aside is not None:
+            self._aside.restore()
 
     def supersede(self) -> None:
         """End this step's hold on its models, for another one."""
@@ -284,10 +284,12 @@ class ShardedWindow:
 
     def _marked(self) -> list[tuple[int, int]]:
         """Return what changes when gradients do."""
-        found: list[torch.Tensor | None] = [parameter.grad for parameter in self._parameters]
+        found: list[torch.Tensor | None] = []
+        if self._aside is None:  # the last backward reduces into these; else zero_grad() alone changes them
+            found += [parameter.grad for parameter in self._parameters]
         found += [gradient for one in self._models for gradient in one.shards.unreduced()]
         self._kept = found  # no new gradient may have the identity of one that is gone
-        return [(0, -1) if one is None else (id(one), _version(one)) for one in found]
+        return [(0, -1) if one is None else (id(one), version(one)) for one in found]
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -296,7 +298,7 @@ class ShardedWindow:
         unreduced = [gradient is not None for one in self._models for gradient in one.shards.unreduced()]
         self._seen.update(number for number, is_left in enumerate(unreduced) if is_left)
         own = [
-            _UNREDUCED * is_left + _HAS_ONE * (number in self._seen or (self._had[number] and not self._drops))
+            _UNREDUCED * is_left + _HAS_ONE * (number in self._seen or (self._had[number] and self._aside is None))
             for number, is_left in enumerate(unreduced)
         ]
         said = torch.tensor(own, dtype=torch.uint8, device=self._device).unsqueeze(0)
@@ -304,6 +306,10 @@ class ShardedWindow:
             said = copies_of_ranks(said[0], self._group)
         left = (said & _UNREDUCED).amax(0).tolist()
         has_one = (said & _HAS_ONE).amax(0).tolist()
+        if self._aside is not None:
+            self._aside.settle()
+            if self._group is not None and 0 in self._numbers:
+                self._aside.agree(self._group)
         start = 0
         for one in self._models:
             stop = start + len(one.shards.parameters)
@@ -313,7 +319,8 @@ class ShardedWindow:
             if not some:
                 parameter.grad = None
         self._scale_what_is_left()
-        self._restore()
+        if self._aside is not None:
+            self._aside.put_back()
         self._finished = True
         recorded = [statistics for statistics in self._statistics if statistics is not None]
         for statistics in recorded:
@@ -330,13 +337,6 @@ class ShardedWindow:
         for parameter in self._parameters:
             if parameter.grad is not None and scale != 1.0:
                 parameter.grad.mul_(scale)
-
-    def _restore(self) -> None:
-        """Put back what the parameters had before, if it was put aside."""
-        for parameter, before in zip(self._parameters, self._before or (), strict=self._before is not None):
-            if before is not None:
-                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
-        self._before = None
 
     def _recorded(self, one: Sharded, stack: contextlib.ExitStack) -> RunningStatistics | None:
         """Return what keeps a model's running statistics in this step. Make other buffers those of rank 0."""
@@ -357,11 +357,6 @@ class ShardedWindow:
                 "whole model, which takes its memory on every rank",
                 " and ".join(map(str, sorted(set(self._numbers)))),
             )
-
-
-def _version(tensor: torch.Tensor) -> int:
-    local = getattr(tensor, "_local_tensor", tensor)  # torch adds to a DTensor's without a new version of the DTensor
-    return int(local._version)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ..checkpoint.fingerprint import fingerprint, plain_name
-from ..compat import uncompiled, unwrapped, whole_tensor
+from ..compat import local, uncompiled, unwrapped, whole_tensor
 from ..runtime.logging import setup_logging
 from ..runtime.world import world
 from . import causes
@@ -143,7 +143,7 @@ def _rounding(seed: int | None) -> Iterator[None]:
                 gradient = parameter.grad
                 if gradient is not None and gradient.layout == torch.strided:
                     with torch.no_grad():
-                        round_at_random(getattr(gradient, "_local_tensor", gradient), generator)
+                        round_at_random(local(gradient), generator)
 
     handle = register_optimizer_step_pre_hook(round_gradients)
     try:
