@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -28,10 +27,10 @@ _LANGUAGE_LINK = re.compile(r"\[([^]]+)\]\((?:zh|\.\.)/index\.md\)")
 
 def on_config(config: Any) -> None:
     """Set up the search in Chinese: without jieba it would find only what stands behind a punctuation mark."""
+    logging.getLogger("jieba").setLevel(logging.WARNING)
     if _is_chinese(config):
         import jieba
 
-        jieba.setLogLevel(logging.WARNING)
         jieba.add_word("批次", freq=1_000_000)  # else 微批次 is sometimes cut into 微批 and 次
 
 
@@ -72,27 +71,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     return _LINK.sub(relinked, markdown)
 
 
-def on_env(env: Any, **_: Any) -> None:
-    """Let the filter `url` lead out of the root of a site: MkDocs leaves `..` out there."""
-    inside = env.filters["url"]
-
-    @jinja2.pass_context
-    def url(context: Any, value: str) -> str:
-        page = context["page"]
-        return (
-            posixpath.relpath(value, posixpath.dirname(page.url) or ".")
-            if page and value.startswith("../")
-            else inside(context, value)
-        )
-
-    env.filters["url"] = url
-
-
-def on_page_context(context: Any, page: Any, config: Any, **_: Any) -> None:
+def on_post_page(output: str, page: Any, config: Any, **_: Any) -> str:
     """Let the choice of the language lead to the same page."""
-    for language in config.extra["alternate"]:
-        is_this = language["lang"] == config.theme["language"]
-        language["link"] = page.url if is_this else _in_other_language(page, config)
+    here, other = posixpath.basename(page.url), _in_other_language(page, config)
+
+    def link(match: re.Match[str]) -> str:
+        return here if match[1] == config.theme["language"] else other
+
+    output = re.sub(r'(?<=<a href=")[^"]*(?=" hreflang="(\w+)" class="md-select__link")', link, output)
+    # Material's script looks for a map of the other site beside each of these.
+    return re.sub(r'\s*<link rel="alternate"[^>]*>', "", output)
 
 
 def _is_chinese(config: Any) -> bool:
@@ -100,5 +88,6 @@ def _is_chinese(config: Any) -> bool:
 
 
 def _in_other_language(page: Any, config: Any) -> str:
-    """Return the address of the page in the other language, from the root of this one."""
-    return f"../{page.url}" if _is_chinese(config) else f"zh/{page.url}"
+    """Return the address of a page in the other language, from the page."""
+    other = "../" if _is_chinese(config) else "zh/"
+    return posixpath.relpath(other + page.url, posixpath.dirname(page.url) or ".")
