@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -82,6 +83,10 @@ def test_the_site_builds_without_a_warning_in_both_languages(tmp_path: Path) -> 
             }
             assert links == ({"en": page, "zh": f"zh/{page}"} if language == "en" else {"en": f"../{page}", "zh": page})
             assert all((tmp_path / other / page).exists() for other in links), path
+    found = json.loads((tmp_path / "zh" / "search" / "search_index.json").read_text())["docs"]
+    assert [one for one in found if "梯度\u200b累积" in one["title"]], (
+        "no spaces of no width between words: jieba did not run"
+    )
 
 
 def test_every_public_name_is_documented() -> None:
