@@ -107,9 +107,10 @@ def test_the_number_of_failures_is_the_same_everywhere() -> None:
 
 def test_the_readme_and_the_costs_show_what_was_measured() -> None:
     report = (ROOT / "benchmarks" / "RESULTS.md").read_text()
-    shown = re.search(r"<!-- costs -->\n(.*?)\n<!-- /costs -->", README, re.DOTALL)[1]
-    assert shown == results.costs(report), "run `python benchmarks/results.py`"
-    assert len(shown.splitlines()) == 6  # head, rule, four figures
+    for language, readme in results.READMES.items():
+        shown = re.search(r"<!-- costs -->\n(.*?)\n<!-- /costs -->", readme.read_text(encoding="utf-8"), re.DOTALL)[1]
+        assert shown == results.costs(report, language), "run `python benchmarks/results.py`"
+        assert len(shown.splitlines()) == 6  # head, rule, four figures
     table = re.search(
         r"<!-- step_overhead -->\n(.*?)<!-- /step_overhead -->", results.COSTS_PAGE.read_text(), re.DOTALL
     )
