@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -300,14 +301,43 @@ def without_ddp(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     DDP's own forward broadcasts buffers and prepares a reduction, so it would wait for ranks that call it less often.
     It also moves its inputs to its device. This is kept.
     """
-    wrapped = [one for one in modules if isinstance(one, DistributedDataParallel) and "forward" not in vars(one)]
+    wrapped = [one for one in modules if isinstance(one, DistributedDataParallel) and take_off(one)]
     try:
-        for one in wrapped:
-            vars(one)["forward"] = functools.partial(_forward_inside, one)
         yield
     finally:
         for one in wrapped:
-            del vars(one)["forward"]
+            put_on(one)
+
+
+def take_off(model: DistributedDataParallel) -> bool:
+    """Let a DDP module run the module inside of it alone, until `put_on`; return False if it has a forward of its own.
+
+    In a forward that neither reduces nor broadcasts, DDP's own takes a third of a small model's time.
+    """
+    if "forward" in vars(model) or type(model).forward is not DistributedDataParallel.forward:
+        return False
+    vars(model)["forward"] = _Inside(model)
+    return True
+
+
+def put_on(model: DistributedDataParallel) -> None:
+    """Let a DDP module be what it was before `take_off`."""
+    vars(model).pop("forward", None)
+
+
+class _Inside:
+    """The forward of a DDP module that is taken off; in a copy and in a pickle, DDP's own."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        assert model is not None, "it is the model that calls"
+        return _forward_inside(model, *inputs, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (DistributedDataParallel.forward, self._model())
 
 
 def _forward_inside(model: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Container, Iterable, Sequence
 from typing import TypeVar
@@ -238,7 +239,7 @@ class FlatGradients:
     """The gradients of parameters of one dtype and device, copied into one tensor.
 
     Attributes:
-        tensor: of shape (parameters + elements,): one number a parameter, 1 where it has a gradient, then the values.
+        tensor: of shape (elements + parameters,): the values, then one number a parameter, 1 where it has a gradient.
 
     Raises:
         TypeError: a gradient is sparse.
@@ -248,7 +249,7 @@ class FlatGradients:
         self._parameters = [parameter for parameter in parameters if parameter.numel()]
         gradients = [parameter.grad for parameter in self._parameters]
         dtype = grad_dtype(parameters[0])
-        present = parameters[0].new_ones(len(gradients), dtype=dtype)
+        present = _ones(len(gradients), dtype, parameters[0].device)
         if any(gradient is None for gradient in gradients):
             present = torch.tensor([float(gradient is not None) for gradient in gradients]).to(present)
         pieces = [
@@ -261,21 +262,28 @@ class FlatGradients:
                     f"a parameter of shape {tuple(piece.shape)} has a {piece.layout} gradient, but its module "
                     f"has no sparse=True that would tell so on every rank: use dense gradients"
                 )
-        self.tensor = flatten([present, *pieces])
+        self.tensor = flatten([*pieces, present])
 
     def write(self, reduced: torch.Tensor) -> None:
         """Set the gradients to what `tensor` has become; None stays where no rank has a gradient."""
         parameters = self._parameters
-        exists = reduced[: len(parameters)]
-        values = unflatten(reduced[len(parameters) :], parameters) if parameters else ()
+        values = unflatten(reduced, parameters) if parameters else ()
         gradients = [parameter.grad for parameter in parameters]
         own = [(one, value) for one, value in zip(gradients, values, strict=True) if one is not None]
         if own:
             torch._foreach_copy_([one for one, _ in own], [value for _, value in own])
         if len(own) < len(parameters):
+            exists = reduced[-len(parameters) :]
             for parameter, some, value in zip(parameters, exists.tolist(), values, strict=True):
                 if some and parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter, dtype=reduced.dtype).copy_(value)
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return ones, which nobody writes into: a new tensor in each step takes longer."""
+    with torch.inference_mode(False):
+        return torch.ones(number, dtype=dtype, device=device)
 
 
 def _reduce_sparse(parameter: torch.Tensor, group: dist.ProcessGroup | None, average: bool) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
-from ..compat import broadcast_buffers, disarm, has_built_in_hook, set_flags, uncompiled, unwrapped
+from ..compat import broadcast_buffers, disarm, has_built_in_hook, put_on, set_flags, take_off, uncompiled, unwrapped
 from .early import CAP_BYTES, CAREFUL_STEPS, EarlyAverage, EarlyAverages
 from .recheck import Rechecks
 
@@ -82,7 +82,7 @@ class Replica:
         self.had_gradients: set[int] = set()
         self._warning: Any = None  # the hook that gives it
         self._built_in_hook: bool | None = None
-        self._broadcasts = False
+        self._broadcasts = self._taken_off = False
         self._steps = 0
         self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
         ddp = self.ddp
@@ -157,14 +157,16 @@ class Replica:
             return None
         return self._early.next(parameters, self.careful())
 
-    def hold(self) -> None:
-        """Let no backward reduce, and no forward run a collective, until `release`."""
+    def hold(self, by_ddp: bool = False) -> None:
+        """Let no backward reduce, and no forward run a collective, until `release`. `by_ddp`: DDP is to reduce."""
         self.held = True
         ddp = self.ddp
         if ddp is not None:
             disarm(ddp)  # a forward outside of the loop may have armed it, perhaps on this rank only
             self._broadcasts = ddp.broadcast_buffers
             set_flags(ddp, False, False)
+            if not (by_ddp or ddp.static_graph or getattr(ddp, "mixed_precision", None)):
+                self._taken_off = take_off(ddp)
 
     def release(self) -> None:
         """Let the model be plain DDP again. Until then no forward broadcasts buffers; `hold` and a step see to that."""
@@ -172,6 +174,9 @@ class Replica:
         self.end_warning()
         ddp = self.ddp
         if ddp is not None:
+            if self._taken_off:
+                put_on(ddp)
+                self._taken_off = False
             if ddp.require_backward_grad_sync:  # a loop that was left after DDP began to reduce
                 disarm(ddp)
             set_flags(ddp, True, self._broadcasts)

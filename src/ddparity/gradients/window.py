@@ -164,7 +164,7 @@ class Window:
                 self._inside.append((replica.holder, replica))
                 replica.holder.let_go(replica)
         for replica in self._own:
-            replica.hold()
+            replica.hold(replica is self._by_ddp)
             self._held.append(replica)
             open_loop(replica, self)
             if self.waits:
