@@ -1,4 +1,4 @@
-"""The Chinese pages are in step with the English ones: headings, code blocks, tables, links and figures."""
+"""The Chinese pages are in step with the English ones: headings, code, tables, links and figures."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ PAIRS = [
 
 _HEADING = re.compile(r"(#+) (.*?)(?: \{#(.*)\})?$")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_NAME = re.compile(r"`([^`]+)`")
 _FIGURE = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)*)(?: (million|billion|万|亿))?")
 _SCALE = {"million": 10**6, "billion": 10**9, "万": 10**4, "亿": 10**8}
 
 
 @dataclasses.dataclass
 class Section:
-    """What both languages have alike below a heading. `tables`: the number of cells of each row.
+    """What both languages have alike below a heading.
 
     `blocks`: blocks of code, HTML, comments and references to the source, each without the blank lines around it.
+    `tables`: the number of bars in each row. `names`: what stands between backticks.
     """
 
     heading: str
@@ -37,6 +39,7 @@ class Section:
     anchor: str
     blocks: list[str] = dataclasses.field(default_factory=list)
     tables: list[int] = dataclasses.field(default_factory=list)
+    names: set[str] = dataclasses.field(default_factory=set)
     links: Counter[str] = dataclasses.field(default_factory=Counter)
     figures: Counter[str] = dataclasses.field(default_factory=Counter)
 
@@ -71,7 +74,8 @@ def sections(page: Path) -> list[Section]:
         is_indented = line.startswith("    ") and (is_indented or not before)  # else a line of a list
         before = line
     for section, text in zip(found, prose, strict=True):
-        without_code = re.sub(r"`[^`]*`", "", "\n".join(text))
+        section.names = {" ".join(name.split()) for name in _NAME.findall("\n".join(text))}
+        without_code = _NAME.sub("", "\n".join(text))
         section.links = Counter(_target(page, link) for link in _LINK.findall(without_code))
         section.figures = Counter(_figures(_LINK.sub("", without_code)))
     return found
@@ -115,6 +119,8 @@ def difference(english: Path, chinese: Path) -> str | None:
                 return f"{where}: block {number + 1} is {its!r}, not {block!r}"
         if want.tables != have.tables:
             return f"{where}: the rows of its tables have {have.tables} bars, not {want.tables}"
+        if want.names - have.names:  # to name a thing once more than in English is no fault
+            return f"{where}: it does not name {', '.join(sorted(want.names - have.names))}"
         links = Counter({_chinese(link): number for link, number in want.links.items()})
         if links != have.links:
             return f"{where}: it lacks the links {[*(links - have.links)]} and has {[*(have.links - links)]} too much"
@@ -155,6 +161,7 @@ def test_the_navigation_has_the_same_pages_in_both_languages() -> None:
         ("    ddparity run", "    ddparity train", "block 2 is '    ddparity train"),
         ("::: ddparity.run", "", "block 3 is None"),
         ("| a |", "| a | b |", "the rows of its tables have [2, 2, 3] bars, not [2, 2, 2]"),
+        ("`f(x)`", "`f(y)`", "it does not name f(x)"),
         ("(other.md#two)", "(other.md)", "it lacks the links ['docs/zh/other.md#two']"),
         ("(other.md#two)", "(../other.md#two)", "has ['docs/other.md#two'] too much"),
         ("1.31", "1.13", "it lacks the figures ['1.31'] and has ['1.13'] too much"),
@@ -167,7 +174,7 @@ def test_a_page_that_is_not_in_step_is_found(
 ) -> None:
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     code = "```python\nx = 1\n```\n\n    ddparity run\n\n::: ddparity.run\n\n"
-    body = f"{code}| t |\n| --- |\n| a |\n\n1.31 of 1.2 million [t](other.md#two)\n\n"
+    body = f"{code}| t |\n| --- |\n| a |\n\n1.31 of 1.2 million `f(x)` [t](other.md#two)\n\n"
     english, chinese = tmp_path / "docs" / "page.md", tmp_path / "docs" / "zh" / "page.md"
     chinese.parent.mkdir(parents=True)
     english.write_text(f"# Page\n\n## One\n\n{body}## Two\n", encoding="utf-8")
