@@ -24,6 +24,7 @@ from .output import RankFiles
 from .resources import MemoryWatch
 
 _PAUSE_S = 0.01
+_FREES_S = 1.0  # between os._exit() and the end of a process that frees its memory on a busy machine
 _PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 # It reads process ids until the launcher's end of the pipe closes, for whatever reason, then kills their sessions, and
 # the processes that have the job's mark in their environment. The mark is the path of the job's folder: it is removed.
@@ -115,8 +116,9 @@ class RankProcesses:
             if code is None and since_s > linger_s and not self._may_run(local, since_s, may_run):
                 code = self._code_of_exception(local)
             if code is not None:
-                # Without a note of its own, as after a kill, it ended after the look before this one.
-                at = self._exception_at(local) or self._noted(local, ENDED) or before
+                # Without a note of its own, as after a kill, it ended after the look before this one. Its connections
+                # were closed before that: the others fail before it can be waited for.
+                at = self._exception_at(local) or self._noted(local, ENDED) or before - (0.0 if code else _FREES_S)
                 self._ended[local] = code, at
                 found.append((self._ranks[local], code))
         return found
