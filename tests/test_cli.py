@@ -148,9 +148,10 @@ def test_a_plot_without_matplotlib_says_how_to_install_it(folder: Path, monkeypa
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    result = CliRunner().invoke(app, ["verify", "t.py", "--plot", "out.png"])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "pip install 'ddparity[plot]', or leave --plot out" in result.stderr
+    for command in ("verify", "train"):
+        result = CliRunner().invoke(app, [command, "t.py", "--plot", "out.png"])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "pip install 'ddparity[plot]', or leave --plot out" in result.stderr
 
 
 def test_a_wrong_variable_of_a_launcher_gives_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +185,7 @@ def test_inside_a_launched_job_run_does_not_launch_again(folder: Path, monkeypat
     ("run", ["SCRIPT", "--nproc", "elastic agent", "--rendezvous HOST:PORT", "--slurm", "--rdzv-conf"]),
     ("doctor", ["--rendezvous"]),
     ("train", ["TASK", "--nproc", "--checkpoint", "--workers", "--reduction", "--threads"]),
-    ("train", ["--resume", "--save-every", "--keep"]),
+    ("train", ["--resume", "--save-every", "--keep", "--plot", "--tensorboard"]),
     ("verify", ["TASK", "--nproc", "--world-sizes", "--steps", "--reduction", "--json", "--plot", "Exit code 0"]),
     ("predict", ["TASK", "--nproc", "--checkpoint", "--to", "--metric", "--workers"]),
     ("bench", ["TASK", "--nproc", "--link", "25Gbit,20us", "--each", "--seconds", "--json", "--plot"]),
