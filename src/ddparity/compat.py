@@ -316,13 +316,19 @@ def take_off(model: DistributedDataParallel) -> bool:
     """
     if "forward" in vars(model) or type(model).forward is not DistributedDataParallel.forward:
         return False
-    vars(model)["forward"] = _Inside(model)
+    inside = _taken_off.get(model)
+    if inside is None:  # one for good: torch.compile guards on it
+        inside = _taken_off[model] = _Inside(model)
+    vars(model)["forward"] = inside
     return True
 
 
 def put_on(model: DistributedDataParallel) -> None:
     """Let a DDP module be what it was before `take_off`."""
     vars(model).pop("forward", None)
+
+
+_taken_off: weakref.WeakKeyDictionary[DistributedDataParallel, _Inside] = weakref.WeakKeyDictionary()
 
 
 class _Inside:

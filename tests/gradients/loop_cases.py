@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -196,6 +197,28 @@ def _some_inputs(models: Models, accumulate: Accumulate) -> None:
         loss.backward(inputs=list(models[0].parameters())[2:])
 
 
+def _hessian_product(models: Models, accumulate: Accumulate) -> None:
+    """The gradient of a loss and of its gradient's product with a vector, whose graph `create_graph` keeps."""
+    (model,) = models
+    parameters = list(model.parameters())
+    for micro in accumulate(model):
+        loss = model(micro.data).square().mean() * micro.weight
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        (
+            loss
+            + sum(
+                (gradient * parameter.detach()).sum() for gradient, parameter in zip(gradients, parameters, strict=True)
+            )
+        ).backward()
+
+
+def _keeps_a_graph(models: Models, accumulate: Accumulate) -> None:
+    for micro in accumulate(models[0]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the cycle between a parameter and the graph of its gradient
+            (models[0](micro.data).square().mean() * micro.weight).backward(create_graph=True)
+
+
 def _penalty_inside(models: Models, accumulate: Accumulate) -> None:
     for micro in accumulate(models[0]):
         penalty = sum(parameter.square().sum() for parameter in models[0].parameters())
@@ -221,6 +244,8 @@ BACKWARDS = {
     "gradients changed after the backward": Loop(_added_in_place),
     "backward(inputs=all)": Loop(_inputs),
     "a penalty in the loss": Loop(_penalty_inside),
+    "a Hessian-vector product": Loop(_hessian_product),
+    "backward(create_graph=True)": Loop(_keeps_a_graph),
     "a penalty of the weights after the loop": Loop(_penalty_after("weights")),
     "a penalty of the outputs after the loop": Loop(_penalty_after("outputs"), strict_bits=False),
 }

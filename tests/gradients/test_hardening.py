@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -491,3 +493,47 @@ def test_a_loop_that_ends_late_leaves_a_newer_one_open(reduction: str) -> None:
                 optimizer.step()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _compiled_graphs() -> list[int]:
+    """How many graphs there are after each step: DDP's own forward runs outside of the loop only."""
+    model = dp.replicate(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
+    compiled = torch.compile(model, backend="eager")
+    found = []
+    for _ in range(4):
+        for micro in dp.accumulate(compiled, [torch.ones(2, 4)] * 2, equal_counts=True):
+            (compiled(micro.data).sum() * micro.weight).backward()
+        model.zero_grad()
+        with torch.no_grad():
+            compiled(torch.ones(2, 4))
+        found.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return found
+
+
+def test_a_compiled_model_is_compiled_in_the_first_step_alone() -> None:
+    for graphs in run_ranks(_compiled_graphs, 2):
+        assert graphs[0] == graphs[-1]
+
+
+def _copies_from_the_loop() -> list[list[bool]]:
+    """Of copies that a loop takes: whether each averages in a loop of its own, and then as DDP does."""
+    model = dp.replicate(nn.Linear(2, 1, bias=False))
+    copies = []
+    for micro in dp.accumulate(model, [torch.ones(1, 2)], equal_counts=True):
+        file = io.BytesIO()
+        torch.save(model, file)
+        text = file.getvalue()
+        copies = [copy.deepcopy(model), torch.load(io.BytesIO(text), weights_only=False)]
+        (model(micro.data).sum() * micro.weight).backward()
+    found = []
+    x = torch.full((1, 2), float(dist.get_rank()))
+    for one in copies:
+        for micro in dp.accumulate(one, [x], equal_counts=True):
+            (one(micro.data).sum() * micro.weight).backward()
+        one(x).sum().backward()
+        found.append(one.module.weight.grad.flatten().tolist() == [1.0, 1.0])
+    return [found, [b"ddparity.compat" in text]]
+
+
+def test_copies_from_a_loop_are_ddp_modules() -> None:
+    assert run_ranks(_copies_from_the_loop, 2) == [[[True, True], [False]]] * 2
