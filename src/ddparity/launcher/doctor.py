@@ -36,7 +36,7 @@ from ..runtime.network import (
     split_endpoint,
 )
 from ..runtime.world import world
-from ..system import bound_cores, proc
+from ..system import bound_cores, proc, run_lacks, run_needs
 from .resources import cgroup_cores, cores
 from .run import launch
 
@@ -183,7 +183,10 @@ def _versions() -> Iterator[Finding]:
 
 
 def _diagnosis() -> Iterator[Finding]:
-    """Return whether the launcher can read its processes' stacks."""
+    """Return whether the launcher can start processes here, and read their stacks."""
+    if missing := run_needs() or run_lacks():
+        yield Finding("system", platform.system(), missing, "wrong" if run_needs() else "look")
+        return
     scope = proc("sys", "kernel", "yama", "ptrace_scope")
     level = int(scope.read_text()) if scope.is_file() else 0
     setting = f"ptrace_scope is {level}"
