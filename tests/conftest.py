@@ -57,9 +57,12 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _is_server(process: psutil.Process) -> bool:
-    """Return whether Python or torch keeps this process: the fork server, the resource tracker, torch's compile worker.
+    """Return whether this process stays: the fork server, the resource tracker, torch's compile worker, our own server.
 
     Some versions of torch keep the compile worker until this process ends.
     """
     command = " ".join(process.cmdline())
-    return any(name in command for name in ("forkserver", "resource_tracker", "_inductor/compile_worker"))
+    return any(
+        name in command
+        for name in ("forkserver", "resource_tracker", "_inductor/compile_worker", "tests.launcher.warm")
+    )

@@ -93,13 +93,16 @@ def _save_on(path: Path, first: int, shared: mmap.mmap, keep: int | None, backgr
         number += 1
 
 
-def killed_at_each_call(folder: str, keep: int | None) -> list[bool]:
-    """Kill a process before and after each system call of a save. Return for each whether the new state is there."""
+def killed_at_each_call(folder: str, keep: int | None, after: bool = True) -> list[bool]:
+    """Kill a process before each system call of a save. Return for each whether the new state is there.
+
+    after: also after each, when the disk is as before the next one.
+    """
     path = Path(folder) / "last.safetensors"
     new: list[bool] = []
     dp.save_checkpoint(path, state=Numbered(0), keep=keep)
     for instant in range(10_000):
-        pid = _forked(lambda instant=instant: _die_in_call(path, 2 * instant + 1, instant, keep))
+        pid = _forked(lambda instant=instant: _die_in_call(path, 2 * instant + 1, instant, keep, after))
         status = os.waitpid(pid, 0)[1]
         number = loaded(path)
         assert number in (2 * instant, 2 * instant + 1)
@@ -117,13 +120,13 @@ def killed_at_each_call(folder: str, keep: int | None) -> list[bool]:
     raise AssertionError("the save did not end")
 
 
-def _die_in_call(path: Path, number: int, instant: int, keep: int | None) -> None:
-    """Save, and kill this process at the `instant`-th time that Python enters or leaves a system call."""
-    count = 0
+def _die_in_call(path: Path, number: int, instant: int, keep: int | None, after: bool) -> None:
+    """Save, and kill this process at the `instant`-th time that Python enters, or also leaves, a system call."""
+    count, events = 0, ("c_call", "c_return") if after else ("c_call",)
 
     def watch(frame: Any, event: str, function: Any) -> None:
         nonlocal count
-        if event in ("c_call", "c_return") and _is_system_call(function):
+        if event in events and _is_system_call(function):
             if count == instant:
                 kill_self()
             count += 1

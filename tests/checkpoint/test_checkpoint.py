@@ -258,8 +258,9 @@ def test_the_last_n_are_kept(tmp_path: Path) -> None:
     assert _numbered(tmp_path) == {"c": 7, "c.1": 6}
     dp.save_checkpoint(path, keep=1, held=Held({"number": 8}))
     assert _numbered(tmp_path) == {"c": 8}
-    with pytest.raises(ValueError, match=r"keep=0\): keep also counts the new file"):
-        dp.save_checkpoint(path, keep=0, held=Held())
+    for keep in (0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match=rf"keep={keep!r}\): keep also counts the new file, so give an integer"):
+            dp.save_checkpoint(path, keep=keep, held=Held())  # type: ignore[call-overload]
 
 
 def test_names_of_others_are_left_alone(tmp_path: Path) -> None:

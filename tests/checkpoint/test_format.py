@@ -68,6 +68,18 @@ def test_a_file_whose_parts_do_not_fit_is_refused(name: str, tmp_path: Path) -> 
         dp.load_checkpoint(tmp_path / "c", model=Held())
 
 
+def test_a_header_of_any_length_is_read(tmp_path: Path) -> None:
+    """The length of a header is how a file begins, and so does a pickle's mark."""
+    lengths, path = set(), tmp_path / "c"
+    for letters in range(0, 1600, 8):
+        with open(path, "wb") as file:
+            file_format.write_states(file, file_format.describe_states({"x": "a" * letters}, {}))
+        lengths.add(int.from_bytes(path.read_bytes()[:8], "little"))
+        with file_format.opened(path) as checkpoint:
+            assert len(checkpoint.nodes["x"]) == letters
+    assert lengths >= {0x280, 0x380, 0x480, 0x580}
+
+
 def test_what_a_layer_says_of_its_version_must_be_json(tmp_path: Path) -> None:
     class Odd(nn.Linear):
         _version = frozenset({1})  # type: ignore[assignment]

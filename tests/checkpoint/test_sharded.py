@@ -182,6 +182,11 @@ def _save_thrice(path: str, keep: int | None) -> None:
 def _one_cannot_write(path: str, background: bool) -> str:
     mesh = init_device_mesh("cpu", (2,))
     state = {"x": distribute_tensor(torch.ones(4), mesh, [Shard(0)])}
+    Path(f"{path}.file").touch()
+    with pytest.raises(
+        (FileExistsError, dp.RankFailure), match=r"c\.file is a file, perhaps the checkpoint of a model"
+    ):
+        dp.save_checkpoint(f"{path}.file", held=Held(state))
     dp.save_checkpoint(path, held=Held(state))
     if dist.get_rank() == 1:
         os.fsync = _full  # type: ignore[assignment]

@@ -24,15 +24,16 @@ from tests.gradients.faults import EVERY, FAULTS, Fault, Net, flip, healthy, loa
 from tests.ranks import run_ranks
 
 
-def _finds(reduction: str) -> list[Any]:
+def _finds(faults: list[Fault], reduction: str) -> list[Any]:
     silent()
-    return [train(fault, reduction) for fault in FAULTS]
+    return [train(fault, reduction) for fault in faults]
 
 
 @pytest.mark.parametrize(("world_size", "reduction"), [(3, "fast"), (3, "strict"), (4, "fast")])
 def test_a_wrong_rank_is_named_within_as_many_steps_as_asked(world_size: int, reduction: str) -> None:
-    for found in run_ranks(_finds, world_size, reduction):
-        for fault, one in zip(FAULTS, found, strict=True):
+    faults = FAULTS if world_size == 3 else FAULTS[::3]  # other pairs of ranks
+    for found in run_ranks(_finds, world_size, faults, reduction):
+        for fault, one in zip(faults, found, strict=True):
             assert one["step"] is not None and fault.step <= one["step"] <= fault.step + EVERY, (fault, one)
             assert one["rank"] == fault.rank and one["record"]["ranks"] == [fault.rank], (fault, one)
             assert f"rank {fault.rank} computes wrong numbers, on {one['record']['host']}" in one["error"], one["error"]
@@ -297,7 +298,7 @@ def test_rechecks_in_all_kinds_of_loops_change_nothing(reduction: str) -> None:
 
 
 def test_healthy_ranks_give_no_alarm() -> None:
-    assert run_ranks(healthy, 2, 300) == [300] * 2
+    assert run_ranks(healthy, 2, 100) == [100] * 2
 
 
 # What is refused, and what the launcher says

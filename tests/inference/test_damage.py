@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -192,10 +193,14 @@ def test_a_forged_length_takes_no_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["_run.json", "part-000000000004.parquet", "_digests-0123456789abcdef.sha256"])
-def test_a_folder_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
-    (_writes(tmp_path) / name).unlink(missing_ok=True)
-    (tmp_path / name).mkdir()
-    _is_refused(tmp_path, f"{name} is (damaged|a folder, and .* remove it)")
+def test_a_folder_or_a_pipe_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    file = _writes(tmp_path) / name
+    file.unlink(missing_ok=True)
+    file.mkdir()
+    _is_refused(tmp_path, f"{name} is a folder, and .* remove it")
+    file.rmdir()
+    os.mkfifo(file)
+    _is_refused(tmp_path, f"{name} is no file, and .* remove it")
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -290,6 +290,19 @@ class ByNames:
         return self.nets["a"][0](**batch)
 
 
+def _uses(batch: Any, holder: Any) -> Any:
+    return holder.net(**batch)
+
+
+def _passes_on(batch: Any, holders: list[Any]) -> Any:
+    return _uses(batch, holders[0])
+
+
+class PassesItself(Base):
+    def __call__(self, batch: Any) -> Any:
+        return _uses(batch, self)
+
+
 # The ways to a module that differ only in where it is: in one process.
 MORE: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "a partial of a partial": lambda net: functools.partial(functools.partial(_takes, which=1), net=net),
@@ -319,6 +332,14 @@ MORE: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "a generator": lambda net: lambda batch: next(net(**b) for b in [batch]),
     "singledispatch": lambda net: functools.singledispatch(lambda batch: net(**batch)),
     "a ChainMap": lambda net: (lambda m: lambda batch: m["a"](**batch))(collections.ChainMap({"a": net})),
+    "an argument": lambda net: (lambda holder: lambda batch: _uses(batch, holder))(Holder(net)),
+    "an argument of a partial": lambda net: functools.partial(_uses, holder=Holder(net)),
+    "an argument of further functions": lambda net: functools.partial(_passes_on, holders=[Holder(net)]),
+    "an argument of a local function": lambda net: (lambda holder, use: lambda batch: use(holder, batch))(
+        Nested(net), lambda one, batch: _uses(batch, one.inner)
+    ),
+    "self as an argument": PassesItself,
+    "a class as an argument": lambda net: functools.partial(_uses, holder=_set_class(net)),
     "itemgetter": lambda net: (lambda nets: lambda batch: operator.itemgetter("a")(nets)(**batch))({"a": net}),
 }
 
@@ -348,15 +369,14 @@ def test_modules_in_a_function_are_evaluated_like_a_module(kind: str) -> None:
     _through_a_function(kind, wrap=False)
 
 
-def _each(wrap: bool) -> list[Any]:
-    """Run all kinds. Shares are uneven: DDP's own forward would wait for ever."""
-    return [_through_a_function(kind, wrap) for kind in FUNCTIONS]
+def _each(wrap: bool, kinds: list[str]) -> list[Any]:
+    """Run these kinds. Shares are uneven: DDP's own forward would wait for ever."""
+    return [_through_a_function(kind, wrap) for kind in kinds]
 
 
 def test_ddp_is_taken_off_in_a_function_and_outputs_are_those_of_one_process() -> None:
-    alone = _each(wrap=False)
-    for world_size in (2, 3):
-        assert run_ranks(_each, world_size, True) == [alone] * world_size
+    for world_size, kinds in ((2, list(FUNCTIONS)), (3, list(FUNCTIONS)[::6])):
+        assert run_ranks(_each, world_size, True, kinds) == [_each(False, kinds)] * world_size
 
 
 def _with(net: nn.Module, then: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -630,20 +650,35 @@ def _on_other_data(kind: str, num_workers: int) -> Any:
     return [float(value) for value in found]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize(("kind", "index"), [("order", 0), ("last", 10), ("words", 0)])
-def test_data_sets_that_differ_between_ranks_are_refused(kind: str, index: int, num_workers: int) -> None:
-    for outcome in outcomes(_on_other_data, 2, kind, num_workers):
-        assert f"data sets that differ between ranks: they have the same length, but sample {index}" in outcome.error
-        assert outcome.seconds < 20
+DIFFERENT = [(kind, index, workers) for kind, index in (("order", 0), ("last", 10), ("words", 0)) for workers in (0, 2)]
+EQUAL = [(k, n) for k in ("equal", "path", "own generator", "own share", "sample_seed") for n in (0, 1)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("kind", ["equal", "path", "own generator", "own share", "sample_seed"])
-def test_data_sets_that_need_not_be_equal_are_not_refused(kind: str, num_workers: int) -> None:
-    found = run_ranks(_on_other_data, 3, kind, num_workers)
-    if kind not in ("own generator", "sample_seed"):
-        assert found == [[float(i) for i in range(11)]] * 3
+def _refusals() -> list[str]:
+    errors = []
+    for kind, _, num_workers in DIFFERENT:
+        with pytest.raises((ValueError, dp.RankFailure)) as caught:
+            _on_other_data(kind, num_workers)
+        errors.append(str(caught.value))
+    return errors
+
+
+def test_data_sets_that_differ_between_ranks_are_refused() -> None:
+    for errors in run_ranks(_refusals, 2):
+        for (_, index, _), error in zip(DIFFERENT, errors, strict=True):
+            assert f"data sets that differ between ranks: they have the same length, but sample {index}" in error
+
+
+def _on_equal_data() -> list[Any]:
+    return [_on_other_data(kind, num_workers) for kind, num_workers in EQUAL]
+
+
+def test_data_sets_that_need_not_be_equal_are_not_refused() -> None:
+    for rank in run_ranks(_on_equal_data, 3):
+        for (kind, _), found in zip(EQUAL, rank, strict=True):
+            assert len(found) == 11
+            if kind not in ("own generator", "sample_seed"):
+                assert found == [float(i) for i in range(11)], kind
 
 
 def test_a_directory_of_a_data_set_with_sample_seeds(tmp_path: Any) -> None:

@@ -84,7 +84,7 @@ FAMILY = """
         started = [subprocess.Popen(["sleep", "600"], start_new_session=apart).pid for apart in (False, True)]
         started.append(subprocess.Popen(["sleep", "600"], env={}).pid)
         started.append(int(subprocess.check_output(["setsid", "sh", "-c", "exec 2>&-; sleep 600 >&- & echo $!"])))
-        print("started", memory.name, *started, flush=True)
+        print("started", os.environ["DDPARITY_JOB"], memory.name, *started, flush=True)
         if sys.argv[1] == "failure":
             raise ValueError("bad batch")
     time.sleep(600)
@@ -95,12 +95,12 @@ FAMILY = """
 def test_all_that_a_rank_started_ends_after_a_failure_or_a_signal(tmp_path: Path, how: str, code: int) -> None:
     with _started("--nproc", "2", "--show", "1", _script(tmp_path, FAMILY), how) as process:
         assert process.stdout is not None
-        memory, *pids = _line_with(process.stdout, "started").split()[-5:]
+        folder, memory, *pids = _line_with(process.stdout, "started").split()[-6:]
         if how != "failure":
             process.send_signal(signal.Signals[how])
         assert process.wait(30) == code
         _until(lambda: not any(_runs(int(pid)) for pid in pids), 20)
-        _until(lambda: not Path("/dev/shm", memory).exists(), 20)
+        _until(lambda: not Path("/dev/shm", memory).exists() and not Path(folder).exists(), 20)
 
 
 # The time to end.
@@ -251,6 +251,25 @@ def test_a_script_that_executes_itself_again_keeps_its_traceback(tmp_path: Path)
     assert lines[0] == "ddparity: rank 1 failed: ValueError: bad batch"
     assert f'  File "{script}", line 8, in train' in lines
     assert lines[-2:] == ["ValueError: bad batch", "ddparity: rank 0: ended by the launcher"]
+
+
+def test_what_a_child_of_a_script_raises_is_not_the_end_of_its_rank(tmp_path: Path) -> None:
+    """A forked child leaves the script as its rank does; a program may write torch's record to the rank's file."""
+    body = """
+        import json, pathlib
+        record = pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        for end in (ValueError("in the child"), SystemExit("no data"), SystemExit(0)):
+            if (child := os.fork()) == 0:
+                raise end
+            print(os.waitpid(child, 0)[1] >> 8, end=" ", flush=True)
+        print(sorted(one.name for one in record.parent.glob("e*.json")), flush=True)
+        record.write_text(json.dumps({"message": {"message": "KeyError: 7", "extraInfo": {"py_callstack": ""}}}))
+        os.kill(os.getpid(), 9)
+    """
+    code, out, err = _run("--nproc", "1", _script(tmp_path, body))
+    assert (code, out) == (137, "1 1 0 []\n")
+    assert "ValueError: in the child\n" in err and "\nno data\n" in err
+    assert err.splitlines()[-1].startswith("ddparity: rank 0 failed: ended by SIGKILL")
 
 
 def test_a_pod_of_a_pytorch_job_starts_several_processes(tmp_path: Path) -> None:

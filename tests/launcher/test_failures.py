@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ddparity as dp
-from ddparity.launcher.diagnosis.exits import Cause, ExitReport, describe_exits, read_exit_report
+from ddparity.launcher.diagnosis.exits import Cause, ExitReport, describe_exits, has_exception, read_exit_report
 from ddparity.launcher.diagnosis.hang_report import HangReport, Row, add_positions
 from ddparity.launcher.diagnosis.stacks import shorten_traceback
 from tests.launcher.failure_cases import CASES, OURS, Case, NotPermittedError, Outcome, run_case
@@ -126,8 +126,14 @@ def test_a_rank_that_has_ended_gets_the_position_of_its_traceback() -> None:
 
 
 def test_an_exception_counts_before_a_crash_at_exit(tmp_path: Path) -> None:
-    record = {"message": {"message": "ValueError: bad batch", "extraInfo": {"py_callstack": TRACE}}}
+    extra: dict[str, object] = {"py_callstack": TRACE}
+    record = {"message": {"message": "ValueError: bad batch", "extraInfo": extra}}
+    (tmp_path / "error.json").write_text(json.dumps(record))  # as torch's `record` in another process has it
+    assert not has_exception(tmp_path)
+    assert read_exit_report(0, "node0", tmp_path, -signal.SIGABRT, 0.0).cause is Cause.CRASHED
+    extra["pid"] = 7
     (tmp_path / "error.json").write_text(json.dumps(record))
+    assert has_exception(tmp_path)
     found = read_exit_report(0, "node0", tmp_path, -signal.SIGABRT, 0.0)
     assert (found.cause, found.exit_code, found.ending()) == (Cause.FAILED, 1, "ValueError: bad batch")
 

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import ddparity as dp
 
 from ..ranks import free_port
+from .warm import Started
 
 CHEAP = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
@@ -35,15 +37,9 @@ def _script(folder: Path, body: str) -> str:
 
 
 @contextmanager
-def _started(*arguments: str) -> Iterator[subprocess.Popen]:
+def _started(*arguments: str) -> Iterator[Started]:
     """Start `ddparity run ARGUMENTS`. At the end of the block, kill it and all that it started."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddparity", "run", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
+    process = Started(("run", *arguments))
     family: list[psutil.Process] = []
     try:
         yield process
@@ -486,12 +482,17 @@ def test_launch_reports_a_result_that_cannot_be_pickled() -> None:
 
 
 def test_launch_leaves_no_file_open_and_no_variable_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by launches of several threads at once."""
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     dp.launch(_where, nproc=1)
-    before = psutil.Process().num_fds()
-    dp.launch(_where, nproc=1)
-    assert psutil.Process().num_fds() == before
-    assert os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGTERM"
+    files, variables = psutil.Process().num_fds(), dict(os.environ)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(dp.launch, _where, nproc=1)
+        dp.launch(_where, nproc=1)
+        other.result()
+    assert psutil.Process().num_fds() == files
+    assert dict(os.environ) == variables
 
 
 # A caller of launch() with a signal handler of its own. Rank 1, if there is one, fails. SIGTERM does not end rank 0.

@@ -129,6 +129,7 @@ def test_options_of_sbatch() -> None:
         ),
         ("--slurm --ntasks-per-node=8 t.py", "--ntasks-per-node: the job has one task per machine"),
         ("--slurm --signal=soon t.py", "--signal=soon: give a signal and seconds"),
+        ("--slurm --time 2:00 t.py", "there is no script 2:00: an option of sbatch is written --time=2:00"),
         ("--slurm --nnodes 1:4 t.py", "--nnodes 1:4: a job has a fixed number of machines"),
         ("--slurm --rendezvous a:1 t.py", "--rendezvous: leave it out; the job itself knows where its machines meet"),
         ("--slurm --kubernetes i t.py", "--slurm and --kubernetes: give one of the two"),

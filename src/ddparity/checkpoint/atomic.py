@@ -60,11 +60,16 @@ def new_draft(path: Path) -> Draft:
     shared folder somebody may have put a link there.
 
     Raises:
+        FileExistsError: the target is a device, a pipe, a socket or a folder.
         OSError: the file cannot be created.
     """
     while True:
         draft = path.with_name(f"{_prefix(path.name)}{_machine()}-{secrets.token_hex(8)}")
         replaced = _stat(path)
+        if replaced is not None and not stat.S_ISREG(replaced.st_mode):  # root could replace /dev/null
+            raise FileExistsError(
+                errno.EEXIST, "this is no file, and a new file would replace it: give another path", str(path)
+            )
         mode = 0o666 if replaced is None else 0o600  # nobody else reads it before it has the mode of the old file
         descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW | CLOEXEC | BINARY, mode)
         file = os.fdopen(descriptor, "w+b")

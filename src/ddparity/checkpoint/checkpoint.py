@@ -111,9 +111,9 @@ def save_checkpoint(
 
     Raises:
         TypeError: an object is neither, or has something that would not come back as it is; the message says where.
-        ValueError: `keep` is less than 1.
-        OSError: the file cannot be written, or a folder has the name of an earlier file (`keep`); raised on the rank
-            that writes it. The old file stays.
+        ValueError: `keep` is no integer from 1.
+        OSError: the file cannot be written, `path` is no file, or a folder has the name of an earlier file (`keep`);
+            raised on the rank that writes it. The old file stays.
         RankFailure: another rank failed.
 
     Collectives: those of the objects' `state_dict`, and of a ZeroRedundancyOptimizer's `consolidate_state_dict`. There
@@ -131,8 +131,10 @@ def save_checkpoint(
     _wait_for_unfinished()
     write: Callable[[], None] | None = None
     with agreed(f"save_checkpoint({os.fspath(path)!r})"):
-        if keep is not None and keep < 1:
-            raise ValueError(f"save_checkpoint(keep={keep}): keep also counts the new file, so give 1 or more")
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise ValueError(
+                f"save_checkpoint(keep={keep!r}): keep also counts the new file, so give an integer from 1"
+            )
         target = Path(os.path.realpath(path))
         stateful, values = sorted_out(objects)
         # Every rank calls state_dict, because some of them run collectives.
@@ -262,7 +264,7 @@ def _named_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # else it is one of ours
             raise OSError(
                 error.errno, f"the checkpoint could not be written ({error.strerror})", str(target)
             ) from error

@@ -32,6 +32,7 @@ from .old_format import OLD_FORMAT, from_old
 T = TypeVar("T")
 
 FORMAT = "ddparity 3"
+_PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 SHARD_FILE = re.compile(r"shard-[0-9a-f]{16}-[0-9]{1,9}\.safetensors")
 _ALIGNMENT = 8  # bytes; safetensors' own writer aligns the tensors in the same way
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' reader refuses a larger one
@@ -263,9 +264,23 @@ class Checkpoint:
         return self.read_tensors([leaf for name in names for leaf in leaves(self.nodes[name])])
 
     def read_tensors(self, nodes: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        found = {node["name"]: torch.empty(node["shape"], dtype=DTYPES[node["dtype"]]) for node in nodes}
+        found = {node["name"]: self.empty_tensor(node) for node in nodes}
         _in_threads(self._fill, found.items(), sum(map(bytes_of, nodes)))
         return found
+
+    def empty_tensor(self, node: dict[str, Any]) -> torch.Tensor:
+        """Return a tensor to read a node's into.
+
+        Raises:
+            ValueError: the memory of this machine does not have so many bytes.
+        """
+        try:
+            return torch.empty(node["shape"], dtype=DTYPES[node["dtype"]])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.path}: {node['name'][:80]} has {bytes_of(node):,} bytes, more than this process can have in "
+                f"memory: {error}"
+            ) from error
 
     def _fill(self, named: tuple[str, torch.Tensor]) -> None:
         name, tensor = named
@@ -345,15 +360,16 @@ def opened(path: Path) -> Iterator[Checkpoint]:
 
 
 def _described(path: Path, descriptor: int, size: int) -> Checkpoint:
-    start = bytearray(min(8, size))
+    start = bytearray(min(9, size))
     _read(descriptor, memoryview(start), 0, path)
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and 2 <= (start[1:2] or b"\0")[0] <= 5):
+    # A header of 640 bytes, for example, has a length that begins like a pickle, but a header begins with a bracket.
+    if start[8:] != b"{" and _PICKLE.match(start):
         raise ValueError(
             f"{path} is not a ddparity checkpoint but a pickle, as torch.save writes them (.pth, .pt), and a pickle "
             f"may run code: if you trust the file, read it with torch.load(path, weights_only=True), give the objects "
             f"their states by load_state_dict, and save them with save_checkpoint"
         )
-    length = int.from_bytes(start, "little")
+    length = int.from_bytes(start[:8], "little")
     if size < 8 or length > size - 8 or length > _LARGEST_HEADER:
         raise ValueError(
             f"{path} is not a complete checkpoint: it has {size:,} bytes, and a header of {length:,} would follow"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,7 @@ def _asked_for(checkpoint: Checkpoint, stateful: dict[str, Any], values: dict[st
     for name in (*stateful, *values):
         if name not in checkpoint.nodes:
             raise ValueError(
-                f"{path} has no state with the name {name!r}: it has {', '.join(checkpoint.nodes) or 'none'}"
+                f"{path} has no state with the name {name!r}: it has {_listed(checkpoint.nodes) or 'none'}"
             )
     for name, value in values.items():
         if name not in in_file:
@@ -134,9 +134,15 @@ def _asked_for(checkpoint: Checkpoint, stateful: dict[str, Any], values: dict[st
         elif is_first():
             logger.warning(
                 "%s has %s, of the type %s, which no file can import: give load_checkpoint(…, %s=…) a value "
-                "of that type to get it back", path, name, ", ".join(sorted(types)), name,
+                "of that type to get it back", path, _listed([name]), _listed(sorted(types)), _listed([name]),
             )  # fmt: skip
     return nodes
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return names that a file has as one line of text, of any length and with any characters."""
+    text = ", ".join(name if name.isprintable() else repr(name) for name in names)
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _sharded_reads(

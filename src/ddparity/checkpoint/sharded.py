@@ -254,7 +254,7 @@ def plan_reads(
                 part = parts_in(file).get(name, {})
                 if (part.get("shape"), part.get("dtype")) != (sizes, leaf["dtype"]):
                     raise ValueError(f"{sources[file][0].path} is damaged: it has not the part of {name[:80]}")
-        targets[name] = torch.empty(shape, dtype=dtype) if target is None else target
+        targets[name] = checkpoint.empty_tensor(leaf) if target is None else target
         places |= {(name, tuple(offsets)): (file, sizes) for file, offsets, sizes in chunks}
         saved = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for _, offsets, sizes in chunks]
         metadata[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), saved)

@@ -28,8 +28,8 @@ from .reading import (
     RUN,
     SCHEMA,
     RunInfo,
-    check_no_folder,
-    check_no_folders,
+    check_file,
+    check_parts,
     digest_files,
     digest_line,
     file_of,
@@ -88,8 +88,8 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
         if uncompared and run["key"] is None:
             return json.dumps({"refused": _needs_key(path, before.get("key"), uncompared)})
         _check_same(path, before, run)
-        check_no_folders(path, run)  # before a file is deleted
-        check_no_folder(path / SCHEMA, "the file of the columns' types")
+        check_parts(path, run)  # before a file is deleted
+        check_file(path / SCHEMA, "the file of the columns' types")
     elif found:
         raise ValueError(
             f"{path} holds {found[0]}, which is no result of predict(): give a directory that is empty or new"
@@ -100,7 +100,7 @@ def prepare(path: Path, run: RunInfo, uncompared: Sequence[str]) -> str:
     for left in drafts:  # a rank that was killed leaves one
         left.unlink()
     if not run["length"]:
-        check_no_folder(path / _EMPTY, "a file without rows")
+        check_file(path / _EMPTY, "a file without rows")
         with replacing(path / _EMPTY) as draft:
             pq.write_table(pa.table({INDEX: pa.array([], pa.int64())}), draft)
     whole = whole_parts(path, run, digests | new_digests(path, run))

@@ -37,16 +37,32 @@ def modules_in(function: Callable[..., Any]) -> dict[str, nn.Module]:
     Searched are: what the function encloses, its default values, the globals that its code names, the object or class
     of a bound method, the arguments of a partial, what a weak reference refers to, and `__call__`, `__getattr__` and
     `__getitem__` of another object; in these, containers of at most 1,000 entries, further functions, and attributes
-    that the code names, of objects and of classes. Of an installed library, the globals of functions and the attributes
-    of classes are not searched. A module is left out if another one contains it, or if it is a metric, whose states are
-    the user's. What is nearest to the function is searched first; a warning says that the search ended at 100,000
-    values.
+    that the code names, of objects and of classes. An object may be an argument of further functions, so the names are
+    those of all code that was found, and the search is repeated until there are no new ones. Of an installed library,
+    the globals of functions and the attributes of classes are not searched. A module is left out if another one
+    contains it, or if it is a metric, whose states are the user's. What is nearest to the function is searched first; a
+    warning says that the search ended at 100,000 values.
     """
+    names: dict[str, None] = {}
+    while True:
+        before = len(names)
+        found, complete = _search(function, names)
+        if not complete:
+            _warn(function)
+        if not complete or len(names) == before:
+            break
+    inside = {id(one) for root in found.values() for one in root.modules() if one is not root}
+    return {path: module for path, module in found.items() if id(module) not in inside}
+
+
+def _search(function: Callable[..., Any], names: dict[str, None]) -> tuple[dict[str, nn.Module], bool]:
+    """Return the modules that are found, and whether all was searched. Add the names that the user's code uses."""
     found: dict[str, nn.Module] = {}
     known: set[int] = set()
+    everywhere = _Everywhere(names)
     # An object is searched once for each set of names. `seen` holds it, so that no other object gets its id.
     seen: dict[Any, Any] = {}
-    pending: deque[Iterator[tuple[Any, _Place]]] = deque([iter([(function, _Place("", ()))])])
+    pending: deque[Iterator[tuple[Any, _Place]]] = deque([iter([(function, _Place("", (), everywhere))])])
     while pending:
         for value, place in pending.popleft():
             if isinstance(value, nn.Module):
@@ -55,13 +71,12 @@ def modules_in(function: Callable[..., Any]) -> dict[str, nn.Module]:
                     found[_free(place.path or type(value).__name__, found)] = value
             elif not isinstance(value, _DATA) and (key := (id(value), place.names)) not in seen:
                 if len(seen) == _VALUES:
-                    _warn(function)
-                    pending.clear()
-                    break
+                    return found, False
                 seen[key] = value
+                if isinstance(value, types.FunctionType) and not _is_library(value.__code__.co_filename):
+                    names.update(dict.fromkeys(_names(value.__code__)))
                 pending.append(_inside(value, place))
-    inside = {id(one) for root in found.values() for one in root.modules() if one is not root}
-    return {path: module for path, module in found.items() if id(module) not in inside}
+    return found, True
 
 
 def _warn(function: Any) -> None:
@@ -78,14 +93,35 @@ def _free(path: str, taken: dict[str, nn.Module]) -> str:
     return next(name for name in (path, *(f"{path} ({n})" for n in range(2, len(taken) + 3))) if name not in taken)
 
 
-class _Place:
-    """Where a value was found: its name in the function, and the names that the code there uses."""
+class _Everywhere:
+    """The names that all code uses. They may be attributes of any object, which may be an argument of any function."""
 
-    def __init__(self, path: str, names: tuple[str, ...]) -> None:
-        self.path, self.names = path, names
+    def __init__(self, names: Iterable[str]) -> None:
+        self._order = {name: number for number, name in enumerate(names)}
+        self._of_classes: dict[type, list[str]] = {}
+
+    def of_class(self, cls: type) -> list[str]:
+        """Return those that a class or its bases have."""
+        if cls not in self._of_classes:
+            self._of_classes[cls] = self._sorted({name for one in cls.__mro__ for name in vars(one)})
+        return self._of_classes[cls]
+
+    def of_object(self, value: Any) -> list[str]:
+        """Return those that an object or its class has."""
+        return [*self._sorted(getattr(value, "__dict__", ())), *self.of_class(type(value))]
+
+    def _sorted(self, names: Iterable[Any]) -> list[str]:
+        return sorted((name for name in names if name in self._order), key=self._order.__getitem__)
+
+
+class _Place:
+    """Where a value was found: its name in the function, the names that the code there uses, and those of all code."""
+
+    def __init__(self, path: str, names: tuple[str, ...], everywhere: _Everywhere) -> None:
+        self.path, self.names, self.everywhere = path, names, everywhere
 
     def below(self, path: str, names: tuple[str, ...] | None = None) -> _Place:
-        return _Place(path, self.names if names is None else names)
+        return _Place(path, self.names if names is None else names, self.everywhere)
 
     def attribute(self, name: str) -> _Place:
         return self.below(f"{self.path}.{name}" if self.path else name)
@@ -168,7 +204,7 @@ def _of_function(function: types.FunctionType, place: _Place) -> Iterator[tuple[
 
 def _of_class(cls: type, place: _Place) -> Iterator[tuple[Any, _Place]]:
     own = [one for one in cls.__mro__ if not _is_of_library(one)]
-    for name in (*place.names, *_SPECIAL):
+    for name in dict.fromkeys((*place.names, *_SPECIAL, *place.everywhere.of_class(cls))):
         for found in _of_bases(own, name, place):
             yield _bound(found, cls), place.attribute(name)
 
@@ -176,7 +212,7 @@ def _of_class(cls: type, place: _Place) -> Iterator[tuple[Any, _Place]]:
 def _of_object(value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
     if (wrapped := _attribute(value, "__wrapped__")) is not _NOTHING:  # of functools.cache, for example
         yield wrapped, place.below(place.path)
-    for name in (*place.names, *_SPECIAL):
+    for name in dict.fromkeys((*place.names, *_SPECIAL, *place.everywhere.of_object(value))):
         if (found := _attribute(value, name)) is not _NOTHING:
             yield found, place.attribute(name)
         for other in _of_bases(type(value).__mro__, name, place)[1:]:

@@ -8,11 +8,13 @@ _digests-TOKEN.sha256       the SHA-256 of the parts that a rank has written, un
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +71,7 @@ def read_predictions(path: str | os.PathLike[str]) -> Any:
             f"{path} is not complete: {files - there} of {files} files are missing, the first is that of "
             f"samples {first.start} to {first.stop - 1}. The same predict() again writes them"
         )
-    check_no_folders(path, run)
+    check_parts(path, run)
     if not run["length"]:
         return torch.empty(0)
     digests = _all_digests(path, run)
@@ -138,16 +140,19 @@ def _difference(found: str, recorded: str | None) -> str | None:
     return None if found == recorded else f"has the SHA-256 {found[:12]}…, and {recorded[:12]}… was written"
 
 
-def check_no_folders(path: Path, run: RunInfo) -> None:
-    """Raise a ValueError if a folder is in place of a part: neither can it be read, nor can a part be written there."""
+def check_parts(path: Path, run: RunInfo) -> None:
+    """Raise a ValueError if a folder or the like is in place of a part: it can neither be read nor replaced."""
     for number in range(files_of(run)):
-        check_no_folder(file_of(path, run, number), "a part of the predictions")
+        check_file(file_of(path, run, number), "a part of the predictions")
 
 
-def check_no_folder(file: Path, what: str) -> None:
-    """Raise a ValueError if a folder has the name of a file."""
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder, and {what} goes there: remove it")
+def check_file(file: Path, what: str) -> None:
+    """Raise a ValueError if a folder has the name of a file, or a pipe, which a reader would wait for."""
+    with contextlib.suppress(OSError):  # nothing is there, or the one who reads it gets the error
+        mode = os.stat(file).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "no file"
+            raise ValueError(f"{file} is {kind}, and {what} goes there: remove it")
 
 
 def files_of(run: RunInfo) -> int:
@@ -199,6 +204,7 @@ def read_run(path: Path) -> tuple[str, RunInfo, Digests]:
     Raises:
         ValueError: the file is damaged, or it is not what `run_text` returns.
     """
+    check_file(path / RUN, "the record of the run")
     try:
         body = json.loads((path / RUN).read_bytes())
         if body.pop("sha256") == _digest_of(body):
@@ -206,7 +212,7 @@ def read_run(path: Path) -> tuple[str, RunInfo, Digests]:
             digests = {int(number): digest for number, digest in body["parts"].items()}
             if isinstance(token, str) and _is_run(run) and _are_digests(digests, run):
                 return token, run, digests
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError, IsADirectoryError):
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
         pass
     raise ValueError(
         f"{path / RUN} is damaged, or an earlier version wrote it, so it is unknown what {path} holds: remove the "
@@ -232,16 +238,15 @@ def new_digests(path: Path, run: RunInfo) -> Digests:
     """Return the digests of the parts that were written since the file `RUN` was.
 
     Raises:
-        ValueError: a folder is in place of a file.
+        ValueError: a folder or a pipe is in place of a file.
     """
     found = {}
     for file in digest_files(path):
+        check_file(file, "the SHA-256 of parts")
         try:
             text = file.read_bytes().decode(errors="replace")
         except FileNotFoundError:
             continue
-        except IsADirectoryError as error:
-            raise ValueError(f"{file} is a folder, and the SHA-256 of parts goes there: remove it") from error
         for line in text.split("\n")[:-1]:  # a crash may have cut the last one off
             if (entry := _LINE.fullmatch(line)) and int(entry[2]) % run["rows_per_file"] == 0:
                 found[int(entry[2]) // run["rows_per_file"]] = entry[1]

@@ -19,15 +19,14 @@ from pathlib import Path
 import psutil
 
 from ..system import proc
-from .diagnosis.exits import ExitReport, read_exit_report
+from .diagnosis.exits import ERROR, ExitReport, has_exception, read_exception, read_exit_report
 from .diagnosis.instruments import ENDED
-from .diagnosis.limits import FILE, read_file, read_json
 from .output import RankFiles
 from .resources import MemoryWatch
 
 _PAUSE_S = 0.01
 # It reads process ids until the launcher's end of the pipe closes, for whatever reason, then kills their sessions, and
-# the processes that have the job's mark in their environment.
+# the processes that have the job's mark in their environment. The mark is the path of the job's folder: it is removed.
 _GUARDIAN = """
 all=
 trackers=
@@ -39,7 +38,7 @@ while read -r id; do
         *) all="$all -$id" ;;
     esac
 done
-[ "$all" ] || exit
+[ "$all" ] || exec rm -rf -- "$mark"
 for one in $(grep -lsF -e "$mark" /proc/[0-9]*/environ); do
     one=${one#/proc/}
     one=${one%/environ}
@@ -53,9 +52,10 @@ done
 kill -9 $all
 for round in 1 2 3; do
     found=$(grep -lsF -e "$mark" /proc/[0-9]*/environ)
-    [ "$found" ] || exit
+    [ "$found" ] || break
     for one in $found; do one=${one#/proc/}; kill -9 "${one%/environ}"; done
 done
+exec rm -rf -- "$mark"
 """
 # They remove the named shared memory and semaphores of a rank and its children, after all of these have ended.
 _TRACKERS = ("multiprocessing.resource_tracker", "torch_shm_manager")
@@ -116,7 +116,7 @@ class RankProcesses:
                 code = self._code_of_exception(local)
             if code is not None:
                 # Without a note of its own, as after a kill, it ended after the look before this one.
-                at = self._noted(local, "error.json") or self._noted(local, ENDED) or before
+                at = self._exception_at(local) or self._noted(local, ENDED) or before
                 self._ended[local] = code, at
                 found.append((self._ranks[local], code))
         return found
@@ -136,8 +136,12 @@ class RankProcesses:
 
     def _since_exception_s(self, local_rank: int) -> float | None:
         """Return how many seconds ago a rank wrote its exception; None if it has written none."""
-        at = self._noted(local_rank, "error.json")
+        at = self._exception_at(local_rank)
         return time.time() - at if at is not None else None
+
+    def _exception_at(self, local_rank: int) -> float | None:
+        """Return when a rank wrote its exception, in seconds since 1970."""
+        return self._noted(local_rank, ERROR) if has_exception(self._files.folders[local_rank]) else None
 
     def _noted(self, local_rank: int, name: str) -> float | None:
         """Return when a rank wrote a file of its folder, in seconds since 1970."""
@@ -147,8 +151,7 @@ class RankProcesses:
 
     def _code_of_exception(self, local_rank: int) -> int:
         with suppress(OSError, ValueError, LookupError, TypeError):
-            record = read_json(read_file(self._files.folders[local_rank] / "error.json"), FILE)
-            return int(record["message"]["extraInfo"]["exit_code"])
+            return int(read_exception(self._files.folders[local_rank])["extraInfo"]["exit_code"])
         return 1
 
     def exit_reports(self, memory: MemoryWatch, by_themselves: Collection[int] | None = None) -> list[ExitReport]:
@@ -313,7 +316,7 @@ def _wait_while(condition: Callable[[], bool], timeout_s: float) -> None:
 class Guardian:
     """A shell that outlives the launcher for a moment. When the launcher is killed, it kills what the ranks started.
 
-    `mark`: as for `kill_all`.
+    `mark`: as for `kill_all`; it is the path of the job's temporary folder, which the guardian removes then.
     """
 
     def __init__(self, mark: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from .diagnosis.exits import read_exception
 from .diagnosis.instruments import EXITED
 from .diagnosis.late import describe_doing, only_waits, stacks_of
-from .diagnosis.limits import FILE, read_file, read_json
 from .diagnosis.usage import read_usages
 
 LINGER_S = 3.0  # a rank that runs for longer after its exception is told, or counts as ended if it only waits
@@ -80,6 +80,5 @@ def _work_of_children(pid: int) -> tuple[float, ...]:
 def _message(folder: Path) -> str:
     """Return the first line of the exception of a rank."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        text = str(read_json(read_file(folder / "error.json"), FILE)["message"]["message"])
-        return text.partition("\n")[0]
+        return str(read_exception(folder)["message"]).partition("\n")[0]
     return "an exception"

@@ -407,7 +407,7 @@ Run any script on N processes, on one machine or several, with torch's elastic a
   -m, --module             SCRIPT is a module, as in python -m.
   --no-python              SCRIPT is any program.
   --show 0|all|1,2         Ranks whose output goes to the terminal. Default: 0.
-  --logs DIR               Write the output of each rank to files in DIR.
+  --logs DIR               Write the output of ranks to files in DIR: of rank 0 only with --show all or the like.
   --hang-timeout SECONDS   End the job if the others wait for a rank for SECONDS. Default: the time-out of its group.
   --on-hang end|report     End the job after a diagnosed hang, or only report it. Default: end.
   --max-restarts N         Start again after a failure, up to N times. Default: 0.

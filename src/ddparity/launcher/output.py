@@ -100,7 +100,8 @@ class RankFiles(LogsSpecs):
             stream: {local: str(of_ranks[local].path) if local in of_ranks else "" for local in ranks}
             for stream, of_ranks in self._outputs.items()
         }
-        errors = {local: str(folder / "error.json") for local, folder in self.folders.items()}
+        # torch would read a whole error file, and end this process where it is not one of its own.
+        errors = dict.fromkeys(ranks, "")
         return LogsDest(stdouts=paths["stdout"], stderrs=paths["stderr"], error_files=errors)
 
     def free_run(self) -> int:

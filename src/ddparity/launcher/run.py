@@ -14,9 +14,10 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -297,24 +298,25 @@ def _agent(
 
     `info`: what the machines compare after each rendezvous. `announces`: whether to print the decision on threads.
     """
-    config = setup.config
-    before, signals = dict(os.environ), signals or Signals()
+    config, signals = setup.config, signals or Signals()
     ending = getattr(config, "signals_to_handle", _ENDING_SIGNALS)  # earlier versions of torch do not have this option
     levels = _silence("torch.distributed.elastic")  # torch logs about 30 lines that say less than our report
     threads, line = decide_threads(config.nproc_per_node)
-    os.environ.update(threads)
     if line is not None and announces:
         say(line)
-    os.environ.update(setup.variables)
-    os.environ.setdefault(FLIGHT_VARIABLE, FLIGHT_ENTRIES)
-    os.environ[_SIGNALS_VARIABLE] = ""  # the handlers of torch's agent may raise while a rank is started
+    variables = {FLIGHT_VARIABLE: os.environ.get(FLIGHT_VARIABLE, FLIGHT_ENTRIES), **threads, **setup.variables}
+    variables[_SIGNALS_VARIABLE] = os.environ.get(_SIGNALS_VARIABLE, ending)
+    # Other threads may launch, too, so that this process's own variables stay. A fork server inherits them.
+    own = variables if start_method == "forkserver" else {}
+    if threading.current_thread() is threading.main_thread():
+        own = {**own, _SIGNALS_VARIABLE: ""}  # the handlers of torch's agent may raise while a rank is started
     try:
-        with terminal_restored(), _temporary_folder() as folder, signals.handled(ending):
+        with terminal_restored(), _environment(own), _temporary_folder() as folder, signals.handled(ending):
             spec = _spec(setup, entrypoint, args)
             if info is not None:
                 add_node_check(spec.rdzv_handler, info)
             rank_files = files(folder)
-            rank_files.variables[_SIGNALS_VARIABLE] = before.get(_SIGNALS_VARIABLE, ending)
+            rank_files.variables.update(variables)
             agent = Agent(spec, rank_files, options, signals, start_method)
             try:
                 yield agent
@@ -323,9 +325,21 @@ def _agent(
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
-        for name in os.environ.keys() - before.keys():  # torch's agent also sets variables
-            del os.environ[name]
-        os.environ.update(before)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have these environment variables in this block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -62,6 +62,10 @@ def find_submission(arguments: Sequence[str]) -> Submission | None:
         raise ValueError(f"--nnodes {given.nnodes}: a job has a fixed number of machines, as in --nnodes {maximum}")
     script = [given.training_script, *given.training_script_args]
     before = list(arguments)[: len(arguments) - len(script) - given.last_dry_run]
+    flag = before[-1]
+    is_file = given.slurm and not (given.module or given.no_python)
+    if is_file and flag in unknown and "=" not in flag and not Path(script[0]).exists():
+        raise ValueError(f"there is no script {script[0]}: an option of sbatch is written {flag}={script[0]}")
     for name, value in (("--nnodes", given.nnodes), ("--kubernetes", given.kubernetes)):
         before = _without(before, name, value)
     kept = [argument for argument in before if argument not in ("--slurm", "--dry-run", *unknown)]

@@ -28,6 +28,7 @@ import sys
 import time
 import traceback
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -64,32 +65,42 @@ def main() -> None:
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
     if folder is not None:
         _instruments().install(folder)
+    own = _of_this_process(folder)
     try:
         signal.signal(signal.SIGINT, interrupt)
-        _run(arguments, folder)
-        _note_end(folder)
+        _run(arguments, own)
+        _note_end(own())
     except SystemExit as ending:
-        _note_end(folder, well=ending.code in (None, 0))
-        if folder is not None and ending.code is not None and not isinstance(ending.code, int):
-            _write_error(folder, ending, _printed(ending.code), "")  # sys.exit("a message")
+        _note_end(own(), well=ending.code in (None, 0))
+        if (kept := own()) is not None and ending.code is not None and not isinstance(ending.code, int):
+            _write_error(kept, ending, _printed(ending.code), "")  # sys.exit("a message")
         raise
     except KeyboardInterrupt:
         # The agent forwards Ctrl-C to the ranks; the launcher reports it once, for all of them.
         sys.exit(128 + signal.SIGINT)
     except BaseException as error:
         try:
-            _fail(error, folder)
+            _fail(error, own())
         except Exception as another:  # a signal handler may raise here, as `_fail` explains
-            _fail(another, folder)
+            _fail(another, own())
 
 
-def _run(arguments: list[str], folder: Path | None) -> None:
+def _of_this_process(folder: Path | None) -> Callable[[], Path | None]:
+    """Return a function that returns the folder, but None in a child that the script has forked.
+
+    Such a child (os.fork) leaves the script in this file, too. Its end is not that of the rank.
+    """
+    pid = os.getpid()
+    return lambda: folder if os.getpid() == pid else None
+
+
+def _run(arguments: list[str], own: Callable[[], Path | None]) -> None:
     if arguments[0] == "--call":
         with open(arguments[1], "rb") as file:
             sys.path[:] = pickle.load(file)
             function, values = pickle.load(file)
         result = function(*values)
-        if folder is not None:
+        if (folder := own()) is not None:
             import cloudpickle  # not pickle: the caller's script may define the class of the result
 
             try:
@@ -176,6 +187,7 @@ def _write_error(folder: Path, error: BaseException, message: str, trace: str) -
     """
     extra: dict[str, Any] = {"py_callstack": trace, "timestamp": str(int(time.time())), "type": type(error).__name__}
     extra["exit_code"] = _exit_code(error)
+    extra["pid"] = os.getpid()  # a program of the script may write to this file by torch's `record`, without it
     extra["before"] = [_message(one) for one in _earlier(error)[:10]]
     if type(error).__name__ == "RankFailure":
         extra["rank"] = getattr(error, "rank", -1)  # the rank that failed first, according to the error

@@ -230,6 +230,7 @@ class Agreement:
                     if limit_s is not None and now - start > limit_s:
                         self._refuse_absent(limit_s)
                         limit_s = None  # all have come: a body may take as long as it needs
+                        noted = noted and note_wait(self._what, self._key, self._ranks, began_s, limit_s)
                     pause_s = min(max(_PATIENCE * (now - start), _POLL_S[0]), _POLL_S[1])
                     time.sleep(pause_s * times)
             finally:

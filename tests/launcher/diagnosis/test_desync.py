@@ -378,7 +378,7 @@ def test_straggler_shares() -> None:
 
 def _agreement(name: str, ranks: tuple[int, ...], main: bool = True) -> Operation:
     own = {"group": name, "backend": "agreement", "ranks": ranks, "main": main}
-    return _op(1, name, pending=True, **{**own, "record": 9})
+    return _op(1, name, pending=True, **{**own, "record": 9, "inputs": (), "outputs": ()})
 
 
 def _circle(*ranks: list[Operation], complete: bool = True) -> str:
@@ -409,6 +409,23 @@ def test_ranks_that_wait_for_each_other_are_found() -> None:
     # A third rank that waits for the circle is not in it.
     three = _circle([_agreement("a", (0, 1))], [_agreement("b", (0, 1))], [_agreement("c", (0, 1, 2))])
     assert three == said + "rank 0 waits in a for rank 1; rank 1 waits in b for rank 0"
+
+
+def test_ranks_that_wait_in_an_agreement_of_others_are_seen() -> None:
+    """Behind the first rank, which has come and runs its body, or has not come: the records do not show which."""
+    known = Known([])
+    known.states = _states([_op(1)], [_op(1), _agreement('first("world")', (0,))], [_op(1)])
+    group = 'first("world")'
+    assert stuck_groups(known.states) == [group] and known.ranks_of(group) == (0, 1)
+    found = find_missing(known.states, group, known.ranks_of(group))
+    assert found is not None and (found.kind, found.blamed, found.waiting) == ("absent", (0,), (1,))
+    assert headline(found, known.states) == 'rank 1 waits in first("world") for rank 0'
+    # An agreement comes once: a rank is in its first step until it has called any collective twice.
+    known.repeated = {(1, "0")}
+    assert found.agreement and [known.in_first_step(found, rank) for rank in (0, 1)] == [True, False]
+    ended = _states([_op(1)], [_agreement("save", (0, 1))], exits={0: 0})
+    last = find_missing(ended, "save", (0, 1))
+    assert last is not None and last.proof and headline(last, ended).startswith("rank 0 finished without calling save")
 
 
 def test_of_several_pending_collectives_only_what_all_of_them_lack_counts() -> None:

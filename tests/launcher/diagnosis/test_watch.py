@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ddparity.launcher.diagnosis import stacks
+from ddparity.launcher.diagnosis import stacks, watch
 from ddparity.launcher.diagnosis.absence import Notice
+from ddparity.launcher.diagnosis.desync import Finding
 from ddparity.launcher.diagnosis.hang_report import HangReport, describe_hang
 from ddparity.launcher.diagnosis.instruments import FLIGHT, SERVER
 from ddparity.launcher.diagnosis.stacks import read_stacks, signal_for_stacks
@@ -220,21 +221,39 @@ def test_when_torch_ends_a_wait_the_launcher_knows_for_whom_it_was(tmp_path: Pat
         assert report.rows[1].activity == "sleeping" and "script.py" in report.rows[1].where
 
 
-def test_a_wait_that_outlives_the_time_out_of_its_group_is_ended(tmp_path: Path) -> None:
+def test_a_collective_that_outlives_the_time_out_of_its_group_is_ended_and_an_agreement_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agreement ends itself if a rank does not come. If all have come, one may save for as long as it needs."""
+    monkeypatch.setattr(watch, "_AFTER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(Finding, "timeout_s", lambda finding: 1.0)  # Gloo would end a wait itself after its own
     body = f"""
-        from ddparity.runtime.waits import note_wait
+        from ddparity.runtime.waits import end_wait, note_wait
         os.environ["TORCHELASTIC_ERROR_FILE"] = f"{tmp_path}/{{rank}}/error.json"
         ready()
-        if rank == 0:
-            note_wait("first()", "first/1/before", [0, 1], time.time(), 2.0)
+        if rank == 1:
+            wait = note_wait("first()", "first/1/before", [0], time.time(), 1.0)
+            while not os.path.exists("{tmp_path}/told"):
+                time.sleep(0.05)
+            end_wait(wait)
+            dist.all_reduce(torch.ones(1))
         time.sleep(600)
     """
     with job(tmp_path, body, hang_timeout_s=None) as running:
+        running.watch = Watch(running.watched, report_s=4)
         running.until_ready()
+        notices: list[Notice] = []
+        running.until(lambda job: bool(notices.extend(job.watch.take_notices()) or notices))
+        assert running.report is None
+        first, second = notices[0].lines
+        assert re.match(
+            r"for \d+ s: rank 1 waits in first\(\) for rank 0\. rank 0: .*script.py:\d+, in <module>", first
+        )
+        assert "(1 s), if it has not come to it until then" in second
+        (tmp_path / "told").touch()
         running.until(_ended)
-        assert running.report is not None, running.endings
-        assert running.report.headline == "rank 1 has not called first(): rank 0 waits in first()"
-        assert 5 < running.seconds < 20  # torch has some seconds to end it
+        assert running.report is not None
+        assert running.report.headline.startswith("rank 0 has not called all_reduce")
 
 
 # Rank 1 is late by more than three time-outs. Then all ranks end by themselves.

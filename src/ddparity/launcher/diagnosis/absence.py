@@ -80,6 +80,8 @@ def _doing(row: Row) -> str:
 def _end(finding: Finding, hang_timeout_s: float | None) -> str:
     limit_s = finding.timeout_s()
     group = f"the time-out of its process group ({say_time(limit_s)})" if limit_s is not None else ""
+    if finding.agreement:  # whether it has come, only the ranks themselves know
+        group = f"{group}, if it has not come to it until then" if group else ""
     if hang_timeout_s is not None:
         own = f"--hang-timeout ({say_time(hang_timeout_s)})"
         return f" until {own}" + (f" or {group}" if group else "")

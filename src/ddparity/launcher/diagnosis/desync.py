@@ -123,6 +123,11 @@ class Finding:
         """Return the time-out of the group; None if it is unknown."""
         return min((one.timeout_s for one in self._awaited_calls() if one.timeout_s is not None), default=None)
 
+    @property
+    def agreement(self) -> bool:
+        """Whether the ranks wait in an agreement of ddparity, which ends by itself where a rank does not come."""
+        return any(one.backend == AGREEMENT for one in self._awaited_calls())
+
     def _awaited_calls(self) -> list[Operation]:
         found = (self.operations.get(rank) for rank in self.waiting)
         return [one for one in found if one is not None and one.pending]
@@ -145,7 +150,8 @@ def group_ranks(states: Mapping[int, RankState], group: str, known: Mapping[str,
     operations = (one for state in states.values() for one in state.operations)
     told = next((one.ranks for one in operations if one.ranks and one.group == group), ())
     if told:
-        return tuple(rank for rank in told if rank in states)
+        # Ranks that run behind the first one wait in its agreement, too.
+        return tuple(sorted(rank for rank in states if rank in told or states[rank].agrees(group)))
     if group in known:
         return tuple(rank for rank in known[group] if rank in states)
     if group == DEFAULT_GROUP:

@@ -7,6 +7,7 @@ import re
 import signal
 import textwrap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -16,6 +17,9 @@ from ...runtime.progress import PROGRESS_MARKER
 from .desync import describe_ranks
 from .limits import FILE, MESSAGE, read_file, read_json
 from .stacks import shorten_traceback
+
+ERROR = "error.json"  # in the folder of a rank: its exception
+_OF_WORKER = "pid"  # a field of it that the worker writes, and torch's `record` does not
 
 # What a rank reports if another rank failed, and it has no error of its own.
 _CONSEQUENCE = re.compile(
@@ -164,8 +168,10 @@ def read_exit_report(
     """Return how a rank ended, from the files in its folder and from the end of its output."""
     report = ExitReport(rank, host, code, at, ended_by_us, progressed=(folder / PROGRESS_MARKER).exists())
     try:
-        record = read_json(read_file(folder / "error.json"), FILE)["message"]
+        record = read_exception(folder)
         extra: dict[str, Any] = record["extraInfo"]
+        if code != 1 and _OF_WORKER not in extra:
+            raise KeyError(_OF_WORKER)  # torch's `record` raises the exception again: it was that of another process
         blames = extra.get("rank")
         report = replace(
             report,
@@ -191,6 +197,26 @@ def read_exit_report(
         evidence = "a data-loader worker ended: often the memory, or the shared memory in /dev/shm, is full"
         report = replace(report, evidence=evidence)
     return report
+
+
+def read_exception(folder: Path) -> dict[str, Any]:
+    """Return the record of a rank's exception, in torch's form.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError: there is none that can be read.
+    """
+    record: dict[str, Any] = read_json(read_file(folder / ERROR), FILE)["message"]
+    return record
+
+
+def has_exception(folder: Path) -> bool:
+    """Return whether a rank has written its exception.
+
+    A program that the rank has started may have written there, by torch's `record`. Such a rank goes on.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return _OF_WORKER in read_exception(folder)["extraInfo"]
+    return False
 
 
 def find_traceback(output: str) -> tuple[str, str]:

@@ -72,6 +72,8 @@ def headline(finding: Finding, states: Mapping[int, RankState]) -> str:
     waiting += "" if agreement else f" (collective {number})"
     call = _called(operation) if operation is not None else f"collective {number}"
     who = describe_ranks(finding.blamed)
+    if agreement and finding.blamed and finding.kind == "absent":  # they may have come, and still run the body
+        return f"{waiting} for {who}"
     if finding.kind == "stalled":
         what = f"{who} {_verb(finding.blamed, 'do', 'does')} not answer" if finding.blamed else "no data moves"
         return f"{what}: {waiting}, which all ranks have called"
@@ -133,7 +135,12 @@ def make_row(
     frame = stack.user_frame() if stack is not None else None
     if state.exitcode is not None:
         activity = f"ended with exit code {state.exitcode}"
-    elif not activity and waits is not None and stack is not None and stack.in_collective(agreement):
+    elif (
+        not activity
+        and waits is not None
+        and stack is not None
+        and (stack.in_collective(agreement) or (not agreement and stack.in_our_collective()))
+    ):
         activity = f"in {waits.name}" if not agreement else "waiting for the others"
     elif not activity and stack is not None:
         activity = stack.activity()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...system import end_held_abort
 from . import desync
-from .desync import RankState, StragglerCount
+from .desync import Finding, RankState, StragglerCount
 from .flight import AGREEMENT, DEFAULT_GROUP, Operation, ask_groups, ask_records, read_record_file
 from .instruments import FATAL
 from .unended import read_ended
@@ -286,6 +286,12 @@ class Known:
                     del self._calls[key]
 
     # Questions.
+
+    def in_first_step(self, finding: Finding, rank: int) -> bool:
+        """Return whether a rank has not called a collective twice: in the group of a finding, or in any."""
+        if finding.agreement:
+            return all(other != rank for other, _ in self.repeated)
+        return (rank, finding.group) not in self.repeated
 
     def local_states(self) -> dict[int, RankState]:
         return {rank: self.states[rank] for rank in self.ranks}

@@ -163,8 +163,13 @@ class Stack:
         if any(frame.function in _NO_COLLECTIVE for frame in self.frames):
             return False
         file = self.frames[0].file
-        ours = tuple(os.path.join(_DDPARITY, part) for part in _OURS)
-        return file.endswith(_COLLECTIVES) or file.startswith(ours) or (idle and file.endswith(_BACKWARD))
+        return file.endswith(_COLLECTIVES) or self.in_our_collective() or (idle and file.endswith(_BACKWARD))
+
+    def in_our_collective(self) -> bool:
+        """Return whether the main thread runs C code that ddparity calls, as for a collective of its own."""
+        return bool(self.frames) and self.frames[0].file.startswith(
+            tuple(os.path.join(_DDPARITY, one) for one in _OURS)
+        )
 
     def _waiting(self) -> str:
         """Return what the main thread waits for, from its innermost frame and the kernel's function."""

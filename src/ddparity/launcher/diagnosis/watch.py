@@ -245,10 +245,12 @@ class Watch:
         new = finding.key() not in self._reported
         limit_s, waited_s = finding.timeout_s(), known.since_s(finding.waited_since_s())
         if limit_s is not None and new:
-            if waited_s > limit_s + _AFTER_TIMEOUT_S and idle_s > _AFTER_TIMEOUT_S:
+            # An agreement goes on after it where all ranks have come: a save or a download takes as long as it needs.
+            if waited_s > limit_s + _AFTER_TIMEOUT_S and idle_s > _AFTER_TIMEOUT_S and not finding.agreement:
                 return "end"
             kept = self._kept is not None and self._kept[1] == finding.key()
-            if waited_s > limit_s - min(_BEFORE_TIMEOUT_S, limit_s / 2) and not kept:
+            soon = waited_s > limit_s - min(_BEFORE_TIMEOUT_S, limit_s / 2)
+            if soon and not kept and not (finding.agreement and waited_s > limit_s + _AFTER_TIMEOUT_S):
                 return "keep"
         if self._timeout_s is not None and new and idle_s >= self._timeout_s and self._is_too_long(finding, now):
             return "end"
@@ -273,7 +275,7 @@ class Watch:
         stacks = stacks_of(self._known, finding.blamed)
         if any(stack.state in "TtD" for stack in stacks.values()):
             return False
-        if any((rank, finding.group) not in self._known.repeated for rank in ranks):
+        if any(self._known.in_first_step(finding, rank) for rank in ranks):
             return True
         if any(stack.activity() in SLOW_ACTIVITIES for stack in stacks.values()):
             return True
