@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "notebook.ipynb"
 
 
 def main() -> None:
+    import nbformat  # here, since tests import this file, and need neither
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
