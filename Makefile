@@ -89,10 +89,11 @@ $(VENV)/.installed-%: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	touch $@
 
-# The documentation, as a site in site/: a broken link or reference fails. It needs no network, neither to build nor to
-# read; `python -m http.server -d site` serves it.
+# The documentation, as a site in site/, in Chinese in site/zh/: a broken link or reference fails. It needs no network,
+# neither to build nor to read; `python -m http.server -d site` serves it. With --quiet, MkDocs would not count warnings.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file mkdocs.zh.yml
 
 # What pages show of the source: the picture of the imports, and the options of the commands.
 docs-picture: $(VENV)/.installed-test

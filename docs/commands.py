@@ -1,4 +1,4 @@
-"""Write reference/commands.md: the commands and their options, from the source.
+"""Write reference/commands.md in both languages: the commands and their options, from the source.
 
 python docs/commands.py
 """
@@ -6,6 +6,7 @@ python docs/commands.py
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,9 @@ import typer.models
 from ddparity.cli import app
 from ddparity.launcher.options import help_text
 
-PAGE = Path(__file__).parent / "reference" / "commands.md"
+DOCS = Path(__file__).parent
 
-_HEAD = """\
+_ENGLISH = """\
 # Commands
 
 `docs/commands.py` writes this page from the source. `ddparity COMMAND --help` shows the same in the terminal.
@@ -31,11 +32,37 @@ TASK is `file.py:name` or `package.module:name`. You may leave the name out if t
 ```
 """
 
+# What the source says stays in English.
+_CHINESE = """\
+# 命令 {{#commands}}
 
-def page() -> str:
-    """Return the page."""
+本页由 `docs/commands.py` 从源码生成，选项的说明保留英文。在终端里用 `ddparity COMMAND --help` 可以看到同样的内容。
+
+TASK 写成 `file.py:name` 或 `package.module:name`。只有一个 Task 时，可以省略名字。
+
+## ddparity run {{#ddparity-run}}
+
+```text
+{run}
+```
+"""
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of the page in each language."""
     commands = [one.callback for one in app.registered_commands if one.callback.__name__ != "run"]
-    return "\n".join([_HEAD.format(run=help_text().strip()), *map(_section, commands)])
+    sections = [_section(command) for command in commands]
+    chinese = [
+        re.sub(r"^(## (\S+) (\S+))$", r"\1 {#\2-\3}", section, count=1, flags=re.M).replace(
+            "| argument | meaning |", "| 参数 | 含义 |"
+        )
+        for section in sections
+    ]
+    run = help_text().strip()
+    return {
+        DOCS / "reference" / "commands.md": "\n".join([_ENGLISH.format(run=run), *sections]),
+        DOCS / "zh" / "reference" / "commands.md": "\n".join([_CHINESE.format(run=run), *chinese]),
+    }
 
 
 def _section(command: Any) -> str:
@@ -63,4 +90,5 @@ def _row(name: str, kind: Any, default: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

@@ -39,6 +39,10 @@ PAGES = (
     "failures",
     "audit",
     "changelog",
+    "zh/index",
+    "zh/data",
+    "zh/moving/ddp",
+    "zh/reference/training",
 )
 _WIDTH = "document.documentElement.scrollWidth"
 

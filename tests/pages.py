@@ -34,6 +34,8 @@ from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+CHINESE = DOCS / "zh"  # the pages once more: tests/test_translation.py
+ENGLISH = [page for page in sorted(DOCS.rglob("*.md")) if CHINESE not in page.parents]
 
 _BLOCK = re.compile(
     r"(?P<comment>(?:^<!-- [^\n]* -->\n)*)^```(?P<language>\w+)(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.M

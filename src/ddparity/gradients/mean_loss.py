@@ -41,7 +41,8 @@ def backward(
     Raises:
         TypeError: `loss` gives no tensor.
         ValueError: `loss` gives more than one number.
-        Those of `accumulate`, too.
+
+    It also raises what `accumulate` raises.
 
     Example:
         >>> model = nn.Linear(2, 1)
