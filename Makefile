@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 WAIT_S ?= 75
 
-.PHONY: train verify test test-matrix programs mutants waits scale fuzz audit-corpus damage rechecks release-check format docs docs-look docs-picture docs-terminal clean
+.PHONY: train verify test test-matrix programs mutants waits scale fuzz audit-corpus damage rechecks release-check format docs docs-look docs-notebook docs-picture docs-terminal clean
 
 train: $(VENV)/.installed-examples
 	$(BIN)/ddparity train examples/digits.py --nproc $(NPROC)
@@ -99,6 +99,10 @@ docs: $(VENV)/.installed-docs
 docs-picture: $(VENV)/.installed-test
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python docs/commands.py
+
+# What the cells of examples/notebook.ipynb print and draw, from a real kernel: a minute.
+docs-notebook: $(VENV)/.installed-notebook
+	$(BIN)/python docs/notebook.py
 
 # The pictures of the README, from real runs: a minute.
 docs-terminal: $(VENV)/.installed-examples

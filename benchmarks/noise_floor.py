@@ -20,8 +20,9 @@ from torch import nn
 
 import ddparity as dp
 from ddparity.parity import Comparison
-from ddparity.parity.report import draw, pyplot_of_matplotlib
+from ddparity.parity.report import draw
 from ddparity.parity.verify import FALSE_ALARM, compare_runs
+from ddparity.task.curves import pyplot_of_matplotlib
 from ddparity.task.task import load_task
 from results import machine, table, write_section
 

@@ -16,7 +16,7 @@ import ddparity
 SOURCE = Path(ddparity.__file__).parent
 
 FLOORS = {
-    0: ["errors", "compat"],
+    0: ["errors", "compat", "system"],
     1: ["runtime", "comm"],
     2: ["data", "batchnorm", "checkpoint", "launcher"],
     3: ["gradients", "inference", "testing"],
@@ -28,7 +28,7 @@ FLOORS = {
 FLOOR_OF = {folder: floor for floor, folders in FLOORS.items() for folder in folders}
 # Pure functions: no torch.distributed, so that tests can run through all of their inputs.
 PURE = ("data.lengths", "data.orders", "data.permutation", "data.plan", "data.rng", "data.sizes")
-PER_TRAINING = ("errors", "compat", "runtime", "comm", "data", "batchnorm", "gradients", "task")
+PER_TRAINING = ("errors", "compat", "system", "runtime", "comm", "data", "batchnorm", "gradients", "task")
 # These need what only some machines have.
 NEEDS_TRITON = "batchnorm.triton_kernels"
 

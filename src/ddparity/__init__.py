@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the names of _LATER
     from .launcher import launch
     from .parity.verify import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Average",

@@ -24,13 +24,14 @@ from .errors import RankFailure
 from .launcher import find_submission, parse, run_command, run_launch, submit_job
 from .launcher.doctor import doctor as examine_machine
 from .parity import plot, show
-from .parity.report import pyplot_of_matplotlib
 from .parity.verify import compare_runs
 from .runtime.environment import find_placement
 from .scaling.bench import bench as bench_task
 from .scaling.links import read_link
 from .scaling.picture import write_picture
 from .scaling.report import show as show_bench
+from .task.curves import check_picture, pyplot_of_matplotlib
+from .task.record import need_tensorboard
 from .task.task import Task, check_task, load_task, source_digest
 from .task.train import CheckpointOptions, InvalidInput, predict_task
 from .task.train import train as train_task
@@ -162,13 +163,28 @@ def train(
         int | None,
         typer.Option(metavar="N", min=1, help="Keep the last N checkpoints, as FILE, FILE.1, …", show_default=False),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw the losses and metrics at the end.", show_default=False),
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard, beside the checkpoint.")
+    ] = False,
 ) -> None:
     """Train a TASK on one process or several, and write checkpoints.
 
-    Each epoch ends with the exact metric of the held-out set and a checkpoint. The training ends with a table.
+    Each epoch ends with the exact metric of the held-out set and a checkpoint. The training ends with a table. Beside
+    the checkpoint, metrics.jsonl has the loss of each step and the metrics.
     """
     if sync_batchnorm and reduction == "strict":
         _refuse(_STRICT_AND_SYNCHRONISED)
+    try:
+        if picture is not None:
+            check_picture(picture)
+        if tensorboard:
+            need_tensorboard()
+    except (ValueError, ImportError) as error:
+        _refuse(str(error))
     loaded, count = _load(task, nproc)
     target = checkpoint or Path("runs") / _title(task) / "checkpoint.safetensors"
     if count > 1:
@@ -178,10 +194,15 @@ def train(
         options += ["--resume"] * resume
         options += ["--save-every", str(save_every)] if save_every is not None else []
         options += ["--keep", str(keep)] if keep is not None else []
+        options += ["--plot", str(picture)] if picture is not None else []
+        options += ["--tensorboard"] * tensorboard
         raise _LauncherExit(run_command(["-m", "ddparity", "train", task, *options], count))
     saving = CheckpointOptions(save_every, keep, resume)
+    title = _title(task)
     _in_this_process(
-        lambda: train_task(loaded, target, workers, _title(task), sync_batchnorm, reduction, threads, saving)
+        lambda: train_task(
+            loaded, target, workers, title, sync_batchnorm, reduction, threads, saving, tensorboard, picture
+        )
     )
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 
 import pytest
 import rich.console
+import rich.progress
 
 from ddparity.runtime import progress
 
@@ -58,6 +60,67 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert re.search(r"train .*20/20 steps · [\d,]+ samples/s · loss 0\.2500 · 0:00:00 left", shown)
     assert "epoch 1/1" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_shows_all_numbers(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = rich.console.Console(file=screen, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(rich.console, "Console", lambda: terminal)
+    monkeypatch.setattr(rich.progress.Task, "time_remaining", 3.0)
+    clock = _Clock(monkeypatch)
+    with progress.progress(575, 0, "t") as display:
+        clock.now_s += 5
+        display.update(57, 456, "loss 1.25")
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()))
+    assert re.search(r"57/575 steps · 91 samples/s · loss 1\.25 · 0:00:03 left", lines[-1] or lines[-2])
+    assert max(map(len, lines)) <= width
+
+
+def test_progress_in_a_notebook_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = _Clock(monkeypatch)
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    with progress.progress(4, 0, "train") as display:
+        for step in range(1, 5):
+            clock.now_s += 1
+            assert display.due(step)
+            display.update(step, 10 * step, f"loss {1 / step:.2f}")
+            if step == 2:
+                display.say("epoch 1")
+    assert _as_notebook(capsys.readouterr().out) == [
+        "epoch 1",
+        "train: 4/4 steps, 10 samples/s, loss 0.25, 0 s left",
+        "",
+    ]
+
+
+def _as_notebook(text: str) -> list[str]:
+    """The lines that a notebook shows: a return to the start of a line overwrites it."""
+    lines = []
+    for line in text.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_a_rank_that_a_notebook_started_writes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        assert not progress._writes_to_notebook()
+        monkeypatch.setenv("JPY_PARENT_PID", "1")
+        assert progress._writes_to_notebook()
+        with progress.progress(2, 0, "train") as display:
+            display.update(2, 2)
+    with open(reader, newline="") as shown:
+        assert shown.read().startswith("\rtrain: 2/2 steps, ")
+    with open(os.devnull, "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        assert not progress._writes_to_notebook()
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

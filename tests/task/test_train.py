@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,13 @@ def _net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(18, 1))
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of metrics without their times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line.pop("time") > 1.6e9 for line in lines)
+    return lines
+
+
 def _strict(folder: str) -> tuple[str, int]:
     data = torch.randn(13, 1, 5, 5, generator=torch.Generator().manual_seed(0))
     task = _task(model=_net, dataset=lambda split: data, global_batch=8, epochs=2)
@@ -99,7 +107,12 @@ def _strict(folder: str) -> tuple[str, int]:
 
 
 def test_strict_gives_the_same_fingerprint_on_any_number_of_processes(tmp_path: Path) -> None:
-    found = [end for world_size in (1, 2, 3, 4) for end in run_ranks(_strict, world_size, str(tmp_path))]
+    found, records = [], []
+    for world_size in (1, 2, 3, 4):
+        found += run_ranks(_strict, world_size, str(tmp_path))
+        records.append(lines_of(tmp_path / "c.metrics.jsonl"))
+    assert len(records[0]) == 6  # two epochs of two steps
+    assert all(record == records[0] for record in records)
     assert {threads for _, threads in found} == {1}
     assert len({fingerprint for fingerprint, _ in found}) == 1
 
@@ -169,7 +182,9 @@ def load_states(path: str) -> list[torch.Tensor]:
     return [one.detach().clone() for one in model.parameters()]
 
 
-def _by_hand() -> list[torch.Tensor]:
+def _by_hand() -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """The weights, and the lines of the file of metrics."""
+    lines: list[dict[str, Any]] = []
     dp.seed_everything(0)
     model = FULL["model"]()
     optimizer = FULL["optimizer"](model.parameters())
@@ -177,24 +192,36 @@ def _by_hand() -> list[torch.Tensor]:
     for epoch in range(2):
         for step in range(3):
             data = TOKENS[torch.cat([torch.tensor(m.samples) for m in _weighted(TOKENS).step(epoch, step)])]
-            _masked(model, data).backward()
+            loss = _masked(model, data)
+            loss.backward()
+            done, lr = len([line for line in lines if "loss" in line]) + 1, optimizer.param_groups[0]["lr"]
+            lines.append({"step": done, "epoch": epoch + 1, "lr": lr, "loss": loss.item()})
             nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    return [one.detach() for one in model.parameters()]
+            if done in (2, 3, 4, 6):
+                size = model(TOKENS).square().mean().item()
+                lines.append({"step": done, "epoch": epoch + 1, "test/size": size})
+    return [one.detach() for one in model.parameters()], lines
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_part_of_a_task_is_used(world_size: int, tmp_path: Path) -> None:
     """Against one big batch; and stopped on other ranks, with the scheduler in the checkpoint."""
-    expected = _by_hand()
+    expected, lines = _by_hand()
     for found in run_ranks(_full, world_size, str(tmp_path / "c")):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert lines_of(tmp_path / "c.metrics.jsonl") == [pytest.approx(line, rel=1e-9) for line in lines]
     if world_size == 3:
         run_ranks(_full, 2, str(tmp_path / "stopped"), 1)
+        file = tmp_path / "stopped.metrics.jsonl"
+        assert len(lines_of(file)) == 7  # four steps are saved, and three evaluations
+        with open(file, "a") as more:
+            more.write('{"step": 5, "time": 2e9}\n{"step": 4, "loss"')  # not saved, and cut
         for found in run_ranks(_full, 3, str(tmp_path / "stopped"), 2, True):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert lines_of(file) == [pytest.approx(line, rel=1e-9) for line in lines]
 
 
 def test_evaluation_every_some_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -23,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from ..system import BINARY, CLOEXEC, DIRECTORY, NOFOLLOW, NONBLOCK, RENAMES_OPEN_FILES, UNSUPPORTED, boot_name, lock
+
 _LONGEST_NAME = 200  # bytes of the target's name in a draft's name; file systems allow 255 in all
 _PATIENCE_S = 30.0  # for another process that publishes in the same folder
 _STALE_S = 86_400.0  # the age at which a draft of another machine, or of an earlier start of this one, is deleted
-# A file system that cannot do this at all, not a failure of the disk.
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ def new_draft(path: Path) -> Draft:
                 errno.EEXIST, "this is no file, and a new file would replace it: give another path", str(path)
             )
         mode = 0o666 if replaced is None else 0o600  # nobody else reads it before it has the mode of the old file
-        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW | CLOEXEC | BINARY, mode)
         file = os.fdopen(descriptor, "w+b")
         try:
-            _lock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor)
             if os.fstat(descriptor).st_nlink:  # else another process took it for the draft of a dead one
                 if replaced is not None:
                     _take_over(descriptor, replaced)
@@ -106,6 +105,8 @@ def publish(draft: Draft, path: Path, keep: int | None = None) -> None:
     """
     draft.file.flush()
     os.fsync(draft.file.fileno())
+    if not RENAMES_OPEN_FILES:
+        draft.file.close()
     with _alone(path.parent):
         if keep is not None:
             _rotate(path, keep)
@@ -148,13 +149,13 @@ def remove_stale_drafts(path: Path) -> None:
 def flush_folder(path: Path) -> None:
     """Wait until the names in a folder are on disk, where the file system can do that."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | DIRECTORY | CLOEXEC)
     except PermissionError:  # a folder that may be written but not read
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in UNSUPPORTED:
             raise
     finally:
         os.close(descriptor)
@@ -162,43 +163,30 @@ def flush_folder(path: Path) -> None:
 
 def _remove_if_stale(draft: Path, here: bool) -> None:
     try:
-        descriptor = os.open(draft, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(draft, os.O_RDWR | NOFOLLOW | NONBLOCK | CLOEXEC)
     except OSError:  # it has gone, or it belongs to somebody else
         return
     try:
         status = os.fstat(descriptor)
         old = time.time() - status.st_mtime > _STALE_S
-        locked = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(descriptor, wait=False)
         if stat.S_ISREG(status.st_mode) and ((here and locked) or (old and locked is not False)):
             draft.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, how: int) -> bool | None:
-    """Lock a file. Return False if another process has it locked, None if the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        return None
-    return True
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process publishes in this folder. Go on without the lock where that takes too long."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(folder, os.O_RDONLY | DIRECTORY | CLOEXEC)
     except PermissionError:
         yield
         return
     try:
         deadline = time.monotonic() + _PATIENCE_S
-        while _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) is False and time.monotonic() < deadline:
+        while lock(descriptor, wait=False) is False and time.monotonic() < deadline:
             time.sleep(0.001)  # flock has no time-out, and nothing else tells when the lock is free
         yield
     finally:
@@ -207,6 +195,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _take_over(descriptor: int, replaced: os.stat_result) -> None:
     """Give a draft the owner, the group and the mode of the file that it replaces, as far as this user may."""
+    if not hasattr(os, "fchown"):  # Windows
+        return
     mode, own = stat.S_IMODE(replaced.st_mode), os.fstat(descriptor)
     if (own.st_uid, own.st_gid) != (replaced.st_uid, replaced.st_gid):
         try:
@@ -246,6 +236,8 @@ def _rotate(path: Path, keep: int) -> None:
             _take_over(copy.file.fileno(), os.stat(path))
             copy.file.flush()
             os.fsync(copy.file.fileno())
+            if not RENAMES_OPEN_FILES:
+                copy.file.close()
             os.replace(copy.path, before)
         finally:
             discard(copy)
@@ -299,8 +291,4 @@ def _is_hex(text: str, length: int) -> bool:
 @functools.cache
 def _machine() -> str:
     """Return 8 digits that all processes of this machine have, also in containers, until it starts again."""
-    try:
-        name = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-    except OSError:  # not Linux
-        name = os.uname().nodename.encode()
-    return hashlib.sha256(name).hexdigest()[:8]
+    return hashlib.sha256(boot_name().encode()).hexdigest()[:8]

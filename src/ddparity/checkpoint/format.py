@@ -24,6 +24,7 @@ import torch
 
 from ..comm.trees import byte_view
 from ..compat import layer_versions
+from ..system import BINARY, CLOEXEC, NONBLOCK, bound_cores, read_at, write_at
 from .json_text import parse_json, parsed_bytes
 from .nodes import DTYPES, KEYS, Node, built_bytes, bytes_of, check_chunks, check_places, describe, leaves
 from .old_format import OLD_FORMAT, from_old
@@ -36,7 +37,7 @@ SHARD_FILE = re.compile(r"shard-[0-9a-f]{16}-[0-9]{1,9}\.safetensors")
 _ALIGNMENT = 8  # bytes; safetensors' own writer aligns the tensors in the same way
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' reader refuses a larger one
 _CHUNK = 1 << 24  # bytes that are read, written or hashed at a time: each time, threads wait for one another
-_THREADS = min(4, len(os.sched_getaffinity(0)))  # hashlib and the reads of a file let other threads run
+_THREADS = min(4, bound_cores())  # hashlib and the reads of a file let other threads run
 _SLACK = 1 << 24  # bytes of memory that reading a file may take beyond twice its size
 _OFFSETS_BYTES = 260  # that the place of a tensor in the file takes in memory, at most, and its name
 _PADDING = "padding"
@@ -227,7 +228,7 @@ def _write(descriptor: int, data: memoryview, position: int) -> None:
     for start in range(0, len(data), _CHUNK):
         chunk = data[start : start + _CHUNK]
         while len(chunk):  # a full disk takes a part of it, and refuses the next one
-            written = os.pwrite(descriptor, chunk, position)
+            written = write_at(descriptor, chunk, position)
             chunk, position = chunk[written:], position + written
 
 
@@ -331,7 +332,7 @@ def _in_threads(
 
 def _read(descriptor: int, target: memoryview, position: int, path: Path) -> None:
     while len(target):
-        count = os.preadv(descriptor, [target], position)
+        count = read_at(descriptor, target, position)
         if not count:
             raise ValueError(f"{path} is not a complete checkpoint: it ends at byte {position}")
         target, position = target[count:], position + count
@@ -346,7 +347,7 @@ def opened(path: Path) -> Iterator[Checkpoint]:
         ValueError: the file is not a checkpoint, or is damaged. The message has the path.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | CLOEXEC | NONBLOCK | BINARY)  # a pipe would wait for a writer
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"there is no checkpoint at {path}") from None
     try:

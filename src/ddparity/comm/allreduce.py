@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Container, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from .. import system
 from ..compat import all_gather_single, all_to_all_single, compares_calls, flatten, grad_dtype, unflatten
 
 # Gloo's all-gather passes a tensor from rank to rank, in two messages each. Its all-to-all sends as many bytes, but
@@ -130,10 +130,10 @@ def _wait(work: dist.Work) -> None:
     # Not work.is_completed(): it holds Python's lock while it waits for another lock. A profiler may hold that one
     # while it waits for Python's.
     done = work.get_future().done
-    for _ in range(YIELDS if hasattr(os, "sched_yield") else 0):
+    for _ in range(YIELDS if system.YIELDS else 0):
         if done():
             break
-        os.sched_yield()
+        system.yield_core()
     work.wait()
 
 

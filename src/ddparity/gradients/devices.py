@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import socket
 from contextlib import AbstractContextManager
 
 import torch
 
+from ..system import processor
 from .strict import deterministic
 
 
@@ -28,7 +28,7 @@ def computer_of(device: torch.device) -> str:
         kind = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)} {torch.version.cuda}"
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        kind = f"{device.type}, {_processor()}, {capability}, {torch.get_num_threads()} threads"
+        kind = f"{device.type}, {processor()}, {capability}, {torch.get_num_threads()} threads"
     return f"{kind}, torch {torch.__version__}"
 
 
@@ -38,13 +38,5 @@ def place_of(device: torch.device) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(device)
         text = f"{device} ({properties.name}, UUID {getattr(properties, 'uuid', 'unknown')})"
     else:
-        text = f"{device.type} ({_processor()}, process {os.getpid()})"
+        text = f"{device.type} ({processor()}, process {os.getpid()})"
     return {"host": socket.gethostname(), "device": text}
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from ..checkpoint.atomic import Draft, discard, new_draft, publish, replacing
 from ..comm.nesting import difference
 from ..data.sizes import checked_integer
+from ..system import NOFOLLOW
 from .columns import schema_of, to_table
 from .description import INDEX, describe
 from .outputs import check_rows
@@ -273,7 +274,7 @@ class Directory:
 
 def _append(path: Path, line: str) -> None:
     """Append a line to a file. A link in its place is an error: the directory may be one that others write to."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOFOLLOW, 0o666)
     with os.fdopen(descriptor, "w") as file:
         file.write(line)
 

@@ -36,6 +36,7 @@ from ..runtime.network import (
     split_endpoint,
 )
 from ..runtime.world import world
+from ..system import bound_cores, proc, run_lacks, run_needs
 from .resources import cgroup_cores, cores
 from .run import launch
 
@@ -148,7 +149,7 @@ def _network(host: str | None) -> Iterator[Finding]:
 
 
 def _cores() -> Iterator[Finding]:
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bound = bound_cores()
     quota = cgroup_cores()
     limit = f"; the control group allows {quota:g}" if quota is not None else ""
     yield Finding("cores", str(cores()), f"{os.cpu_count()} in the machine, {bound} for this process{limit}")
@@ -182,8 +183,11 @@ def _versions() -> Iterator[Finding]:
 
 
 def _diagnosis() -> Iterator[Finding]:
-    """Return whether the launcher can read its processes' stacks."""
-    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    """Return whether the launcher can start processes here, and read their stacks."""
+    if missing := run_needs() or run_lacks():
+        yield Finding("system", platform.system(), missing, "wrong" if run_needs() else "look")
+        return
+    scope = proc("sys", "kernel", "yama", "ptrace_scope")
     level = int(scope.read_text()) if scope.is_file() else 0
     setting = f"ptrace_scope is {level}"
     spy = shutil.which("py-spy") is not None or Path(sys.executable).with_name("py-spy").is_file()
@@ -198,7 +202,7 @@ def _diagnosis() -> Iterator[Finding]:
 def _may_trace() -> bool:
     """Return whether this process has the capability CAP_SYS_PTRACE (19)."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = proc("self", "status").read_text()
         effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
         return bool(int(effective, 16) >> 19 & 1)
     except (OSError, StopIteration):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from ..system import proc
 from .diagnosis.exits import ERROR, ExitReport, has_exception, read_exception, read_exit_report
 from .diagnosis.instruments import ENDED
 from .output import RankFiles
@@ -25,7 +26,6 @@ from .resources import MemoryWatch
 
 _PAUSE_S = 0.01
 _FREES_S = 1.0  # between os._exit() and the end of a process that frees its memory on a busy machine
-_PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 # It reads process ids until the launcher's end of the pipe closes, for whatever reason, then kills their sessions, and
 # the processes that have the job's mark in their environment. The mark is the path of the job's folder: it is removed.
 _GUARDIAN = """
@@ -176,7 +176,7 @@ class RankProcesses:
 def how_ended(pid: int) -> int | None:
     """Return a child's exit code, negative for a signal; None while it runs. Its parent can still wait for it."""
     with suppress(ChildProcessError):  # its parent has waited for it
-        found = os.waitid(os.P_PID, pid, _PEEK)
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if found is not None:
             return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
     return None
@@ -185,7 +185,7 @@ def how_ended(pid: int) -> int | None:
 def runs(pid: int) -> bool:
     """Return whether a child still runs. False for a child that was waited for: another process may have its id."""
     try:
-        return os.waitid(os.P_PID, pid, _PEEK) is None
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
         return False
 
@@ -237,7 +237,7 @@ def started_by(pids: Iterable[int], mark: str) -> list[psutil.Process]:
         # `process` knows when it was started: `kill` refuses another process that has got its id.
         with suppress(psutil.Error, OSError):
             process = psutil.Process(pid)
-            if mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            if mark.encode() in proc(pid, "environ").read_bytes():
                 found[pid] = process
     return [one for pid, one in found.items() if pid not in pids and _is_alive(one)]
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from ..system import CLOEXEC, NONBLOCK, widen_pipe
+
 KEPT_BYTES = 1 << 19  # of each stream of each rank
 _BACKLOG_BYTES = 4 << 20  # that the terminal has not taken; then the rank waits, as one that writes to it itself
 _PIPE_BYTES = 1 << 18  # what a rank can write while the launcher does not read
@@ -32,15 +34,12 @@ class RankPipe:
         lose: Callable[[Path, OSError], None] = lambda log, error: None,
     ) -> None:
         self._log, self._lose = log, lose
-        self._logged = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666) if log else -1
+        self._logged = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | CLOEXEC, 0o666) if log else -1
         os.mkfifo(path, 0o600)
         self.path, self.shown = path, shown
         self._rested = False
-        self._reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with suppress(ImportError, AttributeError, OSError):  # not Linux, or the user's limit is reached
-            import fcntl
-
-            fcntl.fcntl(self._reader, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._reader = os.open(path, os.O_RDONLY | NONBLOCK)
+        widen_pipe(self._reader, _PIPE_BYTES)
         self._lock = threading.Lock()  # the reader's thread and the agent's both read
         self._kept = bytearray()
         self._backlog = bytearray()

@@ -10,10 +10,12 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-MOUNT = Path("/sys/fs/cgroup")
+from ..system import bound_cores, proc
+
+MOUNT, OWN = Path("/sys/fs/cgroup"), proc("self", "cgroup")
 
 
-def own_groups(own: Path = Path("/proc/self/cgroup")) -> list[tuple[str, str]]:
+def own_groups(own: Path = OWN) -> list[tuple[str, str]]:
     """Return this process's control groups: the controllers and the path below their mount.
 
     The controllers are joined by commas; in version 2 the string is empty.
@@ -27,12 +29,12 @@ def own_groups(own: Path = Path("/proc/self/cgroup")) -> list[tuple[str, str]]:
 
 def cores() -> int:
     """Return how many cores this process may use: those of its affinity, at most its control groups' quota."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bound = bound_cores()
     quota = cgroup_cores()
     return bound if quota is None else max(1, min(bound, int(quota)))
 
 
-def cgroup_cores(root: Path = MOUNT, own: Path = Path("/proc/self/cgroup")) -> float | None:
+def cgroup_cores(root: Path = MOUNT, own: Path = OWN) -> float | None:
     """Return the CPU quota of the control groups, in cores; None if there is no limit."""
     limits: list[float] = []
     for controllers, path in own_groups(own):

@@ -29,7 +29,8 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.launcher.api import LaunchConfig
 
-from ..errors import RankFailure, RendezvousError
+from ..errors import DDParityError, RankFailure, RendezvousError
+from ..system import run_lacks, run_needs, terminal_restored
 from . import worker
 from .agent import Agent, AgentOptions, NodeLost
 from .diagnosis.exits import read_exit_report, root_cause, signal_name
@@ -40,7 +41,6 @@ from .output import Inherited, RankFiles, printable, say, tell
 from .rendezvous import NodeInfo, RendezvousSetup, add_node_check, check_rendezvous, explain, node_info
 from .resources import decide_threads
 from .signals import Signals
-from .terminal import restored
 
 HANG_EXIT_CODE = 124  # that of `timeout`
 RENDEZVOUS_EXIT_CODE = 125  # the machines did not meet: no rank has started
@@ -63,6 +63,11 @@ def run_launch(launch: Launch) -> int:
     failed.
     """
     start = time.monotonic()
+    if problem := run_needs():
+        tell(problem)
+        return 2
+    if lacks := run_lacks():
+        tell(lacks)
     try:
         setup = check_rendezvous(launch)
         try:
@@ -147,6 +152,7 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2, hang_timeou
 
     Raises:
         ValueError: `nproc` is below 1.
+        DDParityError: this system cannot start and watch processes, as Windows.
         RankFailure: a rank failed, or the ranks hang. The rank's traceback is a note; its exception is the cause, where
             pickle could carry it.
 
@@ -155,6 +161,7 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int = 2, hang_timeou
     """
     if hang_timeout is not None and not 0 < hang_timeout < math.inf:
         raise ValueError(f"launch(hang_timeout={hang_timeout!r}): give seconds, more than 0")
+    _check_system()
     setup, signals = check_rendezvous(_one_machine(nproc)), Signals()
     options = AgentOptions(hang_timeout_s=hang_timeout)
     with _raise_afterwards(signals), _temporary_folder() as folder:
@@ -172,8 +179,11 @@ def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> l
     """Run a function as `launch` does, on processes of multiprocessing's fork server.
 
     Once the server has imported torch, a process starts in 0.1 s. The first call decides what the server imports.
-    Windows has no fork server.
+
+    Raises:
+        DDParityError: this system cannot start and watch processes, as Windows.
     """
+    _check_system()
     # torch._dynamo: an optimizer imports it in its first step, which takes a second or two.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["ddparity.parity.run", "torch._dynamo"])
     setup, signals = check_rendezvous(_one_machine(nproc)), Signals()
@@ -188,6 +198,11 @@ def launch_forked(function: Callable[..., Any], *args: Any, nproc: int = 2) -> l
             ]
             raise _failure(agent, function)
         return [result.return_values[rank] for rank in range(nproc)]
+
+
+def _check_system() -> None:
+    if problem := run_needs():
+        raise DDParityError(problem)
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle gives no types
@@ -296,7 +311,7 @@ def _agent(
     if threading.current_thread() is threading.main_thread():
         own = {**own, _SIGNALS_VARIABLE: ""}  # the handlers of torch's agent may raise while a rank is started
     try:
-        with restored(), _environment(own), _temporary_folder() as folder, signals.handled(ending):
+        with terminal_restored(), _environment(own), _temporary_folder() as folder, signals.handled(ending):
             spec = _spec(setup, entrypoint, args)
             if info is not None:
                 add_node_check(spec.rdzv_handler, info)

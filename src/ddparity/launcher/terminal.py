@@ -7,50 +7,45 @@ and gives it back: the standard streams of the rank are then those of the termin
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import signal
 import sys
-import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _LOCK = "terminal"  # in the folder of the job: the rank that has the terminal holds its lock
 
 
 def follow(
-    folder: Path, write_prompt: Callable[[Path], Path], after_import: Callable[[str, Callable[[], None]], None]
+    folder: Path,
+    system: ModuleType,
+    write_prompt: Callable[[Path], Path],
+    after_import: Callable[[str, Callable[[], None]], None],
 ) -> None:
     """Prepare this process. Call it before the standard input is replaced; without a terminal, nothing happens.
 
     Args:
         folder: the rank's own.
+        system: ddparity's `system.py`, which the worker has loaded by its path.
         write_prompt: writes a file in it, which is there while this process has, or waits for, the terminal.
         after_import: runs a function after a module has been imported.
     """
-    descriptor = _open_terminal()
+    descriptor = system.open_terminal()
     if descriptor is not None:
-        terminal = _Terminal(descriptor, folder, write_prompt)
+        terminal = _Terminal(descriptor, folder, system.lock, write_prompt)
         after_import("pdb", terminal.serve_pdb)
 
 
-def _open_terminal() -> int | None:
-    """Return a descriptor of the terminal that the job reads from, to read and write; None if there is none."""
-    with suppress(OSError):
-        if os.isatty(0):
-            if fcntl.fcntl(0, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
-                return os.dup(0)
-            return os.open(os.ttyname(0), os.O_RDWR | os.O_NOCTTY)
-    return None
-
-
 class _Terminal:
-    def __init__(self, descriptor: int, folder: Path, write_prompt: Callable[[Path], Path]) -> None:
-        self._descriptor, self._folder, self._write_prompt = descriptor, folder, write_prompt
+    def __init__(
+        self, descriptor: int, folder: Path, lock: Callable[[int], Any], write_prompt: Callable[[Path], Path]
+    ) -> None:
+        self._descriptor, self._folder, self._lock, self._write_prompt = descriptor, folder, lock, write_prompt
         self._rank = os.environ.get("RANK", "0")
         self._threads = threading.RLock()
         self._depth = 0
@@ -98,7 +93,7 @@ class _Terminal:
             yield self._rank
             return
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, too
+            self._lock(lock.fileno())  # ends with the process, too
             lock.seek(0)
             before = lock.read() or "0"
             with suppress(OSError):
@@ -140,23 +135,6 @@ def _interrupt_ends() -> Iterator[None]:
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def restored() -> Iterator[None]:
-    """Restore at the end of this block how the terminal behaves: a prompt that is killed leaves it without echo."""
-    try:
-        before = termios.tcgetattr(0)
-    except (termios.error, OSError):  # no terminal
-        yield
-        return
-    try:
-        yield
-    finally:
-        with suppress(termios.error, OSError):
-            # A process in the background would be stopped.
-            if os.tcgetpgrp(0) == os.getpgrp() and termios.tcgetattr(0) != before:
-                termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
 def _flush() -> None:

@@ -16,7 +16,6 @@ record; `error.pickle`, the exception; and `result.pickle`, what a function retu
 from __future__ import annotations
 
 import builtins
-import ctypes
 import importlib.machinery
 import importlib.util
 import io
@@ -35,7 +34,6 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
-_PR_SET_PDEATHSIG = 1
 _LONGEST_MESSAGE = 4_000  # characters
 _LONGEST_TRACEBACK = 20_000
 _HEAD_OF_TRACEBACK = "Traceback (most recent call last):\n"
@@ -46,8 +44,7 @@ def main() -> None:
     agent, *arguments = sys.argv[1:]
     if arguments[0] == "--batch":
         del arguments[0]
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:  # another one was chosen on purpose
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # for all threads and processes to come
+        _system().schedule_batch()  # for all threads and processes to come
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
     folder = Path(record).parent if record else None
     interrupt = signal.getsignal(signal.SIGINT)
@@ -57,7 +54,9 @@ def main() -> None:
     _end_with(int(agent))
     if folder is not None and arguments[0] != "--exec":
         instruments = _instruments()
-        _load("_ddparity_terminal", "terminal.py").follow(folder, instruments.write_prompt, instruments.after_import)
+        _load("_ddparity_terminal", "terminal.py").follow(
+            folder, _system(), instruments.write_prompt, instruments.after_import
+        )
     _close_standard_input()
     if arguments[0] == "--exec":
         _replace_process(arguments[1:], folder)
@@ -263,16 +262,9 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
 
 def _end_with(agent: int) -> None:
     """Have the kernel kill this process when the agent is killed. Linux only; the agent's guardian also does it."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != agent and not _is_alive(agent):  # the agent ended before that call
+    _system().end_with_parent()
+    if os.getppid() != agent and _system().process_fields(agent) is None:  # the agent ended before that call
         os._exit(128 + signal.SIGKILL)
-
-
-def _is_alive(pid: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
 
 
 def _replace_process(command: list[str], folder: Path | None) -> NoReturn:
@@ -302,12 +294,16 @@ def _note_end(folder: Path | None, well: bool = True) -> None:
         _instruments().write_end(folder, well)
 
 
+def _system() -> ModuleType:
+    return _load("_ddparity_system", "../system.py")
+
+
 def _instruments() -> ModuleType:
     return _load("_ddparity_instruments", "diagnosis/instruments.py")
 
 
 def _load(name: str, file: str) -> ModuleType:
-    """Load a file of this folder by its path, so that no `__init__` of ddparity runs. Load it once."""
+    """Load a file by its path from this folder, so that no `__init__` of ddparity runs. Load it once."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / file)
         assert spec is not None and spec.loader is not None, "the file is installed with this one"

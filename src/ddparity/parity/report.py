@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.progress import show_grid
+from ..task.curves import pyplot_of_matplotlib
 from .comparison import CheckedStep, Comparison, Curve, Difference
 
 
@@ -69,24 +70,6 @@ def plot(comparison: Comparison, path: Path, title: str) -> None:
     axes.set_title(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def pyplot_of_matplotlib() -> Any:
-    """Return matplotlib's pyplot, with the backend that needs no display.
-
-    Raises:
-        ImportError: matplotlib is not installed; the message says how to install it.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is not installed, but a plot needs it: pip install 'ddparity[plot]', or leave --plot out"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 _COLOURS = ("tab:blue", "tab:green", "tab:purple", "tab:brown", "tab:olive", "tab:cyan")

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from ..compat import PrefixStore, Store, append, default_store, group_name, group_timeout_s
 from ..errors import RankFailure
+from ..system import process_table
 from .waits import end_wait, note_wait
 
 _POLL_S = (0.0005, 0.05)  # shortest and longest pause between two polls of the store
@@ -317,14 +318,7 @@ def _local_processes(store: Store) -> list[tuple[int, int]]:
     return [(int(rank), int(pid)) for rank, pid in (line.split() for line in lines)]
 
 
-@functools.cache
-def _machine_id() -> str:
-    """Return a name of this machine and its process table: each container on a host has its own table."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
-        return socket.gethostname()
+_machine_id = functools.cache(process_table)
 
 
 def _is_alive(pid: int) -> bool:

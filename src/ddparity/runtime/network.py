@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..compat import is_store, recognises_stores
+from ..system import own_descriptors
 
 LOOPBACK = "127.0.0.1"
 # An address that no machine has (RFC 5737): the route to it is the default route.
@@ -299,12 +300,10 @@ def _own_sockets(port: int, peers_port: int) -> Iterator[socket.socket]:
 
     They include sockets that torch opened in C++.
     """
-    if not hasattr(socket, "TCP_USER_TIMEOUT"):
-        return
-    for name in os.listdir("/proc/self/fd"):
+    for descriptor in own_descriptors():
         try:
             # A copy of the descriptor: an option set on it applies to the connection.
-            connection = socket.socket(fileno=os.dup(int(name)))
+            connection = socket.socket(fileno=os.dup(descriptor))
         except OSError:  # closed in the meantime, or not a socket
             continue
         with connection, suppress(OSError):

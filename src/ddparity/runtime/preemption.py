@@ -40,7 +40,7 @@ def preemption(*signals: str) -> Iterator[Callable[[], int]]:
         ...         if stopping():
         ...             break
     """
-    numbers = [_number(name) for name in signals or ("SIGUSR1", "SIGUSR2")]
+    numbers = [_number(name) for name in signals or _usual()]
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -82,6 +82,10 @@ class _Stop:
             if self._store.check(["last"]) and self._calls >= int(self._store.get("last")):
                 return self._number
         return 0
+
+
+def _usual() -> list[str]:
+    return [name for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]  # Windows has none of them
 
 
 def _number(name: str) -> int:

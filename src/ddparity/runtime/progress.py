@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ if TYPE_CHECKING:  # importing ddparity need not take longer for rich
     from rich.progress import Progress as Bars
     from rich.table import Table
 
+_NARROW = 75  # columns of a terminal, with fewer of which there is no bar beside the numbers
 PROGRESS_MARKER = "progress"  # the file is there: the rank has finished a step, or has saved a checkpoint
 
 
@@ -43,7 +46,7 @@ def progress(
 ) -> Iterator[Progress]:
     """Show units done, samples per second, a note and the time left, on rank 0; the other ranks show nothing.
 
-    On a terminal this is a live display, elsewhere plain lines.
+    On a terminal and in a notebook this is one line that changes, elsewhere plain lines.
 
     Args:
         total: the number of units; None where it is unknown.
@@ -59,12 +62,17 @@ def progress(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console()
+    if console.is_jupyter or _writes_to_notebook():
+        line = _OneLine(total, title, unit, start)
+        yield line
+        line.end()
+        return
     if not console.is_terminal:
         yield _Lines(total, title, unit, start)
         return
     columns = (
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
+        *[BarColumn()] * (console.width >= _NARROW),
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]} · {task.fields[rate]:,.0f} samples/s{task.fields[note]} ·"),
         TimeRemainingColumn(),
@@ -72,6 +80,13 @@ def progress(
     )
     with Progress(*columns, console=console, refresh_per_second=5) as bars:
         yield _Live(bars, total, title, unit, start)
+
+
+def _writes_to_notebook() -> bool:
+    """Return whether a notebook started this process and shows its output, which a pipe takes there."""
+    with suppress(OSError, ValueError, AttributeError):  # standard output is closed, or no file
+        return "JPY_PARENT_PID" in os.environ and stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+    return False
 
 
 class _Silent:
@@ -100,6 +115,15 @@ class _Timed:
         self._updated = time.monotonic()
         return max(self._updated - self._start, 1e-9)
 
+    def text(self, done: int, samples: int, note: str) -> str:
+        """Return the units done, the rate, the note and the time left."""
+        elapsed_s = self.elapsed_s()
+        parts = [f"{done} {self.unit}" if self.total is None else f"{done}/{self.total} {self.unit}"]
+        parts += [f"{(samples - self.start[1]) / elapsed_s:,.0f} samples/s", *[note] * bool(note)]
+        if self.total is not None:
+            parts.append(f"{elapsed_s / (done - self.start[0]) * (self.total - done):.0f} s left")
+        return f"{self.title}: {', '.join(parts)}"
+
 
 class _Live(_Timed):
     def __init__(self, bars: Bars, total: int | None, title: str, unit: str, start: tuple[int, int]) -> None:
@@ -122,15 +146,38 @@ class _Lines(_Timed):
         super().__init__(total, title, unit, 5.0, start)
 
     def update(self, done: int, samples: int, note: str = "") -> None:
-        elapsed_s = self.elapsed_s()
-        parts = [f"{done} {self.unit}" if self.total is None else f"{done}/{self.total} {self.unit}"]
-        parts += [f"{(samples - self.start[1]) / elapsed_s:,.0f} samples/s", *[note] * bool(note)]
-        if self.total is not None:
-            parts.append(f"{elapsed_s / (done - self.start[0]) * (self.total - done):.0f} s left")
-        self.say(f"{self.title}: {', '.join(parts)}")
+        self.say(self.text(done, samples, note))
 
     def say(self, line: str) -> None:
         print(line, flush=True)
+
+
+class _OneLine(_Timed):
+    """One line that changes, for notebooks. They know only the return to its start, and colours."""
+
+    def __init__(self, total: int | None, title: str, unit: str, start: tuple[int, int]) -> None:
+        super().__init__(total, title, unit, 0.5, start)
+        self._shown = ""
+
+    def update(self, done: int, samples: int, note: str = "") -> None:
+        self._show(self.text(done, samples, note))
+
+    def say(self, line: str) -> None:
+        shown = self._shown
+        self._show(line)
+        print(flush=True)
+        self._shown = ""
+        if shown:
+            self._show(shown)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._shown:
+            print(flush=True)
+
+    def _show(self, line: str) -> None:
+        print(f"\r{line.ljust(len(self._shown))}", end="", flush=True)
+        self._shown = line
 
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from ..compat import PrefixStore, Store, TCPStore, serve_store
 from ..errors import RankFailure, RendezvousError
+from ..system import batch_scheduling
 from .agreement import Agreement, leave, store_root
 from .blocks import block
 from .environment import Placement, find_placement
@@ -100,7 +101,11 @@ def world(
         finally:
             _current.reset(token)
         return
-    with _batch_scheduling() if _uses_gloo(backend, device) else nullcontext():
+    # With Gloo, threads that start here are batch work: a woken thread then does not interrupt the running one. Gloo's
+    # I/O thread polls while another thread holds the lock of a connection. If it wakes up on that thread's core, it
+    # takes the core and polls until its time slice of 3 to 4 ms is over. On few cores every sixth small collective then
+    # takes ten times as long (benchmarks/RESULTS.md, "Scheduling"). Source: sched(7).
+    with batch_scheduling() if _uses_gloo(backend, device) else nullcontext():
         joined, store = _join(placement, backend, device, timeout_s)
         token = _current.set(joined)
         try:
@@ -363,22 +368,3 @@ def _unreachable(placement: Placement, waited_s: float, error: Exception) -> str
         f"runs, that its machine has this port free and its firewall leaves it open, and, on a machine with several "
         f"interfaces, that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is right{hint}"
     )
-
-
-@contextmanager
-def _batch_scheduling() -> Iterator[None]:
-    """Schedule this thread, and the threads that start from it, as batch work (Linux).
-
-    A woken thread then does not interrupt the running one. This matters for Gloo: its I/O thread polls while another
-    thread holds the lock of a connection. If it wakes up on that thread's core, it takes the core and polls until its
-    time slice of 3 to 4 ms is over. On few cores every sixth small collective then takes ten times as long
-    (benchmarks/RESULTS.md, "Scheduling"). A policy that the user has set stays. Source: sched(7).
-    """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,8 @@ from ..runtime.logging import setup_logging
 from ..runtime.preemption import preemption
 from ..runtime.progress import Progress, progress, show_table
 from ..runtime.world import World, world
+from .curves import draw_curves
+from .record import Record, beside
 from .task import Task, check_task
 
 
@@ -54,6 +55,7 @@ class Result:
     samples_per_second: float
     fingerprint: str
     checkpoint: Path
+    metrics_file: Path
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,14 @@ def train(
     reduction: Reduction = "fast",
     threads: int | None = None,
     saving: CheckpointOptions | None = None,
+    tensorboard: bool = False,
+    picture: Path | None = None,
 ) -> Result:
     """Train a Task on the processes that a launcher started, or on this one. Every rank calls it.
 
     It shows one progress display, the exact metric of the held-out set after each epoch, and a table at the end. After
-    SIGUSR1 or SIGUSR2 it saves a checkpoint after the next step, the same step on all ranks.
+    SIGUSR1 or SIGUSR2 it saves a checkpoint after the next step, the same step on all ranks. Beside the checkpoint it
+    writes the loss of each step and the metrics to metrics.jsonl, see `Record`.
 
     Args:
         checkpoint: the file to write after each epoch.
@@ -93,11 +98,13 @@ def train(
         threads: intra-op threads of each process; the bits of the result depend on it. None: 1 for "strict", else
             torch's default.
         saving: when else to write the checkpoint, how many to keep, and whether to resume.
+        tensorboard: also write events for TensorBoard, to a folder beside the checkpoint.
+        picture: draw the losses and metrics to this file at the end, or when a signal stops the training.
 
     Raises:
         SystemExit: with code 128 + the signal, after SIGUSR1 or SIGUSR2.
 
-    Collectives: those of `replicate`, `accumulate` and `predict`.
+    Collectives: those of `replicate`, `accumulate` and `predict`, and two all-gathers a second for the record.
     """
     start = time.monotonic()
     if threads is None and reduction == "strict":
@@ -126,17 +133,28 @@ def train(
         with bar as display, preemption() as stopping:
             if resumed is not None:
                 display.say(resumed)
-            run = _Run(task, model, optimizer, scheduler, loader, predict, display, saving.every, save, stopping)
-            for epoch in loader.epochs(task.epochs):
-                run.train_epoch(epoch)
-                run.evaluate(f"epoch {epoch + 1}/{task.epochs}")
-                save()
+            events = beside(checkpoint, "tensorboard") if tensorboard else None
+            file, done = beside(checkpoint, "metrics.jsonl"), loader.steps_done
+            record = Record(file, events, here.rank, done, display.say)
+            draw = partial(_draw, file, picture, title, display) if here.rank == 0 and picture is not None else None
+            run = _Run(
+                task, model, optimizer, scheduler, loader, predict, display, record, saving.every, save, stopping, draw
+            )
+            with closing(record):
+                for epoch in loader.epochs(task.epochs):
+                    run.train_epoch(epoch)
+                    run.evaluate(epoch, f"epoch {epoch + 1}/{task.epochs}")
+                    save()
+            if draw is not None:
+                draw()
         if run.metrics is None:  # the checkpoint was the end of the training
             run.metrics = evaluate(task, model, predict)
 
         rate = run.samples / run.train_s if run.train_s else 0.0
         seconds = time.monotonic() - start
-        result = Result(run.metrics, seconds, run.train_s, rate, fingerprint(model), checkpoint.resolve())
+        result = Result(
+            run.metrics, seconds, run.train_s, rate, fingerprint(model), checkpoint.resolve(), file.resolve()
+        )
         if here.rank == 0:
             _show(result, here.world_size, str(here.device.type))
         return result
@@ -190,20 +208,13 @@ def backward(
     step: Step,
     loss_of: Callable[[LoadedMicroBatch], torch.Tensor],
     count: Callable[[Any], float] | None = None,
-) -> tuple[torch.Tensor, float]:
+) -> None:
     """Compute the gradients of a step. `loss_of(micro)` returns the mean loss of a micro-batch.
-
-    Returns:
-        This rank's sum of weighted losses, a scalar tensor, and its sum of weights.
 
     Collectives: those of `accumulate`.
     """
-    loss_sum, weight_sum = torch.zeros(()), 0.0
     for micro in accumulate(model, step, count):
-        loss = loss_of(micro)
-        (loss * micro.weight).backward()
-        loss_sum, weight_sum = loss_sum + loss.detach() * micro.share, weight_sum + micro.share
-    return loss_sum, weight_sum
+        (loss_of(micro) * micro.weight).backward()
 
 
 def update(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -301,9 +312,11 @@ class _Run:
     loader: Loader
     predict: Predictor
     display: Progress
+    record: Record
     save_every: int | None
     save: Callable[[], None]
     stopping: Callable[[], int]
+    draw: Callable[[], None] | None
     metrics: dict[str, float] | None = None
     train_s: float = 0.0
     samples: int = 0
@@ -314,29 +327,40 @@ class _Run:
         model.train()
         began = time.monotonic()
         for step in self.loader.epoch(epoch):
-            loss_sum, weight_sum = backward(model, step, lambda micro: loss_of(task, model, micro.data), task.count)
+            backward(model, step, self._recorded_loss, task.count)
+            rate = self.optimizer.param_groups[0].get("lr")
             update(task, model, self.optimizer, self.scheduler)
             self.optimizer.zero_grad()
             done, self.samples = self.loader.steps_done, self.samples + sum(plan.sizes(epoch, step.number))
-            if self.display.due(done):  # not at each step, because float() waits for the device
-                mean = float(loss_sum) / weight_sum if weight_sum else math.nan
-                self.display.update(done, self.samples, f"loss {mean:.4f}")
+            self.record.end_step(epoch, rate)
+            if self.display.due(done):
+                loss = self.record.loss
+                self.display.update(done, self.samples, f"loss {loss:.4f}" if loss is not None else "")
             is_last = step.number + 1 == plan.steps_in(epoch)  # an evaluation follows anyway
             if task.evaluate_every is not None and done % task.evaluate_every == 0 and not is_last:
                 self.train_s += time.monotonic() - began
-                self.evaluate(f"step {done}")
+                self.evaluate(epoch, f"step {done}")
                 began = time.monotonic()
             signal_number = self.stopping()
             if signal_number or (self.save_every is not None and done % self.save_every == 0):
+                self.record.exchange()  # a training that continues here has the lines before
                 self.save()
             if signal_number:
+                if self.draw is not None:
+                    self.draw()
                 name = signal.Signals(signal_number).name
                 self.display.say(f"stopped by {name} after step {done}: continue with --resume")
                 raise SystemExit(128 + signal_number)
         self.train_s += time.monotonic() - began
 
-    def evaluate(self, when: str) -> None:
+    def _recorded_loss(self, micro: LoadedMicroBatch) -> torch.Tensor:
+        loss = loss_of(self.task, self.model, micro.data)
+        self.record.take(loss, micro.share)
+        return loss
+
+    def evaluate(self, epoch: int, when: str) -> None:
         self.metrics = evaluate(self.task, self.model, self.predict)
+        self.record.metrics(epoch, self.metrics)
         self.display.say(f"{when}: {_format_metrics(self.metrics)}")
 
 
@@ -432,6 +456,14 @@ def predict_task(
             )
 
 
+def _draw(metrics: Path, picture: Path, title: str, display: Progress) -> None:
+    """Draw the record. A failure is shown, and is none of the training."""
+    try:
+        draw_curves(metrics, picture, title)
+    except OSError as error:
+        display.say(f"the plot is not written: {error}")
+
+
 def _format_metrics(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {_format_metric(name, value)}" for name, value in metrics.items()) or "no metric"
 
@@ -449,5 +481,6 @@ def _show(result: Result, world_size: int, device: str) -> None:
             ("samples a second", f"{result.samples_per_second:,.0f}"),
             ("fingerprint", result.fingerprint),
             ("checkpoint", str(result.checkpoint)),
+            ("losses and metrics", str(result.metrics_file)),
         ],
     )

@@ -26,16 +26,16 @@ _CONSEQUENCE = re.compile(
     r"RankFailure:|RendezvousError:|DistNetworkError:|Connection (closed|reset) by peer|Broken pipe|Socket closed"
     r"|Timed out waiting|timed out after|NCCL communicator was aborted|remote process exited|recvValue failed"
 )
-_MEANING: dict[int, str] = {
-    signal.SIGKILL: "killed",
-    signal.SIGSEGV: "a segmentation fault, in C code",
-    signal.SIGBUS: "a bus error: often /dev/shm is full, or a memory-mapped file was truncated",
-    signal.SIGABRT: "an abort, after an error in C++ code",
-    signal.SIGFPE: "an arithmetic error in C code",
-    signal.SIGILL: "an instruction that this processor does not have",
-    signal.SIGTERM: "another process sent it",
-    signal.SIGINT: "another process sent it",
-    signal.SIGXCPU: "the limit of processor time is reached",
+_MEANING = {
+    "SIGKILL": "killed",
+    "SIGSEGV": "a segmentation fault, in C code",
+    "SIGBUS": "a bus error: often /dev/shm is full, or a memory-mapped file was truncated",
+    "SIGABRT": "an abort, after an error in C++ code",
+    "SIGFPE": "an arithmetic error in C code",
+    "SIGILL": "an instruction that this processor does not have",
+    "SIGTERM": "another process sent it",
+    "SIGINT": "another process sent it",
+    "SIGXCPU": "the limit of processor time is reached",
 }
 # Only these, or what was raised inside of torch.distributed, have their cause in the network between ranks. An
 # exception of another type may come from a file, a program or a web server.
@@ -146,7 +146,7 @@ class ExitReport:
         if self.left_early:
             return "ended with exit code 0 while the others waited for it"
         if self.code < 0:
-            meaning = _MEANING.get(-self.code)
+            meaning = _MEANING.get(signal_name(-self.code))
             how = f"ended by {signal_name(-self.code)}" + (f" ({meaning})" if meaning else "")
         elif self.message:
             return shortened(self.message.partition("\n")[0], _LONGEST_HEAD)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import selectors
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.waits import WAIT_FILES
+from ...system import unix_socket
 from .instruments import FLIGHT, SERVER, STATE_HANDLER
 from .limits import ANSWER, SMALL, read_file, read_json
 
@@ -240,7 +240,7 @@ def ask(folders: Mapping[int, Path], handler: str, timeout_s: float) -> dict[int
     with selectors.DefaultSelector() as selector:
         try:
             for rank, folder in folders.items():
-                connection = socket.socket(socket.AF_UNIX)
+                connection = unix_socket()
                 try:
                     connection.setblocking(False)
                     connection.connect(str(folder / SERVER))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import faulthandler
 import functools
 import importlib.abc
@@ -42,15 +41,9 @@ ENDED = "ended.json"  # there when the script has ended
 EXITED = "exited"  # there when the exit functions of the script have returned, too
 PROMPTS = "prompt.*"  # one for each process of the rank that is at a debugger's prompt, with its process id
 
-# Real-time signals, which no library uses. The first one has the process write its stacks, the second one only ends a
-# sleep.
-STACK_SIGNAL: int | None = signal.SIGRTMIN + 7 if sys.platform == "linux" else None
-WAKE_SIGNAL: int | None = signal.SIGRTMIN + 8 if sys.platform == "linux" else None
 STATE_HANDLER = "ddparity_state"  # of torch's worker server
 _DEEPEST = 50  # frames of a thread that are written
 _LONGEST, _HALF = 20_000, 10_000  # characters of a traceback that are sent
-_PR_SET_PTRACER = 0x59616D61
-_ANY = ctypes.c_ulong(-1)
 
 _open: list[Any] = []  # files for faulthandler, which writes when Python may be unable to open one
 
@@ -66,8 +59,7 @@ def install(folder: Path) -> None:
     (folder / FLIGHT).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # no space for another file: the script runs without it
         _dump_stacks(folder)
-    if sys.platform == "linux":
-        _allow_tracing()
+    _system().allow_tracing()
     os.register_at_fork(after_in_child=_uninstall)
     launched = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
     after_import("torch", lambda: _serve(folder, launched))
@@ -108,12 +100,10 @@ def has_prompt(folder: Path) -> bool:
 
 def _started(pid: int) -> str | None:
     """Return when a process was started, in ticks; None if it has ended. Another process may get its id later."""
-    if sys.platform != "linux":
+    if not _system().LINUX:
         return ""
-    with contextlib.suppress(OSError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    return None
+    found = _system().process_fields(pid)
+    return None if found is None else found[1][19]
 
 
 def write_end(folder: Path, well: bool) -> None:
@@ -180,38 +170,17 @@ def _handled_exception() -> dict[str, Any] | None:
     }
 
 
-def end_held_abort(pid: int) -> None:
-    """Wake a process of this machine that waits in its SIGABRT, so that it ends now."""
-    if WAKE_SIGNAL is None:
-        return
-    libc = ctypes.CDLL(None)
-    # OSError: the process is gone. AttributeError: this C library has no tgkill, and the process wakes by itself.
-    with contextlib.suppress(OSError, AttributeError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            libc.tgkill(pid, int(thread), WAKE_SIGNAL)
-
-
 def _dump_stacks(folder: Path) -> None:
     # The order matters: faulthandler's handler for SIGABRT writes the stacks, and then calls the handler that was there
-    # before it. That is `sleep`, which takes the number of the signal as its seconds: 6. Other threads go on meanwhile.
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.signal.restype = ctypes.c_void_p
-        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-        libc.signal(WAKE_SIGNAL, ctypes.cast(libc.abs, ctypes.c_void_p))  # does nothing, but ends that sleep
+    # before it.
+    _system().hold_aborts()
     fatal = (folder / FATAL).open("w")
     _open.append(fatal)
     faulthandler.enable(fatal)
-    if STACK_SIGNAL is not None:
+    if _system().STACK_SIGNAL is not None:
         stacks = (folder / STACKS).open("w")
         _open.append(stacks)
-        faulthandler.register(STACK_SIGNAL, stacks, all_threads=True)
-
-
-def _allow_tracing() -> None:
-    """Let py-spy read this process even if the kernel allows that only to parents (ptrace_scope 1)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)
+        faulthandler.register(_system().STACK_SIGNAL, stacks, all_threads=True)
 
 
 def _uninstall() -> None:
@@ -232,10 +201,18 @@ def _serve(folder: Path, launched: list[str | None]) -> None:
 
 
 def _compat() -> ModuleType:
-    """Load ddparity's `compat.py` by its path, without the package around it."""
-    name = "_ddparity_compat"
+    return _load("compat")
+
+
+def _system() -> ModuleType:
+    return _load("system")
+
+
+def _load(file: str) -> ModuleType:
+    """Load a file of ddparity's lowest floor by its path, without the package around it."""
+    name = f"_ddparity_{file}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "compat.py")
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / f"{file}.py")
         assert spec is not None and spec.loader is not None, "the file is installed with this one"
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module

@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...system import end_held_abort
 from . import desync
 from .desync import Finding, RankState, StragglerCount
 from .flight import AGREEMENT, DEFAULT_GROUP, Operation, ask_groups, ask_records, read_record_file
-from .instruments import FATAL, end_held_abort
+from .instruments import FATAL
 from .unended import read_ended
 from .usage import Usage, read_usages
 

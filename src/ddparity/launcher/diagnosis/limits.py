@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from ...system import NONBLOCK
+
 # In bytes. The largest honest ones that we have seen: 90 kB of 64 collectives, 300 kB of stacks, 150 kB of a machine.
 ANSWER = 16 << 20  # of a rank's server
 FILE = 4 << 20  # of a rank's folder
@@ -35,7 +37,7 @@ def read_file(path: Path, limit: int = FILE) -> bytes:
     Raises:
         OSError: there is no such file, or it is a pipe or a device, from which a read may never return.
     """
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    number = os.open(path, os.O_RDONLY | NONBLOCK)
     with open(number, "rb") as file:
         if not stat.S_ISREG(os.fstat(number).st_mode):
             raise OSError(f"{path} is no regular file")

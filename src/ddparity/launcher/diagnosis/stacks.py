@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...system import STACK_SIGNAL, proc
 from .flight import ask_stacks
-from .instruments import STACK_SIGNAL, STACKS
+from .instruments import STACKS
 from .limits import read_file
 
 # Frames, and whose code they are.
@@ -352,11 +353,11 @@ def _process_states(pids: Mapping[int, int]) -> dict[int, tuple[str, str]]:
 def _process_state(pid: int) -> tuple[str, str]:
     """Return the state letter of a process's main thread and the function of the kernel that it sleeps in."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = proc(pid, "stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "X", ""
     try:
-        waits_in = Path(f"/proc/{pid}/wchan").read_text()
+        waits_in = proc(pid, "wchan").read_text()
     except OSError:
         waits_in = ""
     return state, "" if waits_in == "0" else waits_in

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...system import proc
 from .flight import ask
 from .instruments import ENDED, STATE_HANDLER
 from .limits import ANSWER, SMALL, read_file, read_json
@@ -36,7 +37,7 @@ def read_ended(pid: int, folder: Path) -> Ended | None:
         threads = [
             f"its thread {name}" + _at(where)
             for number, name, where in content["threads"]
-            if os.path.exists(f"/proc/{pid}/task/{int(number)}")
+            if proc(pid, "task", int(number)).exists()
         ]
         children = [
             f"its child process {int(child)} ({name})" for child, name in content["children"] if runs(int(child))

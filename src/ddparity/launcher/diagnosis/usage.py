@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-_CLOCK = os.sysconf("SC_CLK_TCK")
+from ...system import clock_ticks, proc, process_fields
+
 _NAMED = 2  # names of children that are told
 
 
@@ -71,7 +71,7 @@ def describe_usage(before: Usage, now: Usage) -> str:
 
 def _processes() -> list[str]:
     try:
-        return [name for name in os.listdir("/proc") if name.isdigit()]
+        return [name for name in os.listdir(proc()) if name.isdigit()]
     except OSError:
         return []
 
@@ -79,18 +79,18 @@ def _processes() -> list[str]:
 def _stat(pid: int) -> tuple[str, int, float] | None:
     """Return the name of a process, its parent and its CPU seconds; None if it is gone or has ended."""
     try:
-        head, _, tail = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
-        fields = tail.split()
-        if fields[0] in "ZX":
+        found = process_fields(pid)
+        if found is None:
             return None
-        return head.partition("(")[2], int(fields[1]), (int(fields[11]) + int(fields[12])) / _CLOCK
-    except (OSError, ValueError, IndexError):
+        name, fields = found
+        return name, int(fields[1]), (int(fields[11]) + int(fields[12])) / clock_ticks()
+    except (ValueError, IndexError):
         return None
 
 
 def _read_and_written(pid: int) -> tuple[int, int]:
     with suppress(OSError, ValueError, IndexError):
-        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+        lines = proc(pid, "io").read_text().splitlines()
         return int(lines[0].split()[1]), int(lines[1].split()[1])
     return 0, 0
 
