@@ -133,6 +133,17 @@ class Network:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", end, "up")
 
+    def listening(self, machine: Machine) -> set[str]:
+        """Return the IPv4 addresses at which anything listens in the namespace of a machine; for IPv6, the lines."""
+        found = set()
+        for file in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{machine.process.pid}/net/{file}").read_text().splitlines()[1:]:
+                _, local, _, state, *_ = line.split()
+                if state == "0A":  # TCP_LISTEN
+                    address = local.partition(":")[0]
+                    found.add(".".join(map(str, bytes.fromhex(address)[::-1])) if file == "tcp" else line)
+        return found
+
     def shape(self, rate: str = "200mbit", latency: str = "50ms") -> None:
         """Limit the rate at each end; data that exceeds it waits in a queue, at most `latency`."""
         for name, end in zip(self.names, self._ends):

@@ -115,6 +115,8 @@ def test_a_machine_is_lost_and_joins_again_and_then_the_first_one_is_lost(
 
     first, second = start(0, "0.3"), start(1, "0.3")
     first.wait_for("forward 2 of rank . in 2")
+    for machine, address in zip((first, second), net.addresses, strict=True):
+        assert net.listening(machine) == {address}  # the stores and Gloo, at the rendezvous' interface alone
     net.cut_for(1.5)
     first.wait_for("forward 7 of rank . in 2")  # after the second step, and so after the first save
     assert "failed" not in first.text
