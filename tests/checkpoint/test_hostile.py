@@ -306,7 +306,8 @@ def test_a_load_takes_memory_of_twice_the_files_size(tmp_path: Path) -> None:
     assert outcome.error is None, outcome.trace
     for name, (said, memory, seconds, size) in outcome.value.items():
         print(f"{name}: {memory / 2**20:.0f} MiB for {size / 2**20:.0f} MiB, {seconds:.2f} s")
-        assert memory < 2 * size + 2**24 // PART, (name, memory, size)
+        # Resident memory moves by some pages, whatever is loaded.
+        assert memory < 2 * size + 2**24 // PART + 2**20, (name, memory, size)
         assert bool(said) == name.startswith("hostile"), (name, said)
         assert len(said) < 600, "the error has the file's own text in it"
         assert seconds < 30

@@ -334,7 +334,7 @@ def test_the_commands_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for number, said in enumerate(("no checkpoint at c yet", "resumed from c: 1 epochs and 0 of 3 steps")):
         done = CliRunner().invoke(cli.app, [*command.split(), "1"])
         assert done.exit_code == 0 and said in done.output, (number, done.output)
-    assert sorted(path.name for path in tmp_path.glob("c*")) == ["c", "c.1"]
+    assert sorted(path.name for path in tmp_path.glob("c*")) == ["c", "c.1", "c.metrics.jsonl"]
     started = []
     monkeypatch.setattr(cli, "run_command", lambda arguments, count: started.append((arguments, count)) or 0)
     assert CliRunner().invoke(cli.app, [*command.split(), "2"]).exit_code == 0

@@ -60,7 +60,8 @@ def test_the_table_at_the_end(nproc: int, runs: dict[int, Run]) -> None:
     run = runs[nproc]
     assert run.output.count("trained on") == 1
     assert f"trained on {nproc} process" in run.output
-    assert list(run.table) == ["accuracy", "time", "samples a second", "fingerprint", "checkpoint"]
+    named = ["accuracy", "time", "samples a second", "fingerprint", "checkpoint", "losses and metrics"]
+    assert list(run.table) == named
     assert float(run.table["accuracy"].removesuffix(" %")) >= 98
     assert float(run.table["samples a second"].replace(",", "")) > 0
     assert Path(run.table["checkpoint"]) == run.folder / "runs/digits/checkpoint.safetensors"

@@ -109,7 +109,7 @@ SAVES = """
     def save():
         print("saving", flush=True)
         while not os.path.exists(sys.argv[1]):
-            time.sleep(0.01)
+            time.sleep(0.1)
         print("saved", flush=True)
 
     def stop(number, frame):

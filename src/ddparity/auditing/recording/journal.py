@@ -14,8 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ...system import CLOEXEC
-
 _CHAIN = 6  # the user's frames that tell two calls apart
 _LARGEST = 64 * 2**20  # bytes of one process's record
 _LIBRARIES = tuple(
@@ -65,7 +63,7 @@ class Journal:
         try:
             if self.file is None:
                 path = self.folder / f"{os.getpid()}-{time.time_ns()}.jsonl"
-                self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | CLOEXEC, 0o600)
+                self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # Python closes it in children
                 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
                 head = {"k": "process", "pid": os.getpid(), "parent": os.getppid(), "argv": sys.argv[:1]}
                 self._append({**head, **{name.lower(): os.environ.get(name) for name in names}})
