@@ -18,13 +18,13 @@ train: $(VENV)/.installed-examples
 verify: $(VENV)/.installed-examples
 	$(BIN)/ddparity verify examples/digits.py --world-sizes 1,2,3,4 --reduction strict --steps 100
 
-# Four files at a time: much of a test of processes is waiting. torch's store asks the name server for the name of each
+# Three files at a time: much of a test of processes is waiting. torch's store asks the name server for the name of each
 # address, 127.0.0.1 too; a lost answer would cost 5 s.
 test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/pytest -n 4 --dist loadfile
+	OMP_NUM_THREADS=1 RES_OPTIONS=timeout:1 $(BIN)/pytest -n 3 --dist loadfile
 
 # The tests that depend most on torch itself, with the oldest torch that pyproject.toml allows and with the newest that pip
 # finds, each in its own environment. CONTRIBUTING.md has the last result.
