@@ -8,6 +8,7 @@ import signal
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ddparity.launcher.diagnosis import stacks, watch
@@ -100,6 +101,8 @@ def test_a_rank_that_is_stopped_while_it_waits(tmp_path: Path) -> None:
         running.until_ready()
         running.until(lambda job: "waited for rank 0" in job.watch.stragglers(always=True))
         running.processes[1].send_signal(signal.SIGSTOP)
+        stopped = psutil.Process(running.processes[1].pid)
+        running.until(lambda job: stopped.status() == psutil.STATUS_STOPPED)  # not while its thread of Gloo still runs
         (tmp_path / "go").touch()
         running.until(_ended)
         report = running.report
