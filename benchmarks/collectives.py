@@ -75,8 +75,8 @@ def _ways(buffer: torch.Tensor) -> dict[Any, Callable[[], Any]]:
     return {ALL_REDUCE: lambda: dist.all_reduce(buffer), "all-gather": gathered, "all-to-all": sent}
 
 
-# DDP reads a hook's annotations as objects, but in this file they are strings: the hooks have none.
-def _gather_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
+# The annotations of this file are strings, so the hooks have none.
+def _gather_then(group, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations as objects
     """Sum the ranks' copies, but do not wait: DDP waits for the future, in which a callback sums."""
     buffer: torch.Tensor = bucket.buffer()
     copies = buffer.new_empty(dist.get_world_size(group), *buffer.shape)
@@ -84,14 +84,14 @@ def _gather_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
     return work.get_future().then(lambda _: copies.sum(0))
 
 
-def _mean(group, bucket):  # type: ignore[no-untyped-def]  # see above
+def _mean(group, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations as objects
     """Average as `replicate` does, and wait here."""
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(mean_over_ranks(bucket.buffer(), group))
     return future
 
 
-def _reduce_then(group, bucket):  # type: ignore[no-untyped-def]  # see above
+def _reduce_then(group, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations as objects
     """Sum by an all-reduce at any size."""
     return dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda done: done.value()[0])
 
