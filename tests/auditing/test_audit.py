@@ -21,7 +21,7 @@ from ddparity.auditing.recording.install import begin
 from ddparity.auditing.recording.journal import Journal
 from ddparity.auditing.run import inspect_script, starts_processes
 from ddparity.auditing.selection import check_prefixes, chosen, read_options
-from tests.auditing.cases import CLEAN, FAULTY, SCRIPTS, Case, judge
+from tests.auditing.cases import CLEAN, FAULTY, SCRIPTS, Case, all_cases, judge, looks_like
 from tests.auditing.near_misses import NEAR
 from tests.ranks import outcomes
 
@@ -53,6 +53,15 @@ SHORT = [
 def test_what_is_planted_is_found_and_nothing_else(case: Case) -> None:
     wrong, words = judge(case)
     assert not wrong, "\n".join(words)
+
+
+def test_the_corpus_has_two_faulty_and_two_clean_scripts_for_each_code() -> None:
+    """The clean ones look like the fault, and both kinds come from at least two scripts."""
+    cases = all_cases()
+    assert len({one.name for one in cases}) == len(cases)
+    for code in CATALOGUE:
+        for kind in ([c for c in cases if code in c.expected], [c for c in cases if code in looks_like(c)]):
+            assert len({one.script for one in kind}) >= 2, (code, [one.name for one in kind])
 
 
 def test_a_script_that_spawns_its_ranks(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def check_gradients(run: Run) -> Iterator[Finding]:
             yield from _check_divisor(run, by_rank[0])
         yield from _check_weights(run, by_rank)
         yield from _check_clips(run, by_rank)
-        yield from _check_scaler(run, by_rank[0])
+        yield from _check_scaler(run, by_rank[0], number)
         yield from _check_thrown(run, by_rank[0], number)
         yield from _check_twice(run, by_rank)
         if not hooked:
@@ -72,7 +72,7 @@ def _check_reductions(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
     lengths = [len(window.accumulated) for window in windows]
-    if not any(length >= 2 for length in lengths):
+    if not any(length >= 2 for length in lengths) or any(map(_is_of_one_batch, windows)):
         return
     scales = {one["scale"] for window in windows for one in window.accumulated}
     summed = any(":sum" in one["node"] for window in windows for one in window.accumulated)
@@ -100,10 +100,7 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
             one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"]
             for one in window.accumulated
         ):
-            norm, last = window.step.get("norm"), window.backwards[-1].get("norm")
-            if norm and last and norm < 0.9 * last and not window.of("clip"):
-                return  # divided by hand before the step
-            if window.of("scale"):
+            if window.of("scale") or _is_divided_by_hand(window, length):
                 return
             yield finding(
                 "DDP304",
@@ -116,6 +113,23 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
                 certainty="likely",
             )
             return
+
+
+def _is_of_one_batch(window: Window) -> bool:
+    """Return whether all forwards of a window have the same input: their losses are parts of one, such as tasks."""
+    inputs = [one["x"] for one in window.of("forward") if one["grad"]]
+    return len(inputs) >= 2 and inputs[0] is not None and len(set(inputs)) == 1
+
+
+def _is_divided_by_hand(window: Window, length: int) -> bool:
+    """Return whether the gradients shrink between the last of `length` backwards and the clip, or the step.
+
+    A reduction by hand shrinks them, too: the mean over N ranks is at least 1/sqrt(N) as long where they differ.
+    """
+    clips = [one["norm"] for one in window.of("clip") if one["of"] == "norm"]
+    norm, last = clips[0] if clips else window.step.get("norm"), window.backwards[-1].get("norm")
+    by_hand = any(one.get("gradient") for one in window.of("collective"))
+    return norm is not None and last is not None and norm < last * (1.02 / length if by_hand else 0.9)
 
 
 def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
@@ -222,15 +236,18 @@ def _is_sharded(run: Run, step: tuple[Window, ...]) -> bool:
     return bool(parameters) and all(row[3] == "flat" for row in parameters)
 
 
-def _check_scaler(run: Run, windows: list[Window]) -> Iterator[Finding]:
+def _check_scaler(run: Run, windows: list[Window], optimizer: int) -> Iterator[Finding]:
+    stepped = {one["opt"] for one in run.ranks[0].of("scaler_step")}
+    if stepped and optimizer not in stepped:
+        return  # another model's losses are scaled
     for window in windows:
         scaled = False
         for event in window.events:
             if event["k"] == "scale":
                 scaled = True
-            elif event["k"] == "unscale":
+            elif event["k"] == "unscale" and event["opt"] in (optimizer, None):
                 scaled = False
-            elif event["k"] == "clip" and scaled:
+            elif event["k"] == "clip" and scaled and (not event["opts"] or optimizer in event["opts"]):
                 yield finding(
                     "DDP308",
                     _ranks(run),

@@ -17,7 +17,7 @@ def check_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
     for pair in run.pairs:
         first = pair[0]
         if first.training and not first.loader["stream"] and all(one.batches > 1 for one in pair):
-            key = (*first.place, first.loader["subset_digest"], first.loader["length"])
+            key = (*first.training_of, first.loader["subset_digest"], first.loader["length"])
             orders[key].append(pair)
     for passes in orders.values():
         begin = passes[0]
@@ -127,7 +127,7 @@ def check_stream_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
     orders: dict[Any, list[list[Pass]]] = defaultdict(list)
     for pair in run.pairs:
         if pair[0].training and pair[0].loader["stream"] and all(len(one.digests) > 2 for one in pair):
-            orders[pair[0].place].append(pair)
+            orders[pair[0].training_of].append(pair)
     for passes in orders.values():
         first = passes[0][0]
         for earlier, later in itertools.pairwise(passes):

@@ -34,6 +34,7 @@ class Pass:
     training: bool
     base: int | None
     workers: int
+    models: frozenset[tuple[str, int]] = frozenset()  # what the steps within it train
     endless: bool = False  # a part of a pass over a sampler that begins again by itself
 
     @cached_property
@@ -45,8 +46,13 @@ class Pass:
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """The loader's line, its data set, and whether it trains: passes of one place are epochs of one another."""
+        """The loader's line, its data set, and whether it trains."""
         return self.loader["site"], self.loader["dataset"], self.training
+
+    @property
+    def training_of(self) -> tuple[Any, ...]:
+        """The place and the models: passes that have both in common are epochs of one training."""
+        return *self.place, self.models
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -148,6 +154,11 @@ class Rank:
         loops = frozenset(chain for counts in chains for chain, count in counts.items() if count > 1)
         return [replace(window, loops=loops) for window in found]
 
+    def models(self, optimizer: int) -> frozenset[tuple[str, int]]:
+        """Return what an optimizer trains: the models that DDP wraps, or itself, for those without."""
+        wrapped = frozenset(("ddp", row[0]) for row in self.parameters(optimizer) if row[0])
+        return wrapped or frozenset([("optimizer", optimizer)])
+
     def parameters(self, optimizer: int) -> list[Any]:
         found = [one["params"] for one in self.of("parameters") if one["opt"] == optimizer]
         return found[-1] if found else []
@@ -239,6 +250,7 @@ def _passes(rank: Rank) -> Iterator[Pass]:
         if "it" in one and one["k"] in ("draw", "batch", "end", "given", "seed"):
             by_pass[one["it"]].append(one)
     backwards = [one["at"] for kind in ("backward", "step") for one in rank.of(kind)]
+    models = {number: rank.models(number) for number in {one["opt"] for one in rank.of("step")}}
     for begin in rank.of("iter"):
         events = by_pass[begin["it"]]
         rows = [row for one in events if one["k"] == "draw" for row in one["rows"]]
@@ -283,5 +295,8 @@ def _passes(rank: Rank) -> Iterator[Pass]:
                 training=any(begin["at"] < at <= last for at in backwards),
                 base=seed["base"],
                 workers=int(seed["workers"] or 0),
+                models=frozenset().union(
+                    *(models[one["opt"]] for one in rank.of("step") if begin["at"] < one["at"] <= last)
+                ),
                 endless=len(parts) > 1,
             )

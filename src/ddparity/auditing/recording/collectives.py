@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from .journal import Journal, checksum
@@ -62,7 +63,10 @@ def watch_collectives(journal: Journal) -> None:
             ranks = None
             if group is not None and group is not dist.group.WORLD and isinstance(group, dist.ProcessGroup):
                 ranks = dist.get_process_group_ranks(group)
-            journal.write("collective", name=name, n=count[0], group=ranks, site=journal.site(), **values)
+            site = journal.site()
+            journal.write("collective", name=name, n=count[0], group=ranks, site=site, **values)
+            if math.prod(values.get("shape", ())) > _SMALL:  # it may change parameters
+                journal.shape.append(site)
             journal.hidden += 1
             try:
                 return function(*args, **options)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from types import ModuleType
 from typing import Any
 
 from .journal import batch_size, checksum, digest, replace
-from .loaders import stream_states
 from .private import private
 from .state import HASHED, MOST_EVENTS, Recorder
+from .streams import stream_states
 
 _LARGE_BUFFER = 2**20  # bytes
+_EVALUATIONS = 20  # from a line, whose checksums are taken: some scripts put a part into eval mode in each step
 
 
 def watch_ddp(recorder: Recorder) -> None:
@@ -32,7 +34,8 @@ def watch_ddp(recorder: Recorder) -> None:
         finally:
             journal.hidden -= 1
             journal.collectives += 1
-        recorder.ddps[self] = number = len(recorder.ddps) + 1
+        recorder.ddps[self] = number = next(recorder.numbers)
+        weakref.finalize(self, _forget, recorder, number).atexit = False
         with journal.safely:
             ignored = set(getattr(self, "parameters_to_ignore", ()))
             frozen = []
@@ -42,7 +45,7 @@ def watch_ddp(recorder: Recorder) -> None:
                 recorder.names[id(parameter)] = (number, name)
                 if not parameter.requires_grad:
                     frozen.append(name)
-                    recorder.frozen.add(id(parameter))
+                    recorder.frozen[id(parameter)] = number
             norms = [(name, *_norm(one)) for name, one in module.named_modules() if _norm(one)[0]]
             large = [
                 (name, checksum(buffer), buffer.nbytes)
@@ -102,6 +105,12 @@ def watch_ddp(recorder: Recorder) -> None:
     for name, function in (("__init__", init), ("forward", watched), ("register_comm_hook", hooked)):
         replace(DDP, name, function)
     replace(Join, "__enter__", joined)
+
+
+def _forget(recorder: Recorder, number: int) -> None:
+    """Forget the parameters of a DDP that is gone: others may get their ids."""
+    recorder.names = {key: value for key, value in recorder.names.items() if value[0] != number}
+    recorder.frozen = {key: value for key, value in recorder.frozen.items() if value != number}
 
 
 def watch_sharding(recorder: Recorder, fsdp: ModuleType) -> None:
@@ -196,11 +205,15 @@ def watch_modules(recorder: Recorder) -> None:
 
     def watched(self: Any) -> Any:
         result = evaluate(self)
-        if not torch.compiler.is_compiling() and not journal.hidden and not journal.windows:
-            recorder.evaluated[self] = journal.site()
-        if not torch.compiler.is_compiling() and journal.windows and not journal.hidden and recorder.events < 5_000:
+        if torch.compiler.is_compiling() or journal.hidden:
+            return result
+        site = journal.site()
+        if not journal.windows:
+            recorder.evaluated[self] = site
+        elif recorder.evaluations[site] < _EVALUATIONS:
+            recorder.evaluations[site] += 1
             with journal.safely:
-                _note_evaluated(recorder, self, journal.site())
+                _note_evaluated(recorder, self, site)
         return result
 
     def compiled(*args: Any, **options: Any) -> Any:
