@@ -127,7 +127,7 @@ def command(which: str, script: Path, *arguments: str) -> tuple[float, list[str]
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{which}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
-    return seconds, sorted(line for line in done.stdout.splitlines() if "epoch" in line and ": " in line)
+    return seconds, sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
 
 
 def trained(which: str, width: int, folder: Path) -> tuple[float, list[float], list[str]]:

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - the changes are lines of the scripts
-"""Clean scripts that look like a fault, in other styles than those of near_misses.py. For `make audit-corpus` alone."""
+"""Clean scripts that look like a fault, and their faulty twins, in other styles than those of near_misses.py."""
 
 from __future__ import annotations
 
@@ -183,6 +183,30 @@ LOOK_ALIKES: list[Case] = [
             "            scaler.scale(loss).backward()\n            for each, one in ((generator, for_generator), (discriminator, for_discriminator)):\n"
             "                scaler.unscale_(one)\n                nn.utils.clip_grad_norm_(each.parameters(), 0.1)\n"
             "                scaler.step(one)\n            scaler.update()\n",
+        ),
+    ),
+    make_case(  # the mean over the ranks, made for the log, is what goes backward
+        "307-reduced-loss",
+        "functions",
+        (
+            "def main():\n",
+            "def mean_of_ranks(value):\n    value = value.clone()\n    dist.all_reduce(value)\n"
+            "    return value / dist.get_world_size()\n\n\ndef main():\n",
+        ),
+        (_BACKWARD, "            loss = mean_of_ranks(F.cross_entropy(model(x), y))\n            loss.backward()\n"),
+        codes="DDP307",
+    ),
+    make_case(  # the same for the log alone
+        "307-reduced-for-the-log",
+        "functions",
+        (
+            "def main():\n",
+            "def mean_of_ranks(value):\n    value = value.clone()\n    dist.all_reduce(value)\n"
+            "    return value / dist.get_world_size()\n\n\ndef main():\n",
+        ),
+        (
+            _BACKWARD,
+            "            loss = F.cross_entropy(model(x), y)\n            shown = mean_of_ranks(loss)\n            loss.backward()\n",
         ),
     ),
     make_case(  # parameters are broadcast again, although their gradients are averaged

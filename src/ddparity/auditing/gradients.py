@@ -352,7 +352,9 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
         return
     scale = scales.pop()
     site = windows[0].accumulated[0]["site"]
-    if any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world)) and divides_by_world(site):
+    is_reduced = any(one.get("graph") for window in windows for one in window.of("collective"))  # the loss itself
+    by_world = any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world))
+    if by_world and (is_reduced or divides_by_world(site)):
         yield finding(
             "DDP307",
             _ranks(run),

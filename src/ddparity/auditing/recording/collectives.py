@@ -146,6 +146,8 @@ def _describe(
     if found is None:
         return values
     values |= {"shape": list(found.shape), "dtype": str(found.dtype)}
+    if found.grad_fn is not None:
+        values["graph"] = True
     if found.numel() <= _SMALL and found.device.type == "cpu" and not hasattr(found, "placements"):
         values["values"] = [float(v) for v in found.detach().reshape(-1).tolist()] if not found.is_complex() else None
     if name == "all_reduce" and number < _DIGESTS and found.is_floating_point() and not hasattr(found, "placements"):

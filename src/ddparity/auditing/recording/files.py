@@ -13,7 +13,7 @@ import zlib
 from types import ModuleType
 from typing import Any
 
-from .journal import Journal, replace
+from .journal import Journal, frame_above, replace
 
 TRACKERS = (("wandb", "init"), ("torch.utils.tensorboard", "SummaryWriter"), ("mlflow", "start_run"))
 _MOST = 5_000  # files that are recorded
@@ -81,15 +81,15 @@ def watch_files(journal: Journal) -> None:
 
 def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None:
     """Record that the user's code opened a file. Those that libraries open for themselves are left out."""
-    frame, site = sys._getframe(2), None
+    frame, site = frame_above(3), None
     for _ in range(_DEEPEST):
+        if frame is None:
+            return
         name = frame.f_code.co_filename
         if not journal.is_library(name):
             site = f"{os.path.realpath(name)}:{frame.f_lineno}"
             break
         if any(part in name for part in _OPEN_FOR_THEMSELVES):
-            return
-        if frame.f_back is None:
             return
         frame = frame.f_back
     if site is None:

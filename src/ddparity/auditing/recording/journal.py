@@ -82,7 +82,7 @@ class Journal:
 
     def site(self, depth: int = 2) -> str | None:
         """Return file:line of the innermost frame that is the user's, from `depth` frames above this one."""
-        frame: FrameType | None = sys._getframe(depth)
+        frame = frame_above(depth + 1)
         while frame is not None:
             key = (frame.f_code.co_filename, frame.f_lineno)
             if key not in self._sites:
@@ -94,7 +94,7 @@ class Journal:
 
     def chain(self) -> int:
         """Return a checksum of the user's lines that call this function, the innermost first."""
-        frame: FrameType | None = sys._getframe(2)
+        frame = frame_above(3)
         lines: list[tuple[str, int]] = []
         while frame is not None and len(lines) < _CHAIN:
             if not self.is_library(frame.f_code.co_filename):
@@ -109,6 +109,14 @@ class Journal:
             outside = file.startswith("<") or real.startswith((_OURS, _STARTERS)) or "site-packages" in real
             self._library[file] = outside or real.startswith(_LIBRARIES)
         return self._library[file]
+
+
+def frame_above(depth: int) -> FrameType | None:
+    """Return the frame that is `depth` above this one; None in a thread whose stack is not so deep."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and depth:
+        frame, depth = frame.f_back, depth - 1
+    return frame
 
 
 class _Safely:
