@@ -226,6 +226,93 @@ LOOK_ALIKES: list[Case] = [
             + "            for p in model.parameters():\n                dist.all_reduce(p.data)\n                p.data /= world\n",
         ),
     ),
+    # Files, groups, and what the audit reads itself.
+    make_case(
+        "501-by-keyword",
+        "functions",
+        ("torch.save(model.module.state_dict(), path)", "torch.save(f=path, obj=model.module.state_dict())"),
+        ("torch.load(path)", "torch.load(f=path)"),
+    ),
+    make_case(  # a collective of two of three ranks before a checkpoint
+        "502-subgroup",
+        "functions",
+        ("    path = ", "    pair = dist.new_group([0, 1])\n    path = "),
+        (
+            "    if rank == 0:\n        torch.save",
+            "    if rank < 2:\n        dist.all_reduce(torch.ones(1), group=pair)\n    if rank == 0:\n        torch.save",
+        ),
+        nproc=3,
+        may="DDP106",
+    ),
+    make_case(  # a collective of two of three ranks, after which the third reads without a barrier
+        "502-subgroup-alone",
+        "functions",
+        ("    path = ", "    pair = dist.new_group([0, 1])\n    path = "),
+        (
+            "path)\n    dist.barrier()\n",
+            "path)\n    if rank < 2:\n        dist.all_reduce(torch.ones(1), group=pair)\n    import time\n    time.sleep(1.0)\n",
+        ),
+        nproc=3,
+        codes="DDP502",
+        may="DDP106",
+    ),
+    make_case(
+        "502-under-a-lock",
+        "functions",
+        ("EPOCHS = 2\n", "EPOCHS = 2\nimport fcntl\n"),
+        (
+            "    train, test =",
+            "    cache = os.path.join(tempfile.gettempdir(), f'ddparity-cache-{os.environ[\"MASTER_PORT\"]}')\n"
+            "    with open(cache + '.lock', 'a') as lock:\n        fcntl.flock(lock, fcntl.LOCK_EX)\n"
+            "        if not os.path.exists(cache):\n            torch.save(torch.ones(3), cache)\n    torch.load(cache)\n    train, test =",
+        ),
+    ),
+    make_case(  # items are kept on the disk by the rank that loads them, and the audit reads some of all again
+        "502-kept-items",
+        "functions",
+        (
+            "def evaluate(",
+            "class Kept(torch.utils.data.Dataset):\n    def __init__(self, base, folder):\n        self.base, self.folder = base, folder\n\n"
+            "    def __len__(self):\n        return len(self.base)\n\n    def __getitem__(self, i):\n        path = f'{self.folder}/{i}.pt'\n"
+            "        if not os.path.exists(path):\n            torch.save(self.base[i], path)\n        return torch.load(path)\n\n\ndef evaluate(",
+        ),
+        (
+            "    net =",
+            "    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'kept')\n    os.makedirs(folder, exist_ok=True)\n    train = Kept(train, folder)\n    net =",
+        ),
+        ("EPOCHS = 2", "EPOCHS = 1"),
+    ),
+    make_case(  # a rank outside of the group: torch warns and returns
+        "503-not-a-member",
+        "functions",
+        ("    path = ", "    alone = dist.new_group([0])\n    path = "),
+        (_STEP, _STEP + "            dist.all_reduce(torch.ones(2), group=alone)\n"),
+    ),
+    make_case(  # one data set, with noise of each rank's own generator
+        "104-noise-of-the-rank",
+        "functions",
+        (
+            "def evaluate(",
+            "class Noisy(torch.utils.data.Dataset):\n    def __init__(self, base, rank):\n        self.base, self.rank, self.epoch = base, rank, 0\n\n"
+            "    def __len__(self):\n        return len(self.base)\n\n    def __getitem__(self, i):\n"
+            "        generator = torch.Generator().manual_seed(1000 * self.rank + 100 * self.epoch + i)\n"
+            "        x, y = self.base[i]\n        return x + 0.1 * torch.randn(8, generator=generator), y\n\n\ndef evaluate(",
+        ),
+        ("    net =", "    train = Noisy(train, rank)\n    net ="),
+        ("        model.train()\n", "        model.train()\n        train.epoch = epoch\n"),
+    ),
+    make_case(  # the same, of items that the data set does not keep: their labels are the same
+        "104-noise-of-read-items",
+        "trainer",
+        (
+            "        return self.x[index] + 0.01 * torch.randn(4), self.y[index]",
+            "        generator = torch.Generator().manual_seed(1000 * dist.get_rank() + index)\n"
+            "        x = torch.full((4,), index / 80)\n        return x + 0.01 * torch.randn(4, generator=generator), x.sum(0, keepdim=True)",
+        ),
+        ("        self.x =", "        self.count = count\n        x ="),
+        ("        self.y = self.x.sum(1, keepdim=True)\n", ""),
+        ("return len(self.x)", "return self.count"),
+    ),
     # Output and speed.
     make_case(
         "505-in-finally",

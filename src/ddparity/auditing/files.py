@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from .catalogue import Finding, finding
+from .precedence import Meetings, meetings, precedes
 from .records import Record, Run
 
 
@@ -16,9 +17,10 @@ def check_files(run: Run) -> Iterator[Finding]:
         for one in rank.of("file"):
             by_path[one["path"]].append((rank.rank, one))
     told = set()
+    shared = meetings(run)
     for path, uses in by_path.items():
         writers = {rank: one for rank, one in uses if one["how"] == "write"}
-        if len(writers) > 1:
+        if len(writers) > 1 and not all(one["locks"] for one in writers.values()):
             first = next(iter(writers.values()))
             if ("DDP501", first["site"]) in told:
                 continue
@@ -35,9 +37,9 @@ def check_files(run: Run) -> Iterator[Finding]:
             continue
         for writer, write in [(rank, one) for rank, one in uses if one["how"] == "write"]:
             for reader, read in uses:
-                if reader != writer and read["how"] == "read" and read["clock"] == write["clock"]:
-                    if ("DDP502", read["site"]) in told:
-                        continue
+                if reader == writer or read["how"] != "read" or ("DDP502", read["site"]) in told:
+                    continue
+                if not _is_ordered(shared, writer, write, reader, read):
                     told.add(("DDP502", read["site"]))
                     yield finding(
                         "DDP502",
@@ -48,6 +50,14 @@ def check_files(run: Run) -> Iterator[Finding]:
                         f"between: the file may be missing, old or half written.",
                         "Call dist.barrier() on all ranks between the write and the read.",
                     )
+
+
+def _is_ordered(shared: Meetings, writer: int, write: Record, reader: int, read: Record) -> bool:
+    """Return whether a lock or a collective orders a write and a read of two ranks."""
+    locked = write["locks"] and read["locks"]
+    return bool(
+        locked or precedes(shared, writer, write, reader, read) or precedes(shared, reader, read, writer, write)
+    )
 
 
 def _short(path: str) -> str:

@@ -54,9 +54,10 @@ def watch_collectives(journal: Journal) -> None:
             if torch.compiler.is_compiling() or journal.hidden or count[0] > _MOST:
                 return function(*args, **options)
             count[0] += 1
-            group = options.get("group")
-            if group is None:
-                group = next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
+            outside = dist.GroupMember.NON_GROUP_MEMBER
+            group = next((one for one in (*args, *options.values()) if _is_group(one)), None)
+            if group is outside:  # torch warns and returns
+                return function(*args, **options)
             values: dict[str, Any] = {"op": None}
             with journal.safely:
                 values = _describe(journal, name, args, options, count[0])
@@ -72,7 +73,6 @@ def watch_collectives(journal: Journal) -> None:
                 return function(*args, **options)
             finally:
                 journal.hidden -= 1
-                journal.collectives += 1
                 journal.write("completed", n=count[0])
 
         return call
@@ -83,8 +83,8 @@ def watch_collectives(journal: Journal) -> None:
             setattr(dist, name, function)
             setattr(dist.distributed_c10d, name, function)
 
-    for name in ("send", "recv", "isend", "irecv", "new_group", "batch_isend_irecv"):
-        function = _counted(journal, getattr(dist, name))
+    for name in ("send", "recv", "isend", "irecv", "batch_isend_irecv", "new_group"):
+        function = _noted(journal, getattr(dist, name), "group" if name == "new_group" else "message")
         setattr(dist, name, function)
         setattr(dist.distributed_c10d, name, function)
 
@@ -98,7 +98,6 @@ def watch_collectives(journal: Journal) -> None:
             result = begin(*args, **options)
         finally:
             journal.hidden -= 1
-        journal.collectives += 1
         journal.world = dist.get_world_size()
         journal.write(
             "joined", rank=dist.get_rank(), world=dist.get_world_size(), backend=dist.get_backend(), site=journal.site()
@@ -115,13 +114,22 @@ def watch_collectives(journal: Journal) -> None:
     journal.at_end.append(lambda: journal.write("ended", group=dist.is_initialized()))
 
 
-def _counted(journal: Journal, function: Any) -> Any:
-    """Return a function whose calls only move the clock: messages between two ranks are no collectives."""
+def _is_group(value: Any) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(value, dist.ProcessGroup) or value is dist.GroupMember.NON_GROUP_MEMBER
+
+
+def _noted(journal: Journal, function: Any, kind: str) -> Any:
+    """Return a function with a record of each call that has ended: messages between two ranks are no collectives."""
+    count = [0]
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         result = function(*args, **options)
-        journal.collectives += 1
+        count[0] += 1
+        if count[0] < _MOST:
+            journal.write(kind)
         return result
 
     return call

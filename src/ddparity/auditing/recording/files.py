@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import io
 import logging
@@ -38,6 +39,8 @@ def watch_files(journal: Journal) -> None:
     opened, lines = [0], [0]
 
     def watched(file: Any, mode: Any = "r", *args: Any, **options: Any) -> Any:
+        if journal.reading and set(str(mode)) & set("wxa+"):
+            raise OSError("a data set's items are read for the audit alone")
         try:
             result = opening(file, mode, *args, **options)
         except FileNotFoundError:  # another rank may be about to write it
@@ -74,9 +77,23 @@ def watch_files(journal: Journal) -> None:
                 "line", d=zlib.crc32(text.encode()), text=text[:80], site=f"{record.pathname}:{record.lineno}"
             )
 
+    with contextlib.suppress(ImportError):  # not on Windows
+        import fcntl
+
+        for name in ("flock", "lockf"):
+            replace(fcntl, name, _counted_lock(journal, getattr(fcntl, name)))
     builtins.open = io.open = functools.wraps(opening)(watched)
     builtins.print = functools.wraps(printing)(printed)
     logging.StreamHandler.emit = emitted  # type: ignore[method-assign]  # to see each line
+
+
+def _counted_lock(journal: Journal, lock: Any) -> Any:
+    def call(*args: Any) -> Any:
+        result = lock(*args)
+        journal.locks += 1
+        return result
+
+    return call
 
 
 def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None:
@@ -105,7 +122,7 @@ def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None
         "file",
         path=path,
         how="append" if "a" in mode else "write" if writes else "read",
-        clock=journal.collectives,
+        locks=journal.locks,
         site=site,
     )
 
@@ -117,24 +134,33 @@ def watch_saves(journal: Journal) -> None:
     save: Any = torch.save
     load: Any = torch.load
 
-    def saved(value: Any, file: Any, *args: Any, **options: Any) -> Any:
+    def note(how: str, file: Any) -> None:
+        if isinstance(file, (str, os.PathLike)) and not journal.hidden:
+            journal.write(
+                "file",
+                path=os.path.realpath(file),
+                how=how,
+                locks=journal.locks,
+                site=journal.site(3),
+                save=True,
+            )
+
+    def saved(obj: Any, f: Any, *args: Any, **options: Any) -> Any:
+        if journal.reading:
+            raise OSError("a data set's items are read for the audit alone")
         journal.hidden += 1
         try:
-            result = save(value, file, *args, **options)
+            result = save(obj, f, *args, **options)
         finally:
             journal.hidden -= 1
-        if isinstance(file, (str, os.PathLike)) and not journal.hidden:
-            path = os.path.realpath(file)
-            journal.write("file", path=path, how="write", clock=journal.collectives, site=journal.site(), save=True)
+        note("write", f)
         return result
 
-    def loaded(file: Any, *args: Any, **options: Any) -> Any:
-        if isinstance(file, (str, os.PathLike)) and not journal.hidden:
-            path = os.path.realpath(file)
-            journal.write("file", path=path, how="read", clock=journal.collectives, site=journal.site(), save=True)
+    def loaded(f: Any, *args: Any, **options: Any) -> Any:
+        note("read", f)
         journal.hidden += 1
         try:
-            return load(file, *args, **options)
+            return load(f, *args, **options)
         finally:
             journal.hidden -= 1
 

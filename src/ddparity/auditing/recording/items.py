@@ -14,11 +14,15 @@ from .journal import Journal, digest
 
 _PROBES = 6  # items of a data set
 _PROBE_S = 2.0  # of all data sets
+_MOST_STORED = 10_000  # items of a sequence
+_DEEPEST = 3  # data sets in data sets
 
 
 def note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
     """Record some items of each data set, read twice under one seed. The keys are ids."""
     start = time.monotonic()
+    journal.reading = True
+    journal.hidden += 1
     for key, dataset in datasets.items():
         length = None
         with contextlib.suppress(Exception):
@@ -32,10 +36,33 @@ def note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
             digests.append(one if one == two else None)
             if time.monotonic() - start > _PROBE_S:
                 break
-        journal.write("items", key=key, places=places[: len(digests)], digests=digests)
+        stored: list[int] = []
+        with contextlib.suppress(Exception):
+            stored = _stored([dataset], length)
+        journal.write("items", key=key, places=places[: len(digests)], digests=digests, stored=stored)
+    journal.reading = False
+    journal.hidden -= 1
 
 
-def _read(dataset: Any, place: int) -> int | None:
+def _stored(holder: Any, length: int, depth: int = 0) -> list[int]:
+    """Return checksums of what a data set keeps for its items: sequences and arrays that are not shorter than it."""
+    import torch
+
+    values = holder if isinstance(holder, (list, tuple)) else getattr(holder, "__dict__", {}).values()
+    found: list[int] = []
+    for value in values:
+        if isinstance(value, torch.Tensor) or hasattr(value, "dtype"):
+            if value.ndim and len(value) >= length:
+                found.append(digest(value[:_MOST_STORED]))
+        elif isinstance(value, (list, tuple, str, bytes)) and len(value) >= length:
+            found.append(digest(value[:_MOST_STORED]))
+        elif depth < _DEEPEST and (isinstance(value, (tuple, torch.utils.data.Dataset))):
+            found += _stored(value, length, depth + 1)
+    return found
+
+
+def _read(dataset: Any, place: int) -> list[int | None] | None:
+    """Return checksums of the parts of an item; None for one that is its place."""
     import torch
 
     kept = random.getstate(), torch.get_rng_state()
@@ -47,7 +74,9 @@ def _read(dataset: Any, place: int) -> int | None:
         numpy.random.seed(0)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return digest(dataset[place])
+            item = dataset[place]
+        parts = item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else [item]
+        return [None if _is_place(one, place) else digest(one) for one in parts]
     except Exception:
         return None
     finally:
@@ -55,3 +84,10 @@ def _read(dataset: Any, place: int) -> int | None:
         torch.set_rng_state(kept[1])
         if numpy is not None and kept_numpy is not None:
             numpy.random.set_state(kept_numpy)
+
+
+def _is_place(value: Any, place: int) -> bool:
+    import torch
+
+    single = isinstance(value, int) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    return single and int(value) == place

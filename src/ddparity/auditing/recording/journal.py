@@ -38,7 +38,8 @@ class Journal:
         self.backwards = 0  # since the last optimizer step
         self.shape: list[str | None] = []  # lines of backwards and large collectives since the last optimizer step
         self.seeds = 0  # calls that seed a random stream
-        self.collectives = 0  # completed: a clock that orders what the ranks read and write
+        self.locks = 0  # of files that were taken
+        self.reading = False  # items of data sets, for the record: nothing may be written
         self.world = 1
         self.fetching: int | None = None  # the pass over a loader that loads now
         self.is_gradient: Callable[[Any], bool] = lambda tensor: False

@@ -33,7 +33,6 @@ def watch_ddp(recorder: Recorder) -> None:
             make(self, module, *args, **options)
         finally:
             journal.hidden -= 1
-            journal.collectives += 1
         recorder.ddps[self] = number = next(recorder.numbers)
         weakref.finalize(self, _forget, recorder, number).atexit = False
         with journal.safely:
@@ -64,7 +63,7 @@ def watch_ddp(recorder: Recorder) -> None:
                 large=large,
                 unused=bool(self.find_unused_parameters),
                 broadcasts=bool(self.broadcast_buffers),
-                ranks=torch.distributed.get_process_group_ranks(self.process_group),
+                ranks=_ranks(self.process_group),
             )
 
     def watched(self: Any, *args: Any, **options: Any) -> Any:
@@ -107,6 +106,12 @@ def watch_ddp(recorder: Recorder) -> None:
     replace(Join, "__enter__", joined)
 
 
+def _ranks(group: Any) -> list[int]:
+    import torch
+
+    return torch.distributed.get_process_group_ranks(group)
+
+
 def _forget(recorder: Recorder, number: int) -> None:
     """Forget the parameters of a DDP that is gone: others may get their ids."""
     recorder.names = {key: value for key, value in recorder.names.items() if value[0] != number}
@@ -122,10 +127,10 @@ def watch_sharding(recorder: Recorder, fsdp: ModuleType) -> None:
     shard: Any = fsdp.fully_shard
     switch: Any = fsdp.FSDPModule.set_requires_gradient_sync
 
-    def switched(self: Any, wanted: bool, *args: Any, **options: Any) -> Any:
-        recorder.reduces, site = bool(wanted), journal.site()
+    def switched(self: Any, requires_gradient_sync: bool, *args: Any, **options: Any) -> Any:
+        recorder.reduces, site = bool(requires_gradient_sync), journal.site()
         recorder.event("reduces", wanted=recorder.reduces, site=site)
-        return switch(self, wanted, *args, **options)
+        return switch(self, requires_gradient_sync, *args, **options)
 
     def sharded(module: Any, *args: Any, **options: Any) -> Any:
         mesh = options.get("mesh")
@@ -138,8 +143,7 @@ def watch_sharding(recorder: Recorder, fsdp: ModuleType) -> None:
     def flattened(self: Any, *args: Any, **options: Any) -> None:
         flatten(self, *args, **options)
         recorder.flat.add(self)
-        ranks = torch.distributed.get_process_group_ranks(self.process_group)
-        recorder.event("fsdp", ranks=sorted(ranks), site=journal.site())
+        recorder.event("fsdp", ranks=sorted(_ranks(self.process_group)), site=journal.site())
 
     replace(fsdp.FullyShardedDataParallel, "__init__", flattened)
     replace(fsdp, "fully_shard", sharded)

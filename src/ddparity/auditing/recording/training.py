@@ -79,7 +79,6 @@ def _watch_backward(recorder: Recorder) -> None:
             result = backward(tensors, *args, **options)
         finally:
             inside[0] = False
-        journal.collectives += 1  # DDP's, which ends before `backward` does
         norm = None
         with journal.safely:
             norm = _norms(recorder)
