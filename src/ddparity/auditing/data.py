@@ -146,6 +146,8 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 f"the data set by no rank.",
                 "Give the sampler of each rank the same seed and length, and its own rank.",
             )
+        elif _draws_another_part(run, first):
+            pass
         elif lost > _DROPPED_OF_A_PASS * size or (
             lost > _DROPPED_OF_ALL * size and size - len(_ever(run, first)) > _DROPPED_OF_ALL * size
         ):
@@ -222,6 +224,15 @@ def _repeats(one: Pass) -> bool:
     return len(kept) > len(set(kept))
 
 
+def _draws_another_part(run: Run, one: Pass) -> bool:
+    """Return whether a sampler of the user's takes another part of a data set in each epoch."""
+    if one.loader["sampler"].startswith("torch.") or one.loader["drop_last"]:
+        return False
+    return len(_ever(run, one)) > 1.2 * len(
+        {i for pair in run.pairs for p in pair if p.key == one.key for i in p.indices}
+    )
+
+
 def _ever(run: Run, one: Pass) -> set[int]:
     return {i for pair in run.pairs for each in pair if each.place == one.place for i in each.indices}
 
@@ -284,7 +295,7 @@ def _differing(run: Run, pair: list[Pass]) -> str:
 
 def _check_counts(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     """DDP105: a rank that has more batches waits in a reduction for the others, or trains alone."""
-    if run.uses("join") or not run.uses("ddp"):
+    if run.uses("join") or not run.uses("ddp") or run.ended_together(pair):
         return
     counts = [one.batches if one.complete and not one.loader["stream"] else one.given for one in pair]
     planned = [one.planned for one in pair]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from .catalogue import Finding, finding
 from .precedence import Meetings, meetings, precedes
-from .records import Record, Run
+from .records import Rank, Record, Run
+
+_MOST_WRITES = 40  # of a file, which are compared
 
 
 def check_files(run: Run) -> Iterator[Finding]:
@@ -16,12 +19,20 @@ def check_files(run: Run) -> Iterator[Finding]:
     for rank in run.ranks:
         for one in rank.of("file"):
             by_path[one["path"]].append((rank.rank, one))
-    told = set()
+    told: set[tuple[str, str]] = set()
     shared = meetings(run)
     for path, uses in by_path.items():
         writers = {rank: one for rank, one in uses if one["how"] == "write"}
-        if len(writers) > 1 and not all(one["locks"] for one in writers.values()):
-            first = next(iter(writers.values()))
+        writes = [(rank, one) for rank, one in uses if one["how"] == "write"][:_MOST_WRITES]
+        first = next(
+            (
+                one
+                for (rank, one), (other, two) in itertools.combinations(writes, 2)
+                if rank != other and not _is_ordered(shared, rank, one, other, two)
+            ),
+            None,
+        )
+        if first is not None:
             if ("DDP501", first["site"]) in told:
                 continue
             told.add(("DDP501", first["site"]))
@@ -68,7 +79,8 @@ def check_collectives(run: Run) -> Iterator[Finding]:
     """DDP503: the first place where the ranks call different collectives. DDP505: a group that is not destroyed."""
     ranks = [rank.rank for rank in run.ranks]
     if run.world > 1:
-        yield from _check_sequences(run)
+        found = list(_check_buffers(run))
+        yield from found or _check_sequences(run)
     left = [rank.rank for rank in run.ranks if rank.of("joined") and not rank.of("left") and rank.of("ended")]
     if left and len(left) == len(ranks) and run.exit_code == 0:
         site = run.ranks[0].of("joined")[0]["site"]
@@ -80,6 +92,55 @@ def check_collectives(run: Run) -> Iterator[Finding]:
             "The script ends without dist.destroy_process_group(): a rank may end while another still waits.",
             "Call dist.destroy_process_group() at the end.",
         )
+
+
+def _check_buffers(run: Run) -> Iterator[Finding]:
+    """DDP503 for a wrapped model with buffers that some ranks call more often: a forward may broadcast them."""
+    if run.uses("join"):
+        return
+    for group in run.groups:
+        ranks = [rank for rank in run.ranks if rank.rank in group]
+        for ddp in ranks[0].of("ddp"):
+            found = _extra_broadcast(ranks, ddp["id"])
+            if found is not None:
+                site, n, (most, many), (fewest, few) = found
+                yield finding(
+                    "DDP503",
+                    group,
+                    site,
+                    ddp["site"],
+                    f"Before step {n} rank {most} calls the wrapped model {many} times, and rank {fewest} {few} times. "
+                    f"Its forward broadcasts buffers, which meets another collective on the other ranks.",
+                    "Call the wrapped model on all ranks, or model.module on one.",
+                )
+                return
+
+
+def _extra_broadcast(ranks: list[Rank], number: int) -> tuple[str | None, int, tuple[int, int], tuple[int, int]] | None:
+    """Return the line of a forward that one rank calls more often than another, and how often each calls."""
+    rows = [_broadcasts(rank, number) for rank in ranks]
+    last = min(map(len, rows)) - 1
+    for n in range(last + 1):
+        counts = [row[n] for row in rows]
+        totals = [one.total() for one in counts]
+        most, fewest = totals.index(max(totals)), totals.index(min(totals))
+        extra = list(counts[most] - counts[fewest])
+        if n == last:  # a crash or a hang may have ended it: only lines that the other rank never calls
+            extra = [site for site in extra if not any(row[site] for row in rows[fewest])]
+        if extra:
+            return extra[0], n, (ranks[most].rank, totals[most]), (ranks[fewest].rank, totals[fewest])
+    return None
+
+
+def _broadcasts(rank: Rank, number: int) -> list[Counter[str | None]]:
+    """Return the lines of forwards that broadcast a model's buffers, counted for each step."""
+    found: list[Counter[str | None]] = [Counter()]
+    for one in rank.records:
+        if one["k"] == "step":
+            found.append(Counter())
+        elif one["k"] == "forward" and one["ddp"] == number and one.get("buffers"):
+            found[-1][one["site"]] += 1
+    return found
 
 
 def _check_sequences(run: Run) -> Iterator[Finding]:

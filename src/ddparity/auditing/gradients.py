@@ -44,7 +44,7 @@ def _reductions(window: Window) -> list[Record]:
         if event["k"] == "forward" and event["grad"]:
             synchronised = synchronised or event["sync"]
         elif event["k"] == "backward":
-            if synchronised and window.is_micro_batch(event):
+            if synchronised and window.is_kept(event):
                 found.append(event)
             synchronised = False
     return found
@@ -54,7 +54,7 @@ def _check_reductions(run: Run, windows: list[Window]) -> Iterator[Finding]:
     if run.world < 2:
         return
     for window in windows:
-        many, reduced = len(window.accumulated), len(_reductions(window))
+        many, reduced = len(window.kept), len(_reductions(window))
         if many >= 2 and reduced >= 2:
             partly = any(not one["sync"] for one in window.of("forward") if one["grad"])
             yield finding(
@@ -71,11 +71,11 @@ def _check_reductions(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 
 def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
-    lengths = [len(window.accumulated) for window in windows]
+    lengths = [len(window.kept) for window in windows]
     if not any(length >= 2 for length in lengths) or any(map(_is_of_one_batch, windows)):
         return
-    scales = {one["scale"] for window in windows for one in window.accumulated}
-    summed = any(":sum" in one["node"] for window in windows for one in window.accumulated)
+    scales = {one["scale"] for window in windows for one in window.kept}
+    summed = any(":sum" in one["node"] for window in windows for one in window.kept)
     for window, length in zip(windows, lengths):
         if len(scales) != 1 or None in scales or summed or not length:
             break
@@ -87,18 +87,17 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
                 "DDP303",
                 _ranks(run),
                 window.step["site"],
-                window.accumulated[0]["site"],
+                window.kept[0]["site"],
                 f"Step {window.step['n']} follows {length} micro-batch{'es' if length > 1 else ''}, whose losses are "
                 f"divided by {whole}: its gradient is {length}/{whole} of the mean.",
                 "Divide by the number of micro-batches that the step has, also at the start and at the end of an "
                 "epoch.",
             )
             return
-    node = windows[0].accumulated[0]["node"] if windows[0].accumulated else ""
+    node = windows[0].kept[0]["node"] if windows[0].kept else ""
     for window, length in zip(windows, lengths):
         if length >= 2 and all(
-            one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"]
-            for one in window.accumulated
+            one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"] for one in window.kept
         ):
             if window.of("scale") or _is_divided_by_hand(window, length):
                 return
@@ -141,18 +140,18 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
         counts = [count for row in rows if row is not None for count in row]
         if len(counts) < 2 or min(counts) <= 0 or max(counts) < _UNEQUAL * min(counts):
             continue
-        scales = {one["scale"] for window in step for one in window.accumulated}
-        nodes = [one["node"] for window in step for one in window.accumulated]
+        scales = {one["scale"] for window in step for one in window.kept}
+        nodes = [one["node"] for window in step for one in window.kept]
         if len(scales) != 1 or None in scales or not all(n.startswith(MEANS) and ":sum" not in n for n in nodes):
             continue
         # The short last micro-batch of an epoch, alike on all ranks, matters little.
         short = all(row == rows[0] for row in rows) and len({*counts[: len(rows[0] or []) - 1]}) == 1
-        samples = step[0].accumulated[0]["units"] is None or _all_counted(step)
-        what = "counted targets" if step[0].accumulated[0]["units"] is not None else "samples"
+        samples = step[0].kept[0]["units"] is None or _all_counted(step)
+        what = "counted targets" if step[0].kept[0]["units"] is not None else "samples"
         yield finding(
             "DDP305",
             _ranks(run),
-            step[0].accumulated[-1]["site"],
+            step[0].kept[-1]["site"],
             None,
             f"The losses of step {step[0].step['n']} are means over {', '.join(f'{c:g}' for c in counts)} {what}, and "
             f"all have the same weight: a sample of the smallest counts {max(counts) / min(counts):.3g} times as much.",
@@ -167,7 +166,7 @@ def _all_counted(step: tuple[Window, ...]) -> bool:
     """Return whether the counts of cross-entropy are those of the samples: no target is left out."""
     for window in step:
         sizes = [one["n"] for one in window.of("forward") if one["grad"]]
-        units = [one["units"] for one in window.accumulated]
+        units = [one["units"] for one in window.kept]
         if len(sizes) != len(units) or None in sizes or None in units:
             return False
         if len({unit / size for unit, size in zip(units, sizes) if size}) > 1:
@@ -182,7 +181,7 @@ def _counts(window: Window) -> list[float] | None:
     for event in window.events:
         if event["k"] == "forward" and event["grad"]:
             size = event["n"]
-        elif window.is_micro_batch(event):
+        elif window.is_kept(event):
             count = event["units"] if event["units"] is not None else size
             if count is None:
                 return None
@@ -247,7 +246,12 @@ def _check_scaler(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
                 scaled = True
             elif event["k"] == "unscale" and event["opt"] in (optimizer, None):
                 scaled = False
-            elif event["k"] == "clip" and scaled and (not event["opts"] or optimizer in event["opts"]):
+            elif (
+                event["k"] == "clip"
+                and scaled
+                and not _is_scaled_limit(event)
+                and (not event["opts"] or optimizer in event["opts"])
+            ):
                 yield finding(
                     "DDP308",
                     _ranks(run),
@@ -259,6 +263,11 @@ def _check_scaler(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
                     "Call scaler.unscale_(optimizer) before the clip.",
                 )
                 return
+
+
+def _is_scaled_limit(clip: Record) -> bool:
+    """Return whether the limit of a clip is multiplied by the GradScaler's factor, too."""
+    return bool(clip["scale"]) and clip["limit"] >= min(clip["scale"], 100)
 
 
 def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[Finding]:
@@ -346,12 +355,12 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
     """DDP307, likely: a loss that is multiplied or divided by the world size, although DDP averages."""
     if run.world < 2 or not run.uses("ddp"):
         return
-    scales = {one["scale"] for window in windows for one in window.accumulated}
-    lengths = {len(window.accumulated) for window in windows}
+    scales = {one["scale"] for window in windows for one in window.kept}
+    lengths = {len(window.kept) for window in windows}
     if len(scales) != 1 or lengths != {1} or None in scales:
         return
     scale = scales.pop()
-    site = windows[0].accumulated[0]["site"]
+    site = windows[0].kept[0]["site"]
     is_reduced = any(one.get("graph") for window in windows for one in window.of("collective"))  # the loss itself
     by_world = any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world))
     if by_world and (is_reduced or divides_by_world(site)):

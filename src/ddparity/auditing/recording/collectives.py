@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from typing import Any
 
 from .journal import Journal, checksum
@@ -88,6 +89,8 @@ def watch_collectives(journal: Journal) -> None:
         setattr(dist, name, function)
         setattr(dist.distributed_c10d, name, function)
 
+    with journal.safely:
+        _watch_store(journal)
     begin, end = dist.init_process_group, dist.destroy_process_group
 
     @functools.wraps(begin)
@@ -112,6 +115,30 @@ def watch_collectives(journal: Journal) -> None:
     for module in (dist, dist.distributed_c10d):
         module.init_process_group, module.destroy_process_group = init, destroyed  # type: ignore[attr-defined]  # dist re-exports them
     journal.at_end.append(lambda: journal.write("ended", group=dist.is_initialized()))
+
+
+def _watch_store(journal: Journal) -> None:
+    """Record what the script itself says to other ranks by way of a store."""
+    from torch import distributed
+
+    dist: Any = distributed
+
+    def told(function: Any) -> Any:
+        note = _noted(journal, lambda: None, "message")
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
+            if not journal.hidden and not journal.is_library(sys._getframe(1).f_code.co_filename):
+                note()
+            return result
+
+        return call
+
+    for name in ("set", "get", "wait", "add", "compare_set", "multi_get", "multi_set", "check", "append"):
+        for kind in (dist.Store, dist.TCPStore, dist.FileStore, dist.PrefixStore):
+            if name in vars(kind):
+                setattr(kind, name, told(getattr(kind, name)))
 
 
 def _is_group(value: Any) -> bool:

@@ -117,11 +117,13 @@ def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None
     ):
         return
     opened[0] += 1
-    writes = any(c in mode for c in "wx+")
+    how = (
+        "append" if "a" in mode else "update" if "+" in mode and "w" not in mode else "read" if "r" in mode else "write"
+    )
     journal.write(
         "file",
         path=path,
-        how="append" if "a" in mode else "write" if writes else "read",
+        how=how,
         locks=journal.locks,
         site=site,
     )

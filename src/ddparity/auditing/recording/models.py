@@ -75,6 +75,8 @@ def watch_ddp(recorder: Recorder) -> None:
             recorder.forwards += 1
             grad = torch.is_grad_enabled()
             values: dict[str, Any] = {"n": batch_size((args, options))}
+            if self.will_sync_module_buffers():
+                values["buffers"] = True
             if hashed:
                 values["x"] = digest((args, options))
                 values["rng"] = stream_states()[0]
@@ -194,6 +196,7 @@ def _note_evaluated(recorder: Recorder, model: Any, site: str | None) -> None:
         ddps=sorted(known),
         buffers=buffers,
         parameters=digest(parameters) if recorder.journal.windows < 400 else None,
+        steps=recorder.journal.windows,
         site=site,
     )
 

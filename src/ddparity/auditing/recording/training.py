@@ -133,7 +133,8 @@ def _watch_optimizers(recorder: Recorder) -> None:
     def zeroed(self: Any, *args: Any, **options: Any) -> Any:
         if not torch.compiler.is_compiling() and journal.backwards and (state := recorder.optimizers.get(self)):
             held = any(p.grad is not None for group in self.param_groups for p in group["params"])
-            recorder.event("zero", opt=state["id"], held=held, site=journal.site())
+            also = _sharing(recorder, optimizer=self)
+            recorder.event("zero", opt=state["id"], also=also, held=held, site=journal.site())
         return zero(self, *args, **options)
 
     def emptied(self: Any, *args: Any, **options: Any) -> Any:
@@ -144,7 +145,7 @@ def _watch_optimizers(recorder: Recorder) -> None:
                     all_own = [p for group in optimizer.param_groups for p in group["params"]]
                     if all(id(p) in own for p in all_own):
                         held = any(p.grad is not None for p in all_own)
-                        recorder.event("zero", opt=state["id"], held=held, site=journal.site())
+                        recorder.event("zero", opt=state["id"], also=[], held=held, site=journal.site())
         return empty(self, *args, **options)
 
     def before(optimizer: Any, args: Any, options: Any) -> None:
@@ -227,7 +228,16 @@ def _register(recorder: Recorder, optimizer: Any, site: str | None, late: bool =
         return recorder.optimizers[optimizer]
     number = next(recorder.numbers)
     size = _count(p for group in optimizer.param_groups for p in group["params"])
-    state = {"id": number, "steps": 0, "shape": [], "size": size, "odd": 0, "count": -1, "norm": None}
+    state = {
+        "id": number,
+        "steps": 0,
+        "shape": [],
+        "size": size,
+        "odd": 0,
+        "count": -1,
+        "sharing": (1, []),
+        "norm": None,
+    }
     recorder.optimizers[optimizer] = state
     recorder.event("optimizer", id=number, late=late, site=site)
     return state
@@ -280,6 +290,16 @@ def _largest(parameters: Any) -> float | None:
     return max((float(one.abs().max()) for one in gradients), default=None)
 
 
+def _sharing(recorder: Recorder, optimizer: Any) -> list[int]:
+    """Return the other optimizers that step some of the same parameters, as one that wraps another does."""
+    state, count = recorder.optimizers[optimizer], len(recorder.optimizers)
+    if state["sharing"][0] != count:
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        state["sharing"] = count, [number for number in _owners(recorder, own) if number != state["id"]]
+    found: list[int] = state["sharing"][1]
+    return found
+
+
 def _owners(recorder: Recorder, parameters: Any) -> list[int]:
     """Return the optimizers that step some of the parameters."""
     own = {id(parameters)} if hasattr(parameters, "grad") else {id(p) for p in parameters}
@@ -319,6 +339,7 @@ def _watch_clipping(recorder: Recorder) -> None:
                     of="norm" if by_norm else "largest value",
                     norm=norm,
                     limit=None if limit is None else float(limit),
+                    scale=recorder.scale,
                     opts=[] if recorder.scale is None else _owners(recorder, parameters),
                     site=journal.site(),
                 )
