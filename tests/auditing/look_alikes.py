@@ -345,3 +345,242 @@ LOOK_ALIKES: list[Case] = [
     ),
     make_case("703-queue", "moco", ("K=64", "K=2**16")),  # a large buffer that changes
 ]
+
+_NO_SAMPLER = ("batch_size=8, sampler=sampler", "batch_size=8")
+_CLASS = "class Own(torch.utils.data.Dataset):\n    def __len__(self):\n        return {}\n\n    def __getitem__(self, i):\n{}\n\n\ndef evaluate("
+_LOOK = "            if rank == 0 and epoch == 0:\n                {0}.eval()\n                {0}(x)\n                {0}.train()\n"
+
+LOOK_ALIKES += [
+    make_case(  # a data set that draws a new sample at each access
+        "101-drawn",
+        "functions",
+        ("def evaluate(", _CLASS.format(64, "        x = torch.randn(8)\n        return x, (x.sum() > 0).long()")),
+        ("    net =", "    train = Own()\n    net ="),
+        _NO_SAMPLER,
+        _SET_EPOCH,
+    ),
+    make_case(  # a validation batch now and then, from an iterator without an end
+        "101-validation-iterator",
+        "functions",
+        (
+            "    optimizer =",
+            "    def forever(loader):\n        while True:\n            yield from loader\n\n"
+            "    some = forever(DataLoader(make_data(5, 32), batch_size=8))\n    optimizer =",
+        ),
+        (
+            _STEP,
+            _STEP
+            + "            model.eval()\n            with torch.no_grad():\n                model(next(some)[0])\n            model.train()\n",
+        ),
+    ),
+    make_case(  # new samples each round
+        "103-fresh-data",
+        "functions",
+        _SET_EPOCH,
+        (
+            "    for epoch in range(EPOCHS):\n",
+            "    for epoch in range(EPOCHS):\n        train = make_data(10 + epoch, 64)\n        loader = DataLoader(train, batch_size=8, sampler=DistributedSampler(train))\n",
+        ),
+    ),
+    make_case(  # noise that is drawn once, and kept
+        "104-kept-noise",
+        "functions",
+        (
+            "def evaluate(",
+            "class Own(torch.utils.data.Dataset):\n    def __init__(self, base):\n        self.base, self.kept = base, {}\n\n"
+            "    def __len__(self):\n        return len(self.base)\n\n    def __getitem__(self, i):\n        if i not in self.kept:\n"
+            "            self.kept[i] = self.base[i][0] + 0.01 * torch.randn(8)\n        return self.kept[i], self.base[i][1]\n\n\ndef evaluate(",
+        ),
+        ("    net =", "    train = Own(train)\n    net ="),
+    ),
+    make_case(  # shards of other lengths, which begin again
+        "105-restarts",
+        "functions",
+        ("make_data(1, 64)", "make_data(1 + rank, 48 - 16 * rank)"),
+        ("sampler = DistributedSampler(train, shuffle=True)", "sampler = torch.utils.data.RandomSampler(train)"),
+        _SET_EPOCH,
+        (
+            "        for x, y in loader:\n            optimizer",
+            "        batches = iter(loader)\n        for _ in range(8):\n            try:\n                x, y = next(batches)\n"
+            "            except StopIteration:\n                batches = iter(loader)\n                x, y = next(batches)\n            optimizer",
+        ),
+        may="DDP106",
+    ),
+    make_case(  # each epoch is another part of a large data set
+        "106-another-part",
+        "functions",
+        ("make_data(1, 64)", "make_data(1, 640)"),
+        (
+            "def evaluate(",
+            "class Part(torch.utils.data.Sampler):\n    def __len__(self):\n        return 32\n\n    def __iter__(self):\n"
+            "        order = torch.randperm(640, generator=torch.Generator().manual_seed(self.epoch))[:64]\n"
+            "        return iter(order[dist.get_rank() :: dist.get_world_size()].tolist())\n\n    def set_epoch(self, epoch):\n"
+            "        self.epoch = epoch\n\n\ndef evaluate(",
+        ),
+        ("sampler = DistributedSampler(train, shuffle=True)", "sampler = Part()"),
+    ),
+    make_case(  # a part of the model that DDP is told to leave out
+        "201-left-out",
+        "functions",
+        (
+            "    model = DDP(net)",
+            "    DDP._set_params_and_buffers_to_ignore_for_model(net, ['2.bias'])\n    model = DDP(net)",
+        ),
+    ),
+    make_case(  # rank 0 looks at the average between two evaluations
+        "203-quick-look",
+        "functions",
+        ("    path = ", "    ema = torch.optim.swa_utils.AveragedModel(net)\n    path = "),
+        (_STEP, _STEP + "            ema.update_parameters(net)\n" + _LOOK.format("ema")),
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        accuracy = max(evaluate(model, held_out), evaluate(ema, held_out))\n",
+        ),
+    ),
+    make_case(  # the same, of buffers that do differ
+        "213-quick-look",
+        "functions",
+        ("nn.Linear(8, 16),", "nn.Linear(8, 16), nn.BatchNorm1d(16),"),
+        ("DDP(net)", "DDP(net, broadcast_buffers=False)"),
+        (_STEP, _STEP + _LOOK.format("model.module")),
+        codes="DDP213",
+    ),
+    make_case(  # two models, whose backwards are in one line
+        "304-actor-critic",
+        "functions",
+        (
+            "    optimizer =",
+            "    critic = DDP(nn.Linear(8, 1))\n    second = torch.optim.SGD(critic.parameters(), lr=0.1)\n    optimizer =",
+        ),
+        (
+            "            optimizer.zero_grad()\n" + _BACKWARD + _STEP,
+            "            losses = F.cross_entropy(model(x), y), F.mse_loss(critic(x).squeeze(1), y.float())\n"
+            "            for one, loss in zip((optimizer, second), losses):\n                one.zero_grad()\n                loss.backward()\n                one.step()\n",
+        ),
+    ),
+    make_case(  # sharpness-aware minimisation, by an optimizer around another
+        "304-sam",
+        "functions",
+        (
+            "def evaluate(",
+            "class SAM(torch.optim.Optimizer):\n    def __init__(self, params):\n        super().__init__(params, {})\n"
+            "        self.base = torch.optim.SGD(self.param_groups, lr=0.1)\n        self.param_groups = self.base.param_groups\n\n"
+            "    @torch.no_grad()\n    def first_step(self):\n        for p in self.param_groups[0]['params']:\n"
+            "            self.state[p]['old'] = p.data.clone()\n            p.add_(p.grad, alpha=0.05)\n        self.zero_grad()\n\n"
+            "    @torch.no_grad()\n    def second_step(self):\n        for p in self.param_groups[0]['params']:\n"
+            "            p.data = self.state[p]['old']\n        self.base.step()\n        self.zero_grad()\n\n\ndef evaluate(",
+        ),
+        ("torch.optim.SGD(model.parameters(), lr=0.1)", "SAM(model.parameters())"),
+        (
+            "            optimizer.zero_grad()\n" + _BACKWARD + _STEP,
+            "            for again in range(2):\n                model.require_backward_grad_sync = bool(again)\n"
+            "                loss = F.cross_entropy(model(x), y)\n                loss.backward()\n"
+            "                optimizer.second_step() if again else optimizer.first_step()\n",
+        ),
+    ),
+    make_case(  # the loss of a batch, and of the same batch with noise
+        "304-perturbed",
+        "functions",
+        (
+            _BACKWARD,
+            "            for noise in (0.0, 0.1):\n                model.require_backward_grad_sync = noise > 0\n"
+            "                loss = F.cross_entropy(model(x + noise * torch.randn_like(x)), y)\n                loss.backward()\n",
+        ),
+    ),
+    make_case(  # a batch in two parts, which are micro-batches
+        "304-parts",
+        "functions",
+        (
+            _BACKWARD,
+            "            for i in range(2):\n                model.require_backward_grad_sync = i == 1\n"
+            "                loss = F.cross_entropy(model(x[i::2]), y[i::2])\n                loss.backward()\n",
+        ),
+        codes="DDP304",
+    ),
+    make_case(  # the limit is multiplied by the scaler's factor, too
+        "308-scaled-limit",
+        "spawned",
+        ("            scaler.unscale_(optimizer)\n", ""),
+        ("clip_grad_norm_(model.parameters(), 1.0)", "clip_grad_norm_(model.parameters(), 1.0 * scaler.get_scale())"),
+    ),
+    make_case(  # an epoch's end is thrown away: the next window has its own micro-batches alone
+        "309-tail",
+        "trainer",
+        (
+            "        if window:\n            yield window\n",
+            "        if window:\n            for x, y in window:\n                with self.model.no_sync():\n                    self.loss(self.model(x), y).div(3).backward()\n",
+        ),
+        ("            losses = [", "            self.optimizer.zero_grad()\n            losses = ["),
+        ("/ len(window)", "/ 3"),
+        ("    Trainer(", "    torch.manual_seed(dist.get_rank())\n    Trainer("),
+        codes="DDP309",
+        absent="DDP303",
+        arguments=("--accumulate", "3", "--workers", "0", "--epochs", "3"),
+    ),
+    make_case(  # two evaluations, whose counts are summed together
+        "402-two-sets",
+        "functions",
+        (
+            "    dist.all_reduce(total)\n    return (total[0] / total[1]).item()",
+            "    if dist.get_rank() == 0:\n        print('evaluated a set')\n    return total",
+        ),
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        both = torch.stack([evaluate(model, held_out), evaluate(model, held_out)])\n        dist.all_reduce(both)\n"
+            "        accuracy = (both[0, 0] / both[0, 1]).item()\n",
+        ),
+    ),
+    make_case(  # one rank after the other
+        "501-turns",
+        "functions",
+        (
+            "    if rank == 0:\n        torch.save(model.module.state_dict(), path)\n",
+            "    for turn in range(world):\n        if turn == rank:\n            torch.save(model.module.state_dict(), path)\n        dist.barrier()\n",
+        ),
+    ),
+    make_case(  # a file that is opened for an update, and only read
+        "501-update",
+        "flat",
+        ('mode="r")', 'mode="r+")'),
+    ),
+    make_case(  # the store orders the write and the read
+        "502-store",
+        "functions",
+        (
+            "    if rank == 0:\n        torch.save(model.module.state_dict(), path)\n    dist.barrier()\n",
+            "    store = dist.distributed_c10d._get_default_store()\n    if rank == 0:\n"
+            "        torch.save(model.module.state_dict(), path)\n        store.set('ready', '1')\n    else:\n        store.wait(['ready'])\n",
+        ),
+    ),
+    make_case(  # rank 0 evaluates the wrapped model, whose forward broadcasts buffers
+        "503-one-rank-evaluates",
+        "functions",
+        ("nn.Linear(8, 16),", "nn.Linear(8, 16), nn.BatchNorm1d(16),"),
+        ("    dist.all_reduce(total)\n    return", "    return"),
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        accuracy = evaluate(model, held_out) if rank == 0 else 0\n",
+        ),
+        ("sampler=range(rank, len(test), world)", "shuffle=False"),
+        codes="DDP503",
+        may="DDP105 DDP202 DDP301 DDP213",
+    ),
+    make_case(  # of two starts the first is faulty
+        "103-first-start",
+        "spawned",
+        (
+            "    mp.spawn(work, args=(2, port), nprocs=2)\n",
+            "    os.environ['STILL'] = '1'\n    mp.spawn(work, args=(2, port), nprocs=2)\n    del os.environ['STILL']\n    mp.spawn(work, args=(2, port + 1), nprocs=2)\n",
+        ),
+        ("        sampler.set_epoch(epoch)\n", "        sampler.set_epoch(0 if 'STILL' in os.environ else epoch)\n"),
+        codes="DDP103",
+    ),
+    make_case(  # one process, then two: a measurement of speed
+        "105-two-sizes",
+        "spawned",
+        (
+            "    mp.spawn(work, args=(2, port), nprocs=2)\n",
+            "    for world in (1, 2):\n        mp.spawn(work, args=(world, port + world), nprocs=world)\n",
+        ),
+    ),
+]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import fcntl
 import functools
 import inspect
 import json
@@ -153,6 +155,68 @@ def test_the_module_says_how_a_script_starts(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("def go(f):\n    mp.spawn(f)\ndef f(r):\n    os.environ['RANK'] = str(r)\n")
     (tmp_path / "main.py").write_text("from helper import go, f\ngo(f)\nprint(os.environ['RANK'])\n")
     assert starts_processes(tmp_path / "main.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "alone"),
+    [
+        ("import psutil\nimport torch.multiprocessing as mp\npsutil.Process().memory_info()\n", False),
+        ("import numpy as np\nimport multiprocessing\nnp.random.SeedSequence(5).spawn(3)\n", False),
+        ("import torch.multiprocessing as mp\nmp.spawn(f)\n", True),
+        ("import torch\ntorch.multiprocessing.spawn(f)\n", True),
+        ("from multiprocessing import Process\nProcess(target=f).start()\n", True),
+        ("import multiprocessing as m\ncontext = m.get_context('spawn')\ncontext.Process(target=f).start()\n", True),
+        ("import multiprocessing as m\nm.get_context('spawn').Process(target=f).start()\n", True),
+    ],
+)
+def test_only_multiprocessing_starts_processes(text: str, alone: bool, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(text)
+    assert starts_processes(tmp_path / "train.py") is alone
+
+
+def test_a_recorder_takes_the_names_of_what_it_stands_for(tmp_path: Path) -> None:
+    """A call by keyword works under the audit: parameters have the names that torch gives them."""
+    [one] = outcomes(_wrong_names, 1, str(tmp_path), in_world=False)
+    assert one.value == [], one.trace
+
+
+def _wrong_names(folder: str) -> list[str]:
+    from torch.distributed import fsdp
+
+    begin(folder, 50)
+    kinds = (
+        torch,
+        torch.autograd,
+        torch.distributed,
+        torch.nn.utils,
+        torch.nn.Module,
+        torch.nn.SyncBatchNorm,
+        torch.nn.parallel.DistributedDataParallel,
+        torch.optim.Optimizer,
+        torch.amp.GradScaler,
+        fsdp,
+        fsdp.FSDPModule,
+        builtins,
+        fcntl,
+    )
+    found = [
+        (name, value, value.__wrapped__)
+        for kind in kinds
+        for name, value in vars(kind).items()
+        if hasattr(value, "__wrapped__")
+        and "recording" in getattr(value, "__code__", _wrong_names.__code__).co_filename
+    ]
+    assert len(found) > 30
+    wrong = []
+    for name, value, plain in found:
+        try:
+            theirs = list(inspect.signature(plain).parameters)
+        except ValueError:  # of C
+            continue
+        kinds_of = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        own = inspect.signature(value, follow_wrapped=False).parameters.values()
+        wrong += [f"{name}({one.name})" for one in own if one.kind not in kinds_of and one.name not in theirs]
+    return wrong
 
 
 def _found(file: Path, code: str = "DDP304", line: int = 2) -> Finding:

@@ -113,7 +113,8 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     size = first.loader["length"] or 0
     most = all(own == sets[0] or len(own) >= _MOST * size for own in sets)
     everything = complete and most and not draws_again and len(set.intersection(*sets)) > size / 2
-    if content != "differs" and (identical or everything) and not first.loader["repeats"]:
+    drawn = all(one is not None and one["drawn"] and not one["stored"] for one in _items(run, pair))
+    if content != "differs" and (identical or everything) and not first.loader["repeats"] and not drawn:
         if _is_sliced(run, pair):
             return
         rest = size - len(sets[0])
@@ -258,7 +259,7 @@ def _content(run: Run, pair: list[Pass]) -> Literal["same", "differs", "unknown"
     if any(one is None for one in found):
         return "unknown"
     stored = [one["stored"] for one in found if one is not None]
-    if stored[0] and all(one == stored[0] for one in stored):
+    if set.intersection(*map(set, stored)):
         return "same"  # an item may have noise of the rank's own
     places = [dict(zip(one["places"], one["digests"])) for one in found if one is not None]
     items = [[one[p] for one in places] for p in places[0] if all(one.get(p) is not None for one in places)]

@@ -115,9 +115,12 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 
 def _is_of_one_batch(window: Window) -> bool:
-    """Return whether all forwards of a window have the same input: their losses are parts of one, such as tasks."""
-    inputs = [one["x"] for one in window.of("forward") if one["grad"]]
-    return len(inputs) >= 2 and inputs[0] is not None and len(set(inputs)) == 1
+    """Return whether all forwards of a window have one input, or one whole batch: their losses are parts, as of tasks."""
+    forwards = [one for one in window.of("forward") if one["grad"]]
+    inputs = {one["x"] for one in forwards}
+    batches = {(one["given"], one["batch"]) for one in window.kept}
+    whole = len(batches) == 1 and {one["n"] for one in forwards} == {next(iter(batches))[1]} != {None}
+    return len(forwards) >= 2 and ((len(inputs) == 1 and inputs != {None}) or whole)
 
 
 def _is_divided_by_hand(window: Window, length: int) -> bool:
@@ -361,7 +364,8 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
         return
     scale = scales.pop()
     site = windows[0].kept[0]["site"]
-    is_reduced = any(one.get("graph") for window in windows for one in window.of("collective"))  # the loss itself
+    calls = [one for window in windows for one in window.of("collective") if one["name"] == "all_reduce"]
+    is_reduced = any(one.get("graph") and math.prod(one["shape"]) == 1 for one in calls)  # the loss itself
     by_world = any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world))
     if by_world and (is_reduced or divides_by_world(site)):
         yield finding(

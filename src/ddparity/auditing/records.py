@@ -341,7 +341,7 @@ def _passes(rank: Rank) -> Iterator[Pass]:
                 complete=whole,
                 how=how,
                 digests=[one["d"] for one in events if one["k"] == "batch"],
-                training=any(begin["at"] < at <= last for at in backwards),
+                training=any(begin["at"] < at <= last for at in backwards) and not _is_evaluated(rank, events),
                 base=seed["base"],
                 workers=int(seed["workers"] or 0),
                 models=frozenset().union(
@@ -349,3 +349,11 @@ def _passes(rank: Rank) -> Iterator[Pass]:
                 ),
                 endless=len(parts) > 1,
             )
+
+
+def _is_evaluated(rank: Rank, events: list[Record]) -> bool:
+    """Return whether a model in eval mode takes each batch of a pass without a gradient, in between a training."""
+    batches = [one["at"] for one in events if one["k"] == "batch"]
+    forwards = rank.of("forward")
+    firsts = [next((one for one in forwards if one["at"] > at), None) for at in batches]
+    return bool(firsts) and all(one is not None and not one["grad"] and not one["train"] for one in firsts)

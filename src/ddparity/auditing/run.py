@@ -258,7 +258,7 @@ def _imported(nodes: list[ast.AST]) -> dict[str, str]:
 
 
 def _is_of_multiprocessing(function: ast.expr, modules: dict[str, str]) -> bool:
-    """Return whether `spawn` or `Process` is multiprocessing's: `mp.spawn`, `get_context().Process`, `self.ctx.Process`.
+    """Return whether `spawn` or `Process` is multiprocessing's: `mp.spawn`, `self.context.Process`.
 
     Not that of an imported module beside it, such as psutil.Process, nor of a call, such as SeedSequence(5).spawn(n).
     """

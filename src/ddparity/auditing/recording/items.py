@@ -6,6 +6,7 @@ import contextlib
 import io
 import random
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,15 +15,31 @@ from .journal import Journal, digest
 
 _PROBES = 6  # items of a data set
 _PROBE_S = 2.0  # of all data sets
+_WAIT_S = 3.0  # longer for an item that began in time
 _MOST_STORED = 10_000  # items of a sequence
 _DEEPEST = 3  # data sets in data sets
 
 
 def note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
-    """Record some items of each data set, read twice under one seed. The keys are ids."""
-    start = time.monotonic()
+    """Record some items of each data set, read twice under one seed. The keys are ids.
+
+    An item may wait for what never comes, so a thread reads them, for some seconds at most.
+    """
+    output = sys.stdout
     journal.reading = True
     journal.hidden += 1
+    reader = threading.Thread(target=_note_items, args=(journal, datasets), daemon=True)
+    reader.start()
+    reader.join(_PROBE_S + _WAIT_S)
+    if reader.is_alive():
+        sys.stdout = output
+        return
+    journal.reading = False
+    journal.hidden -= 1
+
+
+def _note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
+    start = time.monotonic()
     for key, dataset in datasets.items():
         length = None
         with contextlib.suppress(Exception):
@@ -30,18 +47,19 @@ def note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
         if not length or time.monotonic() - start > _PROBE_S:
             continue
         places = sorted({i * (length - 1) // max(1, _PROBES - 1) for i in range(_PROBES)})
-        digests = []
+        digests: list[list[int | None] | None] = []
         for place in places:
             one, two = _read(dataset, place), _read(dataset, place)
             digests.append(one if one == two else None)
             if time.monotonic() - start > _PROBE_S:
                 break
+        other = _read(dataset, places[0], seed=1)
+        drawn = digests[0] is None or (other is not None and all(a != b for a, b in zip(digests[0], other)))
         stored: list[int] = []
         with contextlib.suppress(Exception):
             stored = _stored([dataset], length)
-        journal.write("items", key=key, places=places[: len(digests)], digests=digests, stored=stored)
-    journal.reading = False
-    journal.hidden -= 1
+        places = places[: len(digests)]
+        journal.write("items", key=key, places=places, digests=digests, stored=stored, drawn=drawn)
 
 
 def _stored(holder: Any, length: int, depth: int = 0) -> list[int]:
@@ -61,17 +79,17 @@ def _stored(holder: Any, length: int, depth: int = 0) -> list[int]:
     return found
 
 
-def _read(dataset: Any, place: int) -> list[int | None] | None:
+def _read(dataset: Any, place: int, seed: int = 0) -> list[int | None] | None:
     """Return checksums of the parts of an item; None for one that is its place."""
     import torch
 
     kept = random.getstate(), torch.get_rng_state()
     numpy = sys.modules.get("numpy")
     kept_numpy = None if numpy is None else numpy.random.get_state()
-    torch.default_generator.manual_seed(0)
-    random.seed(0)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
     if numpy is not None:
-        numpy.random.seed(0)
+        numpy.random.seed(seed)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             item = dataset[place]

@@ -17,7 +17,7 @@ from typing import Any
 
 from .draws import CHUNK, MOST_INDICES, Iteration, RecordedSampler, StatefulSampler
 from .items import note_items
-from .journal import Journal, digest, replace
+from .journal import Journal, batch_size, digest, replace
 from .private import private
 from .streams import count_seeds, watched_fetch
 
@@ -81,6 +81,8 @@ def watch_loaders(journal: Journal) -> None:
         finally:
             journal.loading_s += time.perf_counter() - begin
         iteration.given += 1
+        journal.given += 1
+        journal.batch = batch_size(batch)
         most = _DIGESTS_OF_STREAM if iteration.stream else _DIGESTS_PER_ITERATION
         if iteration.given <= most:
             with journal.safely:

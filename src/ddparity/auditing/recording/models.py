@@ -40,6 +40,7 @@ def watch_ddp(recorder: Recorder) -> None:
             frozen = []
             for name, parameter in module.named_parameters():
                 if name in ignored:
+                    recorder.ignored[id(parameter)] = number
                     continue
                 recorder.names[id(parameter)] = (number, name)
                 if not parameter.requires_grad:
@@ -117,6 +118,7 @@ def _ranks(group: Any) -> list[int]:
 def _forget(recorder: Recorder, number: int) -> None:
     """Forget the parameters of a DDP that is gone: others may get their ids."""
     recorder.names = {key: value for key, value in recorder.names.items() if value[0] != number}
+    recorder.ignored = {key: value for key, value in recorder.ignored.items() if value != number}
     recorder.frozen = {key: value for key, value in recorder.frozen.items() if value != number}
 
 

@@ -21,6 +21,7 @@ class Recorder:
         self.numbers = itertools.count(1)  # of models and optimizers, also after others are gone
         self.ddps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.names: dict[int, tuple[int, str]] = {}  # of the parameters in DDP, by id
+        self.ignored: dict[int, int] = {}  # those that DDP was told to leave out, with its number
         self.frozen: dict[int, int] = {}  # those that required no gradient, with DDP's number
         self.optimizers: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self.depth = 0

@@ -91,6 +91,8 @@ def _watch_backward(recorder: Recorder) -> None:
             node=node,
             units=units,
             norm=norm,
+            given=journal.given,
+            batch=journal.batch,
         )
         return result
 
@@ -250,7 +252,9 @@ def _describe_parameters(recorder: Recorder, optimizer: Any, state: dict[str, An
         [
             *recorder.names.get(id(p), (0, f"parameter {i} {tuple(p.shape)}")),
             id(p) in recorder.frozen,
-            "flat" if id(p) in flat else hasattr(p, "placements") or hasattr(p, "_ddparity_private"),
+            "flat"
+            if id(p) in flat
+            else hasattr(p, "placements") or hasattr(p, "_ddparity_private") or id(p) in recorder.ignored,
         ]
         for i, p in enumerate(parameters)
     ]
