@@ -115,7 +115,7 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 
 def _is_of_one_batch(window: Window) -> bool:
-    """Return whether all forwards of a window have one input, or one whole batch: their losses are parts, as of tasks."""
+    """Return whether all forwards of a window have one input, or one whole batch: their losses are parts."""
     forwards = [one for one in window.of("forward") if one["grad"]]
     inputs = {one["x"] for one in forwards}
     batches = {(one["given"], one["batch"]) for one in window.kept}
