@@ -72,7 +72,9 @@ def _check_reductions(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
     lengths = [len(window.kept) for window in windows]
-    if not any(length >= 2 for length in lengths) or any(map(_is_of_one_batch, windows)):
+    if not any(length >= 2 for length in lengths) or any(
+        _is_of_one_batch(window, before) for window, before in zip(windows, [None, *windows])
+    ):
         return
     scales = {one["scale"] for window in windows for one in window.kept}
     summed = any(":sum" in one["node"] for window in windows for one in window.kept)
@@ -114,13 +116,19 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
             return
 
 
-def _is_of_one_batch(window: Window) -> bool:
-    """Return whether all forwards of a window have one input, or one whole batch: their losses are parts."""
+def _is_of_one_batch(window: Window, before: Window | None) -> bool:
+    """Return whether all forwards of a window have one input, or one whole batch: their losses are parts of one.
+
+    `before`: the window before, since which one batch was loaded, not a list of them.
+    """
     forwards = [one for one in window.of("forward") if one["grad"]]
+    if len(forwards) < 2:
+        return False
     inputs = {one["x"] for one in forwards}
-    batches = {(one["given"], one["batch"]) for one in window.kept}
-    whole = len(batches) == 1 and {one["n"] for one in forwards} == {next(iter(batches))[1]} != {None}
-    return len(forwards) >= 2 and ((len(inputs) == 1 and inputs != {None}) or whole)
+    earlier = max((one["given"] for one in before.backwards), default=0) if before is not None else 0
+    whole = all(one["given"] == earlier + 1 for one in window.kept)
+    sizes = {one["n"] for one in forwards} | {one["batch"] for one in window.kept}
+    return None not in inputs | sizes and (len(inputs) == 1 or (whole and len(sizes) == 1))
 
 
 def _is_divided_by_hand(window: Window, length: int) -> bool:

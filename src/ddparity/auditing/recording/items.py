@@ -28,19 +28,25 @@ def note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
     output = sys.stdout
     journal.reading = True
     journal.hidden += 1
-    reader = threading.Thread(target=_note_items, args=(journal, datasets), daemon=True)
-    reader.start()
-    reader.join(_PROBE_S + _WAIT_S)
+    left = list(datasets)
+    reader = threading.Thread(target=_note_items, args=(journal, datasets, left), daemon=True)
+    try:
+        reader.start()
+        reader.join(_PROBE_S + _WAIT_S)
+    except RuntimeError:  # Python 3.12 and later start no thread when they end
+        _note_items(journal, datasets, left)
     if reader.is_alive():
         sys.stdout = output
+        journal.write("items", key=left[0], places=[], digests=[], stored=[], drawn=True)  # samples of a queue
         return
     journal.reading = False
     journal.hidden -= 1
 
 
-def _note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
+def _note_items(journal: Journal, datasets: Mapping[int, Any], left: list[int]) -> None:
     start = time.monotonic()
     for key, dataset in datasets.items():
+        del left[: left.index(key)]
         length = None
         with contextlib.suppress(Exception):
             length = len(dataset)
@@ -48,18 +54,24 @@ def _note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
             continue
         places = sorted({i * (length - 1) // max(1, _PROBES - 1) for i in range(_PROBES)})
         digests: list[list[int | None] | None] = []
+        draws: list[tuple[list[int | None] | None, ...]] = []
         for place in places:
             one, two = _read(dataset, place), _read(dataset, place)
             digests.append(one if one == two else None)
+            draws.append((one, _read(dataset, place, seed=1 + place)))
             if time.monotonic() - start > _PROBE_S:
                 break
-        other = _read(dataset, places[0], seed=1)
-        drawn = digests[0] is None or (other is not None and all(a != b for a, b in zip(digests[0], other)))
         stored: list[int] = []
         with contextlib.suppress(Exception):
             stored = _stored([dataset], length)
         places = places[: len(digests)]
-        journal.write("items", key=key, places=places, digests=digests, stored=stored, drawn=drawn)
+        journal.write("items", key=key, places=places, digests=digests, stored=stored, drawn=_is_drawn(draws))
+
+
+def _is_drawn(draws: list[tuple[list[int | None] | None, ...]]) -> bool:
+    """Return whether each part of the items, also the label, is another when it is read again under another seed."""
+    pairs = [list(zip(one, two)) for one, two in draws if one is not None and two is not None]
+    return bool(pairs) and all(any(a != b for a, b in part) for part in zip(*pairs))
 
 
 def _stored(holder: Any, length: int, depth: int = 0) -> list[int]:
