@@ -239,6 +239,12 @@ def test_a_comment_silences_a_finding(comment: str, shown: bool, tmp_path: Path)
     assert bool(chosen([_found(path)], (), ())) is shown
 
 
+def test_a_comment_on_any_line_of_a_statement_silences_it(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("def f():\n    g(\n        1,\n    )  # ddparity: ignore[DDP304]\n    h()\n")
+    assert [bool(chosen([_found(path, line=line)], (), ())) for line in (2, 3, 5)] == [False, False, True]
+
+
 def test_select_and_ignore_take_prefixes(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
     codes = ["DDP601", "DDP304", "DDP301", "DDP106"]
@@ -282,6 +288,9 @@ def test_options_of_pyproject(tmp_path: Path) -> None:
     assert read_options(tmp_path / "src" / "train.py") == {"ignore": ["DDP6"], "nproc": 3}
     (tmp_path / "pyproject.toml").write_text('[tool.ddparity.audit]\nignore = "DDP6"\n')
     with pytest.raises(ValueError, match="ignore = 'DDP6': give a list of codes"):
+        read_options(tmp_path / "train.py")
+    (tmp_path / "pyproject.toml").write_text("[tool.ddparity.audit]\nnproc = true\n")
+    with pytest.raises(ValueError, match="nproc = True: give a list"):
         read_options(tmp_path / "train.py")
     with pytest.raises(ValueError, match="DDP8: no code begins so"):
         check_prefixes(["DDP8"], "ignore")
