@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import shared_layers, synchronises
 from ..comm.allreduce import copies_of_ranks
+from ..comm.bits import words_of
 from ..comm.nesting import to_device
 from ..compat import joins, uncompiled
 from ..data.loader import Loader
@@ -24,7 +25,7 @@ from . import strangers
 from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
 from .sharded import Sharded, ShardedWindow, sharded_of
-from .window import Named, Window, names_of, trained_by, words_of
+from .window import Named, Window, names_of, trained_by
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from ..comm.bits import check_words, parts
+from ..comm.bits import parts, words_of
 from ..errors import DDParityError
 from ..runtime.agreement import Agreement
 from .replica import replicated_models
@@ -47,16 +47,12 @@ def _look(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
     if seen is None or seen.number != number:
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         found = _strangers(everything)
-        _seen[optimizer] = _Seen(number, found, _words(found))
+        _seen[optimizer] = _Seen(number, found, words_of(found))
 
 
 def _strangers(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     known = {id(parameter) for model in replicated_models() for parameter in model.parameters()}
     return [one for one in parameters if id(one) not in known and one.requires_grad and parts(one.detach()) is not None]
-
-
-def _words(parameters: Sequence[nn.Parameter]) -> list[int]:
-    return check_words([parts(one.detach()) or [] for one in parameters], [""] * len(parameters))
 
 
 def words() -> list[int]:
@@ -65,7 +61,7 @@ def words() -> list[int]:
     for seen in list(_seen.values()):
         left = {id(one) for one in _strangers(seen.strangers)}  # their module may have been replicated since
         number += len(left)
-        pairs = zip(seen.strangers, seen.words, _words(seen.strangers), strict=True)
+        pairs = zip(seen.strangers, seen.words, words_of(seen.strangers), strict=True)
         for position, (one, old, new) in enumerate(pairs, 1):
             if id(one) in left:
                 first, now = first + position * old, now + position * new
