@@ -152,7 +152,9 @@ def test_the_module_says_how_a_script_starts(tmp_path: Path) -> None:
     assert not starts_processes(SCRIPTS / "functions.py")
     (tmp_path / "both.py").write_text("mp.spawn(f) if 'RANK' not in os.environ else f(int(os.environ['RANK']))")
     assert not starts_processes(tmp_path / "both.py")
-    (tmp_path / "helper.py").write_text("def go(f):\n    mp.spawn(f)\ndef f(r):\n    os.environ['RANK'] = str(r)\n")
+    (tmp_path / "helper.py").write_text(
+        "import torch.multiprocessing as mp\ndef go(f):\n    mp.spawn(f)\ndef f(r):\n    os.environ['RANK'] = str(r)\n"
+    )
     (tmp_path / "main.py").write_text("from helper import go, f\ngo(f)\nprint(os.environ['RANK'])\n")
     assert starts_processes(tmp_path / "main.py")
 
@@ -203,8 +205,7 @@ def _wrong_names(folder: str) -> list[str]:
         (name, value, value.__wrapped__)
         for kind in kinds
         for name, value in vars(kind).items()
-        if hasattr(value, "__wrapped__")
-        and "recording" in getattr(value, "__code__", _wrong_names.__code__).co_filename
+        if inspect.isfunction(value) and hasattr(value, "__wrapped__") and "recording" in value.__code__.co_filename
     ]
     assert len(found) > 30
     wrong = []

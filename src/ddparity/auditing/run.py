@@ -269,13 +269,13 @@ def _is_of_multiprocessing(function: ast.expr, modules: dict[str, str]) -> bool:
 
     Not that of an imported module beside it, such as psutil.Process, nor of a call, such as SeedSequence(5).spawn(n).
     """
-    if not any("multiprocessing" in module for module in modules.values()):
-        return False
     owner = function
     while isinstance(owner, ast.Attribute):
         if owner.attr == "multiprocessing":
             return True
         owner = owner.value
+    if not any("multiprocessing" in module for module in modules.values()):
+        return False
     if isinstance(owner, ast.Call):
         return isinstance(owner.func, (ast.Attribute, ast.Name)) and ast.unparse(owner.func).endswith("get_context")
     return not isinstance(owner, ast.Name) or "multiprocessing" in modules.get(owner.id, "multiprocessing")
