@@ -24,6 +24,7 @@ from ddparity.auditing.recording.journal import Journal
 from ddparity.auditing.run import inspect_script, starts_processes
 from ddparity.auditing.selection import check_prefixes, chosen, read_options
 from tests.auditing.cases import CLEAN, FAULTY, SCRIPTS, Case, all_cases, judge, looks_like
+from tests.auditing.look_alikes import LOOK_ALIKES
 from tests.auditing.near_misses import NEAR
 from tests.ranks import outcomes
 
@@ -43,11 +44,15 @@ def covering(cases: list[Case]) -> list[Case]:
 
 # Launched as the command does it, they take some seconds each: `make audit-corpus` runs all.
 QUICK = [one for one in (*CLEAN, *FAULTY) if one.script != "spawned" and not one.hangs]
-BESIDE = ("fsdp1-clip", "stateful-near", "402-beside-another-reduction", "303-two-losses", "404-near")
+BESIDE = (
+    *("fsdp1-clip", "stateful-near", "402-beside-another-reduction", "303-two-losses", "404-near"),
+    *("104-noise-of-the-rank", "304-sam", "308-another-model", "502-subgroup"),
+)
+ALIKE = ("clean-autograd", "clean-functions-3", "clean-trainer-tail", "clean-weighted-sampler")  # as others of SHORT
 SHORT = [
-    *(one for one in QUICK if not one.expected),
+    *(one for one in QUICK if not one.expected and one.name not in ALIKE),
     *covering([one for one in QUICK if one.expected]),
-    *(one for one in NEAR if one.name in BESIDE),
+    *(one for one in (*NEAR, *LOOK_ALIKES) if one.name in BESIDE),
 ]
 
 
