@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .permutation import permute, words
 from .plan import Plan
 from .rng import derive_seed, preserve_streams, seed_streams
-from .sizes import check_sizes, checked_integer, cut_sizes, digest
+from .sizes import as_array, check_sizes, checked_integer, cut_sizes, digest
 
 
 class _OrderedPlan(Plan):
@@ -87,7 +87,7 @@ class WeightedPlan(_OrderedPlan):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, int) or np.ndim(_array(self.weights)) == 0:
+        if isinstance(self.weights, int) or np.ndim(as_array(self.weights)) == 0:
             if not hasattr(self.weights, "__index__"):
                 raise TypeError(
                     f"WeightedPlan(weights={self.weights!r}) is a {type(self.weights).__name__}: give a weight for "
@@ -98,7 +98,7 @@ class WeightedPlan(_OrderedPlan):
                 raise ValueError(f"WeightedPlan(weights={count}): the number of samples must be at least 1")
             object.__setattr__(self, "weights", count)
         else:
-            weights = _checked_weights(_array(self.weights))
+            weights = _checked_weights(as_array(self.weights))
             count, able = len(weights), int(np.count_nonzero(weights))
             object.__setattr__(self, "weights", weights)
         if self.num_samples is None:
@@ -242,9 +242,11 @@ def _kept(plan: Plan, epoch: int, order: Callable[[], NDArray[np.int64]]) -> NDA
 
 
 def _checked_order(given: Any, epoch: int) -> NDArray[np.int64]:
+    if getattr(given, "ndim", 1) == 0 or not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+        raise TypeError(f"OrderPlan: order({epoch}, …) gave {given!r}: give an iterable of an epoch's indices")
     if not hasattr(given, "__array__") and not isinstance(given, range):
         given = list(given)
-    order = _array(given) if len(given) else np.empty(0, np.int64)
+    order = as_array(given) if len(given) else np.empty(0, np.int64)
     if order.ndim != 1 or order.dtype.kind not in "iu":
         shape = "lists of indices" if order.ndim > 1 or order.dtype.kind == "O" else f"{order.dtype} values"
         raise TypeError(
@@ -266,21 +268,12 @@ def _checked_weights(weights: NDArray[Any]) -> NDArray[np.float64]:
     if (bad := ~(np.isfinite(found) & (found >= 0))).any():
         index = int(np.flatnonzero(bad)[0])
         raise ValueError(f"WeightedPlan(weights): the weight of sample {index} is {found[index]}: give 0 or more")
-    if not 0 < found.sum() < np.inf:
-        raise ValueError(
-            f"WeightedPlan(weights): the {len(found)} weights sum to {found.sum()}: no sample can be drawn"
-        )
+    with np.errstate(over="ignore"):
+        total = found.sum()
+    if not 0 < total < np.inf:
+        raise ValueError(f"WeightedPlan(weights): the {len(found)} weights sum to {total}: no sample can be drawn")
     found.flags.writeable = False
     return found
-
-
-def _array(value: Any) -> NDArray[Any]:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-    try:
-        return np.asarray(value)
-    except ValueError:  # lists of different lengths
-        return np.array(list(value), dtype=object)
 
 
 def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
