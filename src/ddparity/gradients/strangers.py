@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..comm.allreduce import copies_of_ranks
 from ..comm.bits import check_words, parts
@@ -31,7 +31,7 @@ class _Seen:
     words: list[int]
 
 
-_seen: MutableMapping[Optimizer, _Seen] = WeakIdKeyDictionary()
+_seen: weakref.WeakKeyDictionary[Optimizer, _Seen] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []  # one for all loops
 _told: list[bool] = []
 
@@ -43,7 +43,9 @@ def watch() -> None:
 
 
 def _look(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
-    number = sum(len(group["params"]) for group in optimizer.param_groups)
+    number = 0
+    for group in optimizer.param_groups:
+        number += len(group["params"])
     seen = _seen.get(optimizer)
     if seen is None or seen.number != number:
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
