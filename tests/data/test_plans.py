@@ -211,7 +211,7 @@ def test_the_definition_of_draws_stays() -> None:
         (lambda: dp.OrderPlan(lambda e, g: [[1, 2]], 4, 2).step(0, 0), TypeError, "lists of indices.*chain"),
         (lambda: dp.OrderPlan(lambda e, g: [[1, 2], [3]], 4, 2).step(0, 0), TypeError, "lists of indices.*chain"),
         (lambda: dp.OrderPlan(lambda e, g: [1.5], 4, 2).step(0, 0), TypeError, "float64 values, the first is 1.5"),
-        (lambda: dp.OrderPlan(lambda e, g: [3, -1], 4, 2).step(0, 0), ValueError, "index -1 at place 1"),
+        (lambda: dp.OrderPlan(lambda e, g: [3, -1], 4, 2).step(0, 0), ValueError, "index -1: it is negative"),
         (lambda: dp.OrderPlan(lambda e, g: None, 4, 2).step(0, 0), TypeError, r"order\(0, …\) gave None: give an iter"),  # type: ignore[arg-type,return-value]
         (lambda: dp.OrderPlan(lambda e, g: np.array(3), 4, 2).step(0, 0), TypeError, "an iterable of an epoch's"),
         (lambda: dp.WeightedPlan([1e308, 1e308], 4, 2), ValueError, "the 2 weights sum to inf"),
@@ -226,6 +226,18 @@ def test_the_definition_of_draws_stays() -> None:
 def test_what_a_plan_cannot_take_is_named(make: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_an_order_that_goes_on_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One without end would fill the memory in silence."""
+    monkeypatch.setattr("ddparity.data.orders._PART", 4)
+    monkeypatch.setattr("ddparity.data.orders._MANY", 12)
+    plan = dp.OrderPlan(lambda epoch, generator: iter(range(11 + 2 * epoch)), 4, 2)
+    assert [plan.samples_per_epoch(epoch) for epoch in (0, 1, 20)] == [11, 13, 51]
+    assert plan.samples(20, 1, 0, 3).tolist() == [4, 5, 6]
+    assert [one.getMessage()[:60] for one in caplog.records] == [
+        f"OrderPlan: order({epoch}, …) has given 12 indices and goes on. If i"[:60] for epoch in (1, 20)
+    ]
 
 
 def test_a_users_arrays_stay_as_they_are_and_the_plans_too() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,11 @@ from .permutation import permute, words
 from .plan import Plan
 from .rng import derive_seed, preserve_streams, seed_streams
 from .sizes import as_array, check_sizes, checked_integer, cut_sizes, digest
+
+logger = logging.getLogger(__name__)
+
+_PART = 2**20  # indices of an order that are read at once: 8 bytes each, and 32 more while a part is read
+_MANY = 2**24  # that a warning is given of: an order without end would fill the memory
 
 
 class _OrderedPlan(Plan):
@@ -244,8 +251,21 @@ def _kept(plan: Plan, epoch: int, order: Callable[[], NDArray[np.int64]]) -> NDA
 def _checked_order(given: Any, epoch: int) -> NDArray[np.int64]:
     if getattr(given, "ndim", 1) == 0 or not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
         raise TypeError(f"OrderPlan: order({epoch}, …) gave {given!r}: give an iterable of an epoch's indices")
-    if not hasattr(given, "__array__") and not isinstance(given, range):
-        given = list(given)
+    if hasattr(given, "__array__") or isinstance(given, range):
+        return _indices(given, epoch)
+    parts, iterator = [np.empty(0, np.int64)], iter(given)
+    while part := list(itertools.islice(iterator, _PART)):
+        parts.append(_indices(part, epoch))
+        if len(part) == _PART and len(parts) == _MANY // _PART + 1:
+            logger.warning(
+                "OrderPlan: order(%d, …) has given %d indices and goes on. If it has no end, cut it by "
+                "itertools.islice(…, samples of an epoch), or draw by WeightedPlan(n, …): an epoch must end",
+                *(epoch, _MANY),
+            )
+    return np.concatenate(parts)
+
+
+def _indices(given: Any, epoch: int) -> NDArray[np.int64]:
     order = as_array(given) if len(given) else np.empty(0, np.int64)
     if order.ndim != 1 or order.dtype.kind not in "iu":
         shape = "lists of indices" if order.ndim > 1 or order.dtype.kind == "O" else f"{order.dtype} values"
@@ -254,8 +274,7 @@ def _checked_order(given: Any, epoch: int) -> NDArray[np.int64]:
             f"sample; the plan cuts the micro-batches (itertools.chain.from_iterable(batch_sampler) joins batches)"
         )
     if (negative := order < 0).any():
-        place = int(np.flatnonzero(negative)[0])
-        raise ValueError(f"OrderPlan: order({epoch}, …) gave the index {order[place]} at place {place}: it is negative")
+        raise ValueError(f"OrderPlan: order({epoch}, …) gave the index {order[negative][0]}: it is negative")
     return order.astype(np.int64)
 
 
