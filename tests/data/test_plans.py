@@ -211,7 +211,11 @@ def test_the_definition_of_draws_stays() -> None:
         (lambda: dp.OrderPlan(lambda e, g: [[1, 2]], 4, 2).step(0, 0), TypeError, "lists of indices.*chain"),
         (lambda: dp.OrderPlan(lambda e, g: [[1, 2], [3]], 4, 2).step(0, 0), TypeError, "lists of indices.*chain"),
         (lambda: dp.OrderPlan(lambda e, g: [1.5], 4, 2).step(0, 0), TypeError, "float64 values, the first is 1.5"),
-        (lambda: dp.OrderPlan(lambda e, g: [3, -1], 4, 2).step(0, 0), ValueError, "index -1: it is negative"),
+        (
+            lambda: dp.OrderPlan(lambda e, g: [3, -1], 4, 2).step(0, 0),
+            ValueError,
+            "index -1 at place 1: it is negative",
+        ),
         (lambda: dp.OrderPlan(lambda e, g: None, 4, 2).step(0, 0), TypeError, r"order\(0, …\) gave None: give an iter"),  # type: ignore[arg-type,return-value]
         (lambda: dp.OrderPlan(lambda e, g: np.array(3), 4, 2).step(0, 0), TypeError, "an iterable of an epoch's"),
         (lambda: dp.WeightedPlan([1e308, 1e308], 4, 2), ValueError, "the 2 weights sum to inf"),

@@ -182,8 +182,9 @@ class OrderPlan(_OrderedPlan):
     Memory: 8 bytes a sample of the epoch. Time of a seek: one call of `order`, kept until another epoch is asked for.
 
     Args:
-        order: `order(epoch, generator)` returns an iterable of an epoch's data-set indices, in order; `generator` is a
-            torch.Generator on the CPU with the epoch's seed. A function at the top of a module is picklable.
+        order: `order(epoch, generator)` returns an iterable of an epoch's data-set indices, in order; it must end.
+            `generator` is a torch.Generator on the CPU with the epoch's seed. A function at the top of a module can be
+            pickled.
         global_batch, micro_batch: as of `BatchPlan`.
         seed: any integer.
 
@@ -255,7 +256,7 @@ def _checked_order(given: Any, epoch: int) -> NDArray[np.int64]:
         return _indices(given, epoch)
     parts, iterator = [np.empty(0, np.int64)], iter(given)
     while part := list(itertools.islice(iterator, _PART)):
-        parts.append(_indices(part, epoch))
+        parts.append(_indices(part, epoch, _PART * (len(parts) - 1)))
         if len(part) == _PART and len(parts) == _MANY // _PART + 1:
             logger.warning(
                 "OrderPlan: order(%d, …) has given %d indices and goes on. If it has no end, cut it by "
@@ -265,7 +266,8 @@ def _checked_order(given: Any, epoch: int) -> NDArray[np.int64]:
     return np.concatenate(parts)
 
 
-def _indices(given: Any, epoch: int) -> NDArray[np.int64]:
+def _indices(given: Any, epoch: int, first: int = 0) -> NDArray[np.int64]:
+    """Return these indices of an epoch's order, of which they are those from place `first` on, as an array."""
     order = as_array(given) if len(given) else np.empty(0, np.int64)
     if order.ndim != 1 or order.dtype.kind not in "iu":
         shape = "lists of indices" if order.ndim > 1 or order.dtype.kind == "O" else f"{order.dtype} values"
@@ -274,7 +276,10 @@ def _indices(given: Any, epoch: int) -> NDArray[np.int64]:
             f"sample; the plan cuts the micro-batches (itertools.chain.from_iterable(batch_sampler) joins batches)"
         )
     if (negative := order < 0).any():
-        raise ValueError(f"OrderPlan: order({epoch}, …) gave the index {order[negative][0]}: it is negative")
+        place = int(np.flatnonzero(negative)[0])
+        raise ValueError(
+            f"OrderPlan: order({epoch}, …) gave the index {order[place]} at place {first + place}: it is negative"
+        )
     return order.astype(np.int64)
 
 
