@@ -29,6 +29,8 @@ from .window import Named, Window, names_of, trained_by
 
 logger = logging.getLogger(__name__)
 
+_MOST_PLANS = 4  # that a model is known to be trained with, in turn: they stay in memory
+
 
 def accumulate(
     model: nn.Module | Sequence[nn.Module],
@@ -293,18 +295,22 @@ def _agree(
     counted: bool,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Compare with the other ranks, once an epoch, what a step depends on."""
+    """Compare with the other ranks, once an epoch of each loader, what a step depends on."""
     replica = replicas[0]
     if group is None:
         return
-    about = None if step is None else (step.plan, step.epoch)
-    key = (about, batches is None, counted)
-    if replica.agreed == key:
+    plan, epoch = (None, None) if step is None else (step.plan, step.epoch)
+    key = (id(plan), batches is None, counted)
+    known = replica.agreed
+    if key in known and known[key][1] == epoch:
         return
     named = _trained(replicas)
+    names, said = ({}, {}) if known else names_of(named)
+    known.pop(key, None)
+    known[key] = plan, epoch  # with the plan, so that no other gets its id
+    if len(known) > _MOST_PLANS:
+        del known[next(iter(known))]
     trained = [parameter for _, parameter in named]
-    names, said = names_of(named) if replica.agreed is None else ({}, {})
-    replica.agreed = key
     values: dict[str, object] = {
         "the number of models given to accumulate()": len(models),
         **names,
@@ -321,10 +327,10 @@ def _agree(
         values["the kind of batches"] = "foreign batches"
     else:
         values |= {"the kind of batches": "a Loader's step", "the epoch": step.epoch, "the step": step.number}
-        if step.plan is not None:
-            values |= {f"the plan's {name}": repr(value) for name, value in step.plan.description(step.epoch).items()}
     with agreed("accumulate()", group) as agreement:
         assert agreement is not None, "a group of several ranks"
+        if step is not None and step.plan is not None:
+            values |= {f"the plan's {name}": repr(value) for name, value in step.plan.description(step.epoch).items()}
         agreement.all_same(values, said)
         strangers.check_by_store(agreement)
     if isinstance(replica, Replica):

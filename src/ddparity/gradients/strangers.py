@@ -1,4 +1,4 @@
-"""Parameters that an optimizer trains though no replicated model has them, so that nobody reduces their gradients."""
+"""Parameters that an optimizer trains though no replicated or sharded model has them, so that nobody reduces them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from ..comm.allreduce import copies_of_ranks
 from ..comm.bits import parts, words_of
 from ..errors import DDParityError
 from ..runtime.agreement import Agreement
@@ -51,6 +54,7 @@ def _look(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
 
 
 def _strangers(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    # Those of `fully_shard` are DTensors, which have no `parts`.
     known = {id(parameter) for model in replicated_models() for parameter in model.parameters()}
     return [one for one in parameters if id(one) not in known and one.requires_grad and parts(one.detach()) is not None]
 
@@ -88,6 +92,11 @@ def check(rows: Sequence[Sequence[int]]) -> None:
         )
 
 
+def compare(group: dist.ProcessGroup, device: torch.device) -> None:
+    """As `check`; one collective of 24 bytes, which every rank calls."""
+    check(copies_of_ranks(torch.tensor(words(), device=device), group).tolist())
+
+
 def check_by_store(agreement: Agreement) -> None:
     """As `check`, by a request to the group's store.
 
@@ -102,7 +111,8 @@ def check_by_store(agreement: Agreement) -> None:
 def _text() -> str:
     shapes = [tuple(one.shape) for seen in list(_seen.values()) for one in _strangers(seen.strangers)]
     return (
-        f"accumulate(): an optimizer trains {len(shapes)} parameters that no replicated model has, the first of shape "
-        f"{shapes[0]}, so that nobody reduces their gradients, and they differ between the ranks: replicate the module "
-        f"that has them, too, and give both, accumulate([model, criterion], …)"
+        f"accumulate(): an optimizer trains {len(shapes)} parameters that no replicated or sharded model has, the "
+        f"first of shape {shapes[0]}, so that nobody reduces their gradients, and they differ between the ranks: "
+        f"replicate the module that has them, too (beside a model of fully_shard(), shard it), and give both, "
+        f"accumulate([model, criterion], …)"
     )
