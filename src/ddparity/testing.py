@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .data.plan import MicroBatch, Plan, check_plan_methods
+from .data.stream import StreamPlan
 
 _STEPS = 6  # of an epoch, at its beginning, and as many at its end
 _ROUNDS = 10  # of epochs, in which a plan that keeps a bounded number of steps or epochs stops growing
@@ -40,6 +41,8 @@ def check_plan(plan: Plan, epochs: Sequence[int] = (0, 1, 5), world_sizes: Seque
         >>> import ddparity as dp
         >>> check_plan(dp.BatchPlan(50, global_batch=8, micro_batch=4))
     """
+    if isinstance(plan, StreamPlan):
+        raise TypeError("check_plan() got a StreamPlan, whose samples the stream decides: it checks plans of data sets")
     check_plan_methods(plan)
     most = plan.micro_batches_per_step
     _whole(most, "micro_batches_per_step", 1)

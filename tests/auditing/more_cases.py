@@ -757,7 +757,7 @@ MORE = [
     Case("clean-sums", "sums", (), frozenset([]), frozenset([])),
     Case("clean-localsgd", "localsgd", (), frozenset([]), frozenset([])),
     Case("clean-flat", "flat", (), frozenset([]), frozenset([])),
-    Case("clean-compiled", "compiled", (), frozenset([]), frozenset([])),
+    Case("clean-compiled-script", "compiled", (), frozenset([]), frozenset([])),
     Case("clean-kfold", "kfold", (), frozenset([]), frozenset([])),
     Case("clean-tp", "tp", (), frozenset([]), frozenset([])),
     Case(

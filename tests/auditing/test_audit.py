@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import fcntl
 import functools
 import inspect
 import json
@@ -21,7 +23,8 @@ from ddparity.auditing.recording.install import begin
 from ddparity.auditing.recording.journal import Journal
 from ddparity.auditing.run import inspect_script, starts_processes
 from ddparity.auditing.selection import check_prefixes, chosen, read_options
-from tests.auditing.cases import CLEAN, FAULTY, SCRIPTS, Case, judge
+from tests.auditing.cases import CLEAN, FAULTY, SCRIPTS, Case, all_cases, judge, looks_like
+from tests.auditing.look_alikes import LOOK_ALIKES
 from tests.auditing.near_misses import NEAR
 from tests.ranks import outcomes
 
@@ -41,11 +44,15 @@ def covering(cases: list[Case]) -> list[Case]:
 
 # Launched as the command does it, they take some seconds each: `make audit-corpus` runs all.
 QUICK = [one for one in (*CLEAN, *FAULTY) if one.script != "spawned" and not one.hangs]
-BESIDE = ("fsdp1-clip", "stateful-near", "402-beside-another-reduction", "303-two-losses", "404-near")
+BESIDE = (
+    *("fsdp1-clip", "stateful-near", "402-beside-another-reduction", "303-two-losses", "404-near"),
+    *("104-noise-of-the-rank", "304-sam", "308-another-model", "502-subgroup"),
+)
+ALIKE = ("clean-autograd", "clean-functions-3", "clean-trainer-tail", "clean-weighted-sampler")  # as others of SHORT
 SHORT = [
-    *(one for one in QUICK if not one.expected),
+    *(one for one in QUICK if not one.expected and one.name not in ALIKE),
     *covering([one for one in QUICK if one.expected]),
-    *(one for one in NEAR if one.name in BESIDE),
+    *(one for one in (*NEAR, *LOOK_ALIKES) if one.name in BESIDE),
 ]
 
 
@@ -53,6 +60,15 @@ SHORT = [
 def test_what_is_planted_is_found_and_nothing_else(case: Case) -> None:
     wrong, words = judge(case)
     assert not wrong, "\n".join(words)
+
+
+def test_the_corpus_has_two_faulty_and_two_clean_scripts_for_each_code() -> None:
+    """The clean ones look like the fault, and both kinds come from at least two scripts."""
+    cases = all_cases()
+    assert len({one.name for one in cases}) == len(cases)
+    for code in CATALOGUE:
+        for kind in ([c for c in cases if code in c.expected], [c for c in cases if code in looks_like(c)]):
+            assert len({one.script for one in kind}) >= 2, (code, [one.name for one in kind])
 
 
 def test_a_script_that_spawns_its_ranks(tmp_path: Path) -> None:
@@ -141,9 +157,72 @@ def test_the_module_says_how_a_script_starts(tmp_path: Path) -> None:
     assert not starts_processes(SCRIPTS / "functions.py")
     (tmp_path / "both.py").write_text("mp.spawn(f) if 'RANK' not in os.environ else f(int(os.environ['RANK']))")
     assert not starts_processes(tmp_path / "both.py")
-    (tmp_path / "helper.py").write_text("def go(f):\n    mp.spawn(f)\ndef f(r):\n    os.environ['RANK'] = str(r)\n")
+    (tmp_path / "helper.py").write_text(
+        "import torch.multiprocessing as mp\ndef go(f):\n    mp.spawn(f)\ndef f(r):\n    os.environ['RANK'] = str(r)\n"
+    )
     (tmp_path / "main.py").write_text("from helper import go, f\ngo(f)\nprint(os.environ['RANK'])\n")
     assert starts_processes(tmp_path / "main.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "alone"),
+    [
+        ("import psutil\nimport torch.multiprocessing as mp\npsutil.Process().memory_info()\n", False),
+        ("import numpy as np\nimport multiprocessing\nnp.random.SeedSequence(5).spawn(3)\n", False),
+        ("import torch.multiprocessing as mp\nmp.spawn(f)\n", True),
+        ("import torch\ntorch.multiprocessing.spawn(f)\n", True),
+        ("from multiprocessing import Process\nProcess(target=f).start()\n", True),
+        ("import multiprocessing as m\ncontext = m.get_context('spawn')\ncontext.Process(target=f).start()\n", True),
+        ("import multiprocessing as m\nm.get_context('spawn').Process(target=f).start()\n", True),
+    ],
+)
+def test_only_multiprocessing_starts_processes(text: str, alone: bool, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(text)
+    assert starts_processes(tmp_path / "train.py") is alone
+
+
+def test_a_recorder_takes_the_names_of_what_it_stands_for(tmp_path: Path) -> None:
+    """A call by keyword works under the audit: parameters have the names that torch gives them."""
+    [one] = outcomes(_wrong_names, 1, str(tmp_path), in_world=False)
+    assert one.value == [], one.trace
+
+
+def _wrong_names(folder: str) -> list[str]:
+    from torch.distributed import fsdp
+
+    begin(folder, 50)
+    kinds = (
+        torch,
+        torch.autograd,
+        torch.distributed,
+        torch.nn.utils,
+        torch.nn.Module,
+        torch.nn.SyncBatchNorm,
+        torch.nn.parallel.DistributedDataParallel,
+        torch.optim.Optimizer,
+        torch.amp.GradScaler,
+        fsdp,
+        fsdp.FSDPModule,
+        builtins,
+        fcntl,
+    )
+    found = [
+        (name, value, value.__wrapped__)
+        for kind in kinds
+        for name, value in vars(kind).items()
+        if inspect.isfunction(value) and hasattr(value, "__wrapped__") and "recording" in value.__code__.co_filename
+    ]
+    assert len(found) > 30
+    wrong = []
+    for name, value, plain in found:
+        try:
+            theirs = list(inspect.signature(plain).parameters)
+        except ValueError:  # of C
+            continue
+        kinds_of = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        own = inspect.signature(value, follow_wrapped=False).parameters.values()
+        wrong += [f"{name}({one.name})" for one in own if one.kind not in kinds_of and one.name not in theirs]
+    return wrong
 
 
 def _found(file: Path, code: str = "DDP304", line: int = 2) -> Finding:
@@ -164,6 +243,12 @@ def test_a_comment_silences_a_finding(comment: str, shown: bool, tmp_path: Path)
     path = tmp_path / "train.py"
     path.write_text(f"import torch\nloss.backward(){comment}\n")
     assert bool(chosen([_found(path)], (), ())) is shown
+
+
+def test_a_comment_on_any_line_of_a_statement_silences_it(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("def f():\n    g(\n        1,\n    )  # ddparity: ignore[DDP304]\n    h()\n")
+    assert [bool(chosen([_found(path, line=line)], (), ())) for line in (2, 3, 5)] == [False, False, True]
 
 
 def test_select_and_ignore_take_prefixes(tmp_path: Path) -> None:
@@ -209,6 +294,9 @@ def test_options_of_pyproject(tmp_path: Path) -> None:
     assert read_options(tmp_path / "src" / "train.py") == {"ignore": ["DDP6"], "nproc": 3}
     (tmp_path / "pyproject.toml").write_text('[tool.ddparity.audit]\nignore = "DDP6"\n')
     with pytest.raises(ValueError, match="ignore = 'DDP6': give a list of codes"):
+        read_options(tmp_path / "train.py")
+    (tmp_path / "pyproject.toml").write_text("[tool.ddparity.audit]\nnproc = true\n")
+    with pytest.raises(ValueError, match="nproc = True: give a list"):
         read_options(tmp_path / "train.py")
     with pytest.raises(ValueError, match="DDP8: no code begins so"):
         check_prefixes(["DDP8"], "ignore")

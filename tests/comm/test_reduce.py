@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ddparity as dp
@@ -91,6 +93,13 @@ def _other(case: str) -> Any:
         return dp.reduce({"a": "text"} if rank else {"a": 1})
     if case == "mean of integers":
         return dp.reduce(torch.tensor([1]), "mean")
+    if case == "overflow":
+        return dp.reduce([torch.tensor([-(2**30), 2**30], dtype=torch.int32)])
+    if case == "16 bits":
+        return dp.reduce(torch.tensor(200, dtype=torch.uint16), "max")
+    if case.startswith("part"):
+        whole = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)))
+        return dp.reduce(whole) if case == "part" else dp.broadcast(whole, source=1)
     if case == "source":
         return dp.broadcast(1, source=rank)
     if case == "no rank":
@@ -108,6 +117,10 @@ def _other(case: str) -> Any:
         ("unknown", ("ValueError",), "op='median'"),
         ("text", ("TypeError", "RankFailure"), "value['a'] is a str"),
         ("mean of integers", ("TypeError",), ".double()"),
+        ("overflow", ("OverflowError",), "a sum is 2147483648, too large for torch.int32: give a tensor of int64"),
+        ("16 bits", ("TypeError",), "value is a tensor of torch.uint16, which Gloo cannot send"),
+        ("part", ("TypeError",), "value is a DTensor, as is the norm that clip_grad_norm_() returns"),
+        ("part to all", ("TypeError", "RankFailure"), "value is a DTensor"),
         ("source", ("ValueError",), "differs between ranks: 0 on rank 0, 1 on rank 1"),
         ("no rank", ("ValueError",), "from 0 to 1"),
         ("object", ("TypeError", "RankFailure"), "value is a object"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.distributed
 import pytest
 import torch
 import torchdata.nodes
@@ -153,6 +154,17 @@ def test_predictions_of_streams(alone_and_ranks: Any) -> None:
     for ranks in groups:
         for rank in ranks:
             torch.testing.assert_close(rank["predictions"], alone["predictions"], rtol=0, atol=0)
+
+
+def test_a_part_of_a_stream_of_hugging_face_is_refused() -> None:
+    """The readers would cut it once more: half of the samples were lost on two ranks."""
+    part = datasets.distributed.split_dataset_by_node(_hugging_face(), 1, 2).map(lambda row: row)
+    with pytest.raises(ValueError, match=r"Loader got a stream that split_dataset_by_node\(rank=1, world_size=2\)"):
+        dp.Loader(part, PLAN)
+    with pytest.raises(ValueError, match="predict got a stream that split_dataset_by_node"):
+        dp.predict(_whole, part, 4)
+    whole = datasets.distributed.split_dataset_by_node(_hugging_face(), 0, 1)
+    assert len(dp.predict(_whole, whole, 4)) == 50
 
 
 def test_a_stream_of_hugging_face_reads_little_again_at_any_position() -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Sampler,
+    SequentialSampler,
     WeightedRandomSampler,
     get_worker_info,
 )
@@ -566,3 +567,22 @@ def test_a_dataloader_that_draws_at_random_is_converted(sampler: Sampler, most: 
 def test_other_dataloaders_are_refused(given: DataLoader, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         dp.Loader(given, micro_batch=1)
+
+
+class EvenFirst(RandomSampler):
+    """A sampler that draws otherwise than the one that it is derived from."""
+
+
+@pytest.mark.parametrize(
+    ("sampler", "error", "message"),
+    [
+        (SequentialSampler(range(3)), ValueError, "SequentialSampler is of 3 samples, and its data set has 6"),
+        (RandomSampler(range(3), num_samples=6), ValueError, "RandomSampler is of 3 samples.*Subset"),
+        (RandomSampler(range(3), replacement=True), ValueError, "RandomSampler is of 3 samples"),
+        (WeightedRandomSampler([1.0, 2.0], 6), ValueError, "data set has 6 samples and the plan 2"),
+        (EvenFirst(range(6)), TypeError, "with a EvenFirst.*OrderPlan"),
+    ],
+)
+def test_samplers_of_other_data_are_refused(sampler: Sampler, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        dp.Loader(DataLoader(range(6), batch_size=2, sampler=sampler), micro_batch=1)

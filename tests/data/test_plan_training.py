@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 import ddparity as dp
+from ddparity.runtime.agreement import Agreement
 from tests.data.test_loader import Noise
 from tests.data.test_plans import LENGTHS, WEIGHTS, _curriculum, _global_order
 from tests.ranks import outcomes, run_ranks
@@ -190,6 +194,104 @@ def test_ranks_whose_plans_are_of_different_kinds_are_told() -> None:
     for outcome in outcomes(_different_kinds, 2):
         assert outcome.error is not None
         assert "the plan's kind" in outcome.error
+
+
+class Unseeded(dp.Plan):
+    """It draws its order when it is made, on each rank its own, and is no dataclass."""
+
+    steps_per_epoch, micro_batches_per_step = 10, 2
+
+    def __init__(self) -> None:
+        self.order = np.random.default_rng().permutation(40)
+
+    def sizes(self, epoch: int, step: int) -> list[int]:
+        return [2, 2]
+
+    def samples(self, epoch: int, step: int, start: int, stop: int) -> Any:
+        return self.order[4 * step + start : 4 * step + stop]
+
+
+def _unseeded() -> None:
+    model = dp.replicate(nn.Linear(5, 1).double())
+    for step in dp.Loader(X, Unseeded()):
+        for micro in dp.accumulate(model, step):
+            (model(micro.data).mean() * micro.weight).backward()
+
+
+def test_a_plan_of_ones_own_that_differs_is_told_and_refused_after_resumption() -> None:
+    for outcome in outcomes(_unseeded, 2):
+        assert "the plan's first step of the epoch differs" in (outcome.error or "")
+    loader = dp.Loader(X, Unseeded())
+    list(loader.steps(2))
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match="first step of the epoch"):
+        dp.Loader(X, Unseeded()).load_state_dict(state)
+    del state["plan"]["first step of the epoch"]  # as ddparity 0.2.0
+    again = dp.Loader(X, loader.plan)
+    again.load_state_dict(state)
+    assert again.position == (0, 2)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_samples_that_are_not_as_many_as_their_sizes_are_refused(stop: int) -> None:
+    class Fewer(Unseeded):
+        def samples(self, epoch: int, step: int, start: int, stop_: int) -> Any:
+            return np.arange(stop)
+
+    with pytest.raises(ValueError, match=rf"Fewer.samples\(1, 7, 0, 4\) gave {stop} samples for 4 places"):
+        Fewer().step(1, 7)
+
+
+def _taken_in_turn(number: int) -> int:
+    """How often the ranks have compared, in 2 epochs of loaders that a loop takes in turn."""
+    with mock.patch.object(Agreement, "all_same", autospec=True) as compared:
+        model = dp.replicate(nn.Linear(5, 1).double())
+        made = compared.call_count
+        plans = [Arrays(np.arange(40)[::-1][shift:].copy()) for shift in range(0, 4 * number, 4)]
+        loaders = [dp.Loader(X, plan) for plan in plans]
+        for epoch in range(2):
+            for steps in zip(*(loader.epoch(epoch) for loader in loaders), strict=False):
+                for step in steps:
+                    for micro in dp.accumulate(model, step):
+                        (model(micro.data).mean() * micro.weight).backward()
+                model.zero_grad()
+        return compared.call_count - made
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays(dp.Plan):
+    """Two of them cannot be compared by ==."""
+
+    order: Any
+    steps_per_epoch, micro_batches_per_step = 3, 2
+
+    def sizes(self, epoch: int, step: int) -> list[int]:
+        return [2, 2]
+
+    def samples(self, epoch: int, step: int, start: int, stop: int) -> Any:
+        return self.order[4 * step + start : 4 * step + stop]
+
+
+def test_ranks_compare_once_an_epoch_of_each_loader() -> None:
+    for number in (1, 3):
+        assert run_ranks(_taken_in_turn, 2, number) == [2 * number] * 2
+
+
+def test_steps_that_are_done_where_epochs_differ() -> None:
+    loader = dp.Loader(X, dp.OrderPlan(lambda epoch, generator: range(4 * (epoch + 1)), 4, 2))
+    next(loader.epoch(3))
+    assert loader.steps_done == 1 + 2 + 3
+    plans: list[dp.Plan] = [dp.WeightedPlan(40, 8, 4), dp.BatchPlan(40, 8, 4)]
+    for plan in plans:
+        loader = dp.Loader(X, plan)
+        next(loader.epoch(3))
+        assert loader.steps_done == 15
+    stream = dp.Loader(lambda reader, readers, epoch: range(8), dp.StreamPlan(4, 2))
+    list(itertools.islice(stream.epoch(0), 3))
+    next(stream.epoch(1))  # its epochs end by themselves, so those that are done count
+    assert stream.steps_done == 2
+    next(stream.epoch(0))
+    assert stream.steps_done == 0
 
 
 def test_an_order_that_is_another_after_resumption_is_refused() -> None:

@@ -211,7 +211,16 @@ def test_the_definition_of_draws_stays() -> None:
         (lambda: dp.OrderPlan(lambda e, g: [[1, 2]], 4, 2).step(0, 0), TypeError, "lists of indices.*chain"),
         (lambda: dp.OrderPlan(lambda e, g: [[1, 2], [3]], 4, 2).step(0, 0), TypeError, "lists of indices.*chain"),
         (lambda: dp.OrderPlan(lambda e, g: [1.5], 4, 2).step(0, 0), TypeError, "float64 values, the first is 1.5"),
-        (lambda: dp.OrderPlan(lambda e, g: [3, -1], 4, 2).step(0, 0), ValueError, "index -1 at place 1"),
+        (
+            lambda: dp.OrderPlan(lambda e, g: [3, -1], 4, 2).step(0, 0),
+            ValueError,
+            "index -1 at place 1: it is negative",
+        ),
+        (lambda: dp.OrderPlan(lambda e, g: None, 4, 2).step(0, 0), TypeError, r"order\(0, …\) gave None: give an iter"),  # type: ignore[arg-type,return-value]
+        (lambda: dp.OrderPlan(lambda e, g: np.array(3), 4, 2).step(0, 0), TypeError, "an iterable of an epoch's"),
+        (lambda: dp.WeightedPlan([1e308, 1e308], 4, 2), ValueError, "the 2 weights sum to inf"),
+        (lambda: dp.LengthPlan(5, 10, 2), TypeError, r"LengthPlan\(lengths\) has shape \(\) and dtype int64"),
+        (lambda: dp.LengthPlan([[1, 2], [3]], 10, 2), TypeError, r"has shape \(2,\) and dtype object"),
         (lambda: dp.LengthPlan([3, 11], 10, 2), ValueError, "sample 1 has 11 units"),
         (lambda: dp.LengthPlan([3, 0], 10, 2), ValueError, "sample 1 has 0 units"),
         (lambda: dp.LengthPlan([3.5], 10, 2), TypeError, "dtype float64"),
@@ -221,6 +230,18 @@ def test_the_definition_of_draws_stays() -> None:
 def test_what_a_plan_cannot_take_is_named(make: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_an_order_that_goes_on_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One without end would fill the memory in silence."""
+    monkeypatch.setattr("ddparity.data.orders._PART", 4)
+    monkeypatch.setattr("ddparity.data.orders._MANY", 12)
+    plan = dp.OrderPlan(lambda epoch, generator: iter(range(11 + 2 * epoch)), 4, 2)
+    assert [plan.samples_per_epoch(epoch) for epoch in (0, 1, 20)] == [11, 13, 51]
+    assert plan.samples(20, 1, 0, 3).tolist() == [4, 5, 6]
+    assert [one.getMessage()[:60] for one in caplog.records] == [
+        f"OrderPlan: order({epoch}, …) has given 12 indices and goes on. If i"[:60] for epoch in (1, 20)
+    ]
 
 
 def test_a_users_arrays_stay_as_they_are_and_the_plans_too() -> None:
@@ -409,6 +430,39 @@ def test_a_broken_plan_is_found(message: str, monkeypatch: pytest.MonkeyPatch) -
         check_plan(_with(**BROKEN[message]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Odd(dp.BatchPlan):
+    """The odd samples of a data set of twice as many."""
+
+    @property
+    def length(self) -> int:
+        return 2 * self.num_samples
+
+    def samples(self, epoch: int, step: int, start: int, stop: int) -> np.ndarray:
+        return 2 * super().samples(epoch, step, start, stop) + 1
+
+
+def test_a_class_derived_from_a_batch_plan_has_samples_of_its_own() -> None:
+    plan, plain = Odd(50, 8, 3), dp.BatchPlan(50, 8, 3)
+    check_plan(plan)
+    for ours, own in zip(plan.steps(1, 2, 7, 1, 2), plain.steps(1, 2, 7, 1, 2), strict=True):
+        for one, other in zip(ours, own, strict=True):
+            assert one.samples.tolist() == (2 * other.samples + 1).tolist()
+            assert (one.index, one.seed, one.weight, one.position) == (
+                other.index,
+                other.seed,
+                other.weight,
+                other.position,
+            )
+    assert "first step of the epoch" in plan.description(0)
+    assert "first step of the epoch" not in plain.description(0)
+    with pytest.raises(TypeError, match="Other is derived from BatchPlan and has its own sizes: derive it from ddpar"):
+
+        class Other(dp.BatchPlan):
+            def sizes(self, epoch: int, step: int) -> tuple[int, ...]:
+                return (8,)
+
+
 def test_a_plan_may_keep_a_bounded_number_of_epochs() -> None:
     @functools.lru_cache(maxsize=8)
     def order(epoch: int) -> np.ndarray:
@@ -430,6 +484,8 @@ def test_a_plan_that_cannot_be_pickled_is_found() -> None:
 def test_what_is_no_plan_is_named() -> None:
     with pytest.raises(TypeError, match=r"a range without .*sizes.*derive its class from ddparity.Plan"):
         check_plan(range(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got a StreamPlan, whose samples the stream decides"):
+        check_plan(dp.StreamPlan(8, 2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a dict without"):
         dp.Loader(range(4), {})  # type: ignore[arg-type]
 

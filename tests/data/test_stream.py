@@ -117,10 +117,15 @@ def _together(ranks: list[tuple[Seen, list]]) -> Seen:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_any_ranks_and_workers_give_the_steps_of_one_process(plan: str) -> None:
-    alone = _together([_read("function", plan, 0, 13)])
+    # Of a function, the first samples of readers draw from the streams in which it is opened.
+    alone = {stream: _together([_read(stream, plan, 0, 13)]) for stream in ("function", "sharded")}
     for world_size, workers, stream in ((1, 3, "sharded"), (2, 0, "seeking"), (3, 2, "function"), (4, 0, "sharded")):
         ranks = run_ranks(_read, world_size, stream, plan, workers, 13)
-        assert _together(ranks) == alone, (world_size, workers, stream)
+        assert _together(ranks) == alone["sharded" if stream == "sharded" else "function"], (
+            world_size,
+            workers,
+            stream,
+        )
         assert [shares for _, shares in ranks] == [ranks[0][1]] * world_size
 
 
@@ -141,7 +146,7 @@ def test_an_epoch_has_each_sample_once_and_ends_with_the_longest_reader(plan: st
             weights = [weight for _, step, _, _, weight, _ in seen if step == number]
             assert weights == [size / sum(sizes[number]) for size in sizes[number]]
         drawn = np.array([row[1:] for *_, data, _, _ in seen for row in data])
-        assert len(np.unique(drawn)) == drawn.size
+        assert len(np.unique(drawn)) == drawn.size - 3 * 3  # the first samples of 4 readers have 3 draws in common
     assert (loader.position, loader.steps_done) == ((2, 0), 14)
     with pytest.raises(TypeError, match="known when it ends"):
         len(loader)
@@ -284,6 +289,73 @@ def test_predictions_of_a_function() -> None:
     assert torch.equal(run_ranks(_predicted, 2, 2)[0], alone)
 
 
+def _shuffled_files(reader: int, readers: int, epoch: int) -> list[int]:
+    """Each reader shuffles all files, and takes its part."""
+    files = [range(6 * number, 6 * number + 6) for number in range(12)]
+    random.shuffle(files)
+    return [sample for file in files[reader::readers] for sample in file]
+
+
+def _shuffled_later(reader: int, readers: int, epoch: int) -> Iterator[int]:
+    """A generator function runs when its first sample is asked for."""
+    yield from _shuffled_files(reader, readers, epoch)
+
+
+def _orders(workers: int) -> list:
+    found = []
+    for stream in (_shuffled_files, _shuffled_later):
+        loader = dp.Loader(stream, dp.StreamPlan(8, 2), workers)
+        for epoch in range(2):
+            seen = [(step.number, micro.index, *micro.data.tolist()) for step in loader.epoch(epoch) for micro in step]
+            found.append(sorted(tuple(row) for row in dp.gather(torch.tensor(seen), "all").tolist()))
+        stream.num_shards = 4  # type: ignore[attr-defined]
+        found.append(dp.predict(lambda batch: batch, stream, 5, "all", num_workers=workers).tolist())
+    return found
+
+
+def test_files_that_each_reader_shuffles_come_once() -> None:
+    """The global streams are those of the pass while a stream is opened, and not those of a reader or a process."""
+    alone = run_ranks(_orders, 1, 0)[0]
+    for order in (alone[0], alone[1], alone[3]):
+        assert sorted(sample for _, _, *samples in order for sample in samples) == list(range(72))
+    assert alone[0] != alone[1], "another order in each epoch"
+    assert sorted(alone[2]) == sorted(alone[5]) == list(range(72))
+    for world_size, workers in ((2, 1), (3, 0)):
+        assert run_ranks(_orders, world_size, workers) == [alone] * world_size
+
+
+class Live:
+    """A stream that gives its own dict as its state, and writes on into what it was given."""
+
+    def __init__(self, reader: int) -> None:
+        self.state = {"next": reader}
+
+    def __iter__(self) -> Iterator[int]:
+        while self.state["next"] < 80:
+            self.state["next"] += 4
+            yield self.state["next"] - 4
+
+    def state_dict(self) -> dict[str, int]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_buffer": 4}, {"steps_per_epoch": 10}], ids=str)
+def test_a_state_that_the_stream_changes_later_is_saved_as_it_was(options: dict[str, int]) -> None:
+    plan = dp.StreamPlan(8, 2, **options)
+    loader = dp.Loader(lambda reader, readers, epoch: Live(reader), plan)
+    before = [[micro.data.tolist() for micro in step] for step in loader.steps(3)]
+    state = loader.state_dict()
+    after = [[micro.data.tolist() for micro in step] for step in loader.steps(6)]
+    for _ in range(2):  # the state can be loaded again
+        again = dp.Loader(lambda reader, readers, epoch: Live(reader), plan)
+        again.load_state_dict(state)
+        assert [[micro.data.tolist() for micro in step] for step in again.steps(6)] == after
+    assert len({sample for step in before + after for micro in step for sample in micro}) == 48
+
+
 def _failing(reader: int, readers: int, epoch: int) -> Iterator[int]:
     yield from range(4)
     if reader == 3:
@@ -365,6 +437,28 @@ def test_a_state_that_cannot_be_saved_is_named(world_size: int) -> None:
         assert outcome.error is not None and "state_dict of reader" in outcome.error and "tuples" in outcome.error
 
 
+class Kept:
+    """An iterator that can seek."""
+
+    def __init__(self, numbers: range) -> None:
+        self.numbers, self.next = numbers, 0
+
+    def __iter__(self) -> Kept:
+        return self
+
+    def __next__(self) -> int:
+        if self.next == len(self.numbers):
+            raise StopIteration
+        self.next += 1
+        return self.numbers[self.next - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
 def test_an_iterator_that_a_reader_had_already_is_refused() -> None:
     """On one process the readers would share it, and on several each rank would have one; later it is empty."""
     shared, parts = iter(range(40)), [iter(range(reader, 40, 3)) for reader in range(3)]
@@ -374,6 +468,13 @@ def test_an_iterator_that_a_reader_had_already_is_refused() -> None:
     assert sum(1 for _ in loader) == 7
     with pytest.raises(SampleError, match="reader 0, in pass 1: TypeError: the stream is the range_iterator"):
         next(iter(loader))
+    kept = [Kept(range(4)), Kept(range(2))]  # they can seek, and go on where they stopped, too
+    again = dp.Loader(lambda reader, readers, epoch: kept[reader], dp.StreamPlan(4, 2))
+    assert sum(1 for _ in again) == 2
+    with pytest.raises(SampleError, match="reader 0, in pass 1: TypeError: the stream is the Kept"):
+        next(iter(again))
+    with pytest.raises(SampleError, match="Kept that reader 0 was given for pass 0"):
+        _first(lambda reader, readers, epoch: kept[0], dp.StreamPlan(6, 2))
     lists = [list(part) for part in (range(4), range(2))]  # a list has a new iterator each time
     again = dp.Loader(lambda reader, readers, epoch: lists[reader], dp.StreamPlan(4, 2))
     assert [sum(1 for _ in again) for _ in range(3)] == [2, 2, 2]

@@ -298,6 +298,26 @@ def test_foreign_batches_in_strict_and_without_rows() -> None:
             torch.testing.assert_close(found, [*big, *big], rtol=1e-12, atol=1e-12)
 
 
+def _weighted_rows() -> list:
+    """Foreign batches, the first of which have no row, and a weight of the loss in the model."""
+    net = _net()
+    net.weight_of_loss = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches = [DATA[:0], DATA[:0], DATA[:4], DATA[4:9]]
+    if world_size > 1:
+        batches = batches[rank : rank + 1] if rank < world_size - 1 else batches[rank:]
+    dp.backward_over_batch(
+        dp.replicate(net), batches, lambda model, x: model(x), lambda rows: _triplet(rows) * net.weight_of_loss
+    )
+    return [net.weight_of_loss.grad, net[0].weight.grad]
+
+
+def test_batches_without_rows_and_parameters_of_the_loss() -> None:
+    expected = _weighted_rows()
+    for found in (found for world_size in (2, 3) for found in run_ranks(_weighted_rows, world_size)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def _fails_again(reduction: Any) -> None:
     calls = []
 

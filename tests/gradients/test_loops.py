@@ -368,7 +368,7 @@ def _strangers(reduction: str, by_itself: bool, reduces: bool, check_every: int 
 def test_parameters_that_no_replicated_model_has_are_noticed(reduction: str, by_itself: bool) -> None:
     for check_every in (2, 0):  # without, at the start of the next epoch
         for error, _ in run_ranks(_strangers, 2, reduction, by_itself, False, check_every, timeout_s=30):
-            assert "trains 1 parameters that no replicated model has, the first of shape (2,)" in error
+            assert "trains 1 parameters that no replicated or sharded model has, the first of shape (2,)" in error
             assert "accumulate([model, criterion], …)" in error
     assert run_ranks(_strangers, 2, reduction, by_itself, True, 2, timeout_s=30) == [("", [])] * 2
 

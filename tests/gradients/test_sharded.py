@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -438,6 +439,33 @@ def test_refused_on_every_rank(kind: str, error: str) -> None:
         pytest.skip("this torch has no set_gradient_divide_factor")
     for outcome in outcomes(_refused, 2, kind):
         assert outcome.error is not None and re.match(error, outcome.error), outcome.error
+
+
+def _beside() -> list[str]:
+    """A weight of the loss, which an optimizer trains, in no list of models; then in one."""
+    weight, said = nn.Linear(3, 1, bias=False), []
+    nn.init.ones_(weight.weight)
+    for criterion in (weight.double(), fully_shard(copy.deepcopy(weight))):
+        net = _sharded(norm=False)
+        models = [net] if criterion is weight else [net, criterion]
+        optimizer = torch.optim.SGD([*net.parameters(), *criterion.parameters()], lr=0.1)
+        loader = dp.Loader(list(DATA), dp.BatchPlan(len(DATA), global_batch=12, micro_batch=3))
+        try:
+            for step in loader.steps(3):  # the second epoch begins after two
+                for micro in dp.accumulate(models, step):
+                    (criterion(net(micro.data)).square().mean() * micro.weight).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            said.append("")
+        except dp.DDParityError as error:  # by the store, another rank's
+            said.append(f"{error}\n{getattr(error, '__notes__', '')}")
+    return said
+
+
+def test_parameters_beside_a_sharded_model_are_noticed() -> None:
+    for alone, listed in run_ranks(_beside, 2):
+        assert "trains 1 parameters that no replicated or sharded model has, the first of shape (1, 3)" in alone
+        assert listed == ""
 
 
 class Counting(nn.Module):

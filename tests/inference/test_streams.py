@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -63,6 +65,35 @@ def test_outputs_do_not_depend_on_processes_and_workers(world_size: int, num_wor
 
 def _broken(num_workers: int) -> None:
     dp.predict(_model, Sharded(broken=34), 2, num_workers=num_workers)
+
+
+@dataclasses.dataclass
+class Seeded:
+    """A stream that a function gives, which draws by `sample_seed`; here an object, or a method of it."""
+
+    num_shards: int = 3
+
+    def __call__(self, reader: int, readers: int, epoch: int) -> Iterator[torch.Tensor]:
+        for number in range(reader, 20, readers):
+            yield torch.tensor([number, dp.sample_seed() % 2**53], dtype=torch.float64)
+
+
+def _predict_seeded(num_workers: int, batch_size: int = 4) -> list:
+    partial = functools.partial(Seeded())
+    partial.num_shards = 3  # type: ignore[attr-defined]
+    found = [
+        dp.predict(lambda batch: batch, one, batch_size, "all", num_workers=num_workers) for one in (Seeded(), partial)
+    ]
+    assert torch.equal(*found)
+    return found[0].tolist()
+
+
+def test_a_callable_object_with_seeds_of_its_samples() -> None:
+    """They are those of the samples, for any batch size, number of processes and of workers."""
+    expected = _predict_seeded(0, 5)
+    assert [int(number) for number, _ in expected] == [*range(0, 20, 3), *range(1, 20, 3), *range(2, 20, 3)]
+    assert len({seed for _, seed in expected}) == 20
+    assert run_ranks(_predict_seeded, 2, 1) == [expected] * 2
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

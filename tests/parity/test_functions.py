@@ -64,6 +64,10 @@ def of_the_rank() -> Any:
     return model
 
 
+def untrained() -> nn.Module:
+    return _net()
+
+
 def nothing() -> None:
     pass
 
@@ -103,9 +107,11 @@ def test_a_fault_is_found(function: Any, message: str, cause: str) -> None:
     assert CAUSES[cause].sentence in str(caught.value)
 
 
-def test_what_is_no_function_for_it() -> None:
+def test_what_is_no_function_for_it(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"needs\(\) needs path, but verify\(\) calls it without"):
         dp.verify(needs)
+    dp.verify(untrained, (1,))
+    assert "has taken no step of an optimizer" in caplog.text
     with pytest.raises(ValueError, match="is for a Task"):
         dp.verify(good, num_workers=1)
     with pytest.raises(TypeError, match="this function cannot be pickled"):

@@ -113,7 +113,8 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     size = first.loader["length"] or 0
     most = all(own == sets[0] or len(own) >= _MOST * size for own in sets)
     everything = complete and most and not draws_again and len(set.intersection(*sets)) > size / 2
-    if content != "differs" and (identical or everything) and not first.loader["repeats"]:
+    drawn = all(one is not None and one["drawn"] and not one["stored"] for one in _items(run, pair))
+    if content != "differs" and (identical or everything) and not first.loader["repeats"] and not drawn:
         if _is_sliced(run, pair):
             return
         rest = size - len(sets[0])
@@ -146,6 +147,8 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 f"the data set by no rank.",
                 "Give the sampler of each rank the same seed and length, and its own rank.",
             )
+        elif _draws_another_part(run, first):
+            pass
         elif lost > _DROPPED_OF_A_PASS * size or (
             lost > _DROPPED_OF_ALL * size and size - len(_ever(run, first)) > _DROPPED_OF_ALL * size
         ):
@@ -222,6 +225,15 @@ def _repeats(one: Pass) -> bool:
     return len(kept) > len(set(kept))
 
 
+def _draws_another_part(run: Run, one: Pass) -> bool:
+    """Return whether a sampler of the user's takes another part of a data set in each epoch."""
+    if one.loader["sampler"].startswith("torch.") or one.loader["drop_last"]:
+        return False
+    return len(_ever(run, one)) > 1.2 * len(
+        {i for pair in run.pairs for p in pair if p.key == one.key for i in p.indices}
+    )
+
+
 def _ever(run: Run, one: Pass) -> set[int]:
     return {i for pair in run.pairs for each in pair if each.place == one.place for i in each.indices}
 
@@ -246,9 +258,24 @@ def _content(run: Run, pair: list[Pass]) -> Literal["same", "differs", "unknown"
     found = _items(run, pair)
     if any(one is None for one in found):
         return "unknown"
+    stored = [one["stored"] for one in found if one is not None]
+    if set.intersection(*map(set, stored)):
+        return "same"  # an item may have noise of the rank's own
     places = [dict(zip(one["places"], one["digests"])) for one in found if one is not None]
-    equal = [len({one[p] for one in places}) == 1 for p in places[0] if all(one.get(p) is not None for one in places)]
-    return "unknown" if not equal else "same" if all(equal) else "differs"
+    items = [[one[p] for one in places] for p in places[0] if all(one.get(p) is not None for one in places)]
+    if not items:
+        return "unknown"
+    whole = all(row == item[0] for item in items for row in item)
+    return "same" if whole or (not all(stored) and _same_part(items)) else "differs"
+
+
+def _same_part(items: list[list[list[int | None]]]) -> bool:
+    """Return whether a part of the items, such as the label, is the same on all ranks, and not always the same."""
+    for k in range(min(len(row) for item in items for row in item)):
+        part = [{row[k] for row in item} for item in items]
+        if all(len(one) == 1 for one in part) and len(set.union(*part) - {None}) > 2:
+            return True
+    return False
 
 
 def _items(run: Run, pair: list[Pass]) -> list[Record | None]:
@@ -264,12 +291,12 @@ def _at(run: Run, rank: int) -> int:
 
 def _differing(run: Run, pair: list[Pass]) -> str:
     places = [dict(zip(one["places"], one["digests"])) for one in _items(run, pair) if one is not None]
-    return listed([p for p in places[0] if len({one.get(p) for one in places}) > 1])
+    return listed([p for p in places[0] if any(one.get(p) != places[0][p] for one in places)])
 
 
 def _check_counts(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     """DDP105: a rank that has more batches waits in a reduction for the others, or trains alone."""
-    if run.uses("join") or not run.uses("ddp"):
+    if run.uses("join") or not run.uses("ddp") or run.ended_together(pair):
         return
     counts = [one.batches if one.complete and not one.loader["stream"] else one.given for one in pair]
     planned = [one.planned for one in pair]

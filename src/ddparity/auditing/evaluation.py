@@ -118,8 +118,8 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             )
     combining = [e for calls in reductions for e in calls if _combines(e) and not is_unrelated(site, e["site"])]
     by_files = _exchanges_files(windows)
-    if not combining and not by_files and any(e["k"] == "line" for events in windows for e in events):
-        lines = [e for events in windows for e in events if e["k"] == "line"]
+    lines = [e for events in windows for e in events if e["k"] == "line" and _may_have_number(e["text"])]
+    if not combining and not by_files and lines:
         yield finding(
             "DDP402",
             ranks,
@@ -167,6 +167,11 @@ def _after(run: Run, one: Pass) -> list[Record]:
             break
         found.append(record)
     return found
+
+
+def _may_have_number(text: str) -> bool:
+    """Return whether a line shows a number, as far as it is known: a log's line is known before it is filled in."""
+    return not text or any(c.isdigit() or c in "%{" for c in text)
 
 
 def _is_rest(run: Run, pair: list[Pass]) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from .catalogue import Finding, finding
-from .records import Record, Run
+from .precedence import Meetings, meetings, precedes
+from .records import Rank, Record, Run
+
+_MOST_WRITES = 40  # of a file, which are compared
 
 
 def check_files(run: Run) -> Iterator[Finding]:
@@ -15,11 +19,20 @@ def check_files(run: Run) -> Iterator[Finding]:
     for rank in run.ranks:
         for one in rank.of("file"):
             by_path[one["path"]].append((rank.rank, one))
-    told = set()
+    told: set[tuple[str, str]] = set()
+    shared = meetings(run)
     for path, uses in by_path.items():
         writers = {rank: one for rank, one in uses if one["how"] == "write"}
-        if len(writers) > 1:
-            first = next(iter(writers.values()))
+        writes = [(rank, one) for rank, one in uses if one["how"] == "write"][:_MOST_WRITES]
+        first = next(
+            (
+                one
+                for (rank, one), (other, two) in itertools.combinations(writes, 2)
+                if rank != other and not _is_ordered(shared, rank, one, other, two)
+            ),
+            None,
+        )
+        if first is not None:
             if ("DDP501", first["site"]) in told:
                 continue
             told.add(("DDP501", first["site"]))
@@ -35,9 +48,9 @@ def check_files(run: Run) -> Iterator[Finding]:
             continue
         for writer, write in [(rank, one) for rank, one in uses if one["how"] == "write"]:
             for reader, read in uses:
-                if reader != writer and read["how"] == "read" and read["clock"] == write["clock"]:
-                    if ("DDP502", read["site"]) in told:
-                        continue
+                if reader == writer or read["how"] != "read" or ("DDP502", read["site"]) in told:
+                    continue
+                if not _is_ordered(shared, writer, write, reader, read):
                     told.add(("DDP502", read["site"]))
                     yield finding(
                         "DDP502",
@@ -50,6 +63,14 @@ def check_files(run: Run) -> Iterator[Finding]:
                     )
 
 
+def _is_ordered(shared: Meetings, writer: int, write: Record, reader: int, read: Record) -> bool:
+    """Return whether a lock or a collective orders a write and a read of two ranks."""
+    locked = write["locks"] and read["locks"]
+    return bool(
+        locked or precedes(shared, writer, write, reader, read) or precedes(shared, reader, read, writer, write)
+    )
+
+
 def _short(path: str) -> str:
     return path.rpartition("/")[2]
 
@@ -58,7 +79,8 @@ def check_collectives(run: Run) -> Iterator[Finding]:
     """DDP503: the first place where the ranks call different collectives. DDP505: a group that is not destroyed."""
     ranks = [rank.rank for rank in run.ranks]
     if run.world > 1:
-        yield from _check_sequences(run)
+        found = list(_check_buffers(run))
+        yield from found or _check_sequences(run)
     left = [rank.rank for rank in run.ranks if rank.of("joined") and not rank.of("left") and rank.of("ended")]
     if left and len(left) == len(ranks) and run.exit_code == 0:
         site = run.ranks[0].of("joined")[0]["site"]
@@ -72,13 +94,69 @@ def check_collectives(run: Run) -> Iterator[Finding]:
         )
 
 
+def _check_buffers(run: Run) -> Iterator[Finding]:
+    """DDP503 for a wrapped model with buffers that some ranks call more often: a forward may broadcast them."""
+    if run.uses("join"):
+        return
+    for group in run.groups:
+        ranks = [rank for rank in run.ranks if rank.rank in group]
+        for ddp in ranks[0].of("ddp"):
+            found = _extra_broadcast(ranks, ddp["id"])
+            if found is not None:
+                site, n, (most, many), (fewest, few) = found
+                yield finding(
+                    "DDP503",
+                    group,
+                    site,
+                    ddp["site"],
+                    f"Before step {n} rank {most} calls the wrapped model {many} times, and rank {fewest} {few} times. "
+                    f"Its forward broadcasts buffers, which meets another collective on the other ranks.",
+                    "Call the wrapped model on all ranks, or model.module on one.",
+                )
+                return
+
+
+def _extra_broadcast(ranks: list[Rank], number: int) -> tuple[str | None, int, tuple[int, int], tuple[int, int]] | None:
+    """Return the line of a forward that one rank calls more often than another, and how often each calls."""
+    rows = [_broadcasts(rank, number) for rank in ranks]
+    last = min(map(len, rows)) - 1
+    for n in range(last + 1):
+        counts = [row[n] for row in rows]
+        totals = [one.total() for one in counts]
+        most, fewest = totals.index(max(totals)), totals.index(min(totals))
+        extra = list(counts[most] - counts[fewest])
+        if n == last:  # a crash or a hang may have ended it: only lines that the other rank never calls
+            extra = [site for site in extra if not any(row[site] for row in rows[fewest])]
+        if extra:
+            return extra[0], n, (ranks[most].rank, totals[most]), (ranks[fewest].rank, totals[fewest])
+    return None
+
+
+def _broadcasts(rank: Rank, number: int) -> list[Counter[str | None]]:
+    """Return the lines of forwards that broadcast a model's buffers, counted for each step."""
+    found: list[Counter[str | None]] = [Counter()]
+    for one in rank.records:
+        if one["k"] == "step":
+            found.append(Counter())
+        elif one["k"] == "forward" and one["ddp"] == number and one.get("buffers"):
+            found[-1][one["site"]] += 1
+    return found
+
+
 def _check_sequences(run: Run) -> Iterator[Finding]:
+    """Compare the calls of each group's collectives on its ranks: the first difference is the cause of others."""
     world = tuple(range(run.world))
-    rows = [
-        [one for one in rank.of("collective") if one["group"] is None or tuple(one["group"]) == world]
-        for rank in run.ranks
-    ]
-    numbers = [rank.rank for rank in run.ranks]
+    groups = {tuple(one["group"] or world) for rank in run.ranks for one in rank.of("collective")}
+    for group in sorted(groups, key=len, reverse=True):
+        ranks = [rank for rank in run.ranks if rank.rank in group]
+        rows = [[one for one in rank.of("collective") if tuple(one["group"] or world) == group] for rank in ranks]
+        found = next(_check_calls(run, [rank.rank for rank in ranks], rows), None) if len(ranks) > 1 else None
+        if found is not None:
+            yield found
+            return
+
+
+def _check_calls(run: Run, numbers: list[int], rows: list[list[Record]]) -> Iterator[Finding]:
     for n, calls in enumerate(zip(*rows)):
         names = [one["name"] for one in calls]
         shapes = [(one.get("shape"), one.get("dtype")) for one in calls]
@@ -102,6 +180,8 @@ def _check_sequences(run: Run) -> Iterator[Finding]:
         most = max(range(len(rows)), key=lambda i: counts[i])
         extra = rows[most][min(counts)]
         missing = [numbers[i] for i in range(len(rows)) if counts[i] == min(counts)]
+        if run.failed & {*missing}:
+            return  # an exception of its own kept it from the call
         yield finding(
             "DDP503",
             numbers,

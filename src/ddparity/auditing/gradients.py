@@ -26,7 +26,7 @@ def check_gradients(run: Run) -> Iterator[Finding]:
             yield from _check_divisor(run, by_rank[0])
         yield from _check_weights(run, by_rank)
         yield from _check_clips(run, by_rank)
-        yield from _check_scaler(run, by_rank[0])
+        yield from _check_scaler(run, by_rank[0], number)
         yield from _check_thrown(run, by_rank[0], number)
         yield from _check_twice(run, by_rank)
         if not hooked:
@@ -44,7 +44,7 @@ def _reductions(window: Window) -> list[Record]:
         if event["k"] == "forward" and event["grad"]:
             synchronised = synchronised or event["sync"]
         elif event["k"] == "backward":
-            if synchronised and window.is_micro_batch(event):
+            if synchronised and window.is_kept(event):
                 found.append(event)
             synchronised = False
     return found
@@ -54,7 +54,7 @@ def _check_reductions(run: Run, windows: list[Window]) -> Iterator[Finding]:
     if run.world < 2:
         return
     for window in windows:
-        many, reduced = len(window.accumulated), len(_reductions(window))
+        many, reduced = len(window.kept), len(_reductions(window))
         if many >= 2 and reduced >= 2:
             partly = any(not one["sync"] for one in window.of("forward") if one["grad"])
             yield finding(
@@ -71,11 +71,13 @@ def _check_reductions(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 
 def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
-    lengths = [len(window.accumulated) for window in windows]
-    if not any(length >= 2 for length in lengths):
+    lengths = [len(window.kept) for window in windows]
+    if not any(length >= 2 for length in lengths) or any(
+        _is_of_one_batch(window, before) for window, before in zip(windows, [None, *windows])
+    ):
         return
-    scales = {one["scale"] for window in windows for one in window.accumulated}
-    summed = any(":sum" in one["node"] for window in windows for one in window.accumulated)
+    scales = {one["scale"] for window in windows for one in window.kept}
+    summed = any(":sum" in one["node"] for window in windows for one in window.kept)
     for window, length in zip(windows, lengths):
         if len(scales) != 1 or None in scales or summed or not length:
             break
@@ -87,23 +89,19 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
                 "DDP303",
                 _ranks(run),
                 window.step["site"],
-                window.accumulated[0]["site"],
+                window.kept[0]["site"],
                 f"Step {window.step['n']} follows {length} micro-batch{'es' if length > 1 else ''}, whose losses are "
                 f"divided by {whole}: its gradient is {length}/{whole} of the mean.",
                 "Divide by the number of micro-batches that the step has, also at the start and at the end of an "
                 "epoch.",
             )
             return
-    node = windows[0].accumulated[0]["node"] if windows[0].accumulated else ""
+    node = windows[0].kept[0]["node"] if windows[0].kept else ""
     for window, length in zip(windows, lengths):
         if length >= 2 and all(
-            one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"]
-            for one in window.accumulated
+            one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"] for one in window.kept
         ):
-            norm, last = window.step.get("norm"), window.backwards[-1].get("norm")
-            if norm and last and norm < 0.9 * last and not window.of("clip"):
-                return  # divided by hand before the step
-            if window.of("scale"):
+            if window.of("scale") or _is_divided_by_hand(window, length):
                 return
             yield finding(
                 "DDP304",
@@ -118,6 +116,32 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
             return
 
 
+def _is_of_one_batch(window: Window, before: Window | None) -> bool:
+    """Return whether all forwards of a window have one input, or one whole batch: their losses are parts of one.
+
+    `before`: the window before, since which one batch was loaded, not a list of them.
+    """
+    forwards = [one for one in window.of("forward") if one["grad"]]
+    if len(forwards) < 2:
+        return False
+    inputs = {one["x"] for one in forwards}
+    earlier = max((one["given"] for one in before.backwards), default=0) if before is not None else 0
+    whole = all(one["given"] == earlier + 1 for one in window.kept)
+    sizes = {one["n"] for one in forwards} | {one["batch"] for one in window.kept}
+    return None not in inputs | sizes and (len(inputs) == 1 or (whole and len(sizes) == 1))
+
+
+def _is_divided_by_hand(window: Window, length: int) -> bool:
+    """Return whether the gradients shrink between the last of `length` backwards and the clip, or the step.
+
+    A reduction by hand shrinks them, too: the mean over N ranks is at least 1/sqrt(N) as long where they differ.
+    """
+    clips = [one["norm"] for one in window.of("clip") if one["of"] == "norm"]
+    norm, last = clips[0] if clips else window.step.get("norm"), window.backwards[-1].get("norm")
+    by_hand = any(one.get("gradient") for one in window.of("collective"))
+    return norm is not None and last is not None and norm < last * (1.02 / length if by_hand else 0.9)
+
+
 def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
     """DDP305: micro-batches of one step with unequal counts whose means have equal weights."""
     for step in zip(*by_rank):
@@ -127,18 +151,18 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
         counts = [count for row in rows if row is not None for count in row]
         if len(counts) < 2 or min(counts) <= 0 or max(counts) < _UNEQUAL * min(counts):
             continue
-        scales = {one["scale"] for window in step for one in window.accumulated}
-        nodes = [one["node"] for window in step for one in window.accumulated]
+        scales = {one["scale"] for window in step for one in window.kept}
+        nodes = [one["node"] for window in step for one in window.kept]
         if len(scales) != 1 or None in scales or not all(n.startswith(MEANS) and ":sum" not in n for n in nodes):
             continue
         # The short last micro-batch of an epoch, alike on all ranks, matters little.
         short = all(row == rows[0] for row in rows) and len({*counts[: len(rows[0] or []) - 1]}) == 1
-        samples = step[0].accumulated[0]["units"] is None or _all_counted(step)
-        what = "counted targets" if step[0].accumulated[0]["units"] is not None else "samples"
+        samples = step[0].kept[0]["units"] is None or _all_counted(step)
+        what = "counted targets" if step[0].kept[0]["units"] is not None else "samples"
         yield finding(
             "DDP305",
             _ranks(run),
-            step[0].accumulated[-1]["site"],
+            step[0].kept[-1]["site"],
             None,
             f"The losses of step {step[0].step['n']} are means over {', '.join(f'{c:g}' for c in counts)} {what}, and "
             f"all have the same weight: a sample of the smallest counts {max(counts) / min(counts):.3g} times as much.",
@@ -153,7 +177,7 @@ def _all_counted(step: tuple[Window, ...]) -> bool:
     """Return whether the counts of cross-entropy are those of the samples: no target is left out."""
     for window in step:
         sizes = [one["n"] for one in window.of("forward") if one["grad"]]
-        units = [one["units"] for one in window.accumulated]
+        units = [one["units"] for one in window.kept]
         if len(sizes) != len(units) or None in sizes or None in units:
             return False
         if len({unit / size for unit, size in zip(units, sizes) if size}) > 1:
@@ -168,7 +192,7 @@ def _counts(window: Window) -> list[float] | None:
     for event in window.events:
         if event["k"] == "forward" and event["grad"]:
             size = event["n"]
-        elif window.is_micro_batch(event):
+        elif window.is_kept(event):
             count = event["units"] if event["units"] is not None else size
             if count is None:
                 return None
@@ -222,15 +246,23 @@ def _is_sharded(run: Run, step: tuple[Window, ...]) -> bool:
     return bool(parameters) and all(row[3] == "flat" for row in parameters)
 
 
-def _check_scaler(run: Run, windows: list[Window]) -> Iterator[Finding]:
+def _check_scaler(run: Run, windows: list[Window], optimizer: int) -> Iterator[Finding]:
+    stepped = {one["opt"] for one in run.ranks[0].of("scaler_step")}
+    if stepped and optimizer not in stepped:
+        return  # another model's losses are scaled
     for window in windows:
         scaled = False
         for event in window.events:
             if event["k"] == "scale":
                 scaled = True
-            elif event["k"] == "unscale":
+            elif event["k"] == "unscale" and event["opt"] in (optimizer, None):
                 scaled = False
-            elif event["k"] == "clip" and scaled:
+            elif (
+                event["k"] == "clip"
+                and scaled
+                and not _is_scaled_limit(event)
+                and (not event["opts"] or optimizer in event["opts"])
+            ):
                 yield finding(
                     "DDP308",
                     _ranks(run),
@@ -242,6 +274,11 @@ def _check_scaler(run: Run, windows: list[Window]) -> Iterator[Finding]:
                     "Call scaler.unscale_(optimizer) before the clip.",
                 )
                 return
+
+
+def _is_scaled_limit(clip: Record) -> bool:
+    """Return whether the limit of a clip is multiplied by the GradScaler's factor, too."""
+    return bool(clip["scale"]) and clip["limit"] >= min(clip["scale"], 100)
 
 
 def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[Finding]:
@@ -329,13 +366,16 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
     """DDP307, likely: a loss that is multiplied or divided by the world size, although DDP averages."""
     if run.world < 2 or not run.uses("ddp"):
         return
-    scales = {one["scale"] for window in windows for one in window.accumulated}
-    lengths = {len(window.accumulated) for window in windows}
+    scales = {one["scale"] for window in windows for one in window.kept}
+    lengths = {len(window.kept) for window in windows}
     if len(scales) != 1 or lengths != {1} or None in scales:
         return
     scale = scales.pop()
-    site = windows[0].accumulated[0]["site"]
-    if any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world)) and divides_by_world(site):
+    site = windows[0].kept[0]["site"]
+    calls = [one for window in windows for one in window.of("collective") if one["name"] == "all_reduce"]
+    is_reduced = any(one.get("graph") and math.prod(one["shape"]) == 1 for one in calls)  # the loss itself
+    by_world = any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world))
+    if by_world and (is_reduced or divides_by_world(site)):
         yield finding(
             "DDP307",
             _ranks(run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -249,18 +250,15 @@ def _check_evaluated(run: Run) -> Iterator[Finding]:
         return
     rows = [rank.of("eval") for rank in run.ranks]
     told: set[tuple[str, Any]] = set()
-    for events in zip(*(rank.of("held") for rank in run.ranks)):
+    for events in _paired([rank.of("held") for rank in run.ranks]):
         first = events[0]
-        alike = len({(one["site"], one["type"]) for one in events}) == 1
-        if alike and len({one["parameters"] for one in events}) > 1 and ("DDP203", first["type"]) not in told:
+        if len({one["parameters"] for one in events}) > 1 and ("DDP203", first["type"]) not in told:
             told.add(("DDP203", first["type"]))
             yield _differs(run, first, "proved" if first["frozen"] else "likely")
     broadcasts = {ddp["id"]: ddp["broadcasts"] for ddp in run.ranks[0].of("ddp")}
     ranks = [rank.rank for rank in run.ranks]
-    for events in zip(*rows):
+    for events in _paired(rows):
         first = events[0]
-        if len({(one["site"], one["type"]) for one in events}) > 1:
-            return
         names = [n for n in first["buffers"] if len({one["buffers"].get(n) for one in events}) > 1]
         synchronised = any(broadcasts.get(number) for number in first["ddps"])
         if names and not synchronised and ("DDP213", first["site"]) not in told:
@@ -285,6 +283,20 @@ def _check_evaluated(run: Run) -> Iterator[Finding]:
         ):
             told.add(("DDP203", first["type"]))
             yield _differs(run, first)
+
+
+def _paired(rows: list[list[Record]]) -> list[list[Record]]:
+    """Return the events of all ranks that belong together: of one line, one type and one number of steps."""
+    by_rank: list[dict[Any, Record]] = []
+    for row in rows:
+        counts: Counter[Any] = Counter()
+        found: dict[Any, Record] = {}
+        for one in row:
+            key = one["site"], one["type"], one.get("steps")
+            counts[key] += 1
+            found[*key, counts[key]] = one
+        by_rank.append(found)
+    return [[found[key] for found in by_rank] for key in by_rank[0] if all(key in found for found in by_rank)]
 
 
 def _differs(run: Run, one: Record, certainty: Certainty = "proved") -> Finding:

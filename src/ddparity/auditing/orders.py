@@ -17,7 +17,7 @@ def check_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
     for pair in run.pairs:
         first = pair[0]
         if first.training and not first.loader["stream"] and all(one.batches > 1 for one in pair):
-            key = (*first.place, first.loader["subset_digest"], first.loader["length"])
+            key = (*first.training_of, first.loader["subset_digest"], first.loader["length"])
             orders[key].append(pair)
     for passes in orders.values():
         begin = passes[0]
@@ -41,7 +41,7 @@ def check_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
         if begin[0].endless:  # the workers of an endless loader load ahead, before set_epoch: one order may come twice
             pairs = pairs[1:] if all(_repeats_order(run, a[0], b[0]) for a, b in pairs if b[0].complete) else []
         for earlier, later in pairs:
-            if all(_repeats_order(run, a, b) for a, b in zip(earlier, later)):
+            if all(_repeats_order(run, a, b) and not _is_other_data(a, b) for a, b in zip(earlier, later)):
                 many = len(passes)
                 reshuffles = begin[0].epoch is not None or begin[0].loader["sampler"].startswith("torch.")
                 yield (
@@ -70,6 +70,11 @@ def _repeats_order(run: Run, earlier: Pass, later: Pass) -> bool:
         return earlier.indices == later.indices
     known = len(later.indices)
     return run.exit_code != 0 and known >= 8 and later.batches > 2 and earlier.indices[:known] == later.indices
+
+
+def _is_other_data(earlier: Pass, later: Pass) -> bool:
+    """Return whether two passes are over data sets that were made one after the other, and give other batches."""
+    return earlier.loader["key"] != later.loader["key"] and earlier.digests != later.digests
 
 
 def _unpadded(one: Pass) -> list[int]:
@@ -110,6 +115,7 @@ def check_stream(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     reduced = run.uses("ddp") and not run.uses("join")
     ended = [one.given for one in pair if one.how == "exhausted"]
     waits = [one.given for one in pair if one.how is None]
+    reduced = reduced and not run.ended_together(pair)
     more = len(set(ended)) > 1 if len(ended) == len(pair) else bool(ended and waits) and max(waits) > min(ended)
     if reduced and more and all(one.how in ("exhausted", None) for one in pair):
         yield finding(
@@ -127,7 +133,7 @@ def check_stream_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
     orders: dict[Any, list[list[Pass]]] = defaultdict(list)
     for pair in run.pairs:
         if pair[0].training and pair[0].loader["stream"] and all(len(one.digests) > 2 for one in pair):
-            orders[pair[0].place].append(pair)
+            orders[pair[0].training_of].append(pair)
     for passes in orders.values():
         first = passes[0][0]
         for earlier, later in itertools.pairwise(passes):

@@ -48,11 +48,11 @@ def check_randomness(run: Run, group: list[int]) -> Iterator[tuple[Finding, Any]
                 )
                 break
     for rank in run.ranks:
-        by_place: dict[Any, list[Pass]] = defaultdict(list)
+        by_training: dict[Any, list[Pass]] = defaultdict(list)
         for one in rank.passes:
             if one.training:
-                by_place[one.place].append(one)
-        for passes in by_place.values():
+                by_training[one.training_of].append(one)
+        for passes in by_training.values():
             for earlier, later in itertools.pairwise(passes):
                 before, after = (states[rank.rank].get((p.loader["id"], p.number), {}) for p in (earlier, later))
                 for stream, name in enumerate(_STREAMS):

@@ -34,6 +34,7 @@ class Pass:
     training: bool
     base: int | None
     workers: int
+    models: frozenset[tuple[str, int]] = frozenset()  # what the steps within it train
     endless: bool = False  # a part of a pass over a sampler that begins again by itself
 
     @cached_property
@@ -45,8 +46,13 @@ class Pass:
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """The loader's line, its data set, and whether it trains: passes of one place are epochs of one another."""
+        """The loader's line, its data set, and whether it trains."""
         return self.loader["site"], self.loader["dataset"], self.training
+
+    @property
+    def training_of(self) -> tuple[Any, ...]:
+        """The place and the models: passes that have both in common are epochs of one training."""
+        return *self.place, self.models
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -81,6 +87,7 @@ class Window:
         alone = last not in self.loops
         called: set[int] = set()
         repeats = [one for one in self.backwards if one["inside"]][:-1]  # of a closure, which are other tries
+        stepped = max((one["at"] for one in self.of("step")), default=-1)  # another optimizer, which used those before
         for event in self.events:
             if event["k"] == "forward" and event["grad"]:
                 synchronised = event["sync"]
@@ -90,11 +97,22 @@ class Window:
                 if (event["chain"] == last or (alone and not synchronised)) and not others:
                     found.append(event)
                 called = set()
-        return [one for one in found if not any(one is repeat for repeat in repeats)]
+        found = [one for one in found if not any(one is repeat for repeat in repeats)]
+        return [one for one in found if one["at"] > stepped] or found
+
+    @cached_property
+    def kept(self) -> list[Record]:
+        """The micro-batches whose gradients no zero_grad() has thrown away."""
+        own = self.step["opt"]
+        zeros = [one["at"] for one in self.of("zero") if one["held"] and (one["opt"] == own or own in one["also"])]
+        return [one for one in self.accumulated if one["at"] > max(zeros, default=-1)] or self.accumulated
 
     def is_micro_batch(self, event: Record) -> bool:
         """Return whether an event is the backward of a micro-batch of this step."""
         return any(event is one for one in self.accumulated)
+
+    def is_kept(self, event: Record) -> bool:
+        return any(event is one for one in self.kept)
 
 
 @dataclass
@@ -148,6 +166,11 @@ class Rank:
         loops = frozenset(chain for counts in chains for chain, count in counts.items() if count > 1)
         return [replace(window, loops=loops) for window in found]
 
+    def models(self, optimizer: int) -> frozenset[tuple[str, int]]:
+        """Return what an optimizer trains: the models that DDP wraps, or itself, for those without."""
+        wrapped = frozenset(("ddp", row[0]) for row in self.parameters(optimizer) if row[0])
+        return wrapped or frozenset([("optimizer", optimizer)])
+
     def parameters(self, optimizer: int) -> list[Any]:
         found = [one["params"] for one in self.of("parameters") if one["opt"] == optimizer]
         return found[-1] if found else []
@@ -160,6 +183,8 @@ class Run:
     script: Path
     ranks: list[Rank]
     exit_code: int
+    failed: frozenset[int] = frozenset()  # the ranks that an exception ended
+    others: list[Run] = field(default_factory=list)  # in which the same script started its ranks again
 
     @property
     def world(self) -> int:
@@ -183,12 +208,20 @@ class Run:
             return [list(whole)]
         return [list(group) for group in sorted(found) if len(group) > 1]
 
+    def ended_together(self, pair: list[Pass]) -> bool:
+        """Return whether the ranks of passes that nothing cut short made equally many steps, and ended: none waits."""
+        steps = {len(rank.of("step")) for rank in self.ranks if rank.rank in {one.rank for one in pair}}
+        return self.exit_code == 0 and len(steps) == 1 and all(one.how != "cut" for one in pair)
+
     def uses(self, kind: str) -> bool:
         return any(rank.of(kind) for rank in self.ranks)
 
 
 def read_run(folder: Path, script: Path, exit_code: int) -> Run:
-    """Read the records in a folder. A last line that a crash cut short is left out."""
+    """Read the records in a folder. A last line that a crash cut short is left out.
+
+    A script may start its ranks several times. The run is that with the most steps, and has the others.
+    """
     processes = []
     for path in sorted(folder.glob("*.jsonl")):
         records = []
@@ -199,32 +232,60 @@ def read_run(folder: Path, script: Path, exit_code: int) -> Run:
                 continue
         if records and records[0]["k"] == "process":
             processes.append((records[0], records[1:]))
-    ranks: dict[int, Rank] = {}
-    loads = []
-    for head, records in processes:
-        joined = next((one for one in records if one["k"] == "joined"), None)
-        if any(one["k"] == "fetch" and one["worker"] is not None for one in records):
-            loads.append((head, records))
-            continue
-        rank = joined["rank"] if joined is not None else int(head["rank"] or 0) if head["rank"] is not None else None
-        if rank is None and not any(one["k"] in ("loader", "optimizer", "step") for one in records):
-            continue
-        rank = rank or 0
-        kept = ranks.get(rank)
-        works = sum(one["k"] in ("step", "iter", "joined") for one in records)
-        if kept is None or works > sum(one["k"] in ("step", "iter", "joined") for one in kept.records):
-            ranks[rank] = Rank(rank, head, records)
-    for _, records in loads:
+    fetches: dict[int, list[Record]] = defaultdict(list)  # of workers, by the process that started them
+    for _, records in processes:
         for one in records:
-            if one["k"] != "fetch":
-                continue
-            for rank in ranks.values():
-                if rank.head["pid"] == one["parent"]:
-                    rank.fetches.append(one)
-    for rank in ranks.values():
-        rank.fetches += [one for one in rank.records if one["k"] == "fetch"]
-    ordered = [ranks[rank] for rank in sorted(ranks)]
-    return Run(script, ordered, exit_code)
+            if one["k"] == "fetch" and one["worker"] is not None:
+                fetches[one["parent"]].append(one)
+    for ranks in (sessions := _sessions(processes)):
+        for rank in ranks.values():
+            own = [one for one in rank.records if one["k"] == "fetch"]
+            rank.fetches = fetches[rank.head["pid"]] + own
+    runs = [Run(script, [ranks[number] for number in sorted(ranks)], exit_code) for ranks in sessions]
+    if not runs:
+        return Run(script, [], exit_code)
+    run = max(runs, key=lambda one: (sum(len(rank.of("step")) for rank in one.ranks), one.world))
+    run.others = [one for one in runs if one is not run]
+    return run
+
+
+def _sessions(processes: list[tuple[Record, list[Record]]]) -> list[dict[int, Rank]]:
+    """Return the processes that joined one process group together, by rank, in the order in which they joined.
+
+    Of those that joined none, one a rank that a launcher gave, or that trained alone.
+    """
+    joined, alone = [], []
+    for head, records in processes:
+        if any(one["k"] == "fetch" and one["worker"] is not None for one in records):
+            continue
+        first = next((one for one in records if one["k"] == "joined"), None)
+        if first is not None:
+            joined.append((first, head, records))
+        elif head["rank"] is not None or any(one["k"] in ("loader", "optimizer", "step") for one in records):
+            alone.append((head, records))
+    found: list[dict[int, Rank]] = []
+    last: dict[int, dict[int, Rank]] = {}  # the session of a size that still takes ranks
+    for first, head, records in sorted(joined, key=lambda row: float(row[0]["t"])):
+        size = first["world"]
+        if size not in last or first["rank"] in last[size]:
+            last[size] = {}
+            found.append(last[size])
+        last[size][first["rank"]] = Rank(first["rank"], head, records)
+    whole = bool(found)
+    for head, records in alone:
+        rank = int(head["rank"] or 0)
+        if head["rank"] is None and whole:
+            continue  # it started the ranks
+        if not found:
+            found.append({})
+        kept = found[-1].get(rank)
+        if kept is None or (not whole and _work(records) > _work(kept.records)):
+            found[-1][rank] = Rank(rank, head, records)
+    return found
+
+
+def _work(records: list[Record]) -> int:
+    return sum(one["k"] in ("step", "iter") for one in records)
 
 
 def _passes(rank: Rank) -> Iterator[Pass]:
@@ -239,6 +300,7 @@ def _passes(rank: Rank) -> Iterator[Pass]:
         if "it" in one and one["k"] in ("draw", "batch", "end", "given", "seed"):
             by_pass[one["it"]].append(one)
     backwards = [one["at"] for kind in ("backward", "step") for one in rank.of(kind)]
+    models = {number: rank.models(number) for number in {one["opt"] for one in rank.of("step")}}
     for begin in rank.of("iter"):
         events = by_pass[begin["it"]]
         rows = [row for one in events if one["k"] == "draw" for row in one["rows"]]
@@ -280,8 +342,19 @@ def _passes(rank: Rank) -> Iterator[Pass]:
                 complete=whole,
                 how=how,
                 digests=[one["d"] for one in events if one["k"] == "batch"],
-                training=any(begin["at"] < at <= last for at in backwards),
+                training=any(begin["at"] < at <= last for at in backwards) and not _is_evaluated(rank, events),
                 base=seed["base"],
                 workers=int(seed["workers"] or 0),
+                models=frozenset().union(
+                    *(models[one["opt"]] for one in rank.of("step") if begin["at"] < one["at"] <= last)
+                ),
                 endless=len(parts) > 1,
             )
+
+
+def _is_evaluated(rank: Rank, events: list[Record]) -> bool:
+    """Return whether a model in eval mode takes each batch of a pass without a gradient, in between a training."""
+    batches = [one["at"] for one in events if one["k"] == "batch"]
+    forwards = rank.of("forward")
+    firsts = [next((one for one in forwards if one["at"] > at), None) for at in batches]
+    return bool(firsts) and all(one is not None and not one["grad"] and not one["train"] for one in firsts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,8 @@ _CHECKS = (
     check_output,
     check_speed,
 )
-_SPAWNERS = {"spawn", "start_processes", "Process", "notebook_launcher", "elastic_launch"}
+_SPAWNERS = {"start_processes", "notebook_launcher", "elastic_launch"}
+_OF_MULTIPROCESSING = {"spawn", "Process", "start_processes"}
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 _SITE = '''"""Begins to record in each Python process of an audited script, then runs another sitecustomize."""
@@ -141,21 +143,31 @@ def inspect_script(
         folder = Path(name)
         heard = _Heard(sys.stderr)
         with _recording(folder, limit):
-            if not module and starts_processes(script):
+            alone = not module and starts_processes(script)
+            if alone:
                 code = _run_alone(script, arguments, folder / "records")
-            else:
+                alone = code != 0 or _has_started(folder / "records")
+            if not alone:
                 command = ["--nproc", str(processes), "--hang-timeout", str(_HANG_S), str(script), *arguments]
                 launch = parse(command)
                 with redirect_stderr(heard):
                     code = run_launch(launch)
         run = read_run(folder / "records", Path(f"-m {arguments[0]}") if module else script, code)
+        run.failed = heard.failed()
     return replace(compare(run, wanted, unwanted), failure=heard.failure() if code else "")
 
 
 def compare(run: Run, select: Sequence[str] = (), ignore: Sequence[str] = ()) -> Report:
     """Compare the ranks of a run by their records."""
-    found = [one for check in _CHECKS for one in check(run)] if run.ranks else []
+    found = _findings(run)
+    for other in run.others:  # the same fault counts once
+        known = {(one.code, one.file, one.line) for one in found}
+        found += [one for one in _findings(other) if (one.code, one.file, one.line) not in known]
     return Report(run.script, chosen(found, select, ignore), _seen(run), run)
+
+
+def _findings(run: Run) -> list[Finding]:
+    return [one for check in _CHECKS for one in check(run)] if run.ranks else []
 
 
 class _Heard:
@@ -171,6 +183,11 @@ class _Heard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    def failed(self) -> frozenset[int]:
+        """Return the ranks that an exception ended, as the launcher says."""
+        found = (re.match(r"ddparity: ranks? ([\d, ]+) failed: \w", line) for line in self._lines)
+        return frozenset(int(rank) for one in found if one is not None for rank in one[1].split(","))
 
     def failure(self) -> str:
         return next((one for one in reversed(self._lines) if " failed" in one or "hang" in one), "")
@@ -206,8 +223,12 @@ def starts_processes(script: Path) -> bool:
         if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
             calls.setdefault(name, []).append(node)
+    modules = _imported(nodes)
+    spawns = any(
+        _is_of_multiprocessing(call.func, modules) for name in _OF_MULTIPROCESSING for call in calls.get(name, [])
+    )
     launches = any(isinstance(n, ast.Attribute) and n.attr == "launch" and _is_ours(n.value) for n in nodes)
-    if not launches and not calls.keys() & _SPAWNERS:
+    if not launches and not spawns and not calls.keys() & _SPAWNERS:
         return False
     if any(map(_sets_rank, nodes)):
         return True
@@ -232,6 +253,34 @@ def _nodes(path: Path, seen: set[Path]) -> list[ast.AST]:
     return nodes
 
 
+def _imported(nodes: list[ast.AST]) -> dict[str, str]:
+    """Return the modules, or what comes from them, by the names that import statements give them."""
+    found: dict[str, str] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _is_of_multiprocessing(function: ast.expr, modules: dict[str, str]) -> bool:
+    """Return whether `spawn` or `Process` is multiprocessing's: `mp.spawn`, `self.context.Process`.
+
+    Not that of an imported module beside it, such as psutil.Process, nor of a call, such as SeedSequence(5).spawn(n).
+    """
+    owner = function
+    while isinstance(owner, ast.Attribute):
+        if owner.attr == "multiprocessing":
+            return True
+        owner = owner.value
+    if not any("multiprocessing" in module for module in modules.values()):
+        return False
+    if isinstance(owner, ast.Call):
+        return isinstance(owner.func, (ast.Attribute, ast.Name)) and ast.unparse(owner.func).endswith("get_context")
+    return not isinstance(owner, ast.Name) or "multiprocessing" in modules.get(owner.id, "multiprocessing")
+
+
 def _sets_rank(node: ast.AST) -> bool:
     """Return whether a node sets RANK in the environment, as functions do that mp.spawn starts."""
     if not isinstance(node, ast.Subscript) or not isinstance(node.ctx, ast.Store):
@@ -251,6 +300,16 @@ def _reads_rank(node: ast.AST) -> bool:
         return bool(node.args) and isinstance(node.args[0], ast.Constant) and node.args[0].value in _RANK_VARIABLES
     if isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant):
         return node.left.value in _RANK_VARIABLES
+    return False
+
+
+def _has_started(records: Path) -> bool:
+    """Return whether a script that ran alone has started ranks. If not, remove its records: it runs again."""
+    ranks = read_run(records, Path(), 0).ranks
+    if len(ranks) > 1 or any(rank.of("joined") for rank in ranks):
+        return True
+    for path in records.glob("*.jsonl"):
+        path.unlink()
     return False
 
 
@@ -302,6 +361,8 @@ def _seen(run: Run) -> dict[str, Any]:
         blind.append("no DistributedDataParallel: DDP211, DDP302 and DDP701")
     if not run.uses("file"):
         blind.append("no file of the script's: DDP501 and DDP502")
+    if run.others:
+        blind.append(f"the script started its ranks {len(run.others) + 1} times: these figures are of the longest run")
     blind += sorted({f"the recorder failed: {one['text']}" for rank in run.ranks for one in rank.of("problem")})
     return {
         "world_size": run.world,

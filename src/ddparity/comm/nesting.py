@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from ..compat import is_dtensor
+
 Description = dict[str, Any]  # JSON: "kind", and what trees.py and inference/columns.py put beside it
 Keys = tuple[str | int, ...]
 T = TypeVar("T")
@@ -102,12 +104,17 @@ def check_dense(value: torch.Tensor | np.ndarray[Any, Any] | np.generic, path: s
     """Check that a tensor or array holds one number an element, and nothing else.
 
     Raises:
-        TypeError: it is quantized, nested or sparse, or a masked array.
+        TypeError: it is quantized, nested or sparse, a DTensor, or a masked array.
     """
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{path} is a masked array, whose mask would be lost: give .filled() and the mask")
     if not isinstance(value, torch.Tensor):
         return
+    if is_dtensor(value):
+        raise TypeError(
+            f"{path} is a DTensor, as is the norm that clip_grad_norm_() returns for a model of fully_shard(), and "
+            f"this rank has only its part: give .full_tensor(), which every rank calls"
+        )
     if value.is_quantized:
         raise TypeError(f"{path} is a quantized tensor: give a dense one, .dequantize()")
     if value.is_nested:

@@ -17,6 +17,9 @@ from .trees import assembled, describe_nesting
 Op = Literal["sum", "mean", "max", "min"]
 
 _OPS = ("sum", "mean", "max", "min")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = (torch.bool, *_INTEGERS, *_FLOATS, torch.complex64, torch.complex128)
 _PART_BYTES = 16 * 2**20  # of all ranks' copies of a tensor, at once
 
 
@@ -26,7 +29,8 @@ def reduce(value: Any, op: Op = "sum") -> Any:
     Numbers, tensors and numeric arrays are reduced, in dicts, lists, tuples, named tuples and dataclasses of any depth,
     for example losses to log, or the wish of any rank to stop: `if reduce(stop, "max"): break`. The order is that of
     the ranks, so every rank gets the same bits. float16 and bfloat16 are added in float32. Python's integers are exact
-    at any size; their mean is a float. Results are new tensors on the device of this rank's, without a graph.
+    at any size; their mean is a float. A tensor keeps its dtype; a sum that does not fit into an integer of 8 to 32
+    bits is an error. Results are new tensors on the device of this rank's, without a graph.
 
     Collectives: two all-gathers (a number, and the description with Python's numbers, in JSON). Then one exchange of
     each tensor's bytes, in parts whose copies of all ranks take at most 16 MiB. Every rank calls it.
@@ -36,6 +40,7 @@ def reduce(value: Any, op: Op = "sum") -> Any:
             error names it. The other ranks raise `RankFailure`.
         ValueError: `op` is unknown, or the ranks' values differ in structure, dtype or shape, or `op` differs; on every
             rank.
+        OverflowError: a sum of integers does not fit into the tensor's dtype; on every rank.
 
     Example:
         >>> reduce({"loss": 0.5, "correct": torch.tensor([3, 1])}, "max")
@@ -100,6 +105,10 @@ def _as_tensor(value: Any, path: str) -> torch.Tensor:
 
 
 def _check_op(tensor: torch.Tensor, path: str, op: Op) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"reduce(): {path} is a tensor of {tensor.dtype}, which Gloo cannot send: give .long() or .float()"
+        )
     numbers = tensor.is_floating_point() or tensor.is_complex()
     if op == "mean" and not numbers:
         raise TypeError(f'reduce(op="mean"): {path} is a tensor of {tensor.dtype}: give a floating one, .double()')
@@ -156,6 +165,14 @@ def _of_tensors(tensor: torch.Tensor, op: Op) -> torch.Tensor:
 
 
 def _sum(copies: torch.Tensor) -> torch.Tensor:
+    if copies.dtype in _INTEGERS[:-1]:
+        whole, fits = copies.sum(0, dtype=torch.int64), torch.iinfo(copies.dtype)
+        if not fits.min <= int(whole.min()) <= int(whole.max()) <= fits.max:
+            worst = max(int(whole.max()), int(whole.min()), key=abs)
+            raise OverflowError(
+                f"reduce(): a sum is {worst}, too large for {copies.dtype}: give a tensor of int64, .long()"
+            )
+        return whole
     total = copies[0].float() if copies.dtype in (torch.float16, torch.bfloat16) else copies[0].clone()
     for copy in copies[1:]:
         total += copy

@@ -21,6 +21,7 @@ def plan_of(dataloader: DataLoader[Any], sizes: dict[str, Any]) -> Plan:
 
     Raises:
         TypeError: the DataLoader cuts batches by a batch sampler, or has a sampler of another kind.
+        ValueError: its sampler is that of another data set.
     """
     batch, sampler = dataloader.batch_size, cast(Any, dataloader.sampler)
     if batch is None:
@@ -32,12 +33,18 @@ def plan_of(dataloader: DataLoader[Any], sizes: dict[str, Any]) -> Plan:
     given = {name: value for name, value in sizes.items() if value is not None}
     global_batch = given.get("global_batch", batch)
     cut: dict[str, Any] = {"global_batch": global_batch, "micro_batch": global_batch, "seed": 0, **given}
-    weighted = isinstance(sampler, WeightedRandomSampler)
-    if weighted or (isinstance(sampler, RandomSampler) and sampler.replacement):
+    # Not of classes derived from these, which may draw otherwise.
+    weighted, at_random = type(sampler) is WeightedRandomSampler, type(sampler) is RandomSampler
+    if (at_random or type(sampler) is SequentialSampler) and len(sampler.data_source) != length:
+        raise ValueError(
+            f"Loader() got a DataLoader whose {type(sampler).__name__} is of {len(sampler.data_source)} samples, and "
+            f"its data set has {length}: give a torch.utils.data.Subset of it, or the data set, and an OrderPlan"
+        )
+    if weighted or (at_random and sampler.replacement):
         draws = sampler.num_samples - (sampler.num_samples % max(global_batch, 1) if dataloader.drop_last else 0)
         weights = sampler.weights if weighted else length
         return WeightedPlan(weights, num_samples=draws, replacement=sampler.replacement, **cut)
-    shuffles = isinstance(sampler, RandomSampler) and sampler.num_samples == length
+    shuffles = at_random and sampler.num_samples == length
     if not shuffles and type(sampler) is not SequentialSampler:
         raise TypeError(
             f"Loader() got a DataLoader with a {type(sampler).__name__}: a plan shares out the samples. Give the data "

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .permutation import permute
 from .plan import Plan
-from .sizes import check_sizes
+from .sizes import as_array, check_sizes
 
 # Samples whose lengths differ by at most 1/16 of the longest's are exchanged between micro-batches in each epoch. So at
 # most a sixteenth of a budget is lost by that.
@@ -77,7 +77,8 @@ class LengthPlan(Plan):
 
     def __post_init__(self) -> None:
         check_sizes(self, max_units=1, micro_batches=1)
-        lengths = np.asarray(self.lengths) if len(self.lengths) else np.empty(0, np.int64)
+        lengths = as_array(self.lengths)
+        lengths = lengths if lengths.size else np.empty(0, np.int64)
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
             raise TypeError(
                 f"LengthPlan(lengths) has shape {lengths.shape} and dtype {lengths.dtype}: give an integer for each "

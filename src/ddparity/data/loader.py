@@ -19,7 +19,8 @@ from ..runtime.progress import mark_progress
 from .converted import options_of, plan_of
 from .dataset import KeyedDataset, MicroBatchSampler, load_batches, seeded, worker_options
 from .fitting import check_world_size, checked_plan, continued
-from .plan import BatchPlan, Plan
+from .orders import WeightedPlan
+from .plan import FIRST_STEP, BatchPlan, Plan
 from .sizes import checked_integer, share
 from .step import LoadedMicroBatch, Step
 from .stream import StreamPlan
@@ -195,7 +196,7 @@ class Loader:
         if not start_step >= 0 or (steps is not None and start_step > steps):
             raise ValueError(f"epoch(start_step={start_step}): the plan's epochs have {steps} steps")
         if epoch != self._position[0]:
-            self._before = epoch * (self.plan.steps_per_epoch or 0)
+            self._before = self._steps_before(epoch)
         if self._stream is not None:
             self._position, self._resumes = (epoch, start_step), False
             return self._steps_of_stream(self._stream, epoch, start_step, rank, world_size)
@@ -240,6 +241,7 @@ class Loader:
         before = state["steps_done"] - step if "steps_done" in state else epoch * len(self)
         if isinstance(self.plan, BatchPlan) and (longer := continued(self.plan, saved, *position)) is not None:
             position, saved, before = longer, own, 0
+        saved = {FIRST_STEP: own.get(FIRST_STEP), **saved}  # which ddparity 0.2.0 did not save
         if differing := [name for name in own if own[name] != saved.get(name)]:
             what = ", ".join(
                 f"{name}={saved.get(name)!r} in the checkpoint and {own[name]!r} here" for name in differing
@@ -316,6 +318,15 @@ class Loader:
     def _steps_in(self, epoch: int) -> int | None:
         """Return the steps of an epoch; None: they are known when the stream ends."""
         return self.plan.steps_per_epoch if isinstance(self.plan, StreamPlan) else self.plan.steps_in(epoch)
+
+    def _steps_before(self, epoch: int) -> int:
+        """Return the steps of the epochs before this one; of streams whose epochs end by themselves, those done."""
+        plan, count = self.plan, self.plan.steps_per_epoch
+        if count is None:
+            return self.steps_done if epoch > self._position[0] else 0
+        if isinstance(plan, (StreamPlan, WeightedPlan)) or type(plan).steps_in is Plan.steps_in:
+            return epoch * count  # epochs are equal
+        return sum(map(plan.steps_in, range(epoch)))
 
     def _pass(self, epoch: int, step: int) -> None:
         """Let the position be at this step of this epoch, or at the next epoch after the last step of an epoch."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,12 @@ from numpy.typing import NDArray
 from .permutation import permute, words
 from .plan import Plan
 from .rng import derive_seed, preserve_streams, seed_streams
-from .sizes import check_sizes, checked_integer, cut_sizes, digest
+from .sizes import as_array, check_sizes, checked_integer, cut_sizes, digest
+
+logger = logging.getLogger(__name__)
+
+_PART = 2**20  # indices of an order that are read at once: 8 bytes each, and 32 more while a part is read
+_MANY = 2**24  # that a warning is given of: an order without end would fill the memory
 
 
 class _OrderedPlan(Plan):
@@ -87,7 +94,7 @@ class WeightedPlan(_OrderedPlan):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, int) or np.ndim(_array(self.weights)) == 0:
+        if isinstance(self.weights, int) or np.ndim(as_array(self.weights)) == 0:
             if not hasattr(self.weights, "__index__"):
                 raise TypeError(
                     f"WeightedPlan(weights={self.weights!r}) is a {type(self.weights).__name__}: give a weight for "
@@ -98,7 +105,7 @@ class WeightedPlan(_OrderedPlan):
                 raise ValueError(f"WeightedPlan(weights={count}): the number of samples must be at least 1")
             object.__setattr__(self, "weights", count)
         else:
-            weights = _checked_weights(_array(self.weights))
+            weights = _checked_weights(as_array(self.weights))
             count, able = len(weights), int(np.count_nonzero(weights))
             object.__setattr__(self, "weights", weights)
         if self.num_samples is None:
@@ -175,8 +182,9 @@ class OrderPlan(_OrderedPlan):
     Memory: 8 bytes a sample of the epoch. Time of a seek: one call of `order`, kept until another epoch is asked for.
 
     Args:
-        order: `order(epoch, generator)` returns an iterable of an epoch's data-set indices, in order; `generator` is a
-            torch.Generator on the CPU with the epoch's seed. A function at the top of a module is picklable.
+        order: `order(epoch, generator)` returns an iterable of an epoch's data-set indices, in order; it must end.
+            `generator` is a torch.Generator on the CPU with the epoch's seed. A function at the top of a module can be
+            pickled.
         global_batch, micro_batch: as of `BatchPlan`.
         seed: any integer.
 
@@ -242,9 +250,25 @@ def _kept(plan: Plan, epoch: int, order: Callable[[], NDArray[np.int64]]) -> NDA
 
 
 def _checked_order(given: Any, epoch: int) -> NDArray[np.int64]:
-    if not hasattr(given, "__array__") and not isinstance(given, range):
-        given = list(given)
-    order = _array(given) if len(given) else np.empty(0, np.int64)
+    if getattr(given, "ndim", 1) == 0 or not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+        raise TypeError(f"OrderPlan: order({epoch}, …) gave {given!r}: give an iterable of an epoch's indices")
+    if hasattr(given, "__array__") or isinstance(given, range):
+        return _indices(given, epoch)
+    parts, iterator = [np.empty(0, np.int64)], iter(given)
+    while part := list(itertools.islice(iterator, _PART)):
+        parts.append(_indices(part, epoch, _PART * (len(parts) - 1)))
+        if len(part) == _PART and len(parts) == _MANY // _PART + 1:
+            logger.warning(
+                "OrderPlan: order(%d, …) has given %d indices and goes on. If it has no end, cut it by "
+                "itertools.islice(…, samples of an epoch), or draw by WeightedPlan(n, …): an epoch must end",
+                *(epoch, _MANY),
+            )
+    return np.concatenate(parts)
+
+
+def _indices(given: Any, epoch: int, first: int = 0) -> NDArray[np.int64]:
+    """Return these indices of an epoch's order, of which they are those from place `first` on, as an array."""
+    order = as_array(given) if len(given) else np.empty(0, np.int64)
     if order.ndim != 1 or order.dtype.kind not in "iu":
         shape = "lists of indices" if order.ndim > 1 or order.dtype.kind == "O" else f"{order.dtype} values"
         raise TypeError(
@@ -253,7 +277,9 @@ def _checked_order(given: Any, epoch: int) -> NDArray[np.int64]:
         )
     if (negative := order < 0).any():
         place = int(np.flatnonzero(negative)[0])
-        raise ValueError(f"OrderPlan: order({epoch}, …) gave the index {order[place]} at place {place}: it is negative")
+        raise ValueError(
+            f"OrderPlan: order({epoch}, …) gave the index {order[place]} at place {first + place}: it is negative"
+        )
     return order.astype(np.int64)
 
 
@@ -266,21 +292,12 @@ def _checked_weights(weights: NDArray[Any]) -> NDArray[np.float64]:
     if (bad := ~(np.isfinite(found) & (found >= 0))).any():
         index = int(np.flatnonzero(bad)[0])
         raise ValueError(f"WeightedPlan(weights): the weight of sample {index} is {found[index]}: give 0 or more")
-    if not 0 < found.sum() < np.inf:
-        raise ValueError(
-            f"WeightedPlan(weights): the {len(found)} weights sum to {found.sum()}: no sample can be drawn"
-        )
+    with np.errstate(over="ignore"):
+        total = found.sum()
+    if not 0 < total < np.inf:
+        raise ValueError(f"WeightedPlan(weights): the {len(found)} weights sum to {total}: no sample can be drawn")
     found.flags.writeable = False
     return found
-
-
-def _array(value: Any) -> NDArray[Any]:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-    try:
-        return np.asarray(value)
-    except ValueError:  # lists of different lengths
-        return np.array(list(value), dtype=object)
 
 
 def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from .permutation import permute
 from .rng import derive_seed, numbered_seed
-from .sizes import check_sizes, cut_sizes, part_start, plain, share
+from .sizes import check_sizes, cut_sizes, digest, part_start, plain, share
 
 # How many samples of a rank `BatchPlan.steps` computes at once: they take 80 kB during the computation.
 _SAMPLES_AT_ONCE = 4096
+FIRST_STEP = "first step of the epoch"  # in the description of a plan of a user's
 _STEP_POSITIONS = 32  # bits: in a `Plan`, the sample at place p of step s has the position s * 2**32 + p
 
 
@@ -68,7 +69,8 @@ class Plan(Protocol):
     - `length`: the number of samples of the data set, which a `Loader` compares. Default None: any.
     - `steps_in(epoch)`: the steps of this epoch, if epochs differ. Default `steps_per_epoch`.
     - `description(epoch)`: what ranks compare before an epoch, and a checkpoint before it continues. Default: the
-      fields of a dataclass; of arrays and lists a digest, of functions the name.
+      fields of a dataclass (of arrays and lists a digest, of functions the name), and a digest of the epoch's first
+      step.
 
     You need not write the others: `step` and `steps` give each rank a contiguous share of the micro-batches, whose
     numbers differ by at most one. A micro-batch has the seed of its epoch, step and number, and a weight by its size.
@@ -141,7 +143,7 @@ class Plan(Protocol):
             places = list(itertools.accumulate(sizes, initial=0))
             mine = share(len(sizes), rank, world_size)
             first, last = places[mine.start], places[mine.stop]
-            samples = self.samples(epoch, step, first, last) if mine else np.empty(0, np.int64)
+            samples = self._checked_samples(epoch, step, first, last)
             yield [
                 MicroBatch(
                     index,
@@ -168,10 +170,30 @@ class Plan(Protocol):
     def description(self, epoch: int | None = None) -> dict[str, Any]:
         """Return plain values that are equal if the steps are: of the plan, and with `epoch` also of that epoch."""
         fields: Sequence[dataclasses.Field[Any]] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        return {"kind": type(self).__name__, **{one.name: plain(getattr(self, one.name)) for one in fields}}
+        about = {"kind": type(self).__name__, **{one.name: plain(getattr(self, one.name)) for one in fields}}
+        if epoch is not None and not _is_ours(self) and self.steps_in(epoch) > 0:
+            sizes = list(self.sizes(epoch, 0))
+            about[FIRST_STEP] = digest([*sizes, *np.asarray(self.samples(epoch, 0, 0, sum(sizes)))])
+        return about
+
+    def _checked_samples(self, epoch: int, step: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Return what `samples` gives, if it is as many as `sizes` says; weights would be wrong otherwise."""
+        samples = self.samples(epoch, step, start, stop) if start < stop else np.empty(0, np.int64)
+        if len(samples) != stop - start:
+            raise ValueError(
+                f"{type(self).__name__}.samples({epoch}, {step}, {start}, {stop}) gave {len(samples)} samples for "
+                f"{stop - start} places, but sizes({epoch}, {step}) are {list(self.sizes(epoch, step))}: let both "
+                f"agree (ddparity.testing.check_plan finds such a step)"
+            )
+        return samples
 
     def _seed(self, epoch: int, step: int, micro_batch: int) -> int:
         return numbered_seed(_epoch_key(self.seed, epoch), step * (self.micro_batches_per_step + 1) + micro_batch)
+
+
+def _is_ours(plan: Plan) -> bool:
+    """Return whether the fields of a plan say it all: a user's samples may depend on what is in no field."""
+    return type(plan).samples.__module__.startswith(f"{__package__}.")
 
 
 def check_plan_methods(plan: Any) -> None:
@@ -222,6 +244,18 @@ class BatchPlan(Plan):
     seed: int = 0
     shuffle: bool = True
     drop_last: bool = False
+
+    def __init_subclass__(cls) -> None:
+        """Refuse what `steps` would not see.
+
+        Raises:
+            TypeError: a class that is derived from this one cuts steps in another way.
+        """
+        if named := [name for name in ("sizes", "steps_in", "micro_batches_per_step", "step") if name in vars(cls)]:
+            raise TypeError(
+                f"{cls.__name__} is derived from BatchPlan and has its own {', '.join(named)}: derive it from "
+                f"ddparity.Plan; a class derived from BatchPlan may have samples of its own"
+            )
 
     def __post_init__(self) -> None:
         check_sizes(self, num_samples=0, global_batch=1, micro_batch=1)
@@ -282,13 +316,7 @@ class BatchPlan(Plan):
             shares = [
                 _rank_share(self.samples_in(step), self.micro_batches_in(step), rank, world_size) for step in numbers
             ]
-            positions = [
-                np.arange(step * self.global_batch + bounds[0], step * self.global_batch + bounds[-1], dtype=np.int64)
-                for step, (_, bounds, _) in zip(numbers, shares, strict=True)
-            ]
-            samples = np.concatenate(positions)
-            if self.shuffle and samples.size:
-                samples = permute(samples, self.num_samples, self.seed, "order", epoch)
+            samples = self._samples_of(epoch, {step: (at[0], at[-1]) for step, (_, at, _) in zip(numbers, shares)})
             taken = 0
             for step, (first, bounds, weights) in zip(numbers, shares, strict=True):
                 low, micros = taken, []
@@ -301,6 +329,17 @@ class BatchPlan(Plan):
                     low, index, number = high, index + 1, number + 1
                 yield micros
                 taken = low
+
+    def _samples_of(self, epoch: int, places: dict[int, tuple[int, int]]) -> NDArray[np.int64]:
+        """Return the samples at places, from the first to before the second, of some steps."""
+        if not _is_ours(self):
+            return np.concatenate([self._checked_samples(epoch, step, *ends) for step, ends in places.items()])
+        starts = {step: step * self.global_batch for step in places}
+        positions = [np.arange(starts[step] + low, starts[step] + high) for step, (low, high) in places.items()]
+        samples = np.concatenate(positions).astype(np.int64, copy=False)
+        if self.shuffle and samples.size:
+            samples = permute(samples, self.num_samples, self.seed, "order", epoch)
+        return samples
 
     def seed_after(self, epoch: int, step: int) -> int:
         """Return the seed of the random streams between a step and the next; it is the same on every rank."""

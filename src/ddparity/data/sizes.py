@@ -9,6 +9,8 @@ import operator
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 
 def share(count: int, rank: int, world_size: int) -> range:
@@ -60,6 +62,16 @@ def checked_integer(value: object, name: str) -> int:
         return operator.index(value)  # type: ignore[arg-type]  # the TypeError is for values of other types
     except TypeError:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give an integer") from None
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """Return a tensor, or a list, as an array; lists of different lengths as one of objects."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.array(list(value), dtype=object)
 
 
 def digest(value: Any) -> str:

@@ -5,6 +5,7 @@ Reader i of M reads micro-batch i of every step, on whichever rank and in whiche
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,10 +115,11 @@ def check_stream(dataset: Any, plan: StreamPlan) -> None:
 
     Raises:
         TypeError: it has no `shard`, and is no function.
-        ValueError: it has fewer shards than the plan has readers.
+        ValueError: it has fewer shards than the plan has readers, or is a part of a stream.
     """
     readers = plan.micro_batches_per_step
-    if _has(dataset, "shard"):
+    check_whole(dataset, "Loader")
+    if has_shards(dataset):
         shards = getattr(dataset, "num_shards", None)
         if isinstance(shards, int) and shards < readers:
             raise ValueError(
@@ -130,6 +132,33 @@ def check_stream(dataset: Any, plan: StreamPlan) -> None:
             f"as datasets.IterableDataset has, or a function stream(reader, readers, epoch) that returns an iterable "
             f"of this reader's part"
         )
+
+
+def has_shards(dataset: Any) -> bool:
+    """Return whether this is cut by its method `shard(num_shards=, index=)`; otherwise a function gives the parts."""
+    return _has(dataset, "shard")
+
+
+def check_whole(dataset: Any, user: str) -> None:
+    """Check that a stream is not one rank's part, which the readers would cut again.
+
+    Raises:
+        ValueError: Hugging Face's `split_dataset_by_node` has made it.
+    """
+    part: Any = getattr(dataset, "_distributed", None)
+    if part is not None and getattr(part, "world_size", 1) > 1:
+        raise ValueError(
+            f"{user} got a stream that split_dataset_by_node(rank={part.rank}, world_size={part.world_size}) has cut, "
+            f"and would cut it once more, so that samples were lost: leave split_dataset_by_node out"
+        )
+
+
+def opening_seed(seed: int, epoch: int) -> int:
+    """Return the seed of the random streams while a function opens a stream, up to its first sample, for all readers.
+
+    So `random.shuffle(files)` before `files[reader::readers]` gives each file once.
+    """
+    return derive_seed(seed, "opening", epoch)
 
 
 class Readers(IterableDataset[list[Read]]):
@@ -220,30 +249,42 @@ class _Reader:
         self._key = derive_seed(self._plan.seed, "samples", self._pass, self.number)
         self._count = 0  # samples that were read in this pass
         self._block, self._taken = [], 0
+        self._was_in: int | None = None  # the earlier pass that had the same iterator
         self._order: list[int] = []
         self._next: list[Any] = []
+        # Draws before the first sample are alike for all readers, so that each can take its part of one shuffled list.
+        self._opening = opening_seed(self._plan.seed, self._pass)
+        seed_streams(self._opening)
         try:
             self._stream = _Open(self._dataset, self.number, self._plan.micro_batches_per_step, self._pass)
             if state["stream"] is not None:
                 self._count = state["read"]
             self._samples = self._stream.start(state["stream"])
-            if not self._stream.seeks:
-                self._check_new()
+            self._note_opened()
         except Exception as error:
             raise self._error(error) from error
         while self._count < state["read"] and self._raw() is not _END:
             pass
         self._next_start = self._start = (self._count, state["stream"])
 
-    def _check_new(self) -> None:
-        """Check that no reader has had this iterator: it would go on where that one stopped."""
+    def _note_opened(self) -> None:
+        """Check that no reader has had this iterator: it would go on where that one stopped.
+
+        What can seek may begin again, so a reader may have the same one in its next pass.
+        """
+        self._was_in = None
         for reader, (its_pass, samples) in self._opened.items():
             if samples is self._samples:
-                raise TypeError(
-                    f"the stream is the {type(samples).__name__} that reader {reader} was given for pass {its_pass}: "
-                    f"return a new iterable in each call, as a generator function does"
-                )
+                if reader != self.number or not self._stream.seeks:
+                    raise self._had(reader, its_pass)
+                self._was_in = its_pass
         self._opened[self.number] = (self._pass, self._samples)
+
+    def _had(self, reader: int, its_pass: int) -> TypeError:
+        return TypeError(
+            f"the stream is the {type(self._samples).__name__} that reader {reader} was given for pass {its_pass}: "
+            f"return a new iterable in each call, as a generator function does"
+        )
 
     def _take(self) -> Any:
         """Return the next sample of the shuffled order, or _END."""
@@ -252,6 +293,8 @@ class _Reader:
         sample = self._raw() if self._plan.shuffle_buffer <= 1 else self._shuffled()
         if sample is not _END:
             return sample
+        if self._count == 0 and self._was_in is not None:
+            raise self._error(self._had(self.number, self._was_in))
         if self._plan.steps_per_epoch is None:
             self._ended = True
             return _END
@@ -284,7 +327,8 @@ class _Reader:
 
     def _raw(self) -> Any:
         """Return the next sample as the stream gives it, or _END. The random streams are those of its place."""
-        seed_streams(numbered_seed(self._key, self._count) + 1)
+        opens = self._count == 0 and not has_shards(self._dataset)  # a generator function has run no line yet
+        seed_streams(self._opening if opens else numbered_seed(self._key, self._count) + 1)
         try:
             with reading_sample(self._key, self._count):
                 sample = next(self._samples, _END)
@@ -311,7 +355,7 @@ class _Open:
     """A reader's part of a stream, and its own state, where it can seek."""
 
     def __init__(self, dataset: Any, reader: int, readers: int, epoch: int) -> None:
-        if _has(dataset, "shard"):
+        if has_shards(dataset):
             part = dataset.shard(num_shards=readers, index=reader)
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -324,6 +368,7 @@ class _Open:
     def start(self, state: Any) -> Iterator[Any]:
         """Return an iterator from the beginning, or from the state on."""
         part: Iterable[Any] = self._part
+        state = copy.deepcopy(state)  # the part may write into it, and into what it gives
         if self._resets:
             self._part.reset(state)
         elif state is not None:
@@ -331,7 +376,7 @@ class _Open:
         return iter(part)
 
     def state(self) -> Any:
-        return self._part.state_dict() if self.seeks else None
+        return copy.deepcopy(self._part.state_dict()) if self.seeks else None
 
 
 def _has(part: Any, *names: str) -> bool:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import shared_layers, synchronises
 from ..comm.allreduce import copies_of_ranks
+from ..comm.bits import words_of
 from ..comm.nesting import to_device
 from ..compat import joins, uncompiled
 from ..data.loader import Loader
@@ -22,11 +23,13 @@ from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
 from . import strangers
 from .incomplete import close_loop, open_loop
-from .replica import Replica, refuse_nested, replica_of
+from .replica import Replica, known_replica, refuse_nested, replica_of
 from .sharded import Sharded, ShardedWindow, sharded_of
-from .window import Named, Window, names_of, trained_by, words_of
+from .window import Named, Window, names_of, trained_by
 
 logger = logging.getLogger(__name__)
+
+_MOST_PLANS = 4  # that a model is known to be trained with, in turn: they stay in memory
 
 
 def accumulate(
@@ -133,18 +136,23 @@ def state_of(model: nn.Module) -> Replica | Sharded:
         TypeError: its gradients would not be reduced, or would be by somebody else.
     """
     inner = uncompiled(model)
-    if not isinstance(inner, DistributedDataParallel) and (sharded := sharded_of(inner)) is not None:
-        return sharded
-    if not isinstance(inner, DistributedDataParallel) and dist.is_initialized() and dist.get_world_size() > 1:
-        raise TypeError(
-            f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
-            f"gradients nobody would reduce: wrap the model in ddparity.replicate(model) first"
-        )
-    if isinstance(inner, DistributedDataParallel) and joins(inner):
-        raise ValueError(
-            "accumulate() inside of DistributedDataParallel.join(), which would wait for collectives that the loop "
-            "does not run: leave join() out. accumulate takes other numbers of batches on each rank by itself"
-        )
+    if isinstance(inner, DistributedDataParallel):
+        if joins(inner):
+            raise ValueError(
+                "accumulate() inside of DistributedDataParallel.join(), which would wait for collectives that the loop "
+                "does not run: leave join() out. accumulate takes other numbers of batches on each rank by itself"
+            )
+    else:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        known = known_replica(inner)
+        # To look for shards takes long in a large model that has none.
+        if (several or known is None or known.careful()) and (sharded := sharded_of(inner)) is not None:
+            return sharded
+        if several:
+            raise TypeError(
+                f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, "
+                f"whose gradients nobody would reduce: wrap the model in ddparity.replicate(model) first"
+            )
     replica = replica_of(inner)
     if replica.careful() and inner is not replica.module:
         refuse_nested(replica.module, "accumulate() got a DistributedDataParallel that holds another one")
@@ -287,18 +295,22 @@ def _agree(
     counted: bool,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Compare with the other ranks, once an epoch, what a step depends on."""
+    """Compare with the other ranks, once an epoch of each loader, what a step depends on."""
     replica = replicas[0]
     if group is None:
         return
-    about = None if step is None else (step.plan, step.epoch)
-    key = (about, batches is None, counted)
-    if replica.agreed == key:
+    plan, epoch = (None, None) if step is None else (step.plan, step.epoch)
+    key = (id(plan), batches is None, counted)
+    known = replica.agreed
+    if key in known and known[key][1] == epoch:
         return
     named = _trained(replicas)
+    names, said = ({}, {}) if known else names_of(named)
+    known.pop(key, None)
+    known[key] = plan, epoch  # with the plan, so that no other gets its id
+    if len(known) > _MOST_PLANS:
+        del known[next(iter(known))]
     trained = [parameter for _, parameter in named]
-    names, said = names_of(named) if replica.agreed is None else ({}, {})
-    replica.agreed = key
     values: dict[str, object] = {
         "the number of models given to accumulate()": len(models),
         **names,
@@ -315,10 +327,10 @@ def _agree(
         values["the kind of batches"] = "foreign batches"
     else:
         values |= {"the kind of batches": "a Loader's step", "the epoch": step.epoch, "the step": step.number}
-        if step.plan is not None:
-            values |= {f"the plan's {name}": repr(value) for name, value in step.plan.description(step.epoch).items()}
     with agreed("accumulate()", group) as agreement:
         assert agreement is not None, "a group of several ranks"
+        if step is not None and step.plan is not None:
+            values |= {f"the plan's {name}": repr(value) for name, value in step.plan.description(step.epoch).items()}
         agreement.all_same(values, said)
         strangers.check_by_store(agreement)
     if isinstance(replica, Replica):

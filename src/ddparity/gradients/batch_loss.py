@@ -144,6 +144,7 @@ def backward_over_batch(
         )
 
     starts = [sum(counts[:number]) for number in range(world_size + 1)]
+    owner = next(number for number in range(world_size) if numbers[number])
     of_first = {sum(numbers[:number]): starts[number] for number in range(world_size) if numbers[number]}
     position, at, scale = 0, starts[rank], 1
     for micro in accumulate(model, batches, count=None if isinstance(step, Step) else _one):
@@ -161,7 +162,7 @@ def backward_over_batch(
                 raise ValueError(f"{_WHO}: embed gave {len(parts[position])} rows, and {len(part)} the second time")
             position, at = position + 1, at + len(part)
         surrogate = (part * part_gradient).sum()
-        first = micro.index == 0 and start == 0
+        first = micro.index == 0 and (isinstance(step, Step) or rank == owner)  # foreign ones are numbered on each rank
         for parameter, gradient in inside:
             surrogate = surrogate + (parameter * (gradient if first else torch.zeros_like(gradient))).sum()
         (surrogate * scale).backward()

@@ -59,7 +59,7 @@ class Replica:
         buffers_equal: the last step left the same buffers on all ranks.
         room: see `RunningStatistics`.
         supersede: ends the hold of the step of `accumulate` that is at work on this model.
-        agreed: what the ranks compared last, so that they do it once an epoch.
+        agreed: plans, and the epoch of each that the ranks compared last, so that they do it once an epoch.
         compared: the sets of trained parameters that all ranks have had, by the parameters' ids; the newest is last.
         held: a step of `accumulate` holds its reduction back, of this model or of another one. holder: of another one.
         sparse: ids of the parameters with sparse gradients.
@@ -77,7 +77,7 @@ class Replica:
         self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
         self.told_old = self.told_skipped = False
-        self.agreed: object = None
+        self.agreed: dict[object, tuple[object, int | None]] = {}
         self.compared: dict[tuple[int, ...], None] = {}
         self.had_gradients: set[int] = set()
         self._warning: Any = None  # the hook that gives it
@@ -331,6 +331,11 @@ def replica_of(model: nn.Module) -> Replica:
         words: Words = model.__dict__.get(_WORDS) or ("fast", "rank0", CHECK_EVERY, 0)
         replica = _replicas[model] = Replica(model, words, equal=False)
     return replica
+
+
+def known_replica(model: nn.Module) -> Replica | None:
+    """Return a model's replica, if it has one already."""
+    return _replicas.get(model)
 
 
 def asked(model: nn.Module, words: Words, equal: bool) -> None:

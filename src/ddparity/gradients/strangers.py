@@ -1,4 +1,4 @@
-"""Parameters that an optimizer trains though no replicated model has them, so that nobody reduces their gradients."""
+"""Parameters that an optimizer trains though no replicated or sharded model has them, so that nobody reduces them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from ..comm.bits import check_words, parts
+from ..comm.allreduce import copies_of_ranks
+from ..comm.bits import parts, words_of
 from ..errors import DDParityError
 from ..runtime.agreement import Agreement
 from .replica import replicated_models
@@ -47,16 +50,13 @@ def _look(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
     if seen is None or seen.number != number:
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         found = _strangers(everything)
-        _seen[optimizer] = _Seen(number, found, _words(found))
+        _seen[optimizer] = _Seen(number, found, words_of(found))
 
 
 def _strangers(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    # Those of `fully_shard` are DTensors, which have no `parts`.
     known = {id(parameter) for model in replicated_models() for parameter in model.parameters()}
     return [one for one in parameters if id(one) not in known and one.requires_grad and parts(one.detach()) is not None]
-
-
-def _words(parameters: Sequence[nn.Parameter]) -> list[int]:
-    return check_words([parts(one.detach()) or [] for one in parameters], [""] * len(parameters))
 
 
 def words() -> list[int]:
@@ -65,7 +65,7 @@ def words() -> list[int]:
     for seen in list(_seen.values()):
         left = {id(one) for one in _strangers(seen.strangers)}  # their module may have been replicated since
         number += len(left)
-        pairs = zip(seen.strangers, seen.words, _words(seen.strangers), strict=True)
+        pairs = zip(seen.strangers, seen.words, words_of(seen.strangers), strict=True)
         for position, (one, old, new) in enumerate(pairs, 1):
             if id(one) in left:
                 first, now = first + position * old, now + position * new
@@ -92,6 +92,11 @@ def check(rows: Sequence[Sequence[int]]) -> None:
         )
 
 
+def compare(group: dist.ProcessGroup, device: torch.device) -> None:
+    """As `check`; one collective of 24 bytes, which every rank calls."""
+    check(copies_of_ranks(torch.tensor(words(), device=device), group).tolist())
+
+
 def check_by_store(agreement: Agreement) -> None:
     """As `check`, by a request to the group's store.
 
@@ -106,7 +111,8 @@ def check_by_store(agreement: Agreement) -> None:
 def _text() -> str:
     shapes = [tuple(one.shape) for seen in list(_seen.values()) for one in _strangers(seen.strangers)]
     return (
-        f"accumulate(): an optimizer trains {len(shapes)} parameters that no replicated model has, the first of shape "
-        f"{shapes[0]}, so that nobody reduces their gradients, and they differ between the ranks: replicate the module "
-        f"that has them, too, and give both, accumulate([model, criterion], …)"
+        f"accumulate(): an optimizer trains {len(shapes)} parameters that no replicated or sharded model has, the "
+        f"first of shape {shapes[0]}, so that nobody reduces their gradients, and they differ between the ranks: "
+        f"replicate the module that has them, too (beside a model of fully_shard(), shard it), and give both, "
+        f"accumulate([model, criterion], …)"
     )

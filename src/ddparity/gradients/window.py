@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..batchnorm import RunningStatistics, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients, separate
-from ..comm.bits import check_words, parts
+from ..comm.bits import words_of
 from ..data.step import Step
 from ..errors import DDParityError
 from ..runtime.agreement import agreed
@@ -611,12 +611,6 @@ def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.Pr
             f"train different models: look for code that runs on some ranks only and changes gradients or weights"
         )
     strangers.check(everyones[:, len(tensors) :].tolist())
-
-
-def words_of(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Return 32 bits of each tensor's values and of whether it is trained."""
-    held = [parts(one.detach()) or [] for one in tensors]
-    return check_words(held, [str(one.requires_grad) for one in tensors])
 
 
 def trained_by(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:

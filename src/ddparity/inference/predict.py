@@ -70,8 +70,9 @@ def predict(
             under no_grad. If one is a DDP module, the module inside it runs. Modes, buffers and random streams are
             restored at the end, also on an exception. Batches are moved to the device of the module, or to that of the
             modules that the function uses if it is the same for all.
-        dataset: map-style, of the same length on every rank; or a stream that can be cut into shards (`num_shards`,
-            and `shard(num_shards=, index=)`, as datasets.IterableDataset). Batches of a stream are cut within a shard.
+        dataset: map-style, of the same length on every rank; or a stream that can be cut into shards: `num_shards`,
+            and `shard(num_shards=, index=)` as datasets.IterableDataset, or a function `stream(reader, readers, epoch)`
+            with an attribute `num_shards`. Batches of a stream are cut within a shard.
         batch_size: samples of a batch, at least 1.
         to: the rank that receives; "all"; or a directory for a Parquet data set with one row a sample. Each rank writes
             to the directory while it runs. After an interruption the same call completes it, at any world size.

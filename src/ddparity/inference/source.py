@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +16,10 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from ..comm.transfer import gather_json
 from ..compat import hide_worker
-from ..data.dataset import KeyedDataset, SeededIndices, load_batches, sized_length, worker_options
+from ..data.dataset import KeyedDataset, SeededIndices, load_batches, reading_sample, sized_length, worker_options
 from ..data.rng import derive_seed, numbered_seed, seed_streams
 from ..data.sizes import checked_integer, share
+from ..data.stream import check_whole, has_shards, opening_seed
 from ..errors import SampleError
 from .samples import comparable_digest_of, few_of
 
@@ -243,6 +243,7 @@ class _Collate:
 
 # Data sets that can only be iterated
 
+_END = object()
 _SHARD_SAMPLES = 2**40  # sample i of shard s has the number s * _SHARD_SAMPLES + i until all shards' lengths are known
 
 
@@ -253,7 +254,7 @@ def is_stream(dataset: Any) -> bool:
     datasets.IterableDataset does; or it is a function `stream(reader, readers, epoch)`, as a `Loader` takes, with an
     attribute `num_shards`. The shards in order are the whole.
     """
-    shards = callable(getattr(dataset, "shard", None)) or inspect.isfunction(dataset)
+    shards = has_shards(dataset) or callable(dataset)
     iterable = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
     return iterable and shards and isinstance(_shards_of(dataset), int)
 
@@ -280,6 +281,7 @@ class Shards:
         collate_fn: Callable[[list[Any]], Any] | None,
         dataloader_options: dict[str, Any],
     ) -> None:
+        check_whole(dataset, "predict")
         self.dataset = dataset
         self.shards = int(_shards_of(dataset))
         self._key = derive_seed(seed, "predict")
@@ -342,11 +344,12 @@ class _Stream(IterableDataset[Any]):
             hide_worker()  # streams would share out their samples among workers once more
         for shard in mine:
             start = shard * _SHARD_SAMPLES
+            seed_streams(opening_seed(self._key, 0))
             try:
-                if inspect.isfunction(self.dataset):
-                    samples = iter(self.dataset(shard, self._count, 0))
-                else:
+                if has_shards(self.dataset):
                     samples = iter(self.dataset.shard(num_shards=self._count, index=shard))
+                else:
+                    samples = iter(self.dataset(shard, self._count, 0))
             except Exception as error:
                 raise SampleError(
                     f"the data set failed to give shard {shard}: {type(error).__name__}: {error}"
@@ -356,14 +359,22 @@ class _Stream(IterableDataset[Any]):
                 start += len(batch)
 
     def _next_batch(self, samples: Iterator[Any], start: int, shard: int) -> list[Any]:
-        seed_streams(_seed_of_batch(self._key, start) + 1)
+        batch: list[Any] = []
+        key, first = derive_seed(self._key, "samples", shard), start % _SHARD_SAMPLES
+        opens = first == 0 and not has_shards(self.dataset)  # a generator function has run no line yet
+        seed_streams(opening_seed(self._key, 0) if opens else _seed_of_batch(self._key, start) + 1)
         try:
-            return list(itertools.islice(samples, self._batch_size))
+            for number in range(first, first + self._batch_size):
+                with reading_sample(key, number):
+                    sample = next(samples, _END)
+                if sample is _END:
+                    break
+                batch.append(sample)
         except Exception as error:
-            first = start % _SHARD_SAMPLES
             raise SampleError(
                 f"the data set failed in shard {shard}, from sample {first} on: {type(error).__name__}: {error}"
             ) from error
+        return batch
 
     def _collated(self, batch: list[Any], start: int) -> Any:
         try:

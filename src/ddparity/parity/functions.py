@@ -35,7 +35,7 @@ class EndNotes:
     """What a function returned on one rank.
 
     `trained`: names of the parameters. `digests`: of parameters and buffers. `differences`: from the reference run.
-    `units`: one unit in the last place of each.
+    `units`: one unit in the last place of each. `steps`: of optimizers.
     """
 
     rank: int
@@ -45,6 +45,7 @@ class EndNotes:
     digests: dict[str, str]
     differences: dict[str, float]
     units: dict[str, float]
+    steps: int
 
 
 def options_of(function: Function, steps: int, reduction: str) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def run_function(
     """
     with world(device=device) as here:
         setup_logging(logging.WARNING)
-        with _rounding(rounding):
+        with _rounding(rounding), _counting() as steps:
             returned = function(**options)
         values, trained = _values(function, returned)
         own = folder / name
@@ -100,6 +101,7 @@ def run_function(
             {key: digest(value) for key, value in values.items()},
             differences,
             {key: unit_of(value) for key, value in values.items()},
+            len(steps),
         )
         (own / f"end{here.rank}.json").write_text(json.dumps(asdict(notes)))
 
@@ -148,6 +150,17 @@ def _rounding(seed: int | None) -> Iterator[None]:
     handle = register_optimizer_step_pre_hook(round_gradients)
     try:
         yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[list[None]]:
+    """Yield a list that gets an entry for each step of an optimizer."""
+    steps: list[None] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: steps.append(None))
+    try:
+        yield steps
     finally:
         handle.remove()
 

@@ -240,6 +240,11 @@ class _Verification:
             (),
             (),
         )
+        if reference.steps == 0:
+            logger.warning(
+                "verify: the function has taken no step of an optimizer, so what is compared may be untrained: let it "
+                "train, and return the model that it has trained"
+            )
         if self._strict or reference.device == "cpu":
             _, divergence = judge([repeat], reference, None)
             if divergence is not None:

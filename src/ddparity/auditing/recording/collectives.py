@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from typing import Any
 
 from .journal import Journal, checksum
@@ -53,22 +55,25 @@ def watch_collectives(journal: Journal) -> None:
             if torch.compiler.is_compiling() or journal.hidden or count[0] > _MOST:
                 return function(*args, **options)
             count[0] += 1
-            group = options.get("group")
-            if group is None:
-                group = next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
+            outside = dist.GroupMember.NON_GROUP_MEMBER
+            group = next((one for one in (*args, *options.values()) if _is_group(one)), None)
+            if group is outside:  # torch warns and returns
+                return function(*args, **options)
             values: dict[str, Any] = {"op": None}
             with journal.safely:
                 values = _describe(journal, name, args, options, count[0])
             ranks = None
             if group is not None and group is not dist.group.WORLD and isinstance(group, dist.ProcessGroup):
                 ranks = dist.get_process_group_ranks(group)
-            journal.write("collective", name=name, n=count[0], group=ranks, site=journal.site(), **values)
+            site = journal.site()
+            journal.write("collective", name=name, n=count[0], group=ranks, site=site, **values)
+            if math.prod(values.get("shape", ())) > _SMALL:  # it may change parameters
+                journal.shape.append(site)
             journal.hidden += 1
             try:
                 return function(*args, **options)
             finally:
                 journal.hidden -= 1
-                journal.collectives += 1
                 journal.write("completed", n=count[0])
 
         return call
@@ -79,11 +84,13 @@ def watch_collectives(journal: Journal) -> None:
             setattr(dist, name, function)
             setattr(dist.distributed_c10d, name, function)
 
-    for name in ("send", "recv", "isend", "irecv", "new_group", "batch_isend_irecv"):
-        function = _counted(journal, getattr(dist, name))
+    for name in ("send", "recv", "isend", "irecv", "batch_isend_irecv", "new_group"):
+        function = _noted(journal, getattr(dist, name), "group" if name == "new_group" else "message")
         setattr(dist, name, function)
         setattr(dist.distributed_c10d, name, function)
 
+    with journal.safely:
+        _watch_store(journal)
     begin, end = dist.init_process_group, dist.destroy_process_group
 
     @functools.wraps(begin)
@@ -94,7 +101,6 @@ def watch_collectives(journal: Journal) -> None:
             result = begin(*args, **options)
         finally:
             journal.hidden -= 1
-        journal.collectives += 1
         journal.world = dist.get_world_size()
         journal.write(
             "joined", rank=dist.get_rank(), world=dist.get_world_size(), backend=dist.get_backend(), site=journal.site()
@@ -111,13 +117,46 @@ def watch_collectives(journal: Journal) -> None:
     journal.at_end.append(lambda: journal.write("ended", group=dist.is_initialized()))
 
 
-def _counted(journal: Journal, function: Any) -> Any:
-    """Return a function whose calls only move the clock: messages between two ranks are no collectives."""
+def _watch_store(journal: Journal) -> None:
+    """Record what the script itself says to other ranks by way of a store."""
+    from torch import distributed
+
+    dist: Any = distributed
+
+    def told(function: Any) -> Any:
+        note = _noted(journal, lambda: None, "message")
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
+            if not journal.hidden and not journal.is_library(sys._getframe(1).f_code.co_filename):
+                note()
+            return result
+
+        return call
+
+    for name in ("set", "get", "wait", "add", "compare_set", "multi_get", "multi_set", "check", "append"):
+        for kind in (dist.Store, dist.TCPStore, dist.FileStore, dist.PrefixStore):
+            if name in vars(kind):
+                setattr(kind, name, told(getattr(kind, name)))
+
+
+def _is_group(value: Any) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(value, dist.ProcessGroup) or value is dist.GroupMember.NON_GROUP_MEMBER
+
+
+def _noted(journal: Journal, function: Any, kind: str) -> Any:
+    """Return a function with a record of each call that has ended: messages between two ranks are no collectives."""
+    count = [0]
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         result = function(*args, **options)
-        journal.collectives += 1
+        count[0] += 1
+        if count[0] < _MOST:
+            journal.write(kind)
         return result
 
     return call
@@ -142,6 +181,8 @@ def _describe(
     if found is None:
         return values
     values |= {"shape": list(found.shape), "dtype": str(found.dtype)}
+    if found.grad_fn is not None:
+        values["graph"] = True
     if found.numel() <= _SMALL and found.device.type == "cpu" and not hasattr(found, "placements"):
         values["values"] = [float(v) for v in found.detach().reshape(-1).tolist()] if not found.is_complex() else None
     if name == "all_reduce" and number < _DIGESTS and found.is_floating_point() and not hasattr(found, "placements"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import io
 import logging
@@ -13,7 +14,7 @@ import zlib
 from types import ModuleType
 from typing import Any
 
-from .journal import Journal, replace
+from .journal import Journal, frame_above, replace
 
 TRACKERS = (("wandb", "init"), ("torch.utils.tensorboard", "SummaryWriter"), ("mlflow", "start_run"))
 _MOST = 5_000  # files that are recorded
@@ -38,6 +39,8 @@ def watch_files(journal: Journal) -> None:
     opened, lines = [0], [0]
 
     def watched(file: Any, mode: Any = "r", *args: Any, **options: Any) -> Any:
+        if journal.reading and set(str(mode)) & set("wxa+"):
+            raise OSError("a data set's items are read for the audit alone")
         try:
             result = opening(file, mode, *args, **options)
         except FileNotFoundError:  # another rank may be about to write it
@@ -74,22 +77,36 @@ def watch_files(journal: Journal) -> None:
                 "line", d=zlib.crc32(text.encode()), text=text[:80], site=f"{record.pathname}:{record.lineno}"
             )
 
+    with contextlib.suppress(ImportError):  # not on Windows
+        import fcntl
+
+        for name in ("flock", "lockf"):
+            replace(fcntl, name, _counted_lock(journal, getattr(fcntl, name)))
     builtins.open = io.open = functools.wraps(opening)(watched)
     builtins.print = functools.wraps(printing)(printed)
     logging.StreamHandler.emit = emitted  # type: ignore[method-assign]  # to see each line
 
 
+def _counted_lock(journal: Journal, lock: Any) -> Any:
+    def call(*args: Any) -> Any:
+        result = lock(*args)
+        journal.locks += 1
+        return result
+
+    return call
+
+
 def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None:
     """Record that the user's code opened a file. Those that libraries open for themselves are left out."""
-    frame, site = sys._getframe(2), None
+    frame, site = frame_above(3), None
     for _ in range(_DEEPEST):
+        if frame is None:
+            return
         name = frame.f_code.co_filename
         if not journal.is_library(name):
             site = f"{os.path.realpath(name)}:{frame.f_lineno}"
             break
         if any(part in name for part in _OPEN_FOR_THEMSELVES):
-            return
-        if frame.f_back is None:
             return
         frame = frame.f_back
     if site is None:
@@ -100,12 +117,14 @@ def note_file(journal: Journal, file: Any, mode: str, opened: list[int]) -> None
     ):
         return
     opened[0] += 1
-    writes = any(c in mode for c in "wx+")
+    how = (
+        "append" if "a" in mode else "update" if "+" in mode and "w" not in mode else "read" if "r" in mode else "write"
+    )
     journal.write(
         "file",
         path=path,
-        how="append" if "a" in mode else "write" if writes else "read",
-        clock=journal.collectives,
+        how=how,
+        locks=journal.locks,
         site=site,
     )
 
@@ -117,24 +136,33 @@ def watch_saves(journal: Journal) -> None:
     save: Any = torch.save
     load: Any = torch.load
 
-    def saved(value: Any, file: Any, *args: Any, **options: Any) -> Any:
+    def note(how: str, file: Any) -> None:
+        if isinstance(file, (str, os.PathLike)) and not journal.hidden:
+            journal.write(
+                "file",
+                path=os.path.realpath(file),
+                how=how,
+                locks=journal.locks,
+                site=journal.site(3),
+                save=True,
+            )
+
+    def saved(obj: Any, f: Any, *args: Any, **options: Any) -> Any:
+        if journal.reading:
+            raise OSError("a data set's items are read for the audit alone")
         journal.hidden += 1
         try:
-            result = save(value, file, *args, **options)
+            result = save(obj, f, *args, **options)
         finally:
             journal.hidden -= 1
-        if isinstance(file, (str, os.PathLike)) and not journal.hidden:
-            path = os.path.realpath(file)
-            journal.write("file", path=path, how="write", clock=journal.collectives, site=journal.site(), save=True)
+        note("write", f)
         return result
 
-    def loaded(file: Any, *args: Any, **options: Any) -> Any:
-        if isinstance(file, (str, os.PathLike)) and not journal.hidden:
-            path = os.path.realpath(file)
-            journal.write("file", path=path, how="read", clock=journal.collectives, site=journal.site(), save=True)
+    def loaded(f: Any, *args: Any, **options: Any) -> Any:
+        note("read", f)
         journal.hidden += 1
         try:
-            return load(file, *args, **options)
+            return load(f, *args, **options)
         finally:
             journal.hidden -= 1
 

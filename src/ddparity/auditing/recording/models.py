@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from types import ModuleType
 from typing import Any
 
 from .journal import batch_size, checksum, digest, replace
-from .loaders import stream_states
 from .private import private
 from .state import HASHED, MOST_EVENTS, Recorder
+from .streams import stream_states
 
 _LARGE_BUFFER = 2**20  # bytes
+_EVALUATIONS = 20  # from a line, whose checksums are taken: some scripts put a part into eval mode in each step
 
 
 def watch_ddp(recorder: Recorder) -> None:
@@ -31,18 +33,19 @@ def watch_ddp(recorder: Recorder) -> None:
             make(self, module, *args, **options)
         finally:
             journal.hidden -= 1
-            journal.collectives += 1
-        recorder.ddps[self] = number = len(recorder.ddps) + 1
+        recorder.ddps[self] = number = next(recorder.numbers)
+        weakref.finalize(self, _forget, recorder, number).atexit = False
         with journal.safely:
             ignored = set(getattr(self, "parameters_to_ignore", ()))
             frozen = []
             for name, parameter in module.named_parameters():
                 if name in ignored:
+                    recorder.ignored[id(parameter)] = number
                     continue
                 recorder.names[id(parameter)] = (number, name)
                 if not parameter.requires_grad:
                     frozen.append(name)
-                    recorder.frozen.add(id(parameter))
+                    recorder.frozen[id(parameter)] = number
             norms = [(name, *_norm(one)) for name, one in module.named_modules() if _norm(one)[0]]
             large = [
                 (name, checksum(buffer), buffer.nbytes)
@@ -61,7 +64,7 @@ def watch_ddp(recorder: Recorder) -> None:
                 large=large,
                 unused=bool(self.find_unused_parameters),
                 broadcasts=bool(self.broadcast_buffers),
-                ranks=torch.distributed.get_process_group_ranks(self.process_group),
+                ranks=_ranks(self.process_group),
             )
 
     def watched(self: Any, *args: Any, **options: Any) -> Any:
@@ -73,6 +76,8 @@ def watch_ddp(recorder: Recorder) -> None:
             recorder.forwards += 1
             grad = torch.is_grad_enabled()
             values: dict[str, Any] = {"n": batch_size((args, options))}
+            if self.will_sync_module_buffers():
+                values["buffers"] = True
             if hashed:
                 values["x"] = digest((args, options))
                 values["rng"] = stream_states()[0]
@@ -104,6 +109,19 @@ def watch_ddp(recorder: Recorder) -> None:
     replace(Join, "__enter__", joined)
 
 
+def _ranks(group: Any) -> list[int]:
+    import torch
+
+    return torch.distributed.get_process_group_ranks(group)
+
+
+def _forget(recorder: Recorder, number: int) -> None:
+    """Forget the parameters of a DDP that is gone: others may get their ids."""
+    recorder.names = {key: value for key, value in recorder.names.items() if value[0] != number}
+    recorder.ignored = {key: value for key, value in recorder.ignored.items() if value != number}
+    recorder.frozen = {key: value for key, value in recorder.frozen.items() if value != number}
+
+
 def watch_sharding(recorder: Recorder, fsdp: ModuleType) -> None:
     """Put the recorder around both ways to shard a model, once the script has imported them: that takes long."""
     import torch
@@ -113,10 +131,10 @@ def watch_sharding(recorder: Recorder, fsdp: ModuleType) -> None:
     shard: Any = fsdp.fully_shard
     switch: Any = fsdp.FSDPModule.set_requires_gradient_sync
 
-    def switched(self: Any, wanted: bool, *args: Any, **options: Any) -> Any:
-        recorder.reduces, site = bool(wanted), journal.site()
+    def switched(self: Any, requires_gradient_sync: bool, *args: Any, **options: Any) -> Any:
+        recorder.reduces, site = bool(requires_gradient_sync), journal.site()
         recorder.event("reduces", wanted=recorder.reduces, site=site)
-        return switch(self, wanted, *args, **options)
+        return switch(self, requires_gradient_sync, *args, **options)
 
     def sharded(module: Any, *args: Any, **options: Any) -> Any:
         mesh = options.get("mesh")
@@ -129,8 +147,7 @@ def watch_sharding(recorder: Recorder, fsdp: ModuleType) -> None:
     def flattened(self: Any, *args: Any, **options: Any) -> None:
         flatten(self, *args, **options)
         recorder.flat.add(self)
-        ranks = torch.distributed.get_process_group_ranks(self.process_group)
-        recorder.event("fsdp", ranks=sorted(ranks), site=journal.site())
+        recorder.event("fsdp", ranks=sorted(_ranks(self.process_group)), site=journal.site())
 
     replace(fsdp.FullyShardedDataParallel, "__init__", flattened)
     replace(fsdp, "fully_shard", sharded)
@@ -181,6 +198,7 @@ def _note_evaluated(recorder: Recorder, model: Any, site: str | None) -> None:
         ddps=sorted(known),
         buffers=buffers,
         parameters=digest(parameters) if recorder.journal.windows < 400 else None,
+        steps=recorder.journal.windows,
         site=site,
     )
 
@@ -196,14 +214,19 @@ def watch_modules(recorder: Recorder) -> None:
 
     def watched(self: Any) -> Any:
         result = evaluate(self)
-        if not torch.compiler.is_compiling() and not journal.hidden and not journal.windows:
-            recorder.evaluated[self] = journal.site()
-        if not torch.compiler.is_compiling() and journal.windows and not journal.hidden and recorder.events < 5_000:
+        if torch.compiler.is_compiling() or journal.hidden:
+            return result
+        site = journal.site()
+        if not journal.windows:
+            recorder.evaluated[self] = site
+        elif recorder.evaluations[site] < _EVALUATIONS:
+            recorder.evaluations[site] += 1
             with journal.safely:
-                _note_evaluated(recorder, self, journal.site())
+                _note_evaluated(recorder, self, site)
         return result
 
     def compiled(*args: Any, **options: Any) -> Any:
+        journal.compiles = True
         recorder.event("compile", site=journal.site())
         return compiling(*args, **options)
 

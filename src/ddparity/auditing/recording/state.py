@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections import Counter
 from typing import Any
 
 from .journal import Journal
@@ -16,20 +18,22 @@ class Recorder:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        self.numbers = itertools.count(1)  # of models and optimizers, also after others are gone
         self.ddps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.names: dict[int, tuple[int, str]] = {}  # of the parameters in DDP, by id
-        self.frozen: set[int] = set()
+        self.ignored: dict[int, int] = {}  # those that DDP was told to leave out, with its number
+        self.frozen: dict[int, int] = {}  # those that required no gradient, with DDP's number
         self.optimizers: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self.depth = 0
         self.forwards = 0
         self.scale: float | None = None  # of a GradScaler
         self.events = 0
+        self.evaluations: Counter[str | None] = Counter()  # by the line that calls eval()
         self.evaluated: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
         self.large: dict[tuple[int, str], int] = {}  # checksums of large buffers
         self.flat: weakref.WeakSet[Any] = weakref.WeakSet()  # modules of the first FSDP, whose gradients are shards
         self.fully_sharded = False
         self.reduces: bool | None = None  # the last switch of fully_shard's reduction
-        self.shape: tuple[Any, ...] = ()  # of the window that is open
 
     def event(self, kind: str, /, **values: Any) -> None:
         self.events += 1

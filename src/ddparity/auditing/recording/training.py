@@ -16,8 +16,8 @@ from .losses import scale_of
 from .models import note_held, note_large, watch_ddp, watch_modules, watch_sharding
 from .state import HASHED, MOST_EVENTS, Recorder
 
-_HASHED_SMALL = 400  # of a small one
 _SMALL = 100_000  # parameters
+_ALL, _EACH, _HASHED_SMALL = 20, 5, 400  # steps of a small model: all of the first, each fifth until the last
 _NORMS = 12  # windows in which gradient norms are taken
 
 
@@ -72,14 +72,13 @@ def _watch_backward(recorder: Recorder) -> None:
                 scale, node, units = scale_of(loss, recorder.scale)
         site = journal.site()
         journal.backwards += 1
-        recorder.shape = (*recorder.shape, site)
+        journal.shape.append(site)
         recorder.event("begin_backward", site=site)
         inside[0] = True
         try:
             result = backward(tensors, *args, **options)
         finally:
             inside[0] = False
-        journal.collectives += 1  # DDP's, which ends before `backward` does
         norm = None
         with journal.safely:
             norm = _norms(recorder)
@@ -92,6 +91,8 @@ def _watch_backward(recorder: Recorder) -> None:
             node=node,
             units=units,
             norm=norm,
+            given=journal.given,
+            batch=journal.batch,
         )
         return result
 
@@ -134,7 +135,8 @@ def _watch_optimizers(recorder: Recorder) -> None:
     def zeroed(self: Any, *args: Any, **options: Any) -> Any:
         if not torch.compiler.is_compiling() and journal.backwards and (state := recorder.optimizers.get(self)):
             held = any(p.grad is not None for group in self.param_groups for p in group["params"])
-            recorder.event("zero", opt=state["id"], held=held, site=journal.site())
+            also = _sharing(recorder, optimizer=self)
+            recorder.event("zero", opt=state["id"], also=also, held=held, site=journal.site())
         return zero(self, *args, **options)
 
     def emptied(self: Any, *args: Any, **options: Any) -> Any:
@@ -145,7 +147,7 @@ def _watch_optimizers(recorder: Recorder) -> None:
                     all_own = [p for group in optimizer.param_groups for p in group["params"]]
                     if all(id(p) in own for p in all_own):
                         held = any(p.grad is not None for p in all_own)
-                        recorder.event("zero", opt=state["id"], held=held, site=journal.site())
+                        recorder.event("zero", opt=state["id"], also=[], held=held, site=journal.site())
         return empty(self, *args, **options)
 
     def before(optimizer: Any, args: Any, options: Any) -> None:
@@ -153,7 +155,7 @@ def _watch_optimizers(recorder: Recorder) -> None:
             return
         recorder.depth += 1
         state = recorder.optimizers.get(optimizer) or _register(recorder, optimizer, journal.site(3), late=True)
-        if recorder.depth > 1 or not state["recorded"]:
+        if recorder.depth > 1:
             return
         with journal.safely:
             closure = any(callable(one) for one in (*args, *options.values()))
@@ -164,7 +166,7 @@ def _watch_optimizers(recorder: Recorder) -> None:
             return
         recorder.depth = max(0, recorder.depth - 1)
         state = recorder.optimizers.get(optimizer)
-        if recorder.depth or state is None or not state["recorded"]:
+        if recorder.depth or state is None:
             return
         values: dict[str, Any] = {}
         with journal.safely:
@@ -186,7 +188,6 @@ def _watch_optimizers(recorder: Recorder) -> None:
         state["steps"] += 1
         journal.windows += 1
         journal.backwards = 0
-        recorder.shape = ()
         if journal.windows >= (20 if journal.passes else 4) * journal.steps:
             journal.write("enough", steps=journal.windows)
             raise _End(0)
@@ -200,10 +201,10 @@ def _watch_optimizers(recorder: Recorder) -> None:
 
 def _read_before(recorder: Recorder, optimizer: Any, state: dict[str, Any], closure: bool) -> None:
     """Take checksums and norms before a step. With a closure the gradients come within it."""
-    odd = recorder.shape != state["shape"]
-    state["shape"] = recorder.shape
-    most = _HASHED_SMALL if state["size"] < _SMALL else HASHED
-    state["now"] = state["steps"] < most or (odd and state["odd"] < 2 * HASHED)
+    odd, n = recorder.journal.shape != state["shape"], state["steps"]
+    state["shape"], recorder.journal.shape = recorder.journal.shape, []
+    chosen = n < HASHED or (state["size"] < _SMALL and (n < _ALL or (n < _HASHED_SMALL and n % _EACH == 0)))
+    state["now"] = chosen or (odd and state["odd"] < 2 * HASHED)
     state["odd"] += odd
     state["before"] = _checksums(optimizer, "data") if state["now"] else None
     state["grads"] = _checksums(optimizer, "grad") if state["now"] and not closure else None
@@ -227,9 +228,18 @@ def _read_after(recorder: Recorder, optimizer: Any, state: dict[str, Any]) -> di
 def _register(recorder: Recorder, optimizer: Any, site: str | None, late: bool = False) -> dict[str, Any]:
     if optimizer in recorder.optimizers:
         return recorder.optimizers[optimizer]
-    number = len(recorder.optimizers) + 1
+    number = next(recorder.numbers)
     size = _count(p for group in optimizer.param_groups for p in group["params"])
-    state = {"id": number, "steps": 0, "shape": (), "size": size, "odd": 0, "count": -1, "recorded": True, "norm": None}
+    state = {
+        "id": number,
+        "steps": 0,
+        "shape": [],
+        "size": size,
+        "odd": 0,
+        "count": -1,
+        "sharing": (1, []),
+        "norm": None,
+    }
     recorder.optimizers[optimizer] = state
     recorder.event("optimizer", id=number, late=late, site=site)
     return state
@@ -242,7 +252,9 @@ def _describe_parameters(recorder: Recorder, optimizer: Any, state: dict[str, An
         [
             *recorder.names.get(id(p), (0, f"parameter {i} {tuple(p.shape)}")),
             id(p) in recorder.frozen,
-            "flat" if id(p) in flat else hasattr(p, "placements") or hasattr(p, "_ddparity_private"),
+            "flat"
+            if id(p) in flat
+            else hasattr(p, "placements") or hasattr(p, "_ddparity_private") or id(p) in recorder.ignored,
         ]
         for i, p in enumerate(parameters)
     ]
@@ -282,6 +294,26 @@ def _largest(parameters: Any) -> float | None:
     return max((float(one.abs().max()) for one in gradients), default=None)
 
 
+def _sharing(recorder: Recorder, optimizer: Any) -> list[int]:
+    """Return the other optimizers that step some of the same parameters, as one that wraps another does."""
+    state, count = recorder.optimizers[optimizer], len(recorder.optimizers)
+    if state["sharing"][0] != count:
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        state["sharing"] = count, [number for number in _owners(recorder, own) if number != state["id"]]
+    found: list[int] = state["sharing"][1]
+    return found
+
+
+def _owners(recorder: Recorder, parameters: Any) -> list[int]:
+    """Return the optimizers that step some of the parameters."""
+    own = {id(parameters)} if hasattr(parameters, "grad") else {id(p) for p in parameters}
+    return [
+        state["id"]
+        for optimizer, state in list(recorder.optimizers.items())
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+    ]
+
+
 def _watch_clipping(recorder: Recorder) -> None:
     import torch
     from torch.amp import GradScaler
@@ -311,6 +343,8 @@ def _watch_clipping(recorder: Recorder) -> None:
                     of="norm" if by_norm else "largest value",
                     norm=norm,
                     limit=None if limit is None else float(limit),
+                    scale=recorder.scale,
+                    opts=[] if recorder.scale is None else _owners(recorder, parameters),
                     site=journal.site(),
                 )
             return result
@@ -336,7 +370,8 @@ def _watch_clipping(recorder: Recorder) -> None:
 
     def unscaled(self: Any, optimizer: Any) -> Any:
         if self.is_enabled():
-            recorder.event("unscale", site=journal.site())
+            state = recorder.optimizers.get(optimizer)
+            recorder.event("unscale", opt=state and state["id"], site=journal.site())
         return unscale(self, optimizer)
 
     def stepped(self: Any, optimizer: Any, *args: Any, **options: Any) -> Any:

@@ -1,0 +1,123 @@
+"""Read items of the data sets again at the end, so that the ranks' data sets can be compared."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from .journal import Journal, digest
+
+_PROBES = 6  # items of a data set
+_PROBE_S = 2.0  # of all data sets
+_WAIT_S = 3.0  # longer for an item that began in time
+_MOST_STORED = 10_000  # items of a sequence
+_DEEPEST = 3  # data sets in data sets
+
+
+def note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
+    """Record some items of each data set, read twice under one seed. The keys are ids.
+
+    An item may wait for what never comes, so a thread reads them, for some seconds at most.
+    """
+    output = sys.stdout
+    journal.reading = True
+    journal.hidden += 1
+    left = list(datasets)
+    reader = threading.Thread(target=_note_items, args=(journal, datasets, left), daemon=True)
+    try:
+        reader.start()
+        reader.join(_PROBE_S + _WAIT_S)
+    except RuntimeError:  # Python 3.12 and later start no thread when they end
+        _note_items(journal, datasets, left)
+    if reader.is_alive():
+        sys.stdout = output
+        journal.write("items", key=left[0], places=[], digests=[], stored=[], drawn=True)  # samples of a queue
+        return
+    journal.reading = False
+    journal.hidden -= 1
+
+
+def _note_items(journal: Journal, datasets: Mapping[int, Any], left: list[int]) -> None:
+    start = time.monotonic()
+    for key, dataset in datasets.items():
+        del left[: left.index(key)]
+        length = None
+        with contextlib.suppress(Exception):
+            length = len(dataset)
+        if not length or time.monotonic() - start > _PROBE_S:
+            continue
+        places = sorted({i * (length - 1) // max(1, _PROBES - 1) for i in range(_PROBES)})
+        digests: list[list[int | None] | None] = []
+        draws: list[tuple[list[int | None] | None, ...]] = []
+        for place in places:
+            one, two = _read(dataset, place), _read(dataset, place)
+            digests.append(one if one == two else None)
+            draws.append((one, _read(dataset, place, seed=1 + place)))
+            if time.monotonic() - start > _PROBE_S:
+                break
+        stored: list[int] = []
+        with contextlib.suppress(Exception):
+            stored = _stored([dataset], length)
+        places = places[: len(digests)]
+        journal.write("items", key=key, places=places, digests=digests, stored=stored, drawn=_is_drawn(draws))
+
+
+def _is_drawn(draws: list[tuple[list[int | None] | None, ...]]) -> bool:
+    """Return whether each part of the items, also the label, is another when it is read again under another seed."""
+    pairs = [list(zip(one, two)) for one, two in draws if one is not None and two is not None]
+    return bool(pairs) and all(any(a != b for a, b in part) for part in zip(*pairs))
+
+
+def _stored(holder: Any, length: int, depth: int = 0) -> list[int]:
+    """Return checksums of what a data set keeps for its items: sequences and arrays that are not shorter than it."""
+    import torch
+
+    values = holder if isinstance(holder, (list, tuple)) else getattr(holder, "__dict__", {}).values()
+    found: list[int] = []
+    for value in values:
+        if isinstance(value, torch.Tensor) or hasattr(value, "dtype"):
+            if value.ndim and len(value) >= length:
+                found.append(digest(value[:_MOST_STORED]))
+        elif isinstance(value, (list, tuple, str, bytes)) and len(value) >= length:
+            found.append(digest(value[:_MOST_STORED]))
+        elif depth < _DEEPEST and (isinstance(value, (tuple, torch.utils.data.Dataset))):
+            found += _stored(value, length, depth + 1)
+    return found
+
+
+def _read(dataset: Any, place: int, seed: int = 0) -> list[int | None] | None:
+    """Return checksums of the parts of an item; None for one that is its place."""
+    import torch
+
+    kept = random.getstate(), torch.get_rng_state()
+    numpy = sys.modules.get("numpy")
+    kept_numpy = None if numpy is None else numpy.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy is not None:
+        numpy.random.seed(seed)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            item = dataset[place]
+        parts = item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else [item]
+        return [None if _is_place(one, place) else digest(one) for one in parts]
+    except Exception:
+        return None
+    finally:
+        random.setstate(kept[0])
+        torch.set_rng_state(kept[1])
+        if numpy is not None and kept_numpy is not None:
+            numpy.random.set_state(kept_numpy)
+
+
+def _is_place(value: Any, place: int) -> bool:
+    import torch
+
+    single = isinstance(value, int) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    return single and int(value) == place

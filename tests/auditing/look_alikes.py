@@ -1,0 +1,596 @@
+# ruff: noqa: E501 - the changes are lines of the scripts
+"""Clean scripts that look like a fault, and their faulty twins, in other styles than those of near_misses.py."""
+
+from __future__ import annotations
+
+from tests.auditing.cases import Case, make_case
+
+_STEP = "            optimizer.step()\n"
+_BACKWARD = "            loss = F.cross_entropy(model(x), y)\n            loss.backward()\n"
+_SET_EPOCH = ("        sampler.set_epoch(epoch)\n", "")
+_UNEQUAL = ("sampler = DistributedSampler(train, shuffle=True)", "sampler = range(rank, 64 - 6 * rank, world)")
+
+LOOK_ALIKES: list[Case] = [
+    # The data and its random streams.
+    make_case("108-dropped", "functions", ("make_data(1, 64)", "make_data(1, 65)"), ("shuffle=True", "drop_last=True")),
+    make_case(
+        "108-snap-dropped",
+        "snapshot",
+        ("MyTrainDataset(128)", "MyTrainDataset(127)"),
+        ("DistributedSampler(dataset)\n", "DistributedSampler(dataset, drop_last=True)\n"),
+    ),
+    make_case(  # one seed on all ranks; the workers add the rank
+        "112-seeded-by-rank",
+        "moco",
+        ("torch.manual_seed(10 + rank)", "torch.manual_seed(10)"),
+        (
+            "num_workers=1",
+            "num_workers=1, worker_init_fn=lambda i: torch.manual_seed(torch.initial_seed() % 2**31 + 7919 * rank)",
+        ),
+    ),
+    make_case(  # one seed on all ranks, and nothing is drawn
+        "112-without-draws",
+        "imagenet",
+        ("torch.manual_seed(args.seed + args.rank)", "torch.manual_seed(args.seed)"),
+        ("        self.train = train\n", "        self.train = False\n"),
+    ),
+    make_case(  # one seed on all ranks; an item's noise depends on its index
+        "112-by-item",
+        "trainer",
+        ("manual_seed(100 + self.rank)", "manual_seed(100)"),
+        ("torch.randn(4)", "torch.randn(4, generator=torch.Generator().manual_seed(index))"),
+    ),
+    make_case(  # worker_init_fn seeds, with what the loader draws for each epoch
+        "113-by-epoch",
+        "trainer",
+        (
+            "num_workers=options.workers,",
+            "num_workers=options.workers,\n            worker_init_fn=lambda i: torch.manual_seed(torch.initial_seed() % 2**31 + dist.get_rank()),",
+        ),
+    ),
+    make_case(  # two models are trained one after the other, under one seed
+        "113-two-models",
+        "trainer",
+        ('--epochs", type=int, default=2', '--epochs", type=int, default=1'),
+        (
+            "    torch.manual_seed(7)\n    model =",
+            "    for width in (8, 16):\n        train(options, width)\n    dist.destroy_process_group()\n\n\n"
+            "def train(options, width):\n    torch.manual_seed(7)\n    model =",
+        ),
+        ("nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)", "nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1)"),
+        (
+            "    Trainer(model, options).fit()\n    dist.destroy_process_group()\n",
+            "    torch.manual_seed(dist.get_rank())\n    Trainer(model, options).fit()\n",
+        ),
+        arguments=("--workers", "0"),
+    ),
+    make_case(  # seeds at the start of each epoch, others in each
+        "113-at-the-start",
+        "spawned",
+        (
+            "        sampler.set_epoch(epoch)\n",
+            "        sampler.set_epoch(epoch)\n        np.random.seed(100 * epoch + rank)\n",
+        ),
+    ),
+    make_case(  # worker_init_fn runs once for workers that stay
+        "113-workers-that-stay",
+        "imagenet",
+        (
+            "num_workers=args.workers",
+            "num_workers=args.workers, persistent_workers=True, worker_init_fn=lambda i: random.seed(args.rank * 64 + i)",
+        ),
+    ),
+    # The model.
+    make_case(
+        "212-converted",
+        "imagenet",
+        (
+            "model = torch.nn.parallel.Dist",
+            "import ddparity\n    model = ddparity.convert_sync_batchnorm(model)\n    model = torch.nn.parallel.Dist",
+        ),
+        ("default=12, type=int", "default=4, type=int"),
+    ),
+    # The gradients.
+    make_case(  # two parts of one loss: the first adds to what the second reduces
+        "301-two-parts",
+        "functions",
+        (
+            _BACKWARD,
+            "            with model.no_sync():\n                penalty = model(x).square().mean()\n                penalty.backward()\n"
+            + _BACKWARD,
+        ),
+    ),
+    make_case(  # micro-batches of other lengths, each with its share of the window
+        "304-weighted",
+        "trainer",
+        ("/ len(window)", "* len(x) / sum(len(one) for one, _ in window)"),
+        arguments=("--samples", "84", "--accumulate", "3"),
+    ),
+    make_case(  # gradients divided before the clip
+        "304-by-hand",
+        "nanogpt",
+        ("loss = loss / gradient_accumulation_steps", "pass"),
+        (
+            "    if grad_clip != 0.0:\n",
+            "    for p in model.parameters():\n        p.grad /= gradient_accumulation_steps\n    if grad_clip != 0.0:\n",
+        ),
+    ),
+    make_case(  # gradients summed over the ranks, then divided by the ranks times the micro-batches, then clipped
+        "304-by-hand-flat",
+        "flat",
+        (" / a.accum\n", "\n"),
+        ("flat.div_(dist.get_world_size())", "flat.div_(dist.get_world_size() * 2)"),
+    ),
+    make_case(  # two tasks of one batch, whose losses are added up
+        "304-tasks",
+        "functions",
+        (
+            _BACKWARD,
+            "            for task in range(2):\n                model.require_backward_grad_sync = task == 1\n"
+            "                loss = F.cross_entropy(model(x), y if task else 1 - y)\n                loss.backward()\n",
+        ),
+    ),
+    make_case(  # a sum over the global count
+        "305-summed",
+        "functions",
+        _UNEQUAL,
+        _SET_EPOCH,
+        (
+            "            loss = F.cross_entropy(model(x), y)\n",
+            "            count = torch.tensor(len(y))\n            dist.all_reduce(count)\n"
+            "            loss = F.cross_entropy(model(x), y, reduction='sum') * world / count.item()\n",
+        ),
+        may="DDP106",
+    ),
+    make_case(  # means with the weights of their counts
+        "305-weighted-means",
+        "stream",
+        ("target[-2:] = -100", "target[: i % 5] = -100"),
+        (
+            "            loss.backward()\n",
+            "            own = (target != -100).sum()\n            whole = own.clone()\n            dist.all_reduce(whole)\n"
+            "            (loss * (own * world / whole)).backward()\n",
+        ),
+    ),
+    make_case(  # a scaler that is switched off
+        "308-disabled",
+        "nanogpt",
+        ("        scaler.unscale_(optimizer)\n", ""),
+    ),
+    make_case(  # the generator's gradients are scaled, the discriminator's are clipped
+        "308-another-model",
+        "gan",
+        ("    criterion =", "    scaler = torch.amp.GradScaler('cpu', init_scale=64.0)\n    criterion ="),
+        (
+            "            loss.backward()\n            for_generator.step()\n",
+            "            scaler.scale(loss).backward()\n            scaler.step(for_generator)\n            scaler.update()\n",
+        ),
+        (
+            "            for_discriminator.step()\n",
+            "            nn.utils.clip_grad_norm_(discriminator.parameters(), 0.1)\n            for_discriminator.step()\n",
+        ),
+    ),
+    make_case(  # both losses are scaled before either model is unscaled
+        "308-two-models",
+        "gan",
+        ("    criterion =", "    scaler = torch.amp.GradScaler('cpu', init_scale=64.0)\n    criterion ="),
+        (
+            "            loss.backward()\n            for_discriminator.step()\n",
+            "            scaler.scale(loss).backward()\n",
+        ),
+        (
+            "            loss.backward()\n            for_generator.step()\n",
+            "            scaler.scale(loss).backward()\n            for each, one in ((generator, for_generator), (discriminator, for_discriminator)):\n"
+            "                scaler.unscale_(one)\n                nn.utils.clip_grad_norm_(each.parameters(), 0.1)\n"
+            "                scaler.step(one)\n            scaler.update()\n",
+        ),
+    ),
+    make_case(  # the mean over the ranks, made for the log, is what goes backward
+        "307-reduced-loss",
+        "functions",
+        (
+            "def main():\n",
+            "def mean_of_ranks(value):\n    value = value.clone()\n    dist.all_reduce(value)\n"
+            "    return value / dist.get_world_size()\n\n\ndef main():\n",
+        ),
+        (_BACKWARD, "            loss = mean_of_ranks(F.cross_entropy(model(x), y))\n            loss.backward()\n"),
+        codes="DDP307",
+    ),
+    make_case(  # the same for the log alone
+        "307-reduced-for-the-log",
+        "functions",
+        (
+            "def main():\n",
+            "def mean_of_ranks(value):\n    value = value.clone()\n    dist.all_reduce(value)\n"
+            "    return value / dist.get_world_size()\n\n\ndef main():\n",
+        ),
+        (
+            _BACKWARD,
+            "            loss = F.cross_entropy(model(x), y)\n            shown = mean_of_ranks(loss)\n            loss.backward()\n",
+        ),
+    ),
+    make_case(  # parameters are broadcast again, although their gradients are averaged
+        "310-broadcast-again",
+        "by_hand",
+        (
+            "        optimizer.step()\n",
+            "        optimizer.step()\n        for parameter in model.parameters():\n            dist.broadcast(parameter.data, src=0)\n",
+        ),
+    ),
+    make_case(  # parameters are averaged, although DDP has reduced their gradients
+        "310-averaged-too",
+        "functions",
+        (
+            _STEP,
+            _STEP
+            + "            for p in model.parameters():\n                dist.all_reduce(p.data)\n                p.data /= world\n",
+        ),
+    ),
+    # Files, groups, and what the audit reads itself.
+    make_case(
+        "501-by-keyword",
+        "functions",
+        ("torch.save(model.module.state_dict(), path)", "torch.save(f=path, obj=model.module.state_dict())"),
+        ("torch.load(path)", "torch.load(f=path)"),
+    ),
+    make_case(  # a collective of two of three ranks before a checkpoint
+        "502-subgroup",
+        "functions",
+        ("    path = ", "    pair = dist.new_group([0, 1])\n    path = "),
+        (
+            "    if rank == 0:\n        torch.save",
+            "    if rank < 2:\n        dist.all_reduce(torch.ones(1), group=pair)\n    if rank == 0:\n        torch.save",
+        ),
+        nproc=3,
+        may="DDP106",
+    ),
+    make_case(  # a collective of two of three ranks, after which the third reads without a barrier
+        "502-subgroup-alone",
+        "functions",
+        ("    path = ", "    pair = dist.new_group([0, 1])\n    path = "),
+        (
+            "path)\n    dist.barrier()\n",
+            "path)\n    if rank < 2:\n        dist.all_reduce(torch.ones(1), group=pair)\n    import time\n    time.sleep(1.0)\n",
+        ),
+        nproc=3,
+        codes="DDP502",
+        may="DDP106",
+    ),
+    make_case(
+        "502-under-a-lock",
+        "functions",
+        ("EPOCHS = 2\n", "EPOCHS = 2\nimport fcntl\n"),
+        (
+            "    train, test =",
+            "    cache = os.path.join(tempfile.gettempdir(), f'ddparity-cache-{os.environ[\"MASTER_PORT\"]}')\n"
+            "    with open(cache + '.lock', 'a') as lock:\n        fcntl.flock(lock, fcntl.LOCK_EX)\n"
+            "        if not os.path.exists(cache):\n            torch.save(torch.ones(3), cache)\n    torch.load(cache)\n    train, test =",
+        ),
+    ),
+    make_case(  # items are kept on the disk by the rank that loads them, and the audit reads some of all again
+        "502-kept-items",
+        "functions",
+        (
+            "def evaluate(",
+            "class Kept(torch.utils.data.Dataset):\n    def __init__(self, base, folder):\n        self.base, self.folder = base, folder\n\n"
+            "    def __len__(self):\n        return len(self.base)\n\n    def __getitem__(self, i):\n        path = f'{self.folder}/{i}.pt'\n"
+            "        if not os.path.exists(path):\n            torch.save(self.base[i], path)\n        return torch.load(path)\n\n\ndef evaluate(",
+        ),
+        (
+            "    net =",
+            "    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'kept')\n    os.makedirs(folder, exist_ok=True)\n    train = Kept(train, folder)\n    net =",
+        ),
+        ("EPOCHS = 2", "EPOCHS = 1"),
+    ),
+    make_case(  # a rank outside of the group: torch warns and returns
+        "503-not-a-member",
+        "functions",
+        ("    path = ", "    alone = dist.new_group([0])\n    path = "),
+        (_STEP, _STEP + "            dist.all_reduce(torch.ones(2), group=alone)\n"),
+    ),
+    make_case(  # one data set, with noise of each rank's own generator
+        "104-noise-of-the-rank",
+        "functions",
+        (
+            "def evaluate(",
+            "class Noisy(torch.utils.data.Dataset):\n    def __init__(self, base, rank):\n        self.base, self.rank, self.epoch = base, rank, 0\n\n"
+            "    def __len__(self):\n        return len(self.base)\n\n    def __getitem__(self, i):\n"
+            "        generator = torch.Generator().manual_seed(1000 * self.rank + 100 * self.epoch + i)\n"
+            "        x, y = self.base[i]\n        return x + 0.1 * torch.randn(8, generator=generator), y\n\n\ndef evaluate(",
+        ),
+        ("    net =", "    train = Noisy(train, rank)\n    net ="),
+        ("        model.train()\n", "        model.train()\n        train.epoch = epoch\n"),
+    ),
+    make_case(  # the same, of items that the data set does not keep: their labels are the same
+        "104-noise-of-read-items",
+        "trainer",
+        (
+            "        return self.x[index] + 0.01 * torch.randn(4), self.y[index]",
+            "        generator = torch.Generator().manual_seed(1000 * dist.get_rank() + index)\n"
+            "        x = torch.full((4,), index / 80)\n        return x + 0.01 * torch.randn(4, generator=generator), x.sum(0, keepdim=True)",
+        ),
+        ("        self.x =", "        self.count = count\n        x ="),
+        ("        self.y = self.x.sum(1, keepdim=True)\n", ""),
+        ("return len(self.x)", "return self.count"),
+    ),
+    # Output and speed.
+    make_case(
+        "505-in-finally",
+        "functions",
+        ("    dist.destroy_process_group()\n", ""),
+        ("    main()\n", "    try:\n        main()\n    finally:\n        dist.destroy_process_group()\n"),
+    ),
+    make_case(
+        "602-class-rank-0",
+        "trainer",
+        ("for batch in self.loader", "for batch in __import__('tqdm').tqdm(self.loader, disable=self.rank != 0)"),
+    ),
+    make_case(
+        "603-class-rank-0",
+        "trainer",
+        ("import argparse\n", "import argparse\nimport tempfile\n"),
+        (
+            "        self.loss =",
+            "        from torch.utils import tensorboard\n        self.log = tensorboard.SummaryWriter(log_dir=tempfile.mkdtemp()) if self.rank == 0 else None\n        self.loss =",
+        ),
+    ),
+    make_case(  # rank 0 takes longer once an epoch
+        "702-between-epochs",
+        "functions",
+        ("EPOCHS = 2", "EPOCHS = 4\nimport time"),
+        (
+            "        if rank == 0:\n            print",
+            "        time.sleep(0 if rank else 0.1)\n        if rank == 0:\n            print",
+        ),
+    ),
+    make_case("703-queue", "moco", ("K=64", "K=2**16")),  # a large buffer that changes
+]
+
+_NO_SAMPLER = ("batch_size=8, sampler=sampler", "batch_size=8")
+_CLASS = "class Own(torch.utils.data.Dataset):\n    def __len__(self):\n        return {}\n\n    def __getitem__(self, i):\n{}\n\n\ndef evaluate("
+_LOOK = "            if rank == 0 and epoch == 0:\n                {0}.eval()\n                {0}(x)\n                {0}.train()\n"
+
+LOOK_ALIKES += [
+    make_case(  # a data set that draws a new sample at each access
+        "101-drawn",
+        "functions",
+        ("def evaluate(", _CLASS.format(64, "        x = torch.randn(8)\n        return x, (x.sum() > 0).long()")),
+        ("    net =", "    train = Own()\n    net ="),
+        _NO_SAMPLER,
+        _SET_EPOCH,
+    ),
+    make_case(  # a validation batch now and then, from an iterator without an end
+        "101-validation-iterator",
+        "functions",
+        (
+            "    optimizer =",
+            "    def forever(loader):\n        while True:\n            yield from loader\n\n"
+            "    some = forever(DataLoader(make_data(5, 32), batch_size=8))\n    optimizer =",
+        ),
+        (
+            _STEP,
+            _STEP
+            + "            model.eval()\n            with torch.no_grad():\n                model(next(some)[0])\n            model.train()\n",
+        ),
+    ),
+    make_case(  # new samples each round
+        "103-fresh-data",
+        "functions",
+        _SET_EPOCH,
+        (
+            "    for epoch in range(EPOCHS):\n",
+            "    for epoch in range(EPOCHS):\n        train = make_data(10 + epoch, 64)\n        loader = DataLoader(train, batch_size=8, sampler=DistributedSampler(train))\n",
+        ),
+    ),
+    make_case(  # noise that is drawn once, and kept
+        "104-kept-noise",
+        "functions",
+        (
+            "def evaluate(",
+            "class Own(torch.utils.data.Dataset):\n    def __init__(self, base):\n        self.base, self.kept = base, {}\n\n"
+            "    def __len__(self):\n        return len(self.base)\n\n    def __getitem__(self, i):\n        if i not in self.kept:\n"
+            "            self.kept[i] = self.base[i][0] + 0.01 * torch.randn(8)\n        return self.kept[i], self.base[i][1]\n\n\ndef evaluate(",
+        ),
+        ("    net =", "    train = Own(train)\n    net ="),
+    ),
+    make_case(  # shards of other lengths, which begin again
+        "105-restarts",
+        "functions",
+        ("make_data(1, 64)", "make_data(1 + rank, 48 - 16 * rank)"),
+        ("sampler = DistributedSampler(train, shuffle=True)", "sampler = torch.utils.data.RandomSampler(train)"),
+        _SET_EPOCH,
+        (
+            "        for x, y in loader:\n            optimizer",
+            "        batches = iter(loader)\n        for _ in range(8):\n            try:\n                x, y = next(batches)\n"
+            "            except StopIteration:\n                batches = iter(loader)\n                x, y = next(batches)\n            optimizer",
+        ),
+        may="DDP106",
+    ),
+    make_case(  # each epoch is another part of a large data set
+        "106-another-part",
+        "functions",
+        ("make_data(1, 64)", "make_data(1, 640)"),
+        (
+            "def evaluate(",
+            "class Part(torch.utils.data.Sampler):\n    def __len__(self):\n        return 32\n\n    def __iter__(self):\n"
+            "        order = torch.randperm(640, generator=torch.Generator().manual_seed(self.epoch))[:64]\n"
+            "        return iter(order[dist.get_rank() :: dist.get_world_size()].tolist())\n\n    def set_epoch(self, epoch):\n"
+            "        self.epoch = epoch\n\n\ndef evaluate(",
+        ),
+        ("sampler = DistributedSampler(train, shuffle=True)", "sampler = Part()"),
+    ),
+    make_case(  # a part of the model that DDP is told to leave out
+        "201-left-out",
+        "functions",
+        (
+            "    model = DDP(net)",
+            "    DDP._set_params_and_buffers_to_ignore_for_model(net, ['2.bias'])\n    model = DDP(net)",
+        ),
+    ),
+    make_case(  # rank 0 looks at the average between two evaluations
+        "203-quick-look",
+        "functions",
+        ("    path = ", "    ema = torch.optim.swa_utils.AveragedModel(net)\n    path = "),
+        (_STEP, _STEP + "            ema.update_parameters(net)\n" + _LOOK.format("ema")),
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        accuracy = max(evaluate(model, held_out), evaluate(ema, held_out))\n",
+        ),
+    ),
+    make_case(  # the same, of buffers that do differ
+        "213-quick-look",
+        "functions",
+        ("nn.Linear(8, 16),", "nn.Linear(8, 16), nn.BatchNorm1d(16),"),
+        ("DDP(net)", "DDP(net, broadcast_buffers=False)"),
+        (_STEP, _STEP + _LOOK.format("model.module")),
+        codes="DDP213",
+    ),
+    make_case(  # two models, whose backwards are in one line
+        "304-actor-critic",
+        "functions",
+        (
+            "    optimizer =",
+            "    critic = DDP(nn.Linear(8, 1))\n    second = torch.optim.SGD(critic.parameters(), lr=0.1)\n    optimizer =",
+        ),
+        (
+            "            optimizer.zero_grad()\n" + _BACKWARD + _STEP,
+            "            losses = F.cross_entropy(model(x), y), F.mse_loss(critic(x).squeeze(1), y.float())\n"
+            "            for one, loss in zip((optimizer, second), losses):\n                one.zero_grad()\n                loss.backward()\n                one.step()\n",
+        ),
+    ),
+    make_case(  # sharpness-aware minimisation, by an optimizer around another
+        "304-sam",
+        "functions",
+        (
+            "def evaluate(",
+            "class SAM(torch.optim.Optimizer):\n    def __init__(self, params):\n        super().__init__(params, {})\n"
+            "        self.base = torch.optim.SGD(self.param_groups, lr=0.1)\n        self.param_groups = self.base.param_groups\n\n"
+            "    @torch.no_grad()\n    def first_step(self):\n        for p in self.param_groups[0]['params']:\n"
+            "            self.state[p]['old'] = p.data.clone()\n            p.add_(p.grad, alpha=0.05)\n        self.zero_grad()\n\n"
+            "    @torch.no_grad()\n    def second_step(self):\n        for p in self.param_groups[0]['params']:\n"
+            "            p.data = self.state[p]['old']\n        self.base.step()\n        self.zero_grad()\n\n\ndef evaluate(",
+        ),
+        ("torch.optim.SGD(model.parameters(), lr=0.1)", "SAM(model.parameters())"),
+        (
+            "            optimizer.zero_grad()\n" + _BACKWARD + _STEP,
+            "            for again in range(2):\n                model.require_backward_grad_sync = bool(again)\n"
+            "                loss = F.cross_entropy(model(x), y)\n                loss.backward()\n"
+            "                optimizer.second_step() if again else optimizer.first_step()\n",
+        ),
+    ),
+    make_case(  # the loss of a batch, and of the same batch with noise
+        "304-perturbed",
+        "functions",
+        (
+            _BACKWARD,
+            "            for noise in (0.0, 0.1):\n                model.require_backward_grad_sync = noise > 0\n"
+            "                loss = F.cross_entropy(model(x + noise * torch.randn_like(x)), y)\n                loss.backward()\n",
+        ),
+    ),
+    make_case(  # a batch in two parts, which are micro-batches
+        "304-parts",
+        "functions",
+        (
+            _BACKWARD,
+            "            for i in range(2):\n                model.require_backward_grad_sync = i == 1\n"
+            "                loss = F.cross_entropy(model(x[i::2]), y[i::2])\n                loss.backward()\n",
+        ),
+        codes="DDP304",
+    ),
+    make_case(  # the limit is multiplied by the scaler's factor, too
+        "308-scaled-limit",
+        "spawned",
+        ("            scaler.unscale_(optimizer)\n", ""),
+        ("clip_grad_norm_(model.parameters(), 1.0)", "clip_grad_norm_(model.parameters(), 1.0 * scaler.get_scale())"),
+    ),
+    make_case(  # an epoch's end is thrown away: the next window has its own micro-batches alone
+        "309-tail",
+        "functions",
+        (
+            "        for x, y in loader:\n            optimizer.zero_grad()\n" + _BACKWARD + _STEP,
+            "        optimizer.zero_grad()\n        for i, (x, y) in enumerate(loader):\n            model.require_backward_grad_sync = i % 3 == 2\n"
+            "            loss = F.cross_entropy(model(x), y) / 3\n            loss.backward()\n            if i % 3 == 2:\n"
+            "                optimizer.step()\n                optimizer.zero_grad()\n",
+        ),
+        codes="DDP309",
+        absent="DDP303",
+    ),
+    make_case(  # two evaluations, whose counts are summed together
+        "402-two-sets",
+        "functions",
+        (
+            "    dist.all_reduce(total)\n    return (total[0] / total[1]).item()",
+            "    if dist.get_rank() == 0:\n        print('evaluated a set')\n    return total",
+        ),
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        both = torch.stack([evaluate(model, held_out), evaluate(model, held_out)])\n        dist.all_reduce(both)\n"
+            "        accuracy = (both[0, 0] / both[0, 1]).item()\n",
+        ),
+    ),
+    make_case(  # one rank after the other
+        "501-turns",
+        "functions",
+        (
+            "    if rank == 0:\n        torch.save(model.module.state_dict(), path)\n",
+            "    for turn in range(world):\n        if turn == rank:\n            torch.save(model.module.state_dict(), path)\n        dist.barrier()\n",
+        ),
+    ),
+    make_case(  # a file that is opened for an update, and only read
+        "501-update",
+        "flat",
+        ('mode="r")', 'mode="r+")'),
+    ),
+    make_case(  # the store orders the write and the read
+        "502-store",
+        "functions",
+        (
+            "    if rank == 0:\n        torch.save(model.module.state_dict(), path)\n    dist.barrier()\n",
+            "    store = dist.distributed_c10d._get_default_store()\n    if rank == 0:\n"
+            "        torch.save(model.module.state_dict(), path)\n        store.set('ready', '1')\n    else:\n        store.wait(['ready'])\n",
+        ),
+    ),
+    make_case(  # rank 0 evaluates the wrapped model, whose forward broadcasts buffers
+        "503-one-rank-evaluates",
+        "functions",
+        ("nn.Linear(8, 16),", "nn.Linear(8, 16), nn.BatchNorm1d(16),"),
+        ("    dist.all_reduce(total)\n    return", "    return"),
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        accuracy = evaluate(model, held_out) if rank == 0 else 0\n",
+        ),
+        ("sampler=range(rank, len(test), world)", "shuffle=False"),
+        codes="DDP503",
+        may="DDP105 DDP202 DDP301 DDP213",
+    ),
+    make_case(  # in a group of two of three ranks
+        "503-subgroup",
+        "functions",
+        ("    path = ", "    pair = dist.new_group([0, 1])\n    path = "),
+        (
+            "    if rank == 0:\n        torch.save",
+            "    if rank < 2:\n        dist.all_reduce(torch.ones(1 + rank), group=pair)\n    if rank == 0:\n        torch.save",
+        ),
+        nproc=3,
+        codes="DDP503",
+        may="DDP106",
+    ),
+    make_case(  # of two starts the first is faulty
+        "103-first-start",
+        "spawned",
+        (
+            "    mp.spawn(work, args=(2, port), nprocs=2)\n",
+            "    os.environ['STILL'] = '1'\n    mp.spawn(work, args=(2, port), nprocs=2)\n    del os.environ['STILL']\n    mp.spawn(work, args=(2, port + 1), nprocs=2)\n",
+        ),
+        ("        sampler.set_epoch(epoch)\n", "        sampler.set_epoch(0 if 'STILL' in os.environ else epoch)\n"),
+        codes="DDP103",
+    ),
+    make_case(  # one process, then two: a measurement of speed
+        "105-two-sizes",
+        "spawned",
+        (
+            "    mp.spawn(work, args=(2, port), nprocs=2)\n",
+            "    for world in (1, 2):\n        mp.spawn(work, args=(world, port + world), nprocs=world)\n",
+        ),
+    ),
+]
