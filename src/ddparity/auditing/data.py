@@ -52,7 +52,9 @@ def _all(run: Run) -> Iterator[tuple[Finding, Any]]:
     for found, place in itertools.chain(check_orders(run), check_stream_orders(run)):
         yield found, place
     if run.world > 1 and not any(rank.of("loader") for rank in run.ranks):
-        for found in _check_inputs(run) if run.uses("forward") else _check_computed(run):
+        # In a loop of ddparity a DDP runs the module inside of it, so there is no forward, and it reduces by itself.
+        checked = _check_inputs(run) if run.uses("forward") else () if run.uses("ddp") else _check_computed(run)
+        for found in checked:
             yield found, found.line
 
 
