@@ -114,6 +114,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     most = all(own == sets[0] or len(own) >= _MOST * size for own in sets)
     everything = complete and most and not draws_again and len(set.intersection(*sets)) > size / 2
     drawn = all(one is not None and one["drawn"] and not one["stored"] for one in _items(run, pair))
+    drawn = drawn and not _has_same_batches(pair)
     if content != "differs" and (identical or everything) and not first.loader["repeats"] and not drawn:
         if _is_sliced(run, pair):
             return
@@ -188,6 +189,12 @@ def _check_parts(run: Run, pair: list[Pass], sets: list[set[int]]) -> Iterator[F
         f"{max(0, size - len(union))} of {size} by none.",
         "Cut parts that do not overlap: range(rank, len(dataset), world_size) of one order, or DistributedSampler.",
     )
+
+
+def _has_same_batches(pair: list[Pass]) -> bool:
+    """Return whether the ranks got the same batches, as far as those are known."""
+    known = list(zip(*(one.digests for one in pair)))
+    return bool(known) and all(digest == row[0] for row in known for digest in row)
 
 
 def _drawn(sets: list[set[int]]) -> bool:
@@ -279,10 +286,7 @@ def _same_part(items: list[list[list[int | None]]]) -> bool:
 
 
 def _items(run: Run, pair: list[Pass]) -> list[Record | None]:
-    return [
-        next((r for r in run.ranks[_at(run, one.rank)].of("items") if r["key"] == one.loader["key"]), None)
-        for one in pair
-    ]
+    return [run.ranks[_at(run, one.rank)].items(one.loader["key"]) for one in pair]
 
 
 def _at(run: Run, rank: int) -> int:
@@ -311,15 +315,17 @@ def _check_counts(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         counts = [count or 0 for count in planned] if unequal else counts
     if unequal and not any(one.how == "left" for one in pair):
         ranks = [one.rank for one in pair]
+        handled = any(one.how == "cut" and one.handled for one in pair)
         yield finding(
             "DDP105",
             ranks,
             pair[0].site,
             pair[0].loader["site"],
             f"Ranks {listed(ranks)} have {listed(counts)} batches in an epoch: the rank with more of them waits in its "
-            f"backward for gradients that no other rank sends.",
+            f"backward for gradients that no other rank sends{', unless it begins again' if handled else ''}.",
             "Give all ranks equally many batches (DistributedSampler pads or drops), or train inside "
             "`with Join([model]):`.",
+            certainty="likely" if handled else "proved",
         )
 
 

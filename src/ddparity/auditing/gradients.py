@@ -122,7 +122,7 @@ def _is_of_one_batch(window: Window, before: Window | None) -> bool:
     `before`: the window before, since which one batch was loaded, not a list of them.
     """
     forwards = [one for one in window.of("forward") if one["grad"]]
-    if len(forwards) < 2:
+    if len(forwards) < 2 or len(window.kept) < 2:
         return False
     inputs = {one["x"] for one in forwards}
     earlier = max((one["given"] for one in before.backwards), default=0) if before is not None else 0

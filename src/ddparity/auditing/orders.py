@@ -41,7 +41,7 @@ def check_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
         if begin[0].endless:  # the workers of an endless loader load ahead, before set_epoch: one order may come twice
             pairs = pairs[1:] if all(_repeats_order(run, a[0], b[0]) for a, b in pairs if b[0].complete) else []
         for earlier, later in pairs:
-            if all(_repeats_order(run, a, b) and not _is_other_data(a, b) for a, b in zip(earlier, later)):
+            if all(_repeats_order(run, a, b) and not _is_other_data(run, a, b) for a, b in zip(earlier, later)):
                 many = len(passes)
                 reshuffles = begin[0].epoch is not None or begin[0].loader["sampler"].startswith("torch.")
                 yield (
@@ -72,9 +72,16 @@ def _repeats_order(run: Run, earlier: Pass, later: Pass) -> bool:
     return run.exit_code != 0 and known >= 8 and later.batches > 2 and earlier.indices[:known] == later.indices
 
 
-def _is_other_data(earlier: Pass, later: Pass) -> bool:
-    """Return whether two passes are over data sets that were made one after the other, and give other batches."""
-    return earlier.loader["key"] != later.loader["key"] and earlier.digests != later.digests
+def _is_other_data(run: Run, earlier: Pass, later: Pass) -> bool:
+    """Return whether two passes are over data sets that were made one after the other, and give other batches.
+
+    The batches of one that is only made again may differ by an augmentation, but not what it keeps.
+    """
+    if earlier.loader["key"] == later.loader["key"] or earlier.digests == later.digests:
+        return False
+    rank = next(one for one in run.ranks if one.rank == earlier.rank)
+    stored = [(rank.items(one.loader["key"]) or {}).get("stored") for one in (earlier, later)]
+    return not stored[0] or stored[0] != stored[1]
 
 
 def _unpadded(one: Pass) -> list[int]:

@@ -36,6 +36,7 @@ class Pass:
     workers: int
     models: frozenset[tuple[str, int]] = frozenset()  # what the steps within it train
     endless: bool = False  # a part of a pass over a sampler that begins again by itself
+    handled: bool = False  # what took its batches was no loop, and may begin another pass at its end
 
     @cached_property
     def indices(self) -> list[int]:
@@ -138,6 +139,10 @@ class Rank:
     @cached_property
     def passes(self) -> list[Pass]:
         return list(_passes(self))
+
+    def items(self, key: int) -> Record | None:
+        """Return what is known of the items of a data set."""
+        return next((one for one in self.of("items") if one["key"] == key), None)
 
     @cached_property
     def optimizers(self) -> list[Record]:
@@ -348,6 +353,7 @@ def _passes(rank: Rank) -> Iterator[Pass]:
                     *(models[one["opt"]] for one in rank.of("step") if begin["at"] < one["at"] <= last)
                 ),
                 endless=len(parts) > 1,
+                handled=end is not None and bool(end.get("handled")),
             )
 
 

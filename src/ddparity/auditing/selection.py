@@ -31,8 +31,10 @@ def read_options(script: Path) -> dict[str, object]:
             if name not in _OPTIONS:
                 raise ValueError(f"{path}: [tool.ddparity.audit] has no {name}: it has {', '.join(sorted(_OPTIONS))}")
             listed = isinstance(value, list) and all(isinstance(one, str) for one in value)
-            if not (listed if name in ("select", "ignore") else isinstance(value, int) and value >= 1):
-                raise ValueError(f"{path}: [tool.ddparity.audit] {name} = {value!r}: give a list of codes or a number")
+            codes = name in ("select", "ignore")
+            if not (listed if codes else isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                wanted = "a list of codes" if codes else "a number of 1 or more"
+                raise ValueError(f"{path}: [tool.ddparity.audit] {name} = {value!r}: give {wanted}")
         return dict(table)
     return {}
 

@@ -142,7 +142,7 @@ def _reached(function: ast.AST, names: set[str], modules: set[str]) -> set[str]:
 def _changed(node: ast.AST) -> set[str]:
     """Return the names that a statement binds or may change: its targets, and the object of a method."""
     if isinstance(node, ast.Assign):
-        return _names(*node.targets)
+        return _names(*(one.value if isinstance(one, ast.Subscript) else one for one in node.targets))
     if isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.For, ast.NamedExpr)):
         return _names(node.target)
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):

@@ -13,11 +13,12 @@ from typing import Any
 from .imports import after_import
 from .journal import Journal, checksum, replace
 from .losses import scale_of
-from .models import note_held, note_large, watch_ddp, watch_modules, watch_sharding
+from .models import note_beside, note_held, note_large, watch_ddp, watch_modules, watch_sharding
 from .state import HASHED, MOST_EVENTS, Recorder
 
 _SMALL = 100_000  # parameters
 _ALL, _EACH, _HASHED_SMALL = 20, 5, 400  # steps of a small model: all of the first, each fifth until the last
+_SECOND_LOOK = 5  # the step after which models beside the training are looked at again
 _NORMS = 12  # windows in which gradient norms are taken
 
 
@@ -175,6 +176,8 @@ def _watch_optimizers(recorder: Recorder) -> None:
                 note_large(recorder)
             if journal.windows == 1:
                 note_held(recorder)
+            if journal.windows in (1, _SECOND_LOOK):
+                note_beside(recorder)
         recorder.event(
             "step",
             opt=state["id"],
@@ -254,7 +257,9 @@ def _describe_parameters(recorder: Recorder, optimizer: Any, state: dict[str, An
             id(p) in recorder.frozen,
             "flat"
             if id(p) in flat
-            else hasattr(p, "placements") or hasattr(p, "_ddparity_private") or id(p) in recorder.ignored,
+            else "ignored"
+            if id(p) in recorder.ignored and id(p) not in recorder.names
+            else hasattr(p, "placements") or hasattr(p, "_ddparity_private"),
         ]
         for i, p in enumerate(parameters)
     ]
