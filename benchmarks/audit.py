@@ -113,7 +113,7 @@ if rank == 0:
     json.dump(found, open(sys.argv[1], "w"))
 dist.destroy_process_group()
 """
-WIDTHS = {"4 thousand": 28, "90 thousand": 265, "0.3 million": 512, "10 million": 3_120}
+WIDTHS = {"3 thousand": 28, "90 thousand": 265, "0.3 million": 512, "10 million": 3_120}
 COMMANDS = {"run": ["run", "--nproc", "2"], "audit": ["audit", "--nproc", "2"]}
 
 

@@ -505,17 +505,15 @@ LOOK_ALIKES += [
     ),
     make_case(  # an epoch's end is thrown away: the next window has its own micro-batches alone
         "309-tail",
-        "trainer",
+        "functions",
         (
-            "        if window:\n            yield window\n",
-            "        if window:\n            for x, y in window:\n                with self.model.no_sync():\n                    self.loss(self.model(x), y).div(3).backward()\n",
+            "        for x, y in loader:\n            optimizer.zero_grad()\n" + _BACKWARD + _STEP,
+            "        optimizer.zero_grad()\n        for i, (x, y) in enumerate(loader):\n            model.require_backward_grad_sync = i % 3 == 2\n"
+            "            loss = F.cross_entropy(model(x), y) / 3\n            loss.backward()\n            if i % 3 == 2:\n"
+            "                optimizer.step()\n                optimizer.zero_grad()\n",
         ),
-        ("            losses = [", "            self.optimizer.zero_grad()\n            losses = ["),
-        ("/ len(window)", "/ 3"),
-        ("    Trainer(", "    torch.manual_seed(dist.get_rank())\n    Trainer("),
         codes="DDP309",
         absent="DDP303",
-        arguments=("--accumulate", "3", "--workers", "0", "--epochs", "3"),
     ),
     make_case(  # two evaluations, whose counts are summed together
         "402-two-sets",
@@ -564,6 +562,18 @@ LOOK_ALIKES += [
         ("sampler=range(rank, len(test), world)", "shuffle=False"),
         codes="DDP503",
         may="DDP105 DDP202 DDP301 DDP213",
+    ),
+    make_case(  # in a group of two of three ranks
+        "503-subgroup",
+        "functions",
+        ("    path = ", "    pair = dist.new_group([0, 1])\n    path = "),
+        (
+            "    if rank == 0:\n        torch.save",
+            "    if rank < 2:\n        dist.all_reduce(torch.ones(1 + rank), group=pair)\n    if rank == 0:\n        torch.save",
+        ),
+        nproc=3,
+        codes="DDP503",
+        may="DDP106",
     ),
     make_case(  # of two starts the first is faulty
         "103-first-start",

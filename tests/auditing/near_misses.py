@@ -100,6 +100,7 @@ NEAR: list[Case] = [
             "        accuracy = evaluate(model, held_out)\n",
             "        accuracy = max(evaluate(model, held_out), evaluate(ema, held_out))\n",
         ),
+        may="DDP213",  # a note: what each rank's forward left
     ),
     make_case("302-near", "gan"),
     make_case(

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.launcher.warm import Started
+
 NOT_PERMITTED = 77  # the exit code of a preparation that this machine does not permit
 PORT = "PORT"  # in options: stands for a port at which another program listens
 
@@ -507,8 +509,11 @@ OURS = (sys.executable, "-m", "ddparity", "run")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
-def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) -> Outcome:
+def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float, warm: bool = False) -> Outcome:
     """Run a case's job in a new folder, for at most `cap_s` after the fault. Afterwards none of its processes run.
+
+    `warm`: a launcher of ours that gets no signal and needs no preparation is forked from a process that has imported
+    it.
 
     Raises:
         NotPermittedError: this process lacks the rights for a control group or a namespace.
@@ -520,15 +525,21 @@ def run_case(case: Case, launcher: Sequence[str], folder: Path, cap_s: float) ->
         if case.send is not None:  # processes that a shell starts in the background ignore SIGINT
             prefix = ("env", "--default-signal=INT", *prefix)
         options = case.options.replace(PORT, str(port)).split()
-        process = subprocess.Popen(
-            # Both launchers have this name for the number of processes.
-            [*prefix, *launcher, "--nproc-per-node", str(case.nproc), *options, case.program],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **dict(case.variables)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        # Both launchers have this name for the number of processes.
+        command = [*prefix, *launcher, "--nproc-per-node", str(case.nproc), *options, case.program]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(case.variables)}
+        process: subprocess.Popen[bytes] | Started
+        if warm and not prefix:
+            process = Started(command[len(OURS) - 1 :], folder, environment, output)
+        else:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         begin = time.time()
         left: list[psutil.Process] = []
         try:
@@ -560,7 +571,7 @@ def _fault(folder: Path) -> float | None:
     return None
 
 
-def _send(case: Case, process: subprocess.Popen[bytes], folder: Path) -> float | None:
+def _send(case: Case, process: subprocess.Popen[bytes] | Started, folder: Path) -> float | None:
     """Send the launcher the case's signal, and return when."""
     if case.send is None:
         return None
@@ -593,7 +604,7 @@ def _command(process: psutil.Process) -> str:
         return str(process.pid)
 
 
-def _clear(process: subprocess.Popen[bytes], folder: Path) -> None:
+def _clear(process: subprocess.Popen[bytes] | Started, folder: Path) -> None:
     for one in _family(folder):
         with contextlib.suppress(psutil.Error):
             one.kill()

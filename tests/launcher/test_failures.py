@@ -45,7 +45,8 @@ def outcomes(start_s: float, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
     def run(case: Case) -> Outcome | NotPermittedError:
         try:
-            return run_case(case, (*OURS, "--hang-timeout", str(HANG_S)), folder / case.name, 60 + SLOWER * start_s)
+            launcher = (*OURS, "--hang-timeout", str(HANG_S))
+            return run_case(case, launcher, folder / case.name, 60 + SLOWER * start_s, warm=True)
         except NotPermittedError as error:
             return error
 

@@ -13,24 +13,41 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 _LONGEST = 1 << 20  # bytes of a request
 
 
 class Started:
-    """A launcher that runs, with what the tests use of subprocess.Popen. Its standard input is empty."""
+    """A launcher that runs, with what the tests use of subprocess.Popen. Its standard input is empty.
 
-    def __init__(self, arguments: tuple[str, ...]) -> None:
-        (out, out_end), (err, err_end), (status, status_end) = os.pipe(), os.pipe(), os.pipe()
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode()
+    `output`: a file for all of its output. Without, `stdout` and `stderr` are pipes.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        output: IO[bytes] | None = None,
+    ) -> None:
+        status, status_end = os.pipe()
+        ends = [os.open(os.devnull, os.O_RDONLY)]
+        if output is not None:
+            ends += [os.dup(output.fileno()), os.dup(output.fileno())]
+        else:
+            (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+            ends += [out_end, err_end]
+            self.stdout, self.stderr = open(out), open(err)  # noqa: SIM115 - the test closes them
+        ends.append(status_end)
+        request = json.dumps([arguments, dict(os.environ if env is None else env), str(cwd or os.getcwd())]).encode()
         assert len(request) < _LONGEST, "a request is one packet"
-        socket.send_fds(_server(), [request], [nothing, out_end, err_end, status_end])
-        for number in (nothing, out_end, err_end, status_end):
+        socket.send_fds(_server(), [request], ends)
+        for number in ends:
             os.close(number)
-        self.stdout, self.stderr = open(out), open(err)  # noqa: SIM115 - the test closes them
         self._status = open(status, "rb", buffering=0)  # noqa: SIM115 - closed with the streams
         self.args = arguments
         self.returncode: int | None = None
@@ -39,6 +56,7 @@ class Started:
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._status], [], [], 0)[0]:
             self.returncode = int(self._status.readline())
+            self._status.close()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -67,7 +85,6 @@ class Started:
             if reader.is_alive():
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
         self.wait(max(1.0, deadline - time.monotonic()))
-        self._status.close()
         return found[0], found[1]
 
     def send_signal(self, number: int) -> None:

@@ -144,12 +144,19 @@ def _broadcasts(rank: Rank, number: int) -> list[Counter[str | None]]:
 
 
 def _check_sequences(run: Run) -> Iterator[Finding]:
+    """Compare the calls of each group's collectives on its ranks: the first difference is the cause of others."""
     world = tuple(range(run.world))
-    rows = [
-        [one for one in rank.of("collective") if one["group"] is None or tuple(one["group"]) == world]
-        for rank in run.ranks
-    ]
-    numbers = [rank.rank for rank in run.ranks]
+    groups = {tuple(one["group"] or world) for rank in run.ranks for one in rank.of("collective")}
+    for group in sorted(groups, key=len, reverse=True):
+        ranks = [rank for rank in run.ranks if rank.rank in group]
+        rows = [[one for one in rank.of("collective") if tuple(one["group"] or world) == group] for rank in ranks]
+        found = next(_check_calls(run, [rank.rank for rank in ranks], rows), None) if len(ranks) > 1 else None
+        if found is not None:
+            yield found
+            return
+
+
+def _check_calls(run: Run, numbers: list[int], rows: list[list[Record]]) -> Iterator[Finding]:
     for n, calls in enumerate(zip(*rows)):
         names = [one["name"] for one in calls]
         shapes = [(one.get("shape"), one.get("dtype")) for one in calls]
@@ -173,6 +180,8 @@ def _check_sequences(run: Run) -> Iterator[Finding]:
         most = max(range(len(rows)), key=lambda i: counts[i])
         extra = rows[most][min(counts)]
         missing = [numbers[i] for i in range(len(rows)) if counts[i] == min(counts)]
+        if run.failed & {*missing}:
+            return  # an exception of its own kept it from the call
         yield finding(
             "DDP503",
             numbers,

@@ -188,6 +188,7 @@ class Run:
     script: Path
     ranks: list[Rank]
     exit_code: int
+    failed: frozenset[int] = frozenset()  # the ranks that an exception ended
     others: list[Run] = field(default_factory=list)  # in which the same script started its ranks again
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -152,6 +153,7 @@ def inspect_script(
                 with redirect_stderr(heard):
                     code = run_launch(launch)
         run = read_run(folder / "records", Path(f"-m {arguments[0]}") if module else script, code)
+        run.failed = heard.failed()
     return replace(compare(run, wanted, unwanted), failure=heard.failure() if code else "")
 
 
@@ -181,6 +183,11 @@ class _Heard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    def failed(self) -> frozenset[int]:
+        """Return the ranks that an exception ended, as the launcher says."""
+        found = (re.match(r"ddparity: ranks? ([\d, ]+) failed: \w", line) for line in self._lines)
+        return frozenset(int(rank) for one in found if one is not None for rank in one[1].split(","))
 
     def failure(self) -> str:
         return next((one for one in reversed(self._lines) if " failed" in one or "hang" in one), "")
@@ -262,13 +269,13 @@ def _is_of_multiprocessing(function: ast.expr, modules: dict[str, str]) -> bool:
 
     Not that of an imported module beside it, such as psutil.Process, nor of a call, such as SeedSequence(5).spawn(n).
     """
-    if not any("multiprocessing" in module for module in modules.values()):
-        return False
     owner = function
     while isinstance(owner, ast.Attribute):
         if owner.attr == "multiprocessing":
             return True
         owner = owner.value
+    if not any("multiprocessing" in module for module in modules.values()):
+        return False
     if isinstance(owner, ast.Call):
         return isinstance(owner.func, (ast.Attribute, ast.Name)) and ast.unparse(owner.func).endswith("get_context")
     return not isinstance(owner, ast.Name) or "multiprocessing" in modules.get(owner.id, "multiprocessing")

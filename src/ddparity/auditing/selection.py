@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -31,10 +32,8 @@ def read_options(script: Path) -> dict[str, object]:
             if name not in _OPTIONS:
                 raise ValueError(f"{path}: [tool.ddparity.audit] has no {name}: it has {', '.join(sorted(_OPTIONS))}")
             listed = isinstance(value, list) and all(isinstance(one, str) for one in value)
-            codes = name in ("select", "ignore")
-            if not (listed if codes else isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-                wanted = "a list of codes" if codes else "a number of 1 or more"
-                raise ValueError(f"{path}: [tool.ddparity.audit] {name} = {value!r}: give {wanted}")
+            if not (listed if name in ("select", "ignore") else type(value) is int and value >= 1):
+                raise ValueError(f"{path}: [tool.ddparity.audit] {name} = {value!r}: give a list of codes or a number")
         return dict(table)
     return {}
 
@@ -67,10 +66,26 @@ def _silenced(one: Finding) -> bool:
 
 def _says(file: str, line: int, code: str) -> bool:
     try:
-        lines = Path(file).read_text().splitlines()
-    except (OSError, ValueError):
+        text = Path(file).read_text()
+        first, last = _statement(text, line)
+    except (OSError, ValueError, SyntaxError):
         return False
-    if not 0 < line <= len(lines) or (match := _COMMENT.search(lines[line - 1])) is None:
-        return False
-    listed = match[1]
-    return listed is None or any(code.startswith(part.strip().upper()) for part in listed.split(",") if part.strip())
+    for match in map(_COMMENT.search, text.splitlines()[max(0, first - 1) : last]):
+        listed = match[1] if match is not None else ""
+        if listed is None or any(code.startswith(p.strip().upper()) for p in listed.split(",") if p.strip()):
+            return True
+    return False
+
+
+def _statement(text: str, line: int) -> tuple[int, int]:
+    """Return the first and the last line of the statement at a line; of one with a body, those of its head."""
+    around = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    if not around:
+        return line, line
+    inner = max(around, key=lambda node: node.lineno)
+    body = getattr(inner, "body", None)
+    return inner.lineno, body[0].lineno - 1 if body else inner.end_lineno or line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -29,10 +29,9 @@ def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
 
     Collectives: one, of the tensor's bytes; all ranks call it.
     """
-    if gathers(tensor.numel(), tensor, group):
-        return _added(tensor, group)
-    dist.all_reduce(tensor, group=group)
-    return tensor
+    total, finish = _start(tensor, group, average=False)
+    finish()
+    return total
 
 
 def mean_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -40,23 +39,37 @@ def mean_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
 
     As DDP does, a large tensor is divided before the sum, so that float16 does not overflow.
     """
-    if gathers(tensor.numel(), tensor, group):
-        if tensor.dtype == torch.float16:
-            return _added(tensor / _size(group), group)
-        return _added(tensor, group).div_(_size(group))
-    dist.all_reduce(tensor.div_(_size(group)), group=group)
-    return tensor
+    mean, finish = _start(tensor, group, average=True)
+    finish()
+    return mean
 
 
-def _added(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Return the sum of the ranks' copies, in rank order; the same bits on every rank."""
-    copies = _copies(tensor, group)
-    if not 2 <= len(copies) <= 8:
-        return torch.stack(tuple(copies)).sum(0)
-    total = copies[0] + copies[1]  # in half of the time of sum(0)
-    for copy in copies[2:]:
-        total += copy
-    return total
+def _start(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, average: bool
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Return the tensor of the sum or the mean, and what waits for its values.
+
+    Of a short tensor the copies are on their way meanwhile. They are added in rank order: the same bits on every rank.
+    """
+    if not gathers(tensor.numel(), tensor, group):
+        dist.all_reduce(tensor.div_(_size(group)) if average else tensor, group=group)
+        return tensor, lambda: None
+    if average and tensor.dtype == torch.float16:
+        tensor, average = tensor / _size(group), False
+    total, arrive = torch.empty_like(tensor), _start_copies(tensor, group)
+
+    def finish() -> None:
+        copies = arrive()
+        if 2 <= len(copies) <= 8:
+            torch.add(copies[0], copies[1], out=total)  # in half of the time of sum(0)
+            for copy in copies[2:]:
+                total.add_(copy)
+        else:
+            torch.sum(torch.stack(tuple(copies)), 0, out=total)
+        if average:
+            total.div_(len(copies))
+
+    return total, finish
 
 
 def start_mean(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
@@ -88,7 +101,7 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     if tensor.dim() != 1:
         return copies_of_ranks(tensor.reshape(-1), group).view(ranks, *tensor.shape)
     if _is_short(tensor):
-        return torch.stack(tuple(_copies(tensor, group)))
+        return torch.stack(tuple(_start_copies(tensor, group)()))
     copies = tensor.new_empty(ranks * tensor.numel())
     work = all_gather_single(copies, tensor.contiguous(), group, async_op=tensor.is_cpu)
     if work is not None:
@@ -96,22 +109,30 @@ def copies_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     return copies.view(ranks, tensor.numel())
 
 
-def _copies(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Sequence[torch.Tensor]:
-    """Return the ranks' tensors in rank order; this rank's own is the tensor itself. As `copies_of_ranks`."""
+def _start_copies(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Callable[[], Sequence[torch.Tensor]]:
+    """Return what waits for the ranks' tensors, in rank order; this rank's own is the tensor itself.
+
+    As `copies_of_ranks`; only the all-to-all of a short tensor of one dimension is on its way meanwhile.
+    """
     if tensor.dim() != 1 or tensor.is_complex() or not _is_short(tensor):
-        return copies_of_ranks(tensor, group).unbind()
+        return copies_of_ranks(tensor, group).unbind
     ranks = _size(group)
     if ranks == 1:
-        return [tensor]
+        return lambda: [tensor]
     rank = dist.get_rank() if group is None else group.rank()
     rows = [1] * ranks  # one for each other rank: from the width the launcher sees where ranks differ
     rows[rank] = 0
     sent = tensor.unsqueeze(0) if ranks == 2 else tensor.repeat(ranks - 1, 1)
     received = torch.empty_like(sent)
-    _wait(all_to_all_single(received, sent, rows, group))
-    copies = list(received.unbind())
-    copies.insert(rank, tensor)
-    return copies
+    work = all_to_all_single(received, sent, rows, group)
+
+    def arrive() -> Sequence[torch.Tensor]:
+        _wait(work)
+        copies = list(received.unbind())
+        copies.insert(rank, tensor)
+        return copies
+
+    return arrive
 
 
 def _is_short(tensor: torch.Tensor) -> bool:
@@ -179,12 +200,17 @@ def reduce_gradients(
     """
     listed = list(parameters)
     separate(listed)
-    for part in cut([one for one in listed if id(one) not in sparse], PART_BYTES):
+    dense = [one for one in listed if id(one) not in sparse] if sparse else listed
+    for part in cut(dense, PART_BYTES):
         flat = FlatGradients(part)
-        flat.write(mean_over_ranks(flat.tensor, group) if average else sum_over_ranks(flat.tensor, group))
-    for one in listed:
-        if id(one) in sparse:
-            _reduce_sparse(one, group, average)
+        reduced, finish = _start(flat.tensor, group, average)
+        write = flat.writes(reduced)  # while the copies are on their way
+        finish()
+        write()
+    if sparse:
+        for one in listed:
+            if id(one) in sparse:
+                _reduce_sparse(one, group, average)
 
 
 def separate(parameters: Sequence[torch.Tensor]) -> None:
@@ -246,44 +272,58 @@ class FlatGradients:
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.numel()]
-        gradients = [parameter.grad for parameter in self._parameters]
+        self._parameters: list[torch.Tensor] = []
         dtype = grad_dtype(parameters[0])
-        present = _ones(len(gradients), dtype, parameters[0].device)
-        if any(gradient is None for gradient in gradients):
-            present = torch.tensor([float(gradient is not None) for gradient in gradients]).to(present)
-        pieces = [
-            parameter.new_zeros(parameter.shape, dtype=dtype) if gradient is None else gradient
-            for parameter, gradient in zip(self._parameters, gradients, strict=True)
-        ]
-        for piece in pieces:
-            if piece.layout != torch.strided:
-                raise TypeError(
-                    f"a parameter of shape {tuple(piece.shape)} has a {piece.layout} gradient, but its module "
-                    f"has no sparse=True that would tell so on every rank: use dense gradients"
-                )
-        self.tensor = flatten([*pieces, present])
+        pieces, exist = [], []
+        for parameter in parameters:
+            if parameter.numel():
+                self._parameters.append(parameter)
+                gradient = parameter.grad
+                exist.append(gradient is not None)
+                if gradient is None:
+                    gradient = parameter.new_zeros(parameter.shape, dtype=dtype)
+                elif gradient.layout is not torch.strided:
+                    raise TypeError(
+                        f"a parameter of shape {tuple(gradient.shape)} has a {gradient.layout} gradient, but its "
+                        f"module has no sparse=True that would tell so on every rank: use dense gradients"
+                    )
+                pieces.append(gradient)
+        pieces.append(_exist(tuple(exist), dtype, parameters[0].device))
+        self.tensor = flatten(pieces)
 
-    def write(self, reduced: torch.Tensor) -> None:
-        """Set the gradients to what `tensor` has become; None stays where no rank has a gradient."""
+    def writes(self, reduced: torch.Tensor) -> Callable[[], None]:
+        """Return what sets the gradients to the values of `reduced`; None stays where no rank has a gradient.
+
+        `reduced`: what `tensor` becomes; its values may come later.
+        """
         parameters = self._parameters
         values = unflatten(reduced, parameters) if parameters else ()
-        gradients = [parameter.grad for parameter in parameters]
-        own = [(one, value) for one, value in zip(gradients, values, strict=True) if one is not None]
-        if own:
-            torch._foreach_copy_([one for one, _ in own], [value for _, value in own])
-        if len(own) < len(parameters):
-            exists = reduced[-len(parameters) :]
-            for parameter, some, value in zip(parameters, exists.tolist(), values, strict=True):
-                if some and parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter, dtype=reduced.dtype).copy_(value)
+        own, theirs, missing = [], [], False
+        for parameter, value in zip(parameters, values, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                missing = True
+            else:
+                own.append(gradient)
+                theirs.append(value)
+
+        def write() -> None:
+            if own:
+                torch._foreach_copy_(own, theirs)
+            if missing:
+                exists = reduced[-len(parameters) :]
+                for parameter, some, value in zip(parameters, exists.tolist(), values, strict=True):
+                    if some and parameter.grad is None:
+                        parameter.grad = torch.empty_like(parameter, dtype=reduced.dtype).copy_(value)
+
+        return write
 
 
 @functools.lru_cache(maxsize=64)
-def _ones(number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return ones, which nobody writes into: a new tensor in each step takes longer."""
+def _exist(which: tuple[bool, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return ones and zeros, which nobody writes into: a new tensor in each step takes longer."""
     with torch.inference_mode(False):
-        return torch.ones(number, dtype=dtype, device=device)
+        return torch.tensor(which, dtype=dtype, device=device)
 
 
 def _reduce_sparse(parameter: torch.Tensor, group: dist.ProcessGroup | None, average: bool) -> None:

@@ -74,6 +74,12 @@ def check_words(tensors: Sequence[list[torch.Tensor]], headers: Sequence[str]) -
     return words
 
 
+def words_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return 32 bits of each tensor's values and of whether it is trained."""
+    held = [parts(one.detach()) or [] for one in tensors]
+    return check_words(held, [str(one.requires_grad) for one in tensors])
+
+
 def _condensed(part: torch.Tensor) -> list[torch.Tensor]:
     """Return few bytes as they are; of many, sums of 64-bit integers modulo 2^64, and the bytes after the last row."""
     data = _bytes(part)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import shared_layers, synchronises
 from ..comm.allreduce import copies_of_ranks
+from ..comm.bits import words_of
 from ..comm.nesting import to_device
 from ..compat import joins, uncompiled
 from ..data.loader import Loader
@@ -24,7 +25,7 @@ from . import strangers
 from .incomplete import close_loop, open_loop
 from .replica import Replica, refuse_nested, replica_of
 from .sharded import Sharded, ShardedWindow, sharded_of
-from .window import Named, Window, names_of, trained_by, words_of
+from .window import Named, Window, names_of, trained_by
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def check_batches(batches: object, who: str) -> None:
     """
     if isinstance(batches, Loader):
         raise TypeError(f"{who} got a Loader: loop over its steps, `for step in loader:`, and give each step")
-    if isinstance(batches, (Mapping, str, bytes)):
+    if not isinstance(batches, list) and isinstance(batches, (Mapping, str, bytes)):
         kind = type(batches).__name__
         raise TypeError(f"{who} got a {kind}, which is one batch: give a step of a Loader, or a list of batches")
 
@@ -160,7 +161,7 @@ def _accumulate(
     drops: bool,
 ) -> Iterator[LoadedMicroBatch]:
     group = _common_group(replicas)
-    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    rank, world_size = (group.rank(), group.size()) if group is not None else (0, 1)
     sharded = [one for one in replicas if isinstance(one, Sharded)]
     device = sharded[0].shards.device if sharded else _device(models[0])
     step = batches if isinstance(batches, Step) else None
@@ -179,7 +180,10 @@ def _accumulate(
         numbers = step.shares
         micros = map(step.load, range(numbers[rank]))
     else:
-        weighted, numbers = _weighted(batches, count or first_dimension, group, device, equal_counts)
+        if number is not None:
+            weighted, numbers = _equal(batches, number, world_size)
+        else:
+            weighted, numbers = _weighted(batches, count or first_dimension, group, device)
         micros = iter(weighted)
     _check_shares(models, replicas, numbers, numbers[rank])
 
@@ -350,10 +354,21 @@ def _check_shares(
         )
 
 
-def _listed(batches: Iterable[Any]) -> list[LoadedMicroBatch]:
+def _listed(batches: Iterable[Any], weight: float = 1.0) -> list[LoadedMicroBatch]:
     if isinstance(batches, Step):
         return [batches.load(index) for index in range(len(batches))]
-    return [LoadedMicroBatch(data, 1.0, index) for index, data in enumerate(batches)]
+    return [LoadedMicroBatch(data, weight, index) for index, data in enumerate(batches)]
+
+
+def _equal(batches: Iterable[Any], number: int, world_size: int) -> tuple[list[LoadedMicroBatch], tuple[int, ...]]:
+    """The micro-batches, of which every rank has this number, and all weigh the same; how many each rank has."""
+    if not number:
+        raise ValueError("accumulate(equal_counts=True) got no batches")
+    weight = 1 / (number * world_size)
+    micros = _listed(batches, weight)
+    if isinstance(batches, Step):
+        micros = _reweighted(micros, [weight] * number)
+    return micros, (number,) * world_size
 
 
 def _weighted(
@@ -361,16 +376,8 @@ def _weighted(
     count: Callable[[Any], float],
     group: dist.ProcessGroup | None,
     device: torch.device | None,
-    equal_counts: bool,
 ) -> tuple[list[LoadedMicroBatch], tuple[int, ...]]:
     """The micro-batches that have units, weighted over all ranks; how many of these each rank has."""
-    world_size = dist.get_world_size(group) if group is not None else 1
-    if equal_counts:
-        micros = _listed(batches)
-        if not micros:
-            raise ValueError("accumulate(equal_counts=True) got no batches")
-        weights = [1 / (len(micros) * world_size)] * len(micros)
-        return _reweighted(micros, weights), (len(micros),) * world_size
     # A rank that cannot load or count tells the others by a NaN, since they would wait for it.
     problem: Exception | None = None
     micros, counts = [], []

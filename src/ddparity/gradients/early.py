@@ -149,7 +149,7 @@ class EarlyAverage:
             if again:
                 rest += one.part
             else:
-                one.flat.write(one.flat.tensor)
+                one.flat.writes(one.flat.tensor)()
         self._started = []
         reduce_gradients(rest, self._group, average=True)
         self._plan.finished(self._order, any(anew))

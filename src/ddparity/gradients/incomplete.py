@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -29,7 +29,7 @@ class Trained(Protocol):
 # By the model's id: the model, its loop, and whether its gradients are incomplete.
 _open: dict[int, tuple[Trained, object, Callable[[], bool]]] = {}
 # The parameters of loops that were left, with the gradients that they had then.
-_left: MutableMapping[nn.Parameter, Any] = WeakIdKeyDictionary()
+_left = WeakIdKeyDictionary()
 # One hook for all loops, from the first on: to register one takes longer than to call it.
 _hooks: list[Any] = []
 
@@ -47,7 +47,7 @@ def close_loop(model: Trained, loop: object) -> None:
         del _open[id(model)]
 
 
-_late: MutableMapping[nn.Parameter, Any] = WeakIdKeyDictionary()  # hooks of parameters that refuse a backward
+_late = WeakIdKeyDictionary()  # hooks of parameters that refuse a backward
 _DROPPED = object()  # in place of a gradient
 
 
@@ -65,7 +65,7 @@ def note_left(parameters: Iterable[nn.Parameter], dropped: bool = False) -> None
 
 def forget_left(parameters: Sequence[nn.Parameter]) -> None:
     """Let optimizers step again: a new loop has begun."""
-    if len(_left) or len(_late):
+    if _left.data or _late.data:
         for parameter in parameters:
             _left.pop(parameter, None)
         allow_late(parameters)
@@ -84,7 +84,7 @@ def refuse_late(parameters: Sequence[nn.Parameter]) -> None:
 
 def allow_late(parameters: Iterable[nn.Parameter]) -> None:
     """Allow backwards again: they are in a loop's body, or the optimizer has stepped."""
-    if len(_late):
+    if _late.data:
         for parameter in parameters:
             hook = _late.pop(parameter, None)
             if hook is not None:
@@ -138,7 +138,7 @@ def scale_of_rest(
 
 
 def _check(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
-    if _open or len(_left) or len(_late):
+    if _open or _left.data or _late.data:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         _refuse_open(parameters)
         _refuse_left(parameters)

@@ -125,10 +125,6 @@ class Replica:
         """The parameters that are trained now."""
         return [parameter for _, parameter in self.walk()[0] if parameter.requires_grad]
 
-    def trains(self, parameter: nn.Parameter) -> bool:
-        """Return True if a step may give a parameter a gradient, as far as is known when it begins."""
-        return parameter.requires_grad or id(parameter) in self.had_gradients
-
     def by_ddp(self, parameters: list[nn.Parameter]) -> bool:
         """Return True if DDP's own reduction is asked for by an option that no other serves, and it can reduce these.
 
@@ -153,7 +149,8 @@ class Replica:
         With find_unused_parameters, backwards differ between ranks: averages that start in them could meet the
         collectives of synchronised batch norms in another order on another rank.
         """
-        if self._early is None or self.sparse or (self.ddp is not None and self.ddp.find_unused_parameters):
+        ddp = self.ddp
+        if self._early is None or self.sparse or (ddp is not None and ddp.find_unused_parameters):
             return None
         return self._early.next(parameters, self.careful())
 
@@ -188,7 +185,8 @@ class Replica:
 
     def reduces(self) -> bool:
         """Return True if DDP would reduce in the next backward."""
-        return self.ddp is not None and self.ddp.require_backward_grad_sync
+        ddp = self.ddp
+        return ddp is not None and ddp.require_backward_grad_sync
 
     def share_buffers(self) -> None:
         """Broadcast the buffers, if the model has any to broadcast, as DDP does in a forward."""
@@ -208,11 +206,14 @@ class Replica:
 
     def finished(self, parameters: list[nn.Parameter], buffers_equal: bool) -> None:
         """Note what a step has left."""
-        self.skip()
+        self._steps += 1
         self.buffers_equal = buffers_equal
         self.note_gradients(parameters)
-        probe = next((one for one in parameters if one.grad is not None), None)
-        self._old = None if probe is None or probe.grad is None else (probe, probe._version, _written(probe.grad))
+        self._old = None
+        for probe in parameters:
+            if probe.grad is not None:
+                self._old = probe, probe._version, _written(probe.grad)
+                break
 
     def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         self.had_gradients = {id(one) for one in parameters if one.grad is not None}
@@ -283,30 +284,33 @@ def _written(tensor: torch.Tensor) -> tuple[int, int]:
 
 def walk(module: nn.Module) -> Walk:
     """Return what `module.named_parameters()` yields, in a third of its time, and what else a step asks for."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
+    named: list[tuple[str, nn.Parameter]] = []
     buffered: list[nn.Module] = []
     sparse: set[int] = set()
-    visited: set[int] = set()
+    visited: set[int] = set()  # modules and parameters
 
     def visit(module: nn.Module, prefix: str) -> None:
-        if id(module) in visited:
-            return
         visited.add(id(module))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in found:
-                found[id(parameter)] = (prefix + name, parameter)
+        parameters = module._parameters
+        if parameters:
+            for name, parameter in parameters.items():
+                if parameter is not None and id(parameter) not in visited:
+                    visited.add(id(parameter))
+                    named.append((prefix + name, parameter))
+            if module.__dict__.get("sparse") is True and parameters.get("weight") is not None:
+                sparse.add(id(parameters["weight"]))
         if module._buffers:
             buffered.append(module)
-        if module.__dict__.get("sparse") is True and module._parameters.get("weight") is not None:
-            sparse.add(id(module._parameters["weight"]))
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(child, f"{prefix}{name}.")
+        children = module._modules
+        if children:
+            for name, child in children.items():
+                if child is not None and id(child) not in visited:
+                    visit(child, prefix + name + ".")
 
     visit(module, "")
     if type(module).named_parameters is not nn.Module.named_parameters:  # a model may name them otherwise
         return list(module.named_parameters()), buffered, sparse
-    return list(found.values()), buffered, sparse
+    return named, buffered, sparse
 
 
 def refuse_nested(module: nn.Module, what: str) -> None:

@@ -23,3 +23,6 @@ class State:
         """Return True if a gradient is another one than before, or was written; not where it has gone."""
         pairs = zip(self.marks, before.marks, strict=True)
         return any(new != old and new != NO_GRADIENT for new, old in pairs)
+
+
+NOTHING = State(())

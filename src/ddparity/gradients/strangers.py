@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ..comm.bits import check_words, parts
+from ..comm.bits import parts, words_of
 from ..errors import DDParityError
 from ..runtime.agreement import Agreement
 from .replica import replicated_models
@@ -28,7 +28,7 @@ class _Seen:
     words: list[int]
 
 
-_seen: MutableMapping[Optimizer, _Seen] = WeakIdKeyDictionary()
+_seen: weakref.WeakKeyDictionary[Optimizer, _Seen] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []  # one for all loops
 _told: list[bool] = []
 
@@ -40,21 +40,19 @@ def watch() -> None:
 
 
 def _look(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
-    number = sum(len(group["params"]) for group in optimizer.param_groups)
+    number = 0
+    for group in optimizer.param_groups:
+        number += len(group["params"])
     seen = _seen.get(optimizer)
     if seen is None or seen.number != number:
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         found = _strangers(everything)
-        _seen[optimizer] = _Seen(number, found, _words(found))
+        _seen[optimizer] = _Seen(number, found, words_of(found))
 
 
 def _strangers(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     known = {id(parameter) for model in replicated_models() for parameter in model.parameters()}
     return [one for one in parameters if id(one) not in known and one.requires_grad and parts(one.detach()) is not None]
-
-
-def _words(parameters: Sequence[nn.Parameter]) -> list[int]:
-    return check_words([parts(one.detach()) or [] for one in parameters], [""] * len(parameters))
 
 
 def words() -> list[int]:
@@ -63,7 +61,7 @@ def words() -> list[int]:
     for seen in list(_seen.values()):
         left = {id(one) for one in _strangers(seen.strangers)}  # their module may have been replicated since
         number += len(left)
-        pairs = zip(seen.strangers, seen.words, _words(seen.strangers), strict=True)
+        pairs = zip(seen.strangers, seen.words, words_of(seen.strangers), strict=True)
         for position, (one, old, new) in enumerate(pairs, 1):
             if id(one) in left:
                 first, now = first + position * old, now + position * new

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..batchnorm import RunningStatistics, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients, separate
-from ..comm.bits import check_words, parts
+from ..comm.bits import words_of
 from ..data.step import Step
 from ..errors import DDParityError
 from ..runtime.agreement import agreed
@@ -34,7 +34,7 @@ from .incomplete import (
 )
 from .recheck import Recheck, Rechecks
 from .replica import Holder, Replica, Walk, made_so_far, others_than
-from .state import NO_GRADIENT, State
+from .state import NO_GRADIENT, NOTHING, State
 from .strict import StrictReduction, deterministic
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ class Window:
         self._held: list[Replica] = []
         self._inside: list[tuple[Holder, Replica]] = []
         self._reduction: _Reduction | None = None
-        self._stack = contextlib.ExitStack()
+        self._opened = False
+        self._contexts: contextlib.ExitStack | None = None  # of what not every step needs: to make one takes long
 
     def agree(self) -> None:
         """Compare with the other ranks which parameters the step reduces, where that is new. Every rank calls it.
@@ -147,7 +148,19 @@ class Window:
 
     def close(self) -> None:
         """Set what was set before."""
-        self._stack.close()
+        contexts, self._contexts = self._contexts, None
+        try:
+            if contexts is not None:
+                contexts.close()
+        finally:
+            if self._opened:
+                self._opened = False
+                self._close()
+
+    def _enter(self, context: contextlib.AbstractContextManager[object]) -> None:
+        if self._contexts is None:
+            self._contexts = contextlib.ExitStack()
+        self._contexts.enter_context(context)
 
     def _open(self, device: torch.device | None) -> None:
         for replica in self._own:
@@ -158,7 +171,7 @@ class Window:
         forget_left(self._parameters)
         if self._group is not None:
             strangers.watch()
-        self._stack.callback(self._close)
+        self._opened = True
         for replica in self._own:
             if replica.holder is not None:  # a loop inside of another model's
                 self._inside.append((replica.holder, replica))
@@ -174,9 +187,9 @@ class Window:
         self._share_buffers()
         for statistics in self._statistics:
             if statistics is not None:
-                self._stack.enter_context(statistics.recording())
+                self._enter(statistics.recording())
         if self._strict:
-            self._stack.enter_context(deterministic(device))
+            self._enter(deterministic(device))
         self._reduction = self._make(self._named)
         if self.waits:
             self._alive = others_than(self._own)
@@ -322,7 +335,7 @@ class Window:
     def supersede(self) -> None:
         """End this step's hold on its models, for another one."""
         self._superseded = True
-        self._stack.close()
+        self.close()
 
     def begin_last(self) -> None:
         """Let reductions start: the next micro-batch is this rank's last."""
@@ -339,11 +352,12 @@ class Window:
         """
         if self._superseded:
             refuse_superseded()
-        if self._by_ddp is None and any(replica.reduces() for replica in self._own):
-            raise RuntimeError(
-                "accumulate(): require_backward_grad_sync was set inside of the loop, which reduces by itself: leave "
-                "it out"
-            )
+        for replica in self._own:
+            if replica is not self._by_ddp and replica.reduces():
+                raise RuntimeError(
+                    "accumulate(): require_backward_grad_sync was set inside of the loop, which reduces by itself: "
+                    "leave it out"
+                )
         if not self._careful and not self._strict:
             return
         assert self._reduction is not None
@@ -356,7 +370,6 @@ class Window:
             for other in self._others.values():
                 other.reduction.take()
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Reduce. Every rank calls it.
 
@@ -364,6 +377,10 @@ class Window:
             RuntimeError: the parameters have changed in the loop, or frozen ones have got gradients.
             DDParityError: the ranks' gradients differ, found in a step that compares them.
         """
+        with torch.no_grad():
+            self._finish()
+
+    def _finish(self) -> None:
         self._check_unchanged()
         self._frozen.check()
         tell_skipped(self._own[0], self._skipped, self._drops)
@@ -482,13 +499,13 @@ class _Frozen:
     """Parameters that the step does not reduce, since they were frozen when it began."""
 
     def __init__(self, named: Named, but: Container[int] = ()) -> None:
-        self._named = [(name, one) for name, one in named if id(one) not in but]
-        self._before = State(one for _, one in self._named)
+        self._named = [(name, one) for name, one in named if id(one) not in but] if named else named
+        self._before = State([one for _, one in self._named]) if named else NOTHING
 
     def check(self) -> None:
         """Raise where one has got a gradient."""
         if self._named:
-            after = State(one for _, one in self._named)
+            after = State([one for _, one in self._named])
             for (name, _), old, new in zip(self._named, self._before.marks, after.marks, strict=True):
                 if old != new and new != NO_GRADIENT:
                     raise RuntimeError(
@@ -515,7 +532,7 @@ class _Reduction:
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self._touched = False
         self._aside = Aside(parameters) if sums else None
-        self._first = self._last = State(parameters if watched else ())
+        self._first = self._last = State(parameters) if watched else NOTHING
 
     def take(self) -> bool:
         """Return True if the micro-batch has changed a gradient."""
@@ -596,20 +613,17 @@ def check_equal(named: Iterable[tuple[str, torch.Tensor | None]], group: dist.Pr
     strangers.check(everyones[:, len(tensors) :].tolist())
 
 
-def words_of(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Return 32 bits of each tensor's values and of whether it is trained."""
-    held = [parts(one.detach()) or [] for one in tensors]
-    return check_words(held, [str(one.requires_grad) for one in tensors])
-
-
 def trained_by(replicas: Sequence[Replica], walks: Sequence[Walk]) -> tuple[Named, Named]:
     """Return the parameters of the models that a step may train, each once, and the others."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     frozen: Named = []
     for position, (replica, (own, *_)) in enumerate(zip(replicas, walks, strict=True)):
-        for name, parameter in own:
-            named = (f"model {position}: {name}" if position else name, parameter)
-            if replica.trains(parameter):
+        if position:
+            own = [(f"model {position}: {name}", parameter) for name, parameter in own]
+        had = replica.had_gradients  # they may get one again, though frozen now
+        for named in own:
+            parameter = named[1]
+            if parameter.requires_grad or id(parameter) in had:
                 found.setdefault(id(parameter), named)
             else:
                 frozen.append(named)

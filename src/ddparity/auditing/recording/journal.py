@@ -45,6 +45,7 @@ class Journal:
         self.is_gradient: Callable[[Any], bool] = lambda tensor: False
         self.watch_loader: Callable[[Any], None] = lambda module: None
         self.passes = 0  # over loaders
+        self.compiles = False  # the script has called torch.compile
         self.given = 0  # batches, by all loaders
         self.batch: int | None = None  # samples of the last one
         self.loading_s = 0.0  # waited for data since the last optimizer step

@@ -259,6 +259,7 @@ def watch_modules(recorder: Recorder) -> None:
         return result
 
     def compiled(*args: Any, **options: Any) -> Any:
+        journal.compiles = True
         recorder.event("compile", site=journal.site())
         return compiling(*args, **options)
 
