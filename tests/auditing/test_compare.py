@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,20 @@ def step(n: int, opt: int = 1, **values: Any) -> list[Record]:
 
 
 def backward(line: int, **values: Any) -> Record:
-    plain = {"chain": line, "scale": 1.0, "node": "NllLossBackward0", "units": None, "norm": None, "inside": False}
+    plain = {
+        "chain": line,
+        "scale": 1.0,
+        "factors": [],
+        "node": "NllLossBackward0",
+        "units": None,
+        "norm": None,
+        "inside": False,
+    }
     return event("backward", line, **(plain | {"given": 1, "batch": None} | values))
 
 
 def items(key: int, stored: list[int], drawn: bool = False) -> Record:
-    return {"k": "items", "key": key, "places": [], "digests": [], "stored": stored, "drawn": drawn}
+    return {"k": "items", "key": key, "places": [], "digests": [], "stored": stored, "samples": stored, "drawn": drawn}
 
 
 @pytest.mark.parametrize(("stored", "codes"), [((7, 7), {"DDP103"}), ((7, 8), set()), ((0, 0), set())])
@@ -126,10 +135,34 @@ def test_two_forwards_of_the_only_micro_batch_of_a_tail_are_no_tasks_of_one_batc
                 event("forward", 4, ddp=1, n=8, x=10 * n + 2 * i + view, grad=True, train=True, sync=i == many - 1)
                 for view in range(2)
             ]
-            rows.append(backward(5, scale=0.5, given=2 * n + i + 1, batch=8))
+            rows.append(backward(5, scale=0.5, factors=[0.5], given=2 * n + i + 1, batch=8))
         rows.append(event("step", 6, opt=1, n=n, norm=None))
     found = told(check_gradients(make_run([DDP, *rows], [DDP, *rows])))
     assert "Step 1 follows 1 micro-batch," in found["DDP303"].message
+
+
+@pytest.mark.parametrize(
+    ("factors", "lengths", "certainty"),
+    [
+        ([0.5, 0.5], (2, 2), None),  # one is a weight, as of two losses
+        ([0.5, 0.5], (2, 2, 1), "proved"),
+        ([0.25], (2, 2), "likely"),  # 4 micro-batches were meant, or 2 and a weight
+        ([0.25], (4, 2), "proved"),
+        ([0.5], (2, 2), None),
+        ([0.3], (2, 2), None),
+    ],
+)
+def test_a_constant_that_divides_the_losses(
+    factors: list[float], lengths: tuple[int, ...], certainty: str | None
+) -> None:
+    rows = [event("optimizer", 1, id=1, late=False)]
+    for n, many in enumerate(lengths):
+        for i in range(many):
+            rows.append(event("forward", 4, ddp=1, n=8, x=10 * n + i, grad=True, train=True, sync=i == many - 1))
+            rows.append(backward(5, scale=math.prod(factors), factors=factors))
+        rows.append(event("step", 6, opt=1, n=n, norm=None))
+    found = told(check_gradients(make_run([DDP, *rows], [DDP, *rows]))).get("DDP303")
+    assert (found and found.certainty) == certainty
 
 
 @pytest.mark.parametrize("begin", ["equal", "own"])

@@ -113,9 +113,10 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     size = first.loader["length"] or 0
     most = all(own == sets[0] or len(own) >= _MOST * size for own in sets)
     everything = complete and most and not draws_again and len(set.intersection(*sets)) > size / 2
-    drawn = all(one is not None and one["drawn"] and not one["stored"] for one in _items(run, pair))
-    drawn = drawn and not _has_same_batches(pair)
-    if content != "differs" and (identical or everything) and not first.loader["repeats"] and not drawn:
+    if all(run.is_drawn(one) for one in pair) and not _has_same_batches(pair):  # places say nothing
+        yield from _check_counts(run, pair)
+        return
+    if content != "differs" and (identical or everything) and not first.loader["repeats"]:
         if _is_sliced(run, pair):
             return
         rest = size - len(sets[0])
@@ -266,7 +267,8 @@ def _content(run: Run, pair: list[Pass]) -> Literal["same", "differs", "unknown"
     if any(one is None for one in found):
         return "unknown"
     stored = [one["stored"] for one in found if one is not None]
-    if set.intersection(*map(set, stored)):
+    samples = [set(one["samples"]) for one in found if one is not None]
+    if set.intersection(*samples) or (stored[0] and all(one == stored[0] for one in stored)):
         return "same"  # an item may have noise of the rank's own
     places = [dict(zip(one["places"], one["digests"])) for one in found if one is not None]
     items = [[one[p] for one in places] for p in places[0] if all(one.get(p) is not None for one in places)]
@@ -286,7 +288,7 @@ def _same_part(items: list[list[list[int | None]]]) -> bool:
 
 
 def _items(run: Run, pair: list[Pass]) -> list[Record | None]:
-    return [run.ranks[_at(run, one.rank)].items(one.loader["key"]) for one in pair]
+    return [run.items(one) for one in pair]
 
 
 def _at(run: Run, rank: int) -> int:

@@ -272,11 +272,6 @@ def _check_evaluated(run: Run) -> Iterator[Finding]:
         if len({one["parameters"] for one in events}) > 1 and ("DDP203", first["type"]) not in told:
             told.add(("DDP203", first["type"]))
             yield _differs(run, first, "proved" if first["frozen"] else "likely")
-    for group in run.groups:
-        for one in _beside([rank for rank in run.ranks if rank.rank in group]):
-            if ("DDP203", one["type"]) not in told:
-                told.add(("DDP203", one["type"]))
-                yield _differs(run, one, "likely")
     broadcasts = {ddp["id"]: ddp["broadcasts"] for ddp in run.ranks[0].of("ddp")}
     ranks = [rank.rank for rank in run.ranks]
     for events in _paired(rows):
@@ -305,6 +300,11 @@ def _check_evaluated(run: Run) -> Iterator[Finding]:
         ):
             told.add(("DDP203", first["type"]))
             yield _differs(run, first)
+    for group in run.groups:
+        for one in _beside([rank for rank in run.ranks if rank.rank in group]):
+            if ("DDP203", one["type"]) not in told:
+                told.add(("DDP203", one["type"]))
+                yield _differs(run, one, "likely")
 
 
 def _beside(ranks: list[Rank]) -> list[Record]:

@@ -16,7 +16,8 @@ def check_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
     orders: dict[Any, list[list[Pass]]] = defaultdict(list)
     for pair in run.pairs:
         first = pair[0]
-        if first.training and not first.loader["stream"] and all(one.batches > 1 for one in pair):
+        drawn = any(map(run.is_drawn, pair))
+        if first.training and not drawn and not first.loader["stream"] and all(one.batches > 1 for one in pair):
             key = (*first.training_of, first.loader["subset_digest"], first.loader["length"])
             orders[key].append(pair)
     for passes in orders.values():
@@ -79,8 +80,7 @@ def _is_other_data(run: Run, earlier: Pass, later: Pass) -> bool:
     """
     if earlier.loader["key"] == later.loader["key"] or earlier.digests == later.digests:
         return False
-    rank = next(one for one in run.ranks if one.rank == earlier.rank)
-    stored = [(rank.items(one.loader["key"]) or {}).get("stored") for one in (earlier, later)]
+    stored = [(run.items(one) or {}).get("stored") for one in (earlier, later)]
     return not stored[0] or stored[0] != stored[1]
 
 

@@ -140,10 +140,6 @@ class Rank:
     def passes(self) -> list[Pass]:
         return list(_passes(self))
 
-    def items(self, key: int) -> Record | None:
-        """Return what is known of the items of a data set."""
-        return next((one for one in self.of("items") if one["key"] == key), None)
-
     @cached_property
     def optimizers(self) -> list[Record]:
         return self.of("optimizer")
@@ -217,6 +213,16 @@ class Run:
         """Return whether the ranks of passes that nothing cut short made equally many steps, and ended: none waits."""
         steps = {len(rank.of("step")) for rank in self.ranks if rank.rank in {one.rank for one in pair}}
         return self.exit_code == 0 and len(steps) == 1 and all(one.how != "cut" for one in pair)
+
+    def items(self, one: Pass) -> Record | None:
+        """Return what is known of the items of a pass's data set."""
+        rank = next(rank for rank in self.ranks if rank.rank == one.rank)
+        return next((items for items in rank.of("items") if items["key"] == one.loader["key"]), None)
+
+    def is_drawn(self, one: Pass) -> bool:
+        """Return whether a data set draws another sample at each access, so that its places say nothing."""
+        items = self.items(one)
+        return items is not None and items["drawn"] and not items["stored"]
 
     def uses(self, kind: str) -> bool:
         return any(rank.of(kind) for rank in self.ranks)

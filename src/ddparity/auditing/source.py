@@ -31,7 +31,21 @@ def divides_by_world(site: str | None, after: int = 0) -> bool:
         lines = Path(file).read_text().splitlines()
     except OSError:
         return False
-    return _WORLD.search("\n".join(lines[max(0, int(line) - 12) : int(line) + after])) is not None
+    near = "\n".join(lines[max(0, int(line) - 12) : int(line) + after])
+    names = "|".join(map(re.escape, _world_names(parsed(site))))
+    return _WORLD.search(near) is not None or (names != "" and re.search(rf"[*/]=?\s*(?:{names})\b", near) is not None)
+
+
+def _world_names(tree: ast.Module) -> set[str]:
+    """Return the names to which a file gives the number of ranks."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            pairs = zip(target.elts, value.elts) if several else [(target, value)]  # type: ignore[attr-defined]
+            found |= {one.id for one, of in pairs if isinstance(one, ast.Name) and _called(of) == "get_world_size"}
+    return found
 
 
 def trims(site: str | None) -> bool:

@@ -7,12 +7,13 @@ before. Under torch.compile a watched function is torch's own.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from .imports import after_import
 from .journal import Journal, checksum, replace
-from .losses import scale_of
+from .losses import factors_of
 from .models import note_beside, note_held, note_large, watch_ddp, watch_modules, watch_sharding
 from .state import HASHED, MOST_EVENTS, Recorder
 
@@ -67,10 +68,10 @@ def _watch_backward(recorder: Recorder) -> None:
         if torch.compiler.is_compiling() or inside[0] or journal.hidden or recorder.events > MOST_EVENTS:
             return backward(tensors, *args, **options)
         loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
-        scale, node, units = None, "", None
+        factors, node, units = None, "", None
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             with journal.safely:
-                scale, node, units = scale_of(loss, recorder.scale)
+                factors, node, units = factors_of(loss, recorder.scale)
         site = journal.site()
         journal.backwards += 1
         journal.shape.append(site)
@@ -88,7 +89,8 @@ def _watch_backward(recorder: Recorder) -> None:
             site=site,
             chain=journal.chain(),
             inside=recorder.depth > 0,
-            scale=scale,
+            scale=None if factors is None else math.prod(factors),
+            factors=factors,
             node=node,
             units=units,
             norm=norm,
