@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddparity as dp
+from contenders import KINDS, RATE
 from ddparity.comm.allreduce import SHORT_BYTES, mean_over_ranks
 from ddparity.compat import all_gather_single, all_to_all_single
 from results import machine, spread, table, write_section
-from step_overhead import MICRO_BATCH, MODELS, RATE
 
 SIZES = (100, 1_000, 3_000, 10_000, 30_000, 65_536, 100_000, 131_072, 200_000, 300_000, 1_000_000, 3_000_000)
 ALL_REDUCE = "all-reduce"
@@ -109,8 +109,8 @@ def hooks(model: str, rounds: int) -> Times:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with dp.world(device="cpu"):
-        first = MODELS[model]()
-        x, y = torch.randn(MICRO_BATCH, 1, 8, 8), torch.randint(10, (MICRO_BATCH,))
+        first = KINDS[model].make()
+        x, y = KINDS[model].samples(KINDS[model].micro_batch).tensors
         return _turns({name: _step(copy.deepcopy(first), hook, x, y) for name, hook in HOOKS.items()}, rounds, 20)
 
 
@@ -168,8 +168,8 @@ def report(facts: str, measured: dict[int, dict[int, Times]], steps: dict[str, T
             f"quartiles. The largest buffer for which the all-to-all is faster: {suggestion(measured)}. Now "
             f"`SHORT_BYTES` is {SHORT_BYTES:,}, of one rank's.",
             table(head, rows),
-            f"The whole step of a DDP on 2 processes, one micro-batch of {MICRO_BATCH}: milliseconds with DDP's own "
-            f"reduction, then the time with each hook over it in the same round.",
+            f"The whole step of a DDP on 2 processes, one micro-batch of {KINDS['MLP'].micro_batch}: milliseconds with "
+            f"DDP's own reduction, then the time with each hook over it in the same round.",
             table(["", "DDP's own, ms", *list(HOOKS)[1:]], step_rows),
         ]
     )
@@ -183,7 +183,7 @@ def main() -> None:
     sizes, rounds = (SIZES[:3], 2) if options.quick else (SIZES, options.rounds)
     facts = machine()
     measured = {nproc: dp.launch(sums, sizes, rounds, nproc=nproc)[0] for nproc in (2, 3, 4)}
-    steps = {model: dp.launch(hooks, model, rounds, nproc=2)[0] for model in MODELS}
+    steps = {model: dp.launch(hooks, model, rounds, nproc=2)[0] for model in ("MLP", "CNN")}
     text = report(facts, measured, steps, rounds)
     print(text)
     if not options.quick:

@@ -34,11 +34,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddparity as dp
+from contenders import KINDS, cnn, mlp
 from ddparity.comm.allreduce import exchange
 from ddparity.compat import all_gather_single
 from results import machine, spread, table, write_section
-from step_overhead import MICRO_BATCH, cnn, mlp
 
+MICRO_BATCH = KINDS["MLP"].micro_batch
 CONTENDERS = {"fast": "fast", "fast again": "fast", "strict": "strict"}
 RATE_MBIT = 200
 

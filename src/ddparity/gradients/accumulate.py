@@ -23,7 +23,7 @@ from ..data.step import LoadedMicroBatch, Step
 from ..runtime.agreement import agreed
 from . import strangers
 from .incomplete import close_loop, open_loop
-from .replica import Replica, refuse_nested, replica_of
+from .replica import Replica, known_replica, refuse_nested, replica_of
 from .sharded import Sharded, ShardedWindow, sharded_of
 from .window import Named, Window, names_of, trained_by
 
@@ -134,18 +134,23 @@ def state_of(model: nn.Module) -> Replica | Sharded:
         TypeError: its gradients would not be reduced, or would be by somebody else.
     """
     inner = uncompiled(model)
-    if not isinstance(inner, DistributedDataParallel) and (sharded := sharded_of(inner)) is not None:
-        return sharded
-    if not isinstance(inner, DistributedDataParallel) and dist.is_initialized() and dist.get_world_size() > 1:
-        raise TypeError(
-            f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, whose "
-            f"gradients nobody would reduce: wrap the model in ddparity.replicate(model) first"
-        )
-    if isinstance(inner, DistributedDataParallel) and joins(inner):
-        raise ValueError(
-            "accumulate() inside of DistributedDataParallel.join(), which would wait for collectives that the loop "
-            "does not run: leave join() out. accumulate takes other numbers of batches on each rank by itself"
-        )
+    if isinstance(inner, DistributedDataParallel):
+        if joins(inner):
+            raise ValueError(
+                "accumulate() inside of DistributedDataParallel.join(), which would wait for collectives that the loop "
+                "does not run: leave join() out. accumulate takes other numbers of batches on each rank by itself"
+            )
+    else:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        known = known_replica(inner)
+        # To look for shards takes long in a large model that has none.
+        if (several or known is None or known.careful()) and (sharded := sharded_of(inner)) is not None:
+            return sharded
+        if several:
+            raise TypeError(
+                f"accumulate() got a plain {type(model).__name__} in a world of {dist.get_world_size()} processes, "
+                f"whose gradients nobody would reduce: wrap the model in ddparity.replicate(model) first"
+            )
     replica = replica_of(inner)
     if replica.careful() and inner is not replica.module:
         refuse_nested(replica.module, "accumulate() got a DistributedDataParallel that holds another one")

@@ -333,6 +333,11 @@ def replica_of(model: nn.Module) -> Replica:
     return replica
 
 
+def known_replica(model: nn.Module) -> Replica | None:
+    """Return a model's replica, if it has one already."""
+    return _replicas.get(model)
+
+
 def asked(model: nn.Module, words: Words, equal: bool) -> None:
     """Note on a model what `replicate` was asked for."""
     model.__dict__[_WORDS] = words
