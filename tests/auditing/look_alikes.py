@@ -396,6 +396,18 @@ LOOK_ALIKES += [
         ),
         codes="DDP103",
     ),
+    make_case(  # samples of each rank's own; what they are found by, and the labels, are equal
+        "104-own-samples",
+        "functions",
+        (
+            "def evaluate(",
+            "class Own(torch.utils.data.Dataset):\n    def __init__(self):\n        self.places, self.labels = list(range(64)), [i % 2 for i in range(64)]\n"
+            "        self.rows = {i: torch.randn(8) for i in self.places}\n\n    def __len__(self):\n        return 64\n\n"
+            "    def __getitem__(self, i):\n        return self.rows[self.places[i]], self.labels[i]\n\n\ndef evaluate(",
+        ),
+        ("    torch.manual_seed(1000 + rank)\n", "    torch.manual_seed(1000 + rank)\n    train = Own()\n"),
+        codes="DDP104",
+    ),
     make_case(  # normalised by the statistics of a rank's own share: the labels are equal
         "104-own-statistics",
         "functions",
@@ -429,6 +441,22 @@ LOOK_ALIKES += [
             _VIEWS.format("self.options.accumulate"),
         ),
         codes="DDP303",
+    ),
+    make_case(  # padding is left out of the counts, and the loss of the training is averaged beside them
+        "401-masked",
+        "functions",
+        ("    total = torch.zeros(2)\n", "    total, seen = torch.zeros(2), 0\n"),
+        (
+            "            total += torch.tensor([(model(x).argmax(1) == y).sum(), len(y)])\n",
+            "            real = torch.arange(seen, seen + len(y)) * dist.get_world_size() + dist.get_rank() < 31\n            seen += len(y)\n"
+            "            total += torch.stack([((model(x).argmax(1) == y) & real).sum(), real.sum()])\n",
+        ),
+        ("make_data(2, 30)", "make_data(2, 31)"),
+        _PADDED,
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        accuracy = evaluate(model, held_out)\n        running = loss.detach().clone()\n        dist.all_reduce(running)\n        running /= world\n",
+        ),
     ),
     make_case("401-mean", "functions", _MEAN, _PADDED),  # nothing is padded
     make_case("401-mean-padded", "functions", _MEAN, _PADDED, ("make_data(2, 30)", "make_data(2, 31)"), codes="DDP401"),
