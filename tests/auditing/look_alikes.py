@@ -385,6 +385,17 @@ LOOK_ALIKES += [
         _SET_EPOCH,
         codes="DDP101",
     ),
+    make_case(  # the model labels each batch in eval mode, and is trained on it then
+        "101-labelled",
+        "functions",
+        _NO_SAMPLER,
+        (
+            "            optimizer.zero_grad()\n",
+            "            model.eval()\n            with torch.no_grad():\n                y = model(x).argmax(1)\n            model.train()\n            optimizer.zero_grad()\n",
+        ),
+        _SET_EPOCH,
+        codes="DDP101",
+    ),
     make_case(  # a data set that is made again for each epoch, with noise
         "103-made-again",
         "functions",

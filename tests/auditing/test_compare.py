@@ -49,7 +49,7 @@ def epoch(number: int, rows: list[list[int]], digests: list[int], how: str = "ex
     return [
         event("iter", 3, it=it, loader=number, n=0, planned=len(rows), epoch=0),
         event("draw", 3, it=it, rows=rows, complete=True),
-        *(event("batch", 3, it=it, n=n, d=d) for n, d in enumerate(digests)),
+        *(event("batch", 3, it=it, n=n, d=d, given=n + 1) for n, d in enumerate(digests)),
         *step(0),
         event("end", 3, it=it, given=len(digests), how=how, **end),
     ]
@@ -132,7 +132,17 @@ def test_two_forwards_of_the_only_micro_batch_of_a_tail_are_no_tasks_of_one_batc
     for n, many in enumerate((2, 1, 2)):
         for i in range(many):
             rows += [
-                event("forward", 4, ddp=1, n=8, x=10 * n + 2 * i + view, grad=True, train=True, sync=i == many - 1)
+                event(
+                    "forward",
+                    4,
+                    ddp=1,
+                    n=8,
+                    x=10 * n + 2 * i + view,
+                    grad=True,
+                    train=True,
+                    given=1,
+                    sync=i == many - 1,
+                )
                 for view in range(2)
             ]
             rows.append(backward(5, scale=0.5, factors=[0.5], given=2 * n + i + 1, batch=8))
@@ -158,7 +168,9 @@ def test_a_constant_that_divides_the_losses(
     rows = [event("optimizer", 1, id=1, late=False)]
     for n, many in enumerate(lengths):
         for i in range(many):
-            rows.append(event("forward", 4, ddp=1, n=8, x=10 * n + i, grad=True, train=True, sync=i == many - 1))
+            rows.append(
+                event("forward", 4, ddp=1, n=8, x=10 * n + i, grad=True, train=True, given=1, sync=i == many - 1)
+            )
             rows.append(backward(5, scale=math.prod(factors), factors=factors))
         rows.append(event("step", 6, opt=1, n=n, norm=None))
     found = told(check_gradients(make_run([DDP, *rows], [DDP, *rows]))).get("DDP303")
@@ -258,3 +270,16 @@ def test_lines_that_show_nothing_of_an_evaluation(tmp_path: Path) -> None:
     assert not told(check_evaluation(evaluated(tmp_path, 8, timing)))
     found = told(check_evaluation(evaluated(tmp_path, 8, timing, score)))
     assert found.keys() == {"DDP402"} and found["DDP402"].line == 10
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_batch_that_is_evaluated_in_between_is_no_training_but_one_that_is_labelled_first_is(trained: bool) -> None:
+    begin, draw, batch, *_, end = epoch(1, [[0, 1]], [5])
+    rows = [
+        *(loader(1, key=10), begin, draw, batch),
+        event("forward", 4, grad=False, train=False, given=1),
+        event("forward", 4, grad=True, train=True, given=1 if trained else 2),  # the next batch of the other loader
+        *step(0),
+        end,
+    ]
+    assert make_run(rows).ranks[0].passes[0].training is trained

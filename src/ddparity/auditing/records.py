@@ -365,8 +365,13 @@ def _passes(rank: Rank) -> Iterator[Pass]:
 
 
 def _is_evaluated(rank: Rank, events: list[Record]) -> bool:
-    """Return whether a model in eval mode takes each batch of a pass without a gradient, in between a training."""
-    batches = [one["at"] for one in events if one["k"] == "batch"]
+    """Return whether a model in eval mode takes each batch of a pass without a gradient, in between a training.
+
+    A batch may first be labelled so, and then trained on, before another is loaded.
+    """
+    batches = [one for one in events if one["k"] == "batch"]
     forwards = rank.of("forward")
-    firsts = [next((one for one in forwards if one["at"] > at), None) for at in batches]
-    return bool(firsts) and all(one is not None and not one["grad"] and not one["train"] for one in firsts)
+    trained = {one["given"] for one in forwards if one["grad"]}
+    firsts = [next((one for one in forwards if one["at"] > batch["at"]), None) for batch in batches]
+    evaluated = all(one is not None and not one["grad"] and not one["train"] for one in firsts)
+    return bool(firsts) and evaluated and not any(one["given"] in trained for one in batches)

@@ -90,7 +90,7 @@ def watch_loaders(journal: Journal) -> None:
         most = _DIGESTS_OF_STREAM if iteration.stream else _DIGESTS_PER_ITERATION
         if iteration.given <= most:
             with journal.safely:
-                journal.write("batch", it=iteration.number, n=iteration.given - 1, d=digest(batch))
+                journal.write("batch", it=iteration.number, n=iteration.given - 1, d=digest(batch), given=journal.given)
         elif iteration.given % CHUNK == 0:
             journal.write("given", it=iteration.number, given=iteration.given)
         return batch

@@ -92,6 +92,7 @@ def watch_ddp(recorder: Recorder) -> None:
                 train=bool(self.module.training),  # Lightning leaves the wrapper in eval mode
                 grad=grad,
                 sync=bool(grad and self.require_backward_grad_sync),
+                given=journal.given,
                 site=journal.site(),
                 **values,
             )
