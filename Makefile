@@ -108,8 +108,8 @@ docs-notebook: $(VENV)/.installed-notebook
 docs-terminal: $(VENV)/.installed-examples
 	$(BIN)/python docs/terminal.py
 
-# Photographs of the site by Chromium, at the widths of a desk and of a phone, into site/look: errors in the console, and
-# pages that are wider than the window, fail.
+# Photographs of the site by Chromium, at the widths of a desk and of a phone, light and dark, into site/look: errors in
+# the console, and pages that are wider than the window, fail.
 docs-look: docs
 	$(BIN)/python docs/look.py
 

@@ -34,13 +34,13 @@ TASK is `file.py:name` or `package.module:name`. You may leave the name out if t
 
 # What the source says stays in English.
 _CHINESE = """\
-# 命令 {{#commands}}
+# <a id="commands"></a>命令
 
 本页由 `docs/commands.py` 从源码生成，选项的说明保留英文。在终端里用 `ddparity COMMAND --help` 可以看到同样的内容。
 
 TASK 写成 `file.py:name` 或 `package.module:name`。只有一个 Task 时，可以省略名字。
 
-## ddparity run {{#ddparity-run}}
+## <a id="ddparity-run"></a>ddparity run
 
 ```text
 {run}
@@ -53,7 +53,7 @@ def pages() -> dict[Path, str]:
     commands = [one.callback for one in app.registered_commands if one.callback.__name__ != "run"]
     sections = [_section(command) for command in commands]
     chinese = [
-        re.sub(r"^(## (\S+) (\S+))$", r"\1 {#\2-\3}", section, count=1, flags=re.M).replace(
+        re.sub(r"^## ((\S+) (\S+))$", r'## <a id="\2-\3"></a>\1', section, count=1, flags=re.M).replace(
             "| argument | meaning |", "| 参数 | 含义 |"
         )
         for section in sections

@@ -22,6 +22,7 @@ PAGES = {
 }
 _SOURCES = {source: page for page, source in PAGES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(?=[)#])")
+_ANCHORED = re.compile(r'^(#+ )<a id="([^"]*)"></a>(.*)$', re.MULTILINE)
 _LANGUAGE_LINK = re.compile(r"\[([^]]+)\]\((?:zh|\.\.)/index\.md\)")
 
 
@@ -62,6 +63,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         wanted = _SOURCES.get(target, inside[1] if inside else None)
         return match[1] if wanted is None else posixpath.relpath(wanted, posixpath.dirname(uri) or ".")
 
+    # GitHub does not know the anchors of MkDocs, so the files have anchors of HTML.
+    markdown = _ANCHORED.sub(r"\1\3 {#\2}", markdown)
     if '<div class="grid"' in markdown:
         page.meta["hide"] = ["toc"]  # two blocks of code stand side by side in its place
     # The other language is another build, whose pages this one does not know.

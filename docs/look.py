@@ -1,4 +1,4 @@
-"""Photograph the built site with Chromium, at 1280 and 390 pixels, into site/look.
+"""Photograph the built site with Chromium, at 1280 and 390 pixels, light and dark, into site/look.
 
     python docs/look.py [PAGE]…
 
@@ -24,6 +24,7 @@ from typing import Any
 
 SITE = Path(__file__).parent.parent / "site"
 WIDTHS = (1280, 390)
+SCHEMES = ("light", "dark")
 PAGES = (
     "index",
     "tutorial/1-training",
@@ -114,10 +115,13 @@ class Browser:
         self._process.wait(30)
 
 
-def problems_of(browser: Browser, url: str, width: int, picture: Path) -> list[str]:
+def problems_of(browser: Browser, url: str, width: int, scheme: str, picture: Path) -> list[str]:
     """Open a page, photograph it, and return what is wrong with it."""
     browser.events.clear()
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+    # Material keeps the scheme of the first page.
+    browser.call("Storage.clearDataForOrigin", origin=url[: url.index("/", 8)], storageTypes="all")
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     browser.call("Page.navigate", url=url)
     browser.wait("Page.loadEventFired")
     overflow = browser.call("Runtime.evaluate", expression=_WIDTH)["result"]["value"] - width
@@ -151,12 +155,12 @@ def main() -> None:
     found = 0
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         browser = Browser(folder)
-        for page, width in itertools.product(sys.argv[1:] or PAGES, WIDTHS):
-            picture = SITE / "look" / f"{page.replace('/', '-')}-{width}.png"
+        for page, width, scheme in itertools.product(sys.argv[1:] or PAGES, WIDTHS, SCHEMES):
+            picture = SITE / "look" / f"{page.replace('/', '-')}-{width}-{scheme}.png"
             url = f"http://127.0.0.1:{server.server_port}/{page}.html"
-            problems = problems_of(browser, url, width, picture)
+            problems = problems_of(browser, url, width, scheme, picture)
             found += len(problems)
-            print(f"{page} at {width}: {'; '.join(problems) or 'fine'}")
+            print(f"{page} at {width}, {scheme}: {'; '.join(problems) or 'fine'}")
         browser.close()
     server.shutdown()
     raise SystemExit(1 if found else 0)

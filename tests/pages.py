@@ -4,8 +4,9 @@ A page is run on every rank of a job, block after block:
 
 - a block of Python with `>>>` is a doctest, which pytest runs by itself;
 - one with a `title` is a file of that name;
-- any other block of Python runs, in one namespace a page. A comment `<!-- needs: wandb -->` before it names a library
-  without which it is only compiled;
+- any other block of Python runs, in one namespace a page, or in the frame of tests/frames.py that a comment
+  `<!-- frame: NAME -->` before it names. A comment `<!-- needs: wandb -->` names a library without which it is only
+  compiled. A block that only defines a test is not called;
 - a block of `console` has commands behind `$ `. `ddparity run --nproc N FILE` and `python FILE` run the file on N
   ranks, which is what they do, without the seconds in which a new process imports torch;
 - what a block prints on rank 0 stands in a block of `text` after it, or after the command. `…` is any text.
@@ -24,12 +25,14 @@ import runpy
 import shlex
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from tests.frames import run_in_frame
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -107,8 +110,14 @@ def _run_pages(pages: list[Path]) -> dict[str, list[str]]:
             os.chdir(folders[0])
             outputs = []
             for block in programs(page):
-                code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-                outputs.append("" if _lacks(block) else _printed_by(functools.partial(exec, code, namespace)))
+                code = compile("\n" * (block.line - 1) + textwrap.dedent(block.text), str(page), "exec")
+                frame = re.search(r"<!-- frame: (\w+) -->", block.comment)
+                run = (
+                    functools.partial(run_in_frame, frame[1], code)
+                    if frame
+                    else functools.partial(exec, code, namespace)
+                )
+                outputs.append("" if _lacks(block) else _printed_by(run))
             os.chdir(before)
             if dist.is_initialized():
                 dist.barrier()  # the folder is in use on every rank until here

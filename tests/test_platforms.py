@@ -61,11 +61,11 @@ def test_import_and_one_process_work_without_linux() -> None:
 
 
 _LOOK = """
-import ast, pathlib, sys, warnings
+import pathlib, sys, warnings
 warnings.simplefilter("error")
 for path in map(pathlib.Path, sys.argv[1:]):
     for file in path.rglob("*.py"):
-        compile(file.read_text(), str(file), "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        compile(file.read_text(), str(file), "exec", dont_inherit=True)
 print(*sys.stdlib_module_names)
 """
 

@@ -19,7 +19,7 @@ PAIRS = [
     *((page, CHINESE / page.relative_to(DOCS)) for page in ENGLISH),
 ]
 
-_HEADING = re.compile(r"(#+) (.*?)(?: \{#(.*)\})?$")
+_HEADING = re.compile(r'(#+) (?:<a id="([^"]*)"></a>)?(.*)$')
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _NAME = re.compile(r"`([^`]+)`")
 _FIGURE = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)*)(?: (million|billion|万|亿))?")
@@ -58,10 +58,10 @@ def sections(page: Path) -> list[Section]:
             section.blocks[-1] += f"\n{line}"
             is_fenced = line != "```"
         elif heading:
-            plain = re.sub(r"[`*]", "", heading[2])
-            anchor = unique(heading[3] or slugify(plain, "-"), anchors)
+            plain = re.sub(r"[`*]", "", heading[3])
+            anchor = unique(heading[2] or slugify(plain, "-"), anchors)
             found.append(Section(line, len(heading[1]), anchor))
-            prose.append([heading[2]])
+            prose.append([heading[3]])
         elif line.startswith("    ") and is_indented:
             section.blocks[-1] += f"\n{line}"
         elif line.startswith(("```", "<", ":::")) or (line.startswith("    ") and not before):
@@ -112,8 +112,8 @@ def difference(english: Path, chinese: Path) -> str | None:
         where = f"{chinese.relative_to(ROOT)}, `{have.heading or 'before the first heading'}` for `{want.heading}`"
         if want.level != have.level:
             return f"{where}: it has level {have.level}, not {want.level}"
-        if chinese.parent != ROOT and want.anchor != have.anchor:  # GitHub knows no explicit anchors
-            return f"{where}: end the heading in {{#{want.anchor}}}"
+        if chinese.parent != ROOT and want.anchor != have.anchor:  # nothing links into the README
+            return f'{where}: begin the heading with <a id="{want.anchor}"></a>'
         for number, (block, its) in enumerate(itertools.zip_longest(want.blocks, have.blocks)):
             if block != its:
                 return f"{where}: block {number + 1} is {its!r}, not {block!r}"
@@ -155,8 +155,8 @@ def test_the_navigation_has_the_same_pages_in_both_languages() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("## 一 {#one}", "### 一 {#one}", "it has level 3, not 2"),
-        ("## 一 {#one}", "## 一", "end the heading in {#one}"),
+        ('## <a id="one"></a>一', '### <a id="one"></a>一', "it has level 3, not 2"),
+        ('<a id="one"></a>', "", 'begin the heading with <a id="one"></a>'),
         ("x = 1\n", "x = 2\n", "block 1 is '```python\\nx = 2"),
         ("    ddparity run", "    ddparity train", "block 2 is '    ddparity train"),
         ("::: ddparity.run", "", "block 3 is None"),
@@ -166,7 +166,7 @@ def test_the_navigation_has_the_same_pages_in_both_languages() -> None:
         ("(other.md#two)", "(../other.md#two)", "has ['docs/other.md#two'] too much"),
         ("1.31", "1.13", "it lacks the figures ['1.31'] and has ['1.13'] too much"),
         ("120 万", "12 万", "it lacks the figures ['1200000'] and has ['120000'] too much"),
-        ("## 二 {#two}\n", "", "has 2 headings, not 3: ## Two"),
+        ('## <a id="two"></a>二\n', "", "has 2 headings, not 3: ## Two"),
     ],
 )
 def test_a_page_that_is_not_in_step_is_found(
@@ -178,7 +178,8 @@ def test_a_page_that_is_not_in_step_is_found(
     english, chinese = tmp_path / "docs" / "page.md", tmp_path / "docs" / "zh" / "page.md"
     chinese.parent.mkdir(parents=True)
     english.write_text(f"# Page\n\n## One\n\n{body}## Two\n", encoding="utf-8")
-    text = f"# 页面 {{#page}}\n\n## 一 {{#one}}\n\n{body}## 二 {{#two}}\n".replace("1.2 million", "120 万")
+    heads = [f'<a id="{anchor}"></a>{head}' for anchor, head in (("page", "页面"), ("one", "一"), ("two", "二"))]
+    text = "# {}\n\n## {}\n\n{body}## {}\n".format(*heads, body=body).replace("1.2 million", "120 万")
     chinese.write_text(text, encoding="utf-8")
     assert difference(english, chinese) is None
     assert old in text

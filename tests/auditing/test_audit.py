@@ -273,6 +273,7 @@ def test_what_is_likely_is_never_an_error(tmp_path: Path) -> None:
 WRONG = [
     ("--select DDP9 train.py", "select DDP9: no code begins so"),
     ("missing.py", "missing.py: there is no such script"),
+    ("--epochs 2 train.py", "--epochs: the audit has no such option"),
     ("--nproc 0 train.py", "nproc=0: start at least 1 process"),
     ("--steps 0 train.py", "steps=0: give at least 1 step"),
     ("--json no/where.json train.py", "there is no folder"),

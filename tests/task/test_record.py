@@ -18,8 +18,10 @@ from tests.ranks import outcomes
 from tests.task.test_train import _task, lines_of
 
 
-def _record(path: Path, said: list[str], done: int = 0, events: Path | None = None) -> Record:
-    return Record(path, events, 0, done, said.append)
+def _record(
+    path: Path, said: list[str], done: int = 0, events: Path | None = None, state: dict[str, Any] | None = None
+) -> Record:
+    return Record(path, events, 0, done, said.append, state)
 
 
 def _step(record: Record, *losses: tuple[float, float]) -> None:
@@ -52,8 +54,41 @@ def test_a_resumed_training_leaves_no_line_twice(tmp_path: Path) -> None:
     _step(record)  # a step in which no rank had anything
     assert lines_of(tmp_path / "m")[2:] == [{"step": 2, "epoch": 1, "lr": 0.5, "loss": 0.0}]
     assert not said
-    _record(tmp_path / "m", said)
-    assert not lines_of(tmp_path / "m")
+
+
+def test_a_new_training_keeps_the_file_of_the_one_before(tmp_path: Path) -> None:
+    """Also of one whose checkpoint is then resumed, since the new one ended before its first checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said: list[str] = []
+    path, events = tmp_path / "m", tmp_path / "events"
+    old = _record(path, said, events=events)
+    states = []
+    for loss in (1.0, 2.0, 3.0):
+        _step(old, (loss, 1.0))
+        old.exchange()
+        states.append(old.state)
+    old.close()
+    state = states[1]  # of the checkpoint
+    record = _record(path, said, events=events)
+    assert not lines_of(path)
+    _step(record, (9.0, 1.0))
+    record.exchange()
+    record.close()
+    assert [line["loss"] for line in lines_of(tmp_path / "m.1")] == [1.0, 2.0, 3.0]
+    resumed = _record(path, said, done=2, events=events, state=state)
+    assert [line["loss"] for line in lines_of(path)] == [1.0, 2.0]
+    assert [line["loss"] for line in lines_of(tmp_path / "m.1")] == [9.0]
+    assert resumed.state == state
+    resumed.close()
+    shown = EventAccumulator(str(events)).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in shown] == [(1, 1.0), (2, 2.0)]
+    assert said == ["m of an earlier training is now m.1"] * 2
+    path.write_text('{"step": 1, "time": 2e9, "loss": 5.0}\n')
+    (tmp_path / "m.1").unlink()
+    _record(path, said, done=2, state=state)
+    assert not lines_of(path)  # no file is the checkpoint's
+    assert [line["loss"] for line in lines_of(tmp_path / "m.1")] == [5.0]
 
 
 def test_a_file_that_cannot_be_written_is_told_and_the_training_goes_on(tmp_path: Path) -> None:
@@ -76,7 +111,7 @@ def test_a_file_that_cannot_be_made_fails_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "c.metrics.jsonl").mkdir()
     for outcome in outcomes(_without_folder, 2, str(tmp_path)):
         assert "c.metrics.jsonl" in outcome.error
-        assert "FileExistsError" in outcome.error
+        assert "IsADirectoryError" in outcome.error
         assert outcome.seconds < 10
 
 

@@ -129,6 +129,8 @@ def inspect_script(
     """Run a script and return the report. Options that are not given come from pyproject.toml."""
     module = str(script) == "-m" and bool(arguments)
     if not module and not script.is_file():
+        if str(script).startswith("-"):
+            raise ValueError(f"{script}: the audit has no such option; options of the script stand behind the script")
         raise ValueError(f"{script}: there is no such script")
     options: dict[str, Any] = read_options(script)
     processes = nproc if nproc is not None else options.get("nproc", 2)

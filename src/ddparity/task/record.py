@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -45,9 +46,12 @@ class Record:
     the record with one line to the user, and not the training.
 
     Args:
-        path: the file. Lines of steps after `done` are dropped, also the last line if it was cut.
+        path: the file. Lines of steps after `done` are dropped, also the last line if it was cut. A file of another
+            training becomes `path.1`, in place of an earlier one.
         events: the folder for TensorBoard; None: no events.
         done: the steps that the checkpoint has, with which the training continues; 0: a new training.
+        state: what `state` returned when the checkpoint was saved, which tells its file from that of another training;
+            None: the file is taken to be the checkpoint's.
         say: shows a line to the user.
 
     Collectives: one agreement here; two all-gathers in each `exchange`.
@@ -57,7 +61,15 @@ class Record:
         OSError: the same: the file cannot be written.
     """
 
-    def __init__(self, path: Path, events: Path | None, rank: int, done: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        events: Path | None,
+        rank: int,
+        done: int,
+        say: Callable[[str], None],
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.path = path
         self.loss: float | None = None  # of the last step whose loss is known, on rank 0
         self._writes = rank == 0
@@ -68,20 +80,42 @@ class Record:
         self._due = done + 1  # the step after which losses are exchanged
         self._exchanged_at = time.monotonic()
         self._evaluated = 0  # the last step of whose metrics there is a line
+        self._count, self._digest = 0, hashlib.sha256()  # of the lines in the file
         self._events: Any = None
         with agreed(f"starting the record of metrics, {path}"):
             if self._writes:
-                self._continue(done)
+                kept, is_another = self._continue(done, state)
                 if events is not None:
-                    self._events = _writer(events, done)
+                    self._events = _writer(events, 0 if is_another else done)
+                    if is_another:
+                        self._show(kept)
 
-    def _continue(self, done: int) -> None:
-        """Leave in the file the lines up to step `done`."""
-        kept = [line for line in read_lines(self.path) if line["step"] <= done] if done else []
+    def _continue(self, done: int, state: dict[str, Any] | None) -> tuple[list[dict[str, Any]], bool]:
+        """Leave in the file the lines up to step `done`. Return them, and whether the file was another training's."""
+        lines = read_lines(self.path)
+        is_another = bool(lines) and (not done or not _begin_as(state, lines))
+        if is_another:
+            # Before a training that began anew, and ended before its first checkpoint, the file was the checkpoint's.
+            earlier = self.path.with_name(f"{self.path.name}.1")
+            lines = before if done and _begin_as(state, before := read_lines(earlier)) else []
+            self._say(f"{self.path.name} of an earlier training is now {earlier.name}")
+        kept = [line for line in lines if line["step"] <= done]
         self._evaluated = max((line["step"] for line in kept if _metrics_of(line)), default=0)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as file:
+        with replacing(self.path, keep=2 if is_another else None) as file:
             file.write("".join(map(_text, kept)).encode())
+        self._count_in(kept)
+        return kept, is_another
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """How many lines rank 0 has written, and their digest: for the checkpoint, and then for a record's `state`."""
+        return {"lines": self._count, "sha256": self._digest.hexdigest()}
+
+    def _count_in(self, lines: list[dict[str, Any]]) -> None:
+        self._count += len(lines)
+        for line in lines:
+            self._digest.update(_without_time(line))
 
     def take(self, loss: torch.Tensor, share: float) -> None:
         """Take the loss of a micro-batch of this step, a tensor of one element. Nothing waits for the device."""
@@ -133,14 +167,19 @@ class Record:
             with open(self.path, "ab", buffering=0) as file:
                 for line in lines:
                     file.write(_text(line).encode())
+                    self._count_in([line])
             if self._events is not None:
-                for line in lines:
-                    for tag, value in _scalars(line):
-                        self._events.add_scalar(tag, value, line["step"], walltime=line["time"])
-                self._events.flush()
+                self._show(lines)
         except OSError as error:
             self._writes = False
             self._say(f"metrics are no longer written, the training goes on: {error}")
+
+    def _show(self, lines: list[dict[str, Any]]) -> None:
+        """Write lines to TensorBoard's file."""
+        for line in lines:
+            for tag, value in _scalars(line):
+                self._events.add_scalar(tag, value, line["step"], walltime=line.get("time"))
+        self._events.flush()
 
     def close(self) -> None:
         """Close TensorBoard's file."""
@@ -171,6 +210,19 @@ def _writer(folder: Path, done: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=done + 1)
+
+
+def _begin_as(state: dict[str, Any] | None, lines: list[dict[str, Any]]) -> bool:
+    """Return whether the first of these lines are those that a record had written when it was in this state."""
+    if state is None:  # a checkpoint of version 0.2.0 has none
+        return True
+    digest = hashlib.sha256(b"".join(map(_without_time, lines[: state["lines"]])))
+    return bool(len(lines) >= state["lines"] and digest.hexdigest() == state["sha256"])
+
+
+def _without_time(line: dict[str, Any]) -> bytes:
+    """Return what a digest has of a line: no time, so that equal trainings have equal checkpoints."""
+    return _text({name: value for name, value in line.items() if name != "time"}).encode()
 
 
 def _metrics_of(line: dict[str, Any]) -> dict[str, Any]:

@@ -126,8 +126,7 @@ def train(
         saving = saving or CheckpointOptions()
         states: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
         states |= {"scheduler": scheduler} if scheduler is not None else {}
-        save = partial(save_checkpoint, checkpoint, keep=saving.keep, **states)
-        resumed = _resume(task, checkpoint, model, loader, states) if saving.resume else None
+        resumed, recorded = _resume(task, checkpoint, model, loader, states) if saving.resume else (None, None)
 
         bar = progress(total, here.rank, title, start=(loader.steps_done, 0))
         with bar as display, preemption() as stopping:
@@ -135,7 +134,11 @@ def train(
                 display.say(resumed)
             events = beside(checkpoint, "tensorboard") if tensorboard else None
             file, done = beside(checkpoint, "metrics.jsonl"), loader.steps_done
-            record = Record(file, events, here.rank, done, display.say)
+            record = Record(file, events, here.rank, done, display.say, recorded)
+
+            def save() -> None:
+                save_checkpoint(checkpoint, keep=saving.keep, **states, metrics=record.state)
+
             draw = partial(_draw, file, picture, title, display) if here.rank == 0 and picture is not None else None
             run = _Run(
                 task, model, optimizer, scheduler, loader, predict, display, record, saving.every, save, stopping, draw
@@ -269,23 +272,29 @@ def _plan_of(loader: Loader) -> Plan:
     return loader.plan
 
 
-def _resume(task: Task, checkpoint: Path, model: nn.Module, loader: Loader, states: dict[str, Any]) -> str:
-    """Load the checkpoint if there is one, and return a line that says where the training continues."""
+def _resume(
+    task: Task, checkpoint: Path, model: nn.Module, loader: Loader, states: dict[str, Any]
+) -> tuple[str, dict[str, Any] | None]:
+    """Load the checkpoint if there is one.
+
+    Return a line that says where the training continues, and the state of the record of metrics; None: there is none.
+    """
     with agreed(f"resuming from {checkpoint}") as agreement:
         exists = checkpoint.is_file()
         if agreement is not None:
             agreement.same(f"whether there is a checkpoint at {checkpoint}", exists)
     if not exists:
-        return f"no checkpoint at {checkpoint} yet: training from the start"
+        return f"no checkpoint at {checkpoint} yet: training from the start", None
     _reduce_once(task, model, loader)  # before the load, which replaces what this changes in the model
-    load_checkpoint(checkpoint, **states)
+    recorded = load_checkpoint(checkpoint, **states).get("metrics")
     epoch, step = loader.position
     if (epoch, step) > (task.epochs, 0):
         raise ValueError(
             f"{checkpoint} is a training of {epoch} epochs and {step} steps, but the Task has only {task.epochs} "
             f"epochs: give the Task more epochs, or use another checkpoint"
         )
-    return f"resumed from {checkpoint}: {epoch} epochs and {step} of {_plan_of(loader).steps_in(epoch)} steps are done"
+    steps = _plan_of(loader).steps_in(epoch)
+    return f"resumed from {checkpoint}: {epoch} epochs and {step} of {steps} steps are done", recorded
 
 
 def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
