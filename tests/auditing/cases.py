@@ -82,6 +82,7 @@ CLEAN = [
     make_case("clean-hf-like", "hf_like"),
     make_case("clean-wgan", "wgan"),
     make_case("clean-sharded", "sharded"),
+    make_case("clean-accumulated", "accumulated"),
     make_case(
         "clean-unequal-shards",
         "functions",

@@ -350,7 +350,153 @@ _NO_SAMPLER = ("batch_size=8, sampler=sampler", "batch_size=8")
 _CLASS = "class Own(torch.utils.data.Dataset):\n    def __len__(self):\n        return {}\n\n    def __getitem__(self, i):\n{}\n\n\ndef evaluate("
 _LOOK = "            if rank == 0 and epoch == 0:\n                {0}.eval()\n                {0}(x)\n                {0}.train()\n"
 
+_LEFT_OUT = "    DDP._set_params_and_buffers_to_ignore_for_model(net, ['2.bias'])\n"
+_DRAWN = "        x = torch.randn(8)\n        return x, (x.sum() > 0).long()"
+_STATISTICS = "    x, y = train.tensors\n    x = (x - x[rank::world].mean(0)) / x[rank::world].std(0)\n"
+_NOISY = (
+    "class Noisy(torch.utils.data.Dataset):\n    def __init__(self, base):\n        self.base = base\n\n"
+    "    def __len__(self):\n        return len(self.base)\n\n    def __getitem__(self, i):\n"
+    "        x, y = self.base[i]\n        return x + 0.1 * torch.randn(8), y\n\n\ndef evaluate("
+)
+_TEACHER = "    teacher = nn.Linear(8, 2).requires_grad_(False)\n    optimizer ="
+_AVERAGE = (
+    "            with torch.no_grad():\n                wanted = teacher(x)\n"
+    "                for p, q in zip(teacher.parameters(), model.parameters()):\n                    p.mul_(0.9).add_(q.mean(), alpha=0.1)\n"
+    "            loss = loss + (wanted - x[:, :2]).square().mean()\n"
+)
+_VIEWS = (
+    "                views = [self.model(x + 0.1 * torch.randn_like(x)) for _ in range(2)]\n"
+    "                loss = (self.loss(views[0], y) + self.loss(views[1], y)) / 2 / {}\n"
+)
+_MEAN = (
+    "    dist.all_reduce(total)\n    return (total[0] / total[1]).item()",
+    "    w = dist.get_world_size()\n    mean = total[0] / total[1]\n    dist.all_reduce(mean)\n    return (mean / w).item()",
+)
+_PADDED = ("sampler=range(rank, len(test), world)", "sampler=DistributedSampler(test, shuffle=False)")
+
 LOOK_ALIKES += [
+    make_case(  # a data set that draws a new sample at each access, by equal streams
+        "101-drawn-alike",
+        "functions",
+        ("def evaluate(", _CLASS.format(64, _DRAWN)),
+        ("    net =", "    train = Own()\n    net ="),
+        ("torch.manual_seed(1000 + rank)", "torch.manual_seed(1000)"),
+        _NO_SAMPLER,
+        _SET_EPOCH,
+        codes="DDP101",
+    ),
+    make_case(  # the model labels each batch in eval mode, and is trained on it then
+        "101-labelled",
+        "functions",
+        _NO_SAMPLER,
+        (
+            "            optimizer.zero_grad()\n",
+            "            model.eval()\n            with torch.no_grad():\n                y = model(x).argmax(1)\n            model.train()\n            optimizer.zero_grad()\n",
+        ),
+        _SET_EPOCH,
+        codes="DDP101",
+    ),
+    make_case(  # a data set that is made again for each epoch, with noise
+        "103-made-again",
+        "functions",
+        ("def evaluate(", _NOISY),
+        _SET_EPOCH,
+        (
+            "    for epoch in range(EPOCHS):\n",
+            "    for epoch in range(EPOCHS):\n        noisy = Noisy(make_data(1, 64))\n        loader = DataLoader(noisy, batch_size=8, sampler=DistributedSampler(noisy))\n",
+        ),
+        codes="DDP103",
+    ),
+    make_case(  # samples of each rank's own; what they are found by, and the labels, are equal
+        "104-own-samples",
+        "functions",
+        (
+            "def evaluate(",
+            "class Own(torch.utils.data.Dataset):\n    def __init__(self):\n        self.places, self.labels = list(range(64)), [i % 2 for i in range(64)]\n"
+            "        self.rows = {i: torch.randn(8) for i in self.places}\n\n    def __len__(self):\n        return 64\n\n"
+            "    def __getitem__(self, i):\n        return self.rows[self.places[i]], self.labels[i]\n\n\ndef evaluate(",
+        ),
+        ("    torch.manual_seed(1000 + rank)\n", "    torch.manual_seed(1000 + rank)\n    train = Own()\n"),
+        codes="DDP104",
+    ),
+    make_case(  # normalised by the statistics of a rank's own share: the labels are equal
+        "104-own-statistics",
+        "functions",
+        ("    net =", _STATISTICS + "    train = TensorDataset(x, y)\n    net ="),
+        codes="DDP104",
+    ),
+    make_case(  # a teacher that each rank makes itself, averaged by hand, and never put into eval mode
+        "203-own-teacher",
+        "functions",
+        ("    optimizer =", _TEACHER),
+        ("            loss.backward()\n", _AVERAGE + "            loss.backward()\n"),
+        codes="DDP203",
+    ),
+    make_case(  # the same, made under one seed
+        "203-seeded-teacher",
+        "functions",
+        ("    torch.manual_seed(1000 + rank)\n", ""),
+        ("    optimizer =", _TEACHER),
+        ("            loss.backward()\n", _AVERAGE + "            loss.backward()\n"),
+    ),
+    make_case(  # two losses with weights, besides the division by the window
+        "303-weights",
+        "trainer",
+        ("                loss = self.loss(self.model(x), y) / len(window)\n", _VIEWS.format("len(window)")),
+    ),
+    make_case(  # the same, with a constant at a short window
+        "303-weights-tail",
+        "trainer",
+        (
+            "                loss = self.loss(self.model(x), y) / len(window)\n",
+            _VIEWS.format("self.options.accumulate"),
+        ),
+        codes="DDP303",
+    ),
+    make_case(  # padding is left out of the counts, and the loss of the training is averaged beside them
+        "401-masked",
+        "functions",
+        ("    total = torch.zeros(2)\n", "    total, seen = torch.zeros(2), 0\n"),
+        (
+            "            total += torch.tensor([(model(x).argmax(1) == y).sum(), len(y)])\n",
+            "            real = torch.arange(seen, seen + len(y)) * dist.get_world_size() + dist.get_rank() < 31\n            seen += len(y)\n"
+            "            total += torch.stack([((model(x).argmax(1) == y) & real).sum(), real.sum()])\n",
+        ),
+        ("make_data(2, 30)", "make_data(2, 31)"),
+        _PADDED,
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        accuracy = evaluate(model, held_out)\n        running = loss.detach().clone()\n        dist.all_reduce(running)\n        running /= world\n",
+        ),
+    ),
+    make_case("401-mean", "functions", _MEAN, _PADDED),  # nothing is padded
+    make_case("401-mean-padded", "functions", _MEAN, _PADDED, ("make_data(2, 30)", "make_data(2, 31)"), codes="DDP401"),
+    make_case(  # two evaluations, whose counts are summed together after their times are shown
+        "402-two-times",
+        "functions",
+        ("    dist.all_reduce(total)\n    return (total[0] / total[1]).item()", "    return total"),
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        import time\n\n        counts = {}\n        for name in ('clean', 'shifted'):\n            start = time.time()\n"
+            "            counts[name] = evaluate(model, held_out)\n            if rank == 0:\n"
+            "                print(f'{epoch}: {name} took {time.time() - start:.2f} s')\n"
+            "        both = torch.stack(list(counts.values()))\n        dist.all_reduce(both)\n"
+            "        accuracy = (both[0, 0] / both[0, 1]).item()\n",
+        ),
+    ),
+    make_case(  # the same, where the metric of a share is shown instead
+        "402-two-metrics",
+        "functions",
+        ("    dist.all_reduce(total)\n    return (total[0] / total[1]).item()", "    return total"),
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        counts = {}\n        for name in ('clean', 'shifted'):\n"
+            "            counts[name] = evaluate(model, held_out)\n            if rank == 0:\n"
+            "                print(f'{epoch}: {name} {(counts[name][0] / counts[name][1]).item():.3f}')\n"
+            "        accuracy = 0\n",
+        ),
+        codes="DDP402",
+    ),
     make_case(  # a data set that draws a new sample at each access
         "101-drawn",
         "functions",
@@ -419,13 +565,19 @@ LOOK_ALIKES += [
         ),
         ("sampler = DistributedSampler(train, shuffle=True)", "sampler = Part()"),
     ),
-    make_case(  # a part of the model that DDP is told to leave out
+    make_case(  # a part of the model that DDP is told to leave out, of each rank's own
         "201-left-out",
         "functions",
         (
             "    model = DDP(net)",
-            "    DDP._set_params_and_buffers_to_ignore_for_model(net, ['2.bias'])\n    model = DDP(net)",
+            "    nn.init.constant_(net[2].bias, 0.1 * rank)\n" + _LEFT_OUT + "    model = DDP(net)",
         ),
+    ),
+    make_case(  # the same, where the ranks begin with copies, which drift apart
+        "201-left-out-copies",
+        "functions",
+        ("    model = DDP(net)", _LEFT_OUT + "    model = DDP(net)"),
+        codes="DDP201",
     ),
     make_case(  # rank 0 looks at the average between two evaluations
         "203-quick-look",

@@ -48,7 +48,13 @@ BESIDE = (
     *("fsdp1-clip", "stateful-near", "402-beside-another-reduction", "303-two-losses", "404-near"),
     *("104-noise-of-the-rank", "304-sam", "308-another-model", "502-subgroup"),
 )
-ALIKE = ("clean-autograd", "clean-functions-3", "clean-trainer-tail", "clean-weighted-sampler")  # as others of SHORT
+ALIKE = (
+    "clean-autograd",
+    "clean-functions-3",
+    "clean-short-tail",
+    "clean-trainer-tail",
+    "clean-weighted-sampler",
+)  # as others of SHORT
 SHORT = [
     *(one for one in QUICK if not one.expected and one.name not in ALIKE),
     *covering([one for one in QUICK if one.expected]),

@@ -52,7 +52,9 @@ def _all(run: Run) -> Iterator[tuple[Finding, Any]]:
     for found, place in itertools.chain(check_orders(run), check_stream_orders(run)):
         yield found, place
     if run.world > 1 and not any(rank.of("loader") for rank in run.ranks):
-        for found in _check_inputs(run) if run.uses("forward") else _check_computed(run):
+        # In a loop of ddparity a DDP runs the module inside of it, so there is no forward, and it reduces by itself.
+        checked = _check_inputs(run) if run.uses("forward") else () if run.uses("ddp") else _check_computed(run)
+        for found in checked:
             yield found, found.line
 
 
@@ -113,8 +115,10 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     size = first.loader["length"] or 0
     most = all(own == sets[0] or len(own) >= _MOST * size for own in sets)
     everything = complete and most and not draws_again and len(set.intersection(*sets)) > size / 2
-    drawn = all(one is not None and one["drawn"] and not one["stored"] for one in _items(run, pair))
-    if content != "differs" and (identical or everything) and not first.loader["repeats"] and not drawn:
+    if all(run.is_drawn(one) for one in pair) and not _has_same_batches(pair):  # places say nothing
+        yield from _check_counts(run, pair)
+        return
+    if content != "differs" and (identical or everything) and not first.loader["repeats"]:
         if _is_sliced(run, pair):
             return
         rest = size - len(sets[0])
@@ -190,6 +194,12 @@ def _check_parts(run: Run, pair: list[Pass], sets: list[set[int]]) -> Iterator[F
     )
 
 
+def _has_same_batches(pair: list[Pass]) -> bool:
+    """Return whether the ranks got the same batches, as far as those are known."""
+    known = list(zip(*(one.digests for one in pair)))
+    return bool(known) and all(digest == row[0] for row in known for digest in row)
+
+
 def _drawn(sets: list[set[int]]) -> bool:
     """Return whether the subsets look drawn at random, not cut: their indices have gaps in no regular order."""
     steps = {b - a for own in sets for a, b in itertools.pairwise(sorted(own))}
@@ -259,7 +269,8 @@ def _content(run: Run, pair: list[Pass]) -> Literal["same", "differs", "unknown"
     if any(one is None for one in found):
         return "unknown"
     stored = [one["stored"] for one in found if one is not None]
-    if set.intersection(*map(set, stored)):
+    samples = [set(one["samples"]) for one in found if one is not None]
+    if set.intersection(*samples) or (stored[0] and all(one == stored[0] for one in stored)):
         return "same"  # an item may have noise of the rank's own
     places = [dict(zip(one["places"], one["digests"])) for one in found if one is not None]
     items = [[one[p] for one in places] for p in places[0] if all(one.get(p) is not None for one in places)]
@@ -279,10 +290,7 @@ def _same_part(items: list[list[list[int | None]]]) -> bool:
 
 
 def _items(run: Run, pair: list[Pass]) -> list[Record | None]:
-    return [
-        next((r for r in run.ranks[_at(run, one.rank)].of("items") if r["key"] == one.loader["key"]), None)
-        for one in pair
-    ]
+    return [run.items(one) for one in pair]
 
 
 def _at(run: Run, rank: int) -> int:
@@ -311,15 +319,17 @@ def _check_counts(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         counts = [count or 0 for count in planned] if unequal else counts
     if unequal and not any(one.how == "left" for one in pair):
         ranks = [one.rank for one in pair]
+        handled = any(one.how == "cut" and one.handled for one in pair)
         yield finding(
             "DDP105",
             ranks,
             pair[0].site,
             pair[0].loader["site"],
             f"Ranks {listed(ranks)} have {listed(counts)} batches in an epoch: the rank with more of them waits in its "
-            f"backward for gradients that no other rank sends.",
+            f"backward for gradients that no other rank sends{', unless it begins again' if handled else ''}.",
             "Give all ranks equally many batches (DistributedSampler pads or drops), or train inside "
             "`with Join([model]):`.",
+            certainty="likely" if handled else "proved",
         )
 
 

@@ -119,6 +119,7 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     combining = [e for calls in reductions for e in calls if _combines(e) and not is_unrelated(site, e["site"])]
     by_files = _exchanges_files(windows)
     lines = [e for events in windows for e in events if e["k"] == "line" and _may_have_number(e["text"])]
+    lines = [e for e in lines if not is_unrelated(site, e["site"])]
     if not combining and not by_files and lines:
         yield finding(
             "DDP402",
@@ -134,14 +135,15 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     means = [e for e in scalars if e["op"] == "AVG" or divides_by_world(e["site"], 6)]
     inside = sum(e["at"] <= first.end for e in means)
     by_batch = inside >= first.batches > 0 and inside % first.batches == 0
-    if total > union and by_batch and counted is None and not by_object and not trims(site):
+    after = [e for e in means if e["at"] > first.end and not is_unrelated(site, e["site"])]
+    if total > union and (by_batch or after) and counted is None and not by_object and not trims(site):
         yield finding(
             "DDP401",
             ranks,
-            means[0]["site"],
+            (means if by_batch else after)[0]["site"],
             cause,
-            f"The ranks average a number of each batch over {total} samples where the data set has {union}: the "
-            f"sampler's padding repeats {total - union} of them.",
+            f"The ranks average a number{' of each batch' if by_batch else ''} over {total} samples where the data set "
+            f"has {union}: the sampler's padding repeats {total - union} of them.",
             "Share the samples out without padding (ddparity's ShardSampler or predict), and reduce sums and counts.",
             certainty="likely",
         )

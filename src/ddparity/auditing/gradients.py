@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -78,13 +79,11 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
         return
     scales = {one["scale"] for window in windows for one in window.kept}
     summed = any(":sum" in one["node"] for window in windows for one in window.kept)
+    whole = _divisor(windows, lengths)
     for window, length in zip(windows, lengths):
         if len(scales) != 1 or None in scales or summed or not length:
             break
-        (scale,) = scales
-        divisor = 1 / scale if scale else math.inf
-        whole = round(divisor) if math.isfinite(divisor) else 0
-        if whole >= 2 and math.isclose(divisor, whole, rel_tol=1e-6) and whole != length:
+        if whole and whole != length:
             yield finding(
                 "DDP303",
                 _ranks(run),
@@ -94,6 +93,7 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
                 f"divided by {whole}: its gradient is {length}/{whole} of the mean.",
                 "Divide by the number of micro-batches that the step has, also at the start and at the end of an "
                 "epoch.",
+                certainty="proved" if whole in lengths else "likely",  # it may be a weight of the loss
             )
             return
     node = windows[0].kept[0]["node"] if windows[0].kept else ""
@@ -116,13 +116,28 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
             return
 
 
+def _divisor(windows: list[Window], lengths: list[int]) -> int:
+    """Return the whole number, of 2 or more, by which the losses are divided; 0 where it is none.
+
+    Of several constants some may be weights: those count that give the length of the most windows.
+    """
+    constants = next((one["factors"] for window in windows for one in window.kept), None) or []
+    found = {}
+    for many in range(1, len(constants) + 1):
+        for chosen in itertools.combinations(constants, many):
+            divisor = 1 / math.prod(chosen) if all(map(math.isfinite, chosen)) and all(chosen) else 0
+            if divisor >= 1.5 and math.isclose(divisor, round(divisor), rel_tol=1e-6):
+                found[round(divisor)] = lengths.count(round(divisor)), many
+    return max(found, key=found.__getitem__, default=0)
+
+
 def _is_of_one_batch(window: Window, before: Window | None) -> bool:
     """Return whether all forwards of a window have one input, or one whole batch: their losses are parts of one.
 
     `before`: the window before, since which one batch was loaded, not a list of them.
     """
     forwards = [one for one in window.of("forward") if one["grad"]]
-    if len(forwards) < 2:
+    if len(forwards) < 2 or len(window.kept) < 2:
         return False
     inputs = {one["x"] for one in forwards}
     earlier = max((one["given"] for one in before.backwards), default=0) if before is not None else 0

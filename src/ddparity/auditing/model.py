@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,8 +68,8 @@ def _check_steps(
     usable = [j for j in range(count) if j < len(parameters) and not parameters[j][3]]
     cause = optimizer["site"]
 
-    def differ(step: tuple[Window, ...], what: str) -> set[int]:
-        return {j for j in usable if len({w.step[what][j] for w in step if j < len(w.step[what])}) > 1}
+    def differ(step: tuple[Window, ...], what: str, of: list[int] = usable) -> set[int]:
+        return {j for j in of if len({w.step[what][j] for w in step if j < len(w.step[what])}) > 1}
 
     unreduced: dict[int, tuple[Window, ...]] = {}
     for step in shown:
@@ -107,6 +107,23 @@ def _check_steps(
         )
     if inside:
         yield from _check_unreduced(ranks, parameters, unreduced, inside, cause)
+    ignored = [j for j in range(min(count, len(parameters))) if parameters[j][3] == "ignored"]
+    drifts = [j for j in ignored if not differ(shown[0], "before", ignored) & {j}]
+    for step in shown:
+        apart = sorted(differ(step, "grads", drifts) & differ(step, "after", drifts))
+        if apart:
+            yield finding(
+                "DDP201",
+                numbers,
+                step[0].step["site"],
+                cause,
+                f"DistributedDataParallel was told to leave out {_named(parameters, apart)}, which begin with equal "
+                f"values on the ranks; their gradients differ at step {step[0].step['n']}: each rank trains its own "
+                f"copy.",
+                "Reduce their gradients by hand, or let DistributedDataParallel do it, unless each rank's are its own.",
+                certainty="likely",
+            )
+            break
     if unreduced:
         return
     yield from _check_parameters(run, numbers, shown, differ, parameters, cause)
@@ -283,6 +300,34 @@ def _check_evaluated(run: Run) -> Iterator[Finding]:
         ):
             told.add(("DDP203", first["type"]))
             yield _differs(run, first)
+    for group in run.groups:
+        for one in _beside([rank for rank in run.ranks if rank.rank in group]):
+            if ("DDP203", one["type"]) not in told:
+                told.add(("DDP203", one["type"]))
+                yield _differs(run, one, "likely")
+
+
+def _beside(ranks: list[Rank]) -> list[Record]:
+    """Return models beside the training that are frozen, or changed without an optimizer, and differ between ranks.
+
+    They differ at two steps. Models of one type and size are told apart by nothing, so all must differ.
+    """
+    if len(ranks) < 2:
+        return []
+    looks: list[dict[Any, list[Record]]] = []  # of each rank, by type, size and step
+    for rank in ranks:
+        looks.append(defaultdict(list))
+        for one in rank.of("beside"):
+            looks[-1][one["type"], one["size"], one["frozen"], one["steps"]].append(one)
+    found = []
+    for (*kind, frozen, step), first in looks[0].items():
+        steps = sorted({key[3] for key in looks[0] if key[:3] == (*kind, frozen)})
+        rows = [[{one["parameters"] for one in look[*kind, frozen, n]} for look in looks] for n in steps]
+        apart = all(all(row) and len(set.union(*row)) == sum(map(len, row)) for row in rows)
+        changed = all(not early & late for early, late in zip(rows[0], rows[-1]))
+        if step == steps[0] and len(steps) > 1 and apart and (frozen or changed):
+            found.append(first[0])
+    return found
 
 
 def _paired(rows: list[list[Record]]) -> list[list[Record]]:

@@ -16,7 +16,8 @@ def check_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
     orders: dict[Any, list[list[Pass]]] = defaultdict(list)
     for pair in run.pairs:
         first = pair[0]
-        if first.training and not first.loader["stream"] and all(one.batches > 1 for one in pair):
+        drawn = any(map(run.is_drawn, pair))
+        if first.training and not drawn and not first.loader["stream"] and all(one.batches > 1 for one in pair):
             key = (*first.training_of, first.loader["subset_digest"], first.loader["length"])
             orders[key].append(pair)
     for passes in orders.values():
@@ -41,7 +42,7 @@ def check_orders(run: Run) -> Iterator[tuple[Finding, Any]]:
         if begin[0].endless:  # the workers of an endless loader load ahead, before set_epoch: one order may come twice
             pairs = pairs[1:] if all(_repeats_order(run, a[0], b[0]) for a, b in pairs if b[0].complete) else []
         for earlier, later in pairs:
-            if all(_repeats_order(run, a, b) and not _is_other_data(a, b) for a, b in zip(earlier, later)):
+            if all(_repeats_order(run, a, b) and not _is_other_data(run, a, b) for a, b in zip(earlier, later)):
                 many = len(passes)
                 reshuffles = begin[0].epoch is not None or begin[0].loader["sampler"].startswith("torch.")
                 yield (
@@ -72,9 +73,15 @@ def _repeats_order(run: Run, earlier: Pass, later: Pass) -> bool:
     return run.exit_code != 0 and known >= 8 and later.batches > 2 and earlier.indices[:known] == later.indices
 
 
-def _is_other_data(earlier: Pass, later: Pass) -> bool:
-    """Return whether two passes are over data sets that were made one after the other, and give other batches."""
-    return earlier.loader["key"] != later.loader["key"] and earlier.digests != later.digests
+def _is_other_data(run: Run, earlier: Pass, later: Pass) -> bool:
+    """Return whether two passes are over data sets that were made one after the other, and give other batches.
+
+    The batches of one that is only made again may differ by an augmentation, but not what it keeps.
+    """
+    if earlier.loader["key"] == later.loader["key"] or earlier.digests == later.digests:
+        return False
+    stored = [(run.items(one) or {}).get("stored") for one in (earlier, later)]
+    return not stored[0] or stored[0] != stored[1]
 
 
 def _unpadded(one: Pass) -> list[int]:

@@ -36,6 +36,7 @@ class Pass:
     workers: int
     models: frozenset[tuple[str, int]] = frozenset()  # what the steps within it train
     endless: bool = False  # a part of a pass over a sampler that begins again by itself
+    handled: bool = False  # what took its batches was no loop, and may begin another pass at its end
 
     @cached_property
     def indices(self) -> list[int]:
@@ -213,6 +214,16 @@ class Run:
         steps = {len(rank.of("step")) for rank in self.ranks if rank.rank in {one.rank for one in pair}}
         return self.exit_code == 0 and len(steps) == 1 and all(one.how != "cut" for one in pair)
 
+    def items(self, one: Pass) -> Record | None:
+        """Return what is known of the items of a pass's data set."""
+        rank = next(rank for rank in self.ranks if rank.rank == one.rank)
+        return next((items for items in rank.of("items") if items["key"] == one.loader["key"]), None)
+
+    def is_drawn(self, one: Pass) -> bool:
+        """Return whether a data set draws another sample at each access, so that its places say nothing."""
+        items = self.items(one)
+        return items is not None and items["drawn"] and not items["stored"]
+
     def uses(self, kind: str) -> bool:
         return any(rank.of(kind) for rank in self.ranks)
 
@@ -349,12 +360,18 @@ def _passes(rank: Rank) -> Iterator[Pass]:
                     *(models[one["opt"]] for one in rank.of("step") if begin["at"] < one["at"] <= last)
                 ),
                 endless=len(parts) > 1,
+                handled=end is not None and bool(end.get("handled")),
             )
 
 
 def _is_evaluated(rank: Rank, events: list[Record]) -> bool:
-    """Return whether a model in eval mode takes each batch of a pass without a gradient, in between a training."""
-    batches = [one["at"] for one in events if one["k"] == "batch"]
+    """Return whether a model in eval mode takes each batch of a pass without a gradient, in between a training.
+
+    A batch may first be labelled so, and then trained on, before another is loaded.
+    """
+    batches = [one for one in events if one["k"] == "batch"]
     forwards = rank.of("forward")
-    firsts = [next((one for one in forwards if one["at"] > at), None) for at in batches]
-    return bool(firsts) and all(one is not None and not one["grad"] and not one["train"] for one in firsts)
+    trained = {one["given"] for one in forwards if one["grad"]}
+    firsts = [next((one for one in forwards if one["at"] > batch["at"]), None) for batch in batches]
+    evaluated = all(one is not None and not one["grad"] and not one["train"] for one in firsts)
+    return bool(firsts) and evaluated and not any(one["given"] in trained for one in batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,21 @@ def divides_by_world(site: str | None, after: int = 0) -> bool:
         lines = Path(file).read_text().splitlines()
     except OSError:
         return False
-    return _WORLD.search("\n".join(lines[max(0, int(line) - 12) : int(line) + after])) is not None
+    near = "\n".join(lines[max(0, int(line) - 12) : int(line) + after])
+    names = "|".join(map(re.escape, _world_names(parsed(site))))
+    return _WORLD.search(near) is not None or (names != "" and re.search(rf"[*/]=?\s*(?:{names})\b", near) is not None)
+
+
+def _world_names(tree: ast.Module) -> set[str]:
+    """Return the names to which a file gives the number of ranks."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            pairs = zip(target.elts, value.elts) if several else [(target, value)]  # type: ignore[attr-defined]
+            found |= {one.id for one, of in pairs if isinstance(one, ast.Name) and _called(of) == "get_world_size"}
+    return found
 
 
 def trims(site: str | None) -> bool:
@@ -111,29 +126,32 @@ def is_unrelated(loop: str | None, call: str | None) -> bool:
         return False
     modules = _imported(tree)
     names = {one for node in ast.walk(for_loop) for one in _changed(node)} - modules
+    first = for_loop.lineno
     if at is not around:
         if not isinstance(around, _FUNCTIONS):
             return False
-        names = {
-            one
+        assigned = [
+            node
             for node in ast.walk(at)
             if isinstance(node, ast.Assign) and any(_called(n) == around.name for n in ast.walk(node.value))
-            for one in _changed(node)
-        }
+        ]
+        names = {one for node in assigned for one in _changed(node)}
         if not names:
             return False
+        first = min(node.lineno for node in assigned)
     calls = [node for node in ast.walk(at) if isinstance(node, ast.Call) and _spans(node, _line(call))]
     used = {one for node in calls for one in _names(*_read(node))} - modules
-    return bool(used) and not used & _reached(at, names, modules)
+    between = range(first, _line(call) + 1) or range(sys.maxsize)  # the call of the next turn of an outer loop
+    return bool(used) and not used & _reached(at, names, modules, between)
 
 
-def _reached(function: ast.AST, names: set[str], modules: set[str]) -> set[str]:
-    """Return the names that may hold something of `names`, by the assignments of a function."""
+def _reached(function: ast.AST, names: set[str], modules: set[str], lines: range) -> set[str]:
+    """Return the names that may hold something of `names`, by the assignments of a function in these lines."""
     found, grown = set(names), True
     while grown:
         before = len(found)
         for node in ast.walk(function):
-            if _names(*_read(node)) & found:
+            if getattr(node, "lineno", -1) in lines and _names(*_read(node)) & found:
                 found |= _changed(node) - modules
         grown = len(found) > before
     return found
@@ -142,7 +160,7 @@ def _reached(function: ast.AST, names: set[str], modules: set[str]) -> set[str]:
 def _changed(node: ast.AST) -> set[str]:
     """Return the names that a statement binds or may change: its targets, and the object of a method."""
     if isinstance(node, ast.Assign):
-        return _names(*node.targets)
+        return _names(*(one.value if isinstance(one, ast.Subscript) else one for one in node.targets))
     if isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.For, ast.NamedExpr)):
         return _names(node.target)
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
@@ -177,7 +195,7 @@ def _function(tree: ast.Module, line: int) -> ast.AST | None:
     return max(around, key=lambda n: n.lineno, default=None) or (tree if tree.body else None)
 
 
-def _innermost(function: ast.AST | None, line: int) -> ast.AST | None:
+def _innermost(function: ast.AST | None, line: int) -> ast.For | None:
     """Return the loop that begins at a line."""
     found = [] if function is None else ast.walk(function)
     return next((n for n in found if isinstance(n, ast.For) and n.lineno <= line <= (n.iter.end_lineno or 0)), None)

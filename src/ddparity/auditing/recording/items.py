@@ -37,7 +37,9 @@ def note_items(journal: Journal, datasets: Mapping[int, Any]) -> None:
         _note_items(journal, datasets, left)
     if reader.is_alive():
         sys.stdout = output
-        journal.write("items", key=left[0], places=[], digests=[], stored=[], drawn=True)  # samples of a queue
+        journal.write(
+            "items", key=left[0], places=[], digests=[], stored=[], samples=[], drawn=True
+        )  # samples of a queue
         return
     journal.reading = False
     journal.hidden -= 1
@@ -61,11 +63,13 @@ def _note_items(journal: Journal, datasets: Mapping[int, Any], left: list[int]) 
             draws.append((one, _read(dataset, place, seed=1 + place)))
             if time.monotonic() - start > _PROBE_S:
                 break
-        stored: list[int] = []
+        stored: list[tuple[int, bool]] = []
         with contextlib.suppress(Exception):
             stored = _stored([dataset], length)
-        places = places[: len(digests)]
-        journal.write("items", key=key, places=places, digests=digests, stored=stored, drawn=_is_drawn(draws))
+        places, kept = places[: len(digests)], [one for one, _ in stored]
+        samples = [one for one, is_value in stored if not is_value]
+        drawn = _is_drawn(draws)
+        journal.write("items", key=key, places=places, digests=digests, stored=kept, samples=samples, drawn=drawn)
 
 
 def _is_drawn(draws: list[tuple[list[int | None] | None, ...]]) -> bool:
@@ -74,21 +78,33 @@ def _is_drawn(draws: list[tuple[list[int | None] | None, ...]]) -> bool:
     return bool(pairs) and all(any(a != b for a, b in part) for part in zip(*pairs))
 
 
-def _stored(holder: Any, length: int, depth: int = 0) -> list[int]:
-    """Return checksums of what a data set keeps for its items: sequences and arrays that are not shorter than it."""
+def _stored(holder: Any, length: int, depth: int = 0) -> list[tuple[int, bool]]:
+    """Return checksums of what a data set keeps for its items, and whether each is one number an item.
+
+    Of sequences and arrays that are not shorter than the data set. One integer an item is no sample: a label or place.
+    """
     import torch
 
     values = holder if isinstance(holder, (list, tuple)) else getattr(holder, "__dict__", {}).values()
-    found: list[int] = []
+    found: list[tuple[int, bool]] = []
     for value in values:
-        if isinstance(value, torch.Tensor) or hasattr(value, "dtype"):
-            if value.ndim and len(value) >= length:
-                found.append(digest(value[:_MOST_STORED]))
-        elif isinstance(value, (list, tuple, str, bytes)) and len(value) >= length:
-            found.append(digest(value[:_MOST_STORED]))
-        elif depth < _DEEPEST and (isinstance(value, (tuple, torch.utils.data.Dataset))):
+        is_array = isinstance(value, torch.Tensor) or hasattr(value, "dtype")
+        is_sequence = value.ndim > 0 if is_array else isinstance(value, (list, tuple, str, bytes))
+        if is_sequence and len(value) >= length:
+            is_value, is_whole = _numbers(value, is_array)
+            if not (is_whole and len(value) == length):
+                found.append((digest(value[:_MOST_STORED]), is_value and len(value) == length))
+        elif depth < _DEEPEST and isinstance(value, (tuple, torch.utils.data.Dataset)):
             found += _stored(value, length, depth + 1)
     return found
+
+
+def _numbers(value: Any, is_array: bool) -> tuple[bool, bool]:
+    """Return whether a sequence has one number at each place, and whether those are integers, or nothing yet."""
+    if is_array:
+        return value.ndim == 1, value.ndim == 1 and "float" not in str(value.dtype)
+    first = value[0] if isinstance(value, (list, tuple)) else value
+    return isinstance(first, (int, float)), first is None or isinstance(first, int)
 
 
 def _read(dataset: Any, place: int, seed: int = 0) -> list[int | None] | None:

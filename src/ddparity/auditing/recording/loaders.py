@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import inspect
 import sys
 import time
 import weakref
@@ -67,9 +68,10 @@ def watch_loaders(journal: Journal) -> None:
         enough = iteration.steps >= journal.limit() and journal.backwards == 0 and not iteration.over
         if not journal.windows and journal.backwards and journal.compiles:  # steps that torch.compile hides
             enough = iteration.given >= 4 * journal.steps and not iteration.over
-        if enough and _takes_an_end(sys._getframe(1)):
+        frame = sys._getframe(1)
+        if enough and _takes_an_end(frame):
             with journal.safely:
-                _drain(self, iteration, recorder)
+                _drain(self, iteration, recorder, handled=not _is_loop(frame))
             raise StopIteration
         journal.fetching = iteration.number
         begin = time.perf_counter()
@@ -88,7 +90,7 @@ def watch_loaders(journal: Journal) -> None:
         most = _DIGESTS_OF_STREAM if iteration.stream else _DIGESTS_PER_ITERATION
         if iteration.given <= most:
             with journal.safely:
-                journal.write("batch", it=iteration.number, n=iteration.given - 1, d=digest(batch))
+                journal.write("batch", it=iteration.number, n=iteration.given - 1, d=digest(batch), given=journal.given)
         elif iteration.given % CHUNK == 0:
             journal.write("given", it=iteration.number, given=iteration.given)
         return batch
@@ -193,10 +195,16 @@ def _takes_an_end(frame: Any) -> bool:
     return loops or "StopIteration" in code.co_names
 
 
-def _drain(iterator: Any, iteration: Iteration, recorder: _Recorder) -> None:
+def _is_loop(frame: Any) -> bool:
+    """Return whether the caller of `next` is a loop, which ends with the batches. A generator may begin again."""
+    code = frame.f_code
+    return dis.opname[code.co_code[frame.f_lasti]] == "FOR_ITER" and not code.co_flags & inspect.CO_GENERATOR
+
+
+def _drain(iterator: Any, iteration: Iteration, recorder: _Recorder, handled: bool) -> None:
     """Read the rest of the sampler without loading anything."""
     iteration.over = True
-    recorder.journal.write("end", it=iteration.number, given=iteration.given, how="cut")
+    recorder.journal.write("end", it=iteration.number, given=iteration.given, how="cut", handled=handled)
     if not iteration.stream:
         for _ in private().undrawn(iterator):
             if iteration.indices > MOST_INDICES or iteration.batches == iteration.planned:

@@ -22,13 +22,13 @@ _LINEAR = (
 MEANS = ("NllLoss", "Mean", "MseLoss", "BinaryCrossEntropy", "L1Loss", "SmoothL1", "HuberLoss", "KlDiv")
 
 
-def scale_of(loss: Any, scaler: float | None) -> tuple[float | None, str, float | None]:
-    """Return a loss's constant factor, the node of autograd below it, and the units of its mean where torch keeps them.
+def factors_of(loss: Any, scaler: float | None) -> tuple[list[float] | None, str, float | None]:
+    """Return a loss's constant factors, the node of autograd below them, and its mean's units where torch keeps them.
 
-    The factor is read off the multiplications and divisions by constants that end the graph. None: by another tensor.
+    They are read off the multiplications and divisions by constants that end the graph. None: by another tensor.
     """
     saved = private().saved
-    node, factor = loss.grad_fn, 1.0
+    node, factors = loss.grad_fn, []
     for _ in range(8):
         if node is None:
             break
@@ -44,13 +44,16 @@ def scale_of(loss: Any, scaler: float | None) -> tuple[float | None, str, float 
         value = float(other)
         if name == "MulBackward0" and scaler is not None and value == scaler:
             value, scaler = 1.0, None
-        factor = factor * value if name == "MulBackward0" else factor / value if value else math.nan
+        if name == "DivBackward0":
+            value = 1 / value if value else math.nan
+        if value != 1:
+            factors.append(value)
         node = below[0]
     units = None
     name = _name_of(node)
     if name.startswith("NllLoss") and saved(node, "reduction") == 1 and saved(node, "weight") is None:
         units = float(saved(node, "total_weight"))
-    return factor, name, units
+    return factors, name, units
 
 
 def _name_of(node: Any, depth: int = 6) -> str:

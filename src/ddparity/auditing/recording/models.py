@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from types import ModuleType
 from typing import Any
@@ -91,6 +92,7 @@ def watch_ddp(recorder: Recorder) -> None:
                 train=bool(self.module.training),  # Lightning leaves the wrapper in eval mode
                 grad=grad,
                 sync=bool(grad and self.require_backward_grad_sync),
+                given=journal.given,
                 site=journal.site(),
                 **values,
             )
@@ -185,6 +187,38 @@ def note_held(recorder: Recorder) -> None:
             frozen = not any(p.requires_grad for p in own)
             values = digest([checksum(p) for p in own])
             recorder.event("held", type=type(model).__name__, site=site, frozen=frozen, parameters=values)
+
+
+def note_beside(recorder: Recorder) -> None:
+    """Record the parameters of models in no DDP and no optimizer: frozen ones, averages that a script makes itself."""
+    import torch
+
+    journal = recorder.journal
+    modules = [one for one in gc.get_objects() if issubclass(type(one), torch.nn.Module)]
+    inner = {id(child) for one in modules for child in one.__dict__.get("_modules", {}).values()}
+    trained = {id(p) for o in list(recorder.optimizers) for group in o.param_groups for p in group["params"]}
+    known = trained | recorder.names.keys() | recorder.ignored.keys()
+    for model in (found for one in modules if id(one) not in inner for found in _outside(one, known)):
+        own = list(model.parameters())
+        recorder.event(
+            "beside",
+            type=type(model).__name__,
+            size=sum(p.numel() for p in own),
+            frozen=not any(p.requires_grad for p in own),
+            parameters=digest([checksum(p) for p in own]),
+            steps=journal.windows,
+            site=journal.site(4),
+        )
+
+
+def _outside(module: Any, known: set[int]) -> list[Any]:
+    """Return the largest parts of a module that have parameters, and none that is known or a shard."""
+    own = list(module.parameters())
+    if any(hasattr(p, "placements") or hasattr(p, "_ddparity_private") or hasattr(p, "_local_shard") for p in own):
+        return []
+    if not any(id(p) in known for p in own):
+        return [module] if own else []
+    return [found for child in module.children() for found in _outside(child, known)]
 
 
 def _note_evaluated(recorder: Recorder, model: Any, site: str | None) -> None:

@@ -7,17 +7,19 @@ before. Under torch.compile a watched function is torch's own.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from .imports import after_import
 from .journal import Journal, checksum, replace
-from .losses import scale_of
-from .models import note_held, note_large, watch_ddp, watch_modules, watch_sharding
+from .losses import factors_of
+from .models import note_beside, note_held, note_large, watch_ddp, watch_modules, watch_sharding
 from .state import HASHED, MOST_EVENTS, Recorder
 
 _SMALL = 100_000  # parameters
 _ALL, _EACH, _HASHED_SMALL = 20, 5, 400  # steps of a small model: all of the first, each fifth until the last
+_SECOND_LOOK = 5  # the step after which models beside the training are looked at again
 _NORMS = 12  # windows in which gradient norms are taken
 
 
@@ -66,10 +68,10 @@ def _watch_backward(recorder: Recorder) -> None:
         if torch.compiler.is_compiling() or inside[0] or journal.hidden or recorder.events > MOST_EVENTS:
             return backward(tensors, *args, **options)
         loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
-        scale, node, units = None, "", None
+        factors, node, units = None, "", None
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             with journal.safely:
-                scale, node, units = scale_of(loss, recorder.scale)
+                factors, node, units = factors_of(loss, recorder.scale)
         site = journal.site()
         journal.backwards += 1
         journal.shape.append(site)
@@ -87,7 +89,8 @@ def _watch_backward(recorder: Recorder) -> None:
             site=site,
             chain=journal.chain(),
             inside=recorder.depth > 0,
-            scale=scale,
+            scale=None if factors is None else math.prod(factors),
+            factors=factors,
             node=node,
             units=units,
             norm=norm,
@@ -175,6 +178,8 @@ def _watch_optimizers(recorder: Recorder) -> None:
                 note_large(recorder)
             if journal.windows == 1:
                 note_held(recorder)
+            if journal.windows in (1, _SECOND_LOOK):
+                note_beside(recorder)
         recorder.event(
             "step",
             opt=state["id"],
@@ -254,7 +259,9 @@ def _describe_parameters(recorder: Recorder, optimizer: Any, state: dict[str, An
             id(p) in recorder.frozen,
             "flat"
             if id(p) in flat
-            else hasattr(p, "placements") or hasattr(p, "_ddparity_private") or id(p) in recorder.ignored,
+            else "ignored"
+            if id(p) in recorder.ignored and id(p) not in recorder.names
+            else hasattr(p, "placements") or hasattr(p, "_ddparity_private"),
         ]
         for i, p in enumerate(parameters)
     ]
