@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import functools
 import io
 import logging
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .journal import Journal, frame_above, replace
+from .private import system
 
 TRACKERS = (("wandb", "init"), ("torch.utils.tensorboard", "SummaryWriter"), ("mlflow", "start_run"))
 _MOST = 5_000  # files that are recorded
@@ -77,11 +77,9 @@ def watch_files(journal: Journal) -> None:
                 "line", d=zlib.crc32(text.encode()), text=text[:80], site=f"{record.pathname}:{record.lineno}"
             )
 
-    with contextlib.suppress(ImportError):  # not on Windows
-        import fcntl
-
-        for name in ("flock", "lockf"):
-            replace(fcntl, name, _counted_lock(journal, getattr(fcntl, name)))
+    locks = system().fcntl
+    for name in ("flock", "lockf") if locks is not None else ():  # not on Windows
+        replace(locks, name, _counted_lock(journal, getattr(locks, name)))
     builtins.open = io.open = functools.wraps(opening)(watched)
     builtins.print = functools.wraps(printing)(printed)
     logging.StreamHandler.emit = emitted  # type: ignore[method-assign]  # to see each line
