@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ddparity as dp
 from ddparity.gradients.aside import Aside
 from ddparity.gradients.incomplete import scale_of_rest
+from ddparity.gradients.window import Window
 from tests.ranks import run_ranks
 
 ONE = [torch.ones(1, 1)]
@@ -45,6 +47,39 @@ def _many_others() -> tuple[list[float], str]:
 def test_a_loss_may_run_sixteen_other_models() -> None:
     for gradients, _ in run_ranks(_many_others, 2):
         assert gradients == [True, 1.5] + [1.5] * 16
+
+
+def _after_another() -> list[int]:
+    """Rank 0 keeps the first of two models for longer; each rank tells in how many steps of the second it asked."""
+    asked = []
+    first, second = (dp.replicate(nn.Linear(1, 1, bias=False)) for _ in range(2))
+    _step(second, [first])  # a step that runs both
+    asking = Window._touched_anywhere
+
+    def counted(self: Window, *arguments: Any) -> list[int]:
+        asked.append(1)
+        return asking(self, *arguments)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Window, "_touched_anywhere", counted)
+        kept = [first] * (dist.get_rank() == 0)
+        del first
+        for _ in range(2):
+            gc.collect()
+            for _ in range(3):
+                _step(second, [])
+            found.append(len(asked))
+            kept.clear()
+    third = dp.replicate(nn.Linear(1, 1, bias=False))  # it is asked for again, and found
+    second.zero_grad()
+    _step(second, [third])
+    assert third.module.weight.grad.item() == 1.5
+    return found
+
+
+def test_a_model_that_is_gone_on_every_rank_is_not_asked_for() -> None:
+    assert run_ranks(_after_another, 2) == [[3, 4]] * 2
 
 
 def _plain_again() -> Any:

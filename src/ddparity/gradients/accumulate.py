@@ -83,10 +83,11 @@ def accumulate(
     part; else, and where a rank has no micro-batch or several models are given, flat after the loop, at most 32 MiB in
     one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
     foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
-    Where this process has replicated several models, one of 128 bytes. In some steps (`replicate(check_every=…)`) one
-    of 8 bytes a parameter and 24 bytes. In a step that leaves a rank without a micro-batch, one of a byte a
-    parameter. In the first step of an epoch, and where other parameters are trained than before, requests to the
-    group's store. Of sharded models those of `ShardedWindow`. Every rank must run the loop.
+    Where this process has replicated several models, and the others are not gone on every rank, one of 136 bytes. In
+    some steps (`replicate(check_every=…)`) one of 8 bytes a parameter and 24 bytes. In a step that leaves a rank
+    without a micro-batch, one of a byte a parameter. In the first step of an epoch, and where other parameters are
+    trained than before, requests to the group's store. Of sharded models those of `ShardedWindow`. Every rank must run
+    the loop.
 
     Raises:
         TypeError: a plain module in a world of several processes, a model of which `fully_shard` has sharded parts

@@ -33,6 +33,8 @@ _WORDS = "_ddparity_terms"
 # here: its DDP would reduce in the middle of the other one's step.
 _replicas: weakref.WeakKeyDictionary[nn.Module, Replica] = weakref.WeakKeyDictionary()
 _made: collections.Counter[tuple[int, ...] | None] = collections.Counter()
+# How many of those made are gone on every rank: the garbage collector takes a model at another time on each.
+_gone: collections.Counter[tuple[int, ...] | None] = collections.Counter()
 
 CHECK_EVERY = 100  # steps
 # Parameters by name, modules with buffers, and ids of parameters with sparse gradients.
@@ -372,11 +374,11 @@ def only(model: nn.Module) -> Iterator[None]:
 
     Every rank enters it, with the same model.
     """
-    replicas, made = dict(_replicas), dict(_made)
+    replicas, made, gone = dict(_replicas), dict(_made), dict(_gone)
     own = replicas[model]
     number, own.number = own.number, 0
-    _replicas.clear()
-    _made.clear()
+    for one in (_replicas, _made, _gone):
+        one.clear()
     _replicas[model], _made[own.ranks] = own, 1
     try:
         yield
@@ -384,8 +386,20 @@ def only(model: nn.Module) -> Iterator[None]:
         own.number = number
         _replicas.update(replicas)
         _made.update(made)
+        _gone.clear()
+        _gone.update(gone)
 
 
-def made_so_far(ranks: tuple[int, ...] | None) -> int:
-    """Return how many replicas of these ranks this process has made, the same number on every one of them."""
-    return _made[ranks]
+def most_alive(ranks: tuple[int, ...] | None) -> int:
+    """Return how many replicas of these ranks may be alive on one of them, the same number on every one."""
+    return _made[ranks] - _gone[ranks]
+
+
+def gone(ranks: tuple[int, ...] | None) -> int:
+    """Return how many replicas of these ranks that this process has made are gone here."""
+    return _made[ranks] - sum(one.ranks == ranks for one in list(_replicas.values()))
+
+
+def note_gone(ranks: tuple[int, ...] | None, number: int) -> None:
+    """Note how many are gone on each rank. Every rank calls it, with the same number."""
+    _gone[ranks] = number

@@ -33,7 +33,7 @@ from .incomplete import (
     tell_skipped,
 )
 from .recheck import Recheck, Rechecks
-from .replica import Holder, Replica, Walk, made_so_far, others_than
+from .replica import Holder, Replica, Walk, gone, most_alive, note_gone, others_than
 from .state import NO_GRADIENT, NOTHING, State
 from .strict import StrictReduction, deterministic
 
@@ -426,7 +426,7 @@ class Window:
                     )
         for other in others:
             other.frozen.check()
-        if made_so_far(self._ranks) <= len(self._own):
+        if most_alive(self._ranks) <= len(self._own):
             return []
         touched = [other.replica.number for other in others if other.touched()]
         if self._group is not None:
@@ -454,10 +454,12 @@ class Window:
                 f"accumulate(): the losses run {len(touched)} replicated models besides those of the step, more than "
                 f"{_MOST_OTHERS}: give them in the list, accumulate([model, …], step)"
             )
-        sent = torch.full((_MOST_OTHERS,), -1, dtype=torch.int64)
-        sent[: len(touched)] = torch.tensor(touched, dtype=torch.int64)
+        sent = torch.full((1 + _MOST_OTHERS,), -1, dtype=torch.int64)
+        sent[0] = gone(self._ranks)
+        sent[1 : 1 + len(touched)] = torch.tensor(touched, dtype=torch.int64)
         found = copies_of_ranks(sent.to(self._device), group)
-        return sorted(set(found.flatten().tolist()) - {-1})
+        note_gone(self._ranks, int(found[:, 0].min()))
+        return sorted(set(found[:, 1:].flatten().tolist()) - {-1})
 
     def _check_unchanged(self) -> None:
         changed = [name for name, one, before in self._written if before not in (-1, one._version)]
