@@ -26,7 +26,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import ddparity as dp
-from results import machine, spread, table, write_section
+from results import machine, publish, spread, table
 
 FILES, BATCH, SIZE = 512, 32, 256
 MANY = 10**8
@@ -133,10 +133,7 @@ def main() -> None:
         f"{started} ms.",
         table(["", "DataLoader, ms", "Loader"], rows),
     ]
-    text = "\n\n".join(parts)
-    print(text)
-    if not options.quick:
-        write_section("loading", text)
+    publish("loading", parts, options.quick)
 
 
 if __name__ == "__main__":

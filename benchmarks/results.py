@@ -43,6 +43,14 @@ def write_section(name: str, text: str, path: Path = RESULTS) -> None:
         write_section(name, text, DOCS / "zh" / path.name)
 
 
+def publish(name: str, parts: Sequence[str], quick: bool) -> None:
+    """Print the parts of a section, and write it but after a quick run."""
+    text = "\n\n".join(parts)
+    print(text)
+    if not quick:
+        write_section(name, text)
+
+
 def write_costs(results: str) -> None:
     """Write the four figures of the README, in both languages."""
     for language, readme in READMES.items():

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from contenders import KINDS, Case, Contender, measured
 from links import Wire, joined
-from results import machine, spread, table, write_section
+from results import machine, publish, spread, table
 
 WIRES = (Wire("1 Gbit/s", 1e9), Wire("200 Mbit/s", 200e6))
 OF_WIRES = ("MLP of 67 k", "MLP of 1 M", "GPT of 10 M")
@@ -157,11 +157,8 @@ def main() -> None:
         )
         with busy() if options.busy else contextlib.nullcontext():
             parts.append(report(measure(options.models, rounds, options.quick)))
-    text = "\n\n".join(parts)
-    print(text)
+    publish(name, parts, options.quick)
     print(f"\n{time.monotonic() - start:.0f} s")
-    if not options.quick:
-        write_section(name, text)
 
 
 if __name__ == "__main__":

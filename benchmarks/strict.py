@@ -37,7 +37,7 @@ import ddparity as dp
 from contenders import KINDS, cnn, mlp
 from ddparity.comm.allreduce import exchange
 from ddparity.compat import all_gather_single
-from results import machine, spread, table, write_section
+from results import machine, publish, spread, table
 
 MICRO_BATCH = KINDS["MLP"].micro_batch
 CONTENDERS = {"fast": "fast", "fast again": "fast", "strict": "strict"}
@@ -310,10 +310,7 @@ def main() -> None:
         f"{gradients:.1f}.",
         table(["", "fast", "strict"], rows),
     ]
-    text = "\n\n".join(parts)
-    print(text)
-    if not options.quick:
-        write_section("strict", text)
+    publish("strict", parts, options.quick)
 
 
 if __name__ == "__main__":

@@ -374,7 +374,7 @@ def only(model: nn.Module) -> Iterator[None]:
 
     Every rank enters it, with the same model.
     """
-    replicas, made, gone = dict(_replicas), dict(_made), dict(_gone)
+    replicas, made, gone_before = dict(_replicas), dict(_made), dict(_gone)
     own = replicas[model]
     number, own.number = own.number, 0
     for one in (_replicas, _made, _gone):
@@ -387,7 +387,7 @@ def only(model: nn.Module) -> Iterator[None]:
         _replicas.update(replicas)
         _made.update(made)
         _gone.clear()
-        _gone.update(gone)
+        _gone.update(gone_before)
 
 
 def most_alive(ranks: tuple[int, ...] | None) -> int:
