@@ -1,8 +1,9 @@
 """Measure a training step by the size of the model: two processes, against DDP by hand and against one process.
 
-python benchmarks/sizes.py [--rounds 15] [--busy] [--wires] [--models "MLP of 1 M,GPT of 10 M"] [--quick]
+python benchmarks/sizes.py [--rounds 5] [--launches 3] [--busy] [--wires] [--models "MLP of 1 M,GPT of 10 M"] [--quick]
 
-The contenders of contenders.py, each in processes of its own, train the same batches in turns. Of DDP's exposed
+The contenders of contenders.py, each in processes of its own, train the same batches in turns. Each launch starts them
+anew: where a process's memory lies, and on which core it runs, moves its times for as long as it lives. Of DDP's exposed
 communication, which is its step less that of one process, a share is left of ours. `--busy` measures beside a loop that
 keeps the first core busy; `--wires` between two network namespaces, joined by 1 Gbit/s and by 200 Mbit/s (as root).
 `--quick` checks that everything runs, and writes nothing.
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from contenders import KINDS, Case, Contender, measured
 from links import Wire, joined
@@ -25,36 +27,44 @@ WIRES = (Wire("1 Gbit/s", 1e9), Wire("200 Mbit/s", 200e6))
 OF_WIRES = ("MLP of 67 k", "MLP of 1 M", "GPT of 10 M")
 ROUND_S = 0.5  # of plain DDP, about
 CONTENDERS = ("plain", "ddparity", "strict", "Accelerate", "Fabric")
+OVER_WIRES = ("plain", "ddparity", "strict")
 ALONE = {"one process": "plain", "ours alone": "ddparity"}
 Times = dict[str, list[float]]
 
 
-def measure(models: Sequence[str], rounds: int, quick: bool) -> dict[str, Times]:
-    """Return the milliseconds of a step by model, contender and round, on this machine."""
-    contenders = {name: Contender(name, 2) for name in CONTENDERS}
-    contenders |= {name: Contender(one, 1) for name, one in ALONE.items()}
-    return _measured(contenders, models, rounds, quick)
+def measure(models: Sequence[str], rounds: int, launches: int, quick: bool) -> dict[str, Times]:
+    """Return the milliseconds of a step by model, contender and round of all launches, on this machine."""
+    several = {name: functools.partial(Contender, name, 2) for name in CONTENDERS}
+    alone = {name: functools.partial(Contender, one, 1) for name, one in ALONE.items()}
+    return _measured(several | alone, models, rounds, launches, quick)
 
 
-def measure_between(wire: Wire, models: Sequence[str], rounds: int, quick: bool) -> dict[str, Times]:
+def measure_between(wire: Wire, models: Sequence[str], rounds: int, launches: int, quick: bool) -> dict[str, Times]:
     """As `measure`, with the two ranks in two network namespaces."""
     with joined(wire, 2) as hosts:
-        contenders = {name: Contender(name, 2, hosts=hosts) for name in ("plain", "ddparity", "strict")}
-        contenders["one process"] = Contender("plain", 1)
-        return _measured(contenders, models, rounds, quick)
+        several = {name: functools.partial(Contender, name, 2, hosts=hosts) for name in OVER_WIRES}
+        alone = {"one process": functools.partial(Contender, "plain", 1)}
+        return _measured(several | alone, models, rounds, launches, quick)
 
 
-def _measured(contenders: dict[str, Contender], models: Sequence[str], rounds: int, quick: bool) -> dict[str, Times]:
-    try:
-        found = {}
-        for model in models:
-            steps = 2 if quick else _steps(contenders, model)
-            # In one process there are half of the samples, so its weights are others.
-            found[model] = measured(contenders, Case(model, 1, False, steps), rounds, ("one process", "ours alone"))
-        return found
-    finally:
-        for contender in contenders.values():
-            contender.close()
+def _measured(
+    start: dict[str, Callable[[], Contender]], models: Sequence[str], rounds: int, launches: int, quick: bool
+) -> dict[str, Times]:
+    found: dict[str, Times] = {model: {name: [] for name in start} for model in models}
+    for _ in range(launches):
+        contenders: dict[str, Contender] = {}
+        try:
+            contenders.update((name, begin()) for name, begin in start.items())
+            for model in models:
+                steps = 2 if quick else _steps(contenders, model)
+                # In one process there are half of the samples, so its weights are others.
+                case = Case(model, 1, False, steps)
+                for name, times in measured(contenders, case, rounds, ("one process", "ours alone")).items():
+                    found[model][name] += times
+        finally:
+            for contender in contenders.values():
+                contender.close()
+    return found
 
 
 def _steps(contenders: dict[str, Contender], model: str) -> int:
@@ -121,19 +131,20 @@ def report_between(wire: Wire, found: dict[str, Times]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5, help="of a launch")
+    parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--models", type=lambda text: text.split(","), default=[one for one in KINDS if one != "CNN"])
     parser.add_argument("--busy", action="store_true", help="beside a loop that keeps the first core busy")
     parser.add_argument("--wires", action="store_true", help="between two network namespaces")
-    parser.add_argument("--quick", action="store_true", help="run two short rounds, and print the results only")
-    options = parser.parse_args()
-    rounds, facts, start = (
-        2 if options.quick else options.rounds,
-        machine("accelerate", "lightning-fabric"),
-        time.monotonic(),
+    parser.add_argument(
+        "--quick", action="store_true", help="run one launch of two short rounds, and print the results only"
     )
+    options = parser.parse_args()
+    rounds, launches = (2, 1) if options.quick else (options.rounds, options.launches)
+    facts, start = machine("accelerate", "lightning-fabric"), time.monotonic()
     how = (
-        f"medians of {rounds} rounds with quartiles; contenders in processes of their own, in turns. One micro-batch a "
+        f"medians of {rounds * launches} rounds with quartiles, {launches} launches; contenders in "
+        f"processes of their own, in turns. One micro-batch a "
         f"rank and step, batches in memory, Gloo, SGD."
     )
     if options.wires:
@@ -144,7 +155,10 @@ def main() -> None:
         )
         for wire in WIRES:
             models = [model for model in options.models if model in OF_WIRES]
-            parts += [f"### {wire.name}", report_between(wire, measure_between(wire, models, rounds, options.quick))]
+            parts += [
+                f"### {wire.name}",
+                report_between(wire, measure_between(wire, models, rounds, launches, options.quick)),
+            ]
         name = "sizes_wires"
     else:
         name = "sizes_busy" if options.busy else "sizes"
@@ -156,7 +170,7 @@ def main() -> None:
             f"work by Accelerate and Fabric."
         )
         with busy() if options.busy else contextlib.nullcontext():
-            parts.append(report(measure(options.models, rounds, options.quick)))
+            parts.append(report(measure(options.models, rounds, launches, options.quick)))
     publish(name, parts, options.quick)
     print(f"\n{time.monotonic() - start:.0f} s")
 

@@ -91,8 +91,8 @@ def _exchange_measured(numel: int, rounds: int) -> Measured:
         all_gather_single(total.view(-1), parts[0])
 
     def point_to_point() -> None:
-        exchange(list(own), list(parts), group)
-        exchange([parts[0]] * len(total), list(total), group)
+        exchange([[one] for one in own], [[one] for one in parts], group)
+        exchange([[parts[0]]] * len(total), [[one] for one in total], group)
 
     ways = {"all-reduce": all_reduce, "all-to-all, all-gather": reference, "point to point": point_to_point}
     found: Measured = {name: {"ms": []} for name in ways}

@@ -116,6 +116,18 @@ def unflatten(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> tuple[torch.T
     return views
 
 
+def owns_memory(tensor: torch.Tensor) -> bool:
+    """Return whether torch has allocated the tensor's memory, for it alone: no other tensor or array refers to it."""
+    storage = tensor.untyped_storage()
+    return uses_of(storage) == 1 and storage.resizable() and not storage.is_shared()
+
+
+def uses_of(storage: torch.UntypedStorage) -> int:
+    """Return how many tensors use the memory, also those of C++; more than one where torch cannot tell."""
+    count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+    return count(storage._cdata) - 1 if count is not None else 2  # without the storage's own Python object
+
+
 def compares_calls() -> bool:
     """Return True if TORCH_DISTRIBUTED_DEBUG=DETAIL is set: torch then compares the ranks' calls before they run."""
     return dist.get_debug_level() == dist.DebugLevel.DETAIL  # type: ignore[attr-defined]  # exported unseen by checkers

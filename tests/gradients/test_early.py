@@ -13,7 +13,7 @@ import ddparity as dp
 from ddparity.gradients import early
 from tests.ranks import run_ranks
 
-SMALL = 2**12  # in place of 1 MiB, so that the test is quick
+SMALL = 2**12  # in place of 8 MiB, so that the test is quick
 WIDTH = 32  # a square float32 matrix of so many bytes
 Start = tuple[int, int, bool]  # how many gradients there were, the layers of the part, and whether in a backward
 
@@ -41,14 +41,14 @@ class _Watched:
         self.model = dp.replicate(self.net, **options)
         self.starts: list[Start] = []
         self.in_backward = False
-        start_mean = early.start_mean
+        start_sum = early.start_sum
 
         def watched(tensor: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
             gradients = [one for one in self.net.parameters() if one.grad is not None]
             self.starts.append((len(gradients), tensor.numel() // width**2, self.in_backward))
-            return start_mean(tensor, group)
+            return start_sum(tensor, group)
 
-        early.start_mean = watched
+        early.start_sum = watched
 
     def step(self, orders: list[list[int]], micro_batches: int = 1, edits: bool = False) -> list[Start]:
         """Train with the orders of the ranks. Check the gradients, and return what has started."""
@@ -84,7 +84,7 @@ def _parts() -> list[list[Start]]:
         (16, WIDTH, {"bucket_cap_mb": SMALL / 2**20}),
         (4, WIDTH // 2, {}),
         (5, WIDTH // 2, {}),
-        (4, 4, {"bucket_cap_mb": 128 / 2**20}),
+        (32, 4, {"bucket_cap_mb": 128 / 2**20}),
         (2, 4, {"bucket_cap_mb": 128 / 2**20}),
         (1, WIDTH + 1, {}),
     ):
@@ -103,8 +103,8 @@ def test_a_large_model_is_averaged_in_parts_in_the_last_backward() -> None:
             [(16, 2, True)] * 7,  # an eighth of the model each
             [(16, 1, True)] * 15,
             [],  # as small as that: one exchange after the loop is faster
-            [(5, 4, True)],
-            [(4, 2, True)],
+            [(5, 1, True)] * 4,
+            [(32, 2, True)] * 15,
             [],
             [],  # a single part has no backward left to overlap with
         ]

@@ -265,16 +265,18 @@ def _collectives(make: Callable[[], nn.Module], reduction: str, micro_batches: i
     return {e.key: e.count for e in profiler.key_averages() if e.key.startswith("gloo:")}
 
 
-@pytest.mark.parametrize("micro_batches", [1, 6])
 @pytest.mark.parametrize(
-    ("make", "expected"),
+    ("make", "micro_batches", "expected"),
     [
-        (mlp, {"gloo:all_to_all": 1}),
-        (wide, {"gloo:send": 2, "gloo:recv": 2}),
-        (cnn, {"gloo:all_to_all": 2}),  # the running statistics
+        (mlp, 1, {"gloo:all_to_all": 1}),
+        (mlp, 6, {"gloo:all_to_all": 1}),
+        (wide, 1, {"gloo:send": 2, "gloo:recv": 2}),
+        (wide, 6, {"gloo:send": 3, "gloo:recv": 3}),  # a rank's share has two subtrees: 4 and 2
+        (cnn, 1, {"gloo:all_to_all": 2}),  # the running statistics
+        (cnn, 6, {"gloo:all_to_all": 2}),
     ],
 )
-def test_collectives_of_a_step(make, expected: dict[str, int], micro_batches: int) -> None:
+def test_collectives_of_a_step(make, micro_batches: int, expected: dict[str, int]) -> None:
     assert run_ranks(_collectives, 2, make, "strict", micro_batches) == [expected] * 2
 
 

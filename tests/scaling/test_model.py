@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddparity.comm.buffers import Buffers
 from ddparity.gradients.early import CAP_BYTES, EarlyAverages
 from ddparity.gradients.strict import subtrees
 from ddparity.scaling.collectives import fit_line
@@ -199,7 +200,7 @@ class _Group:
 
 def _models() -> Iterator[nn.Module]:
     yield nn.Linear(64, 60)
-    yield nn.Sequential(*(nn.Linear(400, 400) for _ in range(4)))
+    yield nn.Sequential(*(nn.Linear(800, 800) for _ in range(4)))
     yield nn.Sequential(nn.Linear(3, 2_000_000), nn.Linear(2, 2))
     yield nn.Sequential(*(nn.Linear(500, 500) for _ in range(30)), nn.Linear(500, 500, dtype=torch.float64))
 
@@ -208,7 +209,7 @@ def _models() -> Iterator[nn.Module]:
 def test_parts_are_cut_as_the_reduction_cuts_them(model: nn.Module) -> None:
     parameters = list(model.parameters())
     order = list(range(len(parameters)))[::-1]
-    averages = EarlyAverages(_Group(), CAP_BYTES)  # type: ignore[arg-type]  # it only asks for the size
+    averages = EarlyAverages(_Group(), CAP_BYTES, Buffers())  # type: ignore[arg-type]  # it only asks for the size
     averages.next(parameters, careful=False)
     theirs = averages._parts
     found = parts_of(parameters, order, [0.5] * len(parameters))

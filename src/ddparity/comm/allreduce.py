@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TypeVar
 
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from .. import system
-from ..compat import all_gather_single, all_to_all_single, compares_calls, flatten, grad_dtype, unflatten
+from ..compat import all_gather_single, all_to_all_single, compares_calls, flatten, grad_dtype, owns_memory, unflatten
+from .buffers import Buffers
 
 # Gloo's all-gather passes a tensor from rank to rank, in two messages each. Its all-to-all sends as many bytes, but
 # directly and in one message. An all-to-all with a local sum is also faster than the all-reduce, as long as the bytes
@@ -20,7 +22,7 @@ from ..compat import all_gather_single, all_to_all_single, compares_calls, flatt
 SHORT_BYTES = 2**19
 SHORT_BYTES_OF_ALL = 2**21
 
-PART_BYTES = 2**25  # of gradients that are copied into one tensor
+PART_BYTES = 2**25  # of gradients, or somewhat more, that are copied into one tensor
 YIELDS = 400  # before a rank that waits for a small exchange goes to sleep; about a microsecond each
 
 
@@ -72,9 +74,9 @@ def _start(
     return total, finish
 
 
-def start_mean(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
-    """Start to average a tensor over the ranks, in place; return the work to wait for. All ranks call it."""
-    work = dist.all_reduce(tensor.div_(_size(group)), group=group, async_op=True)
+def start_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
+    """Start to sum a tensor over the ranks, in place; return the work to wait for. All ranks call it."""
+    work = dist.all_reduce(tensor, group=group, async_op=True)
     assert work is not None, "this rank is in the group"
     return work
 
@@ -158,23 +160,25 @@ def _wait(work: dist.Work) -> None:
     work.wait()
 
 
-def exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Send tensor i of `sent` to rank i of the group, and fill tensor i of `received` from rank i, all at once.
+def exchange(
+    sent: Sequence[Sequence[torch.Tensor]], received: Sequence[Sequence[torch.Tensor]], group: dist.ProcessGroup
+) -> None:
+    """Send the tensors `sent[i]` to rank i of the group, and fill those of `received[i]` from rank i, all at once.
 
     This rank's own tensors are not touched, and an empty tensor is not sent. Gloo's own all-to-all and all-gather take
     longer, especially the all-to-all over a slow link (benchmarks/strict.py).
 
-    Collectives: none; a point-to-point message for each tensor. All ranks call it, with sizes that agree.
+    Collectives: none; a point-to-point message for each tensor. All ranks call it, with numbers and sizes that agree.
     """
-    if sent[0].is_complex():
-        sent, received = [torch.view_as_real(one) for one in sent], [torch.view_as_real(one) for one in received]
     rank, world_size = dist.get_rank(group), len(sent)
     operations = []
     for distance in range(1, world_size):
         source, target = (rank - distance) % world_size, (rank + distance) % world_size
-        for move, tensor, peer in ((dist.irecv, received[source], source), (dist.isend, sent[target], target)):
-            if tensor.numel():
-                operations.append(dist.P2POp(move, tensor, dist.get_global_rank(group, peer), group))
+        for move, tensors, peer in ((dist.irecv, received[source], source), (dist.isend, sent[target], target)):
+            for tensor in tensors:
+                if tensor.numel():
+                    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+                    operations.append(dist.P2POp(move, parts, dist.get_global_rank(group, peer), group))
     if operations:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
@@ -184,9 +188,12 @@ def reduce_gradients(
     parameters: Iterable[torch.Tensor],
     group: dist.ProcessGroup | None,
     average: bool,
+    buffers: Buffers,
     sparse: Container[int] = (),
 ) -> None:
-    """Average the gradients over the ranks, or sum them, in place.
+    """Average the gradients over the ranks, or sum them.
+
+    Of a large model they become views of the buffers, but where somebody else holds them.
 
     Collectives: for each dtype and device, and for each 32 MiB of it, one of the gradients' bytes and of one number a
     parameter, which says whether any rank has a gradient. A parameter without one on every rank keeps None. One for
@@ -202,11 +209,16 @@ def reduce_gradients(
     separate(listed)
     dense = [one for one in listed if id(one) not in sparse] if sparse else listed
     for part in cut(dense, PART_BYTES):
-        flat = FlatGradients(part)
-        reduced, finish = _start(flat.tensor, group, average)
-        write = flat.writes(reduced)  # while the copies are on their way
-        finish()
-        write()
+        if gathers(len(part) + sum(one.numel() for one in part), part[0], group):
+            flat = FlatGradients(part)
+            reduced, finish = _start(flat.tensor, group, average)
+            write = flat.writes(reduced)  # while the copies are on their way
+            finish()
+            write()
+        else:
+            flat = FlatGradients(part, _size(group) if average else 1, buffers)
+            dist.all_reduce(flat.tensor, group=group)
+            flat.writes(flat.tensor, replace=True)()
     if sparse:
         for one in listed:
             if id(one) in sparse:
@@ -246,23 +258,27 @@ T = TypeVar("T", bound=torch.Tensor)
 
 
 def cut(parameters: Sequence[T], part_bytes: int) -> list[list[T]]:
-    """Cut parameters into parts of one dtype and device, of at most so many bytes but for a larger parameter."""
+    """Cut parameters into parts of one dtype and device; as with DDP's buckets, the one that fills a part is its last."""
     parts: list[list[T]] = []
     last: dict[tuple[torch.dtype, torch.device], tuple[list[T], int]] = {}  # of each kind: the last part, and its room
     for parameter in parameters:
         dtype = grad_dtype(parameter)
-        kind, size = (dtype, parameter.device), parameter.numel() * dtype.itemsize
-        part, room = last.get(kind, ([], -1))
-        if size > room:
+        kind = dtype, parameter.device
+        part, room = last.get(kind, ([], 0))
+        if room <= 0:
             part, room = [], part_bytes
             parts.append(part)
         part.append(parameter)
-        last[kind] = part, room - size
+        last[kind] = part, room - parameter.numel() * dtype.itemsize
     return parts
 
 
 class FlatGradients:
     """The gradients of parameters of one dtype and device, copied into one tensor.
+
+    Args:
+        divisor: of the values. As DDP does, a mean is divided before the sum, so that float16 does not overflow.
+        buffers: where the tensor is from; None: a new one.
 
     Attributes:
         tensor: of shape (elements + parameters,): the values, then one number a parameter, 1 where it has a gradient.
@@ -271,40 +287,49 @@ class FlatGradients:
         TypeError: a gradient is sparse.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters: list[torch.Tensor] = []
+    def __init__(self, parameters: Sequence[torch.Tensor], divisor: int = 1, buffers: Buffers | None = None) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.numel()]
+        gradients = [parameter.grad for parameter in self._parameters]
+        for gradient in gradients:
+            if gradient is not None and gradient.layout is not torch.strided:
+                raise TypeError(
+                    f"a parameter of shape {tuple(gradient.shape)} has a {gradient.layout} gradient, but its "
+                    f"module has no sparse=True that would tell so on every rank: use dense gradients"
+                )
         dtype = grad_dtype(parameters[0])
-        pieces, exist = [], []
-        for parameter in parameters:
-            if parameter.numel():
-                self._parameters.append(parameter)
-                gradient = parameter.grad
-                exist.append(gradient is not None)
-                if gradient is None:
-                    gradient = parameter.new_zeros(parameter.shape, dtype=dtype)
-                elif gradient.layout is not torch.strided:
-                    raise TypeError(
-                        f"a parameter of shape {tuple(gradient.shape)} has a {gradient.layout} gradient, but its "
-                        f"module has no sparse=True that would tell so on every rank: use dense gradients"
-                    )
-                pieces.append(gradient)
-        pieces.append(_exist(tuple(exist), dtype, parameters[0].device))
-        self.tensor = flatten(pieces)
+        exist = _exist(tuple(gradient is not None for gradient in gradients), dtype, parameters[0].device)
+        if buffers is None:
+            pairs = zip(self._parameters, gradients, strict=True)
+            pieces = [one.new_zeros(one.shape, dtype=dtype) if value is None else value for one, value in pairs]
+            self.tensor = flatten([*pieces, exist])
+            return
+        size = sum(parameter.numel() for parameter in self._parameters) + len(gradients)
+        self.tensor = buffers.take(size, parameters[0].new_empty(0, dtype=dtype))
+        self.tensor[size - len(gradients) :] = exist
+        for value, gradient in zip(self._values(self.tensor), gradients, strict=True):
+            if gradient is None:
+                value.zero_()
+            elif divisor == 1:
+                value.copy_(gradient)
+            else:
+                torch.div(gradient, divisor, out=value)
 
-    def writes(self, reduced: torch.Tensor) -> Callable[[], None]:
+    def _values(self, flat: torch.Tensor) -> Sequence[torch.Tensor]:
+        return unflatten(flat, self._parameters) if self._parameters else ()
+
+    def writes(self, reduced: torch.Tensor, replace: bool = False) -> Callable[[], None]:
         """Return what sets the gradients to the values of `reduced`; None stays where no rank has a gradient.
 
-        `reduced`: what `tensor` becomes; its values may come later.
+        `reduced`: what `tensor` becomes; its values may come later. `replace`: let gradients be views of it, but where
+        somebody else holds a gradient or its memory.
         """
-        parameters = self._parameters
-        values = unflatten(reduced, parameters) if parameters else ()
+        parameters, values = self._parameters, self._values(reduced)
         own, theirs, missing = [], [], False
         for parameter, value in zip(parameters, values, strict=True):
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 missing = True
-            else:
-                own.append(gradient)
+            elif not replace or not _replace(parameter, value):
+                own.append(parameter.grad)
                 theirs.append(value)
 
         def write() -> None:
@@ -317,6 +342,22 @@ class FlatGradients:
                         parameter.grad = torch.empty_like(parameter, dtype=reduced.dtype).copy_(value)
 
         return write
+
+
+def _replace(parameter: torch.Tensor, value: torch.Tensor) -> bool:
+    """Let a parameter's gradient be this view, if nobody could tell; return whether it is."""
+    gradient = parameter.grad
+    if type(gradient) is not torch.Tensor or not gradient.is_cpu or gradient.stride() != value.stride():
+        return False
+    if not owns_memory(gradient):
+        return False
+    held = weakref.ref(gradient)
+    del gradient
+    parameter.grad = value.data  # with a count of versions of its own
+    old = held()
+    if old is not None:
+        parameter.grad = old
+    return old is None
 
 
 @functools.lru_cache(maxsize=64)

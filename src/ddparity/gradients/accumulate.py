@@ -80,7 +80,7 @@ def accumulate(
         Micro-batches with `.data` (on the model's device), `.weight`, `.share` and `.index`.
 
     Collectives: the gradients once: of a large model in parts that start in the last backward, and one of 4 bytes a
-    part; else, and where a rank has no micro-batch or several models are given, flat after the loop, at most 32 MiB in
+    part; else, and where a rank has no micro-batch or several models are given, flat after the loop, about 32 MiB in
     one; strict: those of `StrictReduction`. For running statistics one small exchange, see `RunningStatistics`. For
     foreign batches, or with `count`, one of 16 bytes more, before the first micro-batch; none with `equal_counts`.
     Where this process has replicated several models, and the others are not gone on every rank, one of 136 bytes. In

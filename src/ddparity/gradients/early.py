@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..comm.allreduce import FlatGradients, copies_of_ranks, cut, reduce_gradients, separate, start_mean
+from ..comm.allreduce import FlatGradients, copies_of_ranks, cut, reduce_gradients, separate, start_sum
 from ..comm.bits import is_same
+from ..comm.buffers import Buffers
 from .state import State
 
 CAP_BYTES = 25 * 2**20  # of a part, as DDP's default
-SMALL_BYTES = 2**20  # up to here one exchange of all gradients after the loop is faster than several in its backward
+SMALL_BYTES = 2**23  # up to here one exchange of all gradients after the loop is faster than several in its backward
 SAMPLED = 64  # values of a part, about, which are compared in every step
-PARTS = 8  # of a model whose parts stay between these
+PARTS = 8  # of a model
 CAREFUL_STEPS = 3  # with checks that take time: a loop that is wrong is mostly wrong in its first steps
 LATE_STEPS = 100  # without early averages, after one that was in vain
 
@@ -26,19 +27,18 @@ LATE_STEPS = 100  # without early averages, after one that was in vain
 def cut_early(order: list[nn.Parameter], cap: int) -> list[list[nn.Parameter]]:
     """Return the parts to average early, in this order; none where the gradients are small. `cap`: of one, in bytes."""
     size = sum(parameter.nbytes for parameter in order)
-    small = size <= min(cap, SMALL_BYTES)
-    return [] if small else cut(order, min(cap, max(SMALL_BYTES, size // PARTS)))
+    return [] if size <= min(cap, SMALL_BYTES) else cut(order, min(cap, -(-size // PARTS)))
 
 
 class EarlyAverages:
     """The early averages of a model, one a step, and what each tells of the next.
 
     Args:
-        group: of at least 2 ranks. cap: of a part, in bytes.
+        group: of at least 2 ranks. cap: of a part, in bytes. buffers: the model's.
     """
 
-    def __init__(self, group: dist.ProcessGroup, cap: int) -> None:
-        self._group, self._cap = group, cap
+    def __init__(self, group: dist.ProcessGroup, cap: int, buffers: Buffers) -> None:
+        self._group, self._cap, self._buffers = group, cap, buffers
         self._late = 0  # steps
         self._early = 0
         self._parameters: list[nn.Parameter] = []
@@ -54,7 +54,8 @@ class EarlyAverages:
             self._parts = cut_early(parameters[::-1], self._cap)
         if len(self._parts) < 2:
             return None
-        return EarlyAverage(self, self._parts, self._group, careful or self._early < CAREFUL_STEPS)
+        careful = careful or self._early < CAREFUL_STEPS
+        return EarlyAverage(self, self._parts, self._group, self._buffers, careful)
 
     def finished(self, order: list[nn.Parameter], anew: bool) -> None:
         """Note how one went, and cut the next ones in the order of rank 0's backward. Every rank calls it.
@@ -82,7 +83,7 @@ class EarlyAverage:
     part that has not started by then is started there; one whose gradients have changed since, on any rank, is
     averaged anew. So the result is that of one average after the loop, and every rank starts the parts in one order.
 
-    Memory: one copy of the gradients.
+    Memory: one copy of the gradients, in buffers. They become the gradients, but where somebody else holds those.
 
     Args:
         plan: is told how it went.
@@ -93,9 +94,15 @@ class EarlyAverage:
     """
 
     def __init__(
-        self, plan: EarlyAverages, parts: Sequence[list[nn.Parameter]], group: dist.ProcessGroup, careful: bool
+        self,
+        plan: EarlyAverages,
+        parts: Sequence[list[nn.Parameter]],
+        group: dist.ProcessGroup,
+        buffers: Buffers,
+        careful: bool,
     ) -> None:
         self._plan, self._parts, self._group, self._careful = plan, parts, group, careful
+        self._buffers = buffers
         self._missing: list[set[int]] = []
         self._started: list[_Started] = []
         self._hooks: list[Any] = []
@@ -126,10 +133,10 @@ class EarlyAverage:
     @torch.no_grad()
     def _start(self) -> None:
         part = self._parts[len(self._started)]
-        flat = FlatGradients(part)
-        copy = flat.tensor.clone() if self._careful else None
-        sample = _sample(part).clone()
-        self._started.append(_Started(part, flat, State(part), sample, copy, start_mean(flat.tensor, self._group)))
+        copy = FlatGradients(part).tensor if self._careful else None
+        sample, state = _sample(part).clone(), State(part)
+        flat = FlatGradients(part, self._group.size(), self._buffers)
+        self._started.append(_Started(part, flat, state, sample, copy, start_sum(flat.tensor, self._group)))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -149,9 +156,10 @@ class EarlyAverage:
             if again:
                 rest += one.part
             else:
-                one.flat.writes(one.flat.tensor)()
+                one.state.forget()
+                one.flat.writes(one.flat.tensor, replace=True)()
         self._started = []
-        reduce_gradients(rest, self._group, average=True)
+        reduce_gradients(rest, self._group, average=True, buffers=self._buffers)
         self._plan.finished(self._order, any(anew))
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Room
+from ..comm.buffers import Buffers
 from ..compat import broadcast_buffers, disarm, has_built_in_hook, put_on, set_flags, take_off, uncompiled, unwrapped
 from .early import CAP_BYTES, CAREFUL_STEPS, EarlyAverage, EarlyAverages
 from .recheck import Rechecks
@@ -59,7 +60,7 @@ class Replica:
         ranks: of its group; None in a world of one.
         number: counts the replicas of these ranks; the same on every one of them, since making one is collective.
         buffers_equal: the last step left the same buffers on all ranks.
-        room: see `RunningStatistics`.
+        room: see `RunningStatistics`. buffers: for reductions of large gradients.
         supersede: ends the hold of the step of `accumulate` that is at work on this model.
         agreed: plans, and the epoch of each that the ranks compared last, so that they do it once an epoch.
         compared: the sets of trained parameters that all ranks have had, by the parameters' ids; the newest is last.
@@ -75,6 +76,7 @@ class Replica:
         self.reduction, self.batchnorm_statistics, self.check_every, recheck_every = words
         self.buffers_equal = equal
         self.room = Room()
+        self.buffers = Buffers()
         self.held = False
         self.holder: Holder | None = None
         self.supersede: Callable[[], None] | None = None
@@ -94,7 +96,7 @@ class Replica:
         self.number = _made[self.ranks]
         _made[self.ranks] += 1
         cap = getattr(ddp, "bucket_bytes_cap", CAP_BYTES)
-        self._early = EarlyAverages(self.group, cap) if self.group is not None else None
+        self._early = EarlyAverages(self.group, cap, self.buffers) if self.group is not None else None
         self._known = [id(parameter) for parameter in self.parameters()]
 
     @property
@@ -209,6 +211,7 @@ class Replica:
     def finished(self, parameters: list[nn.Parameter], buffers_equal: bool) -> None:
         """Note what a step has left."""
         self._steps += 1
+        self.buffers.next_step()
         self.buffers_equal = buffers_equal
         self.note_gradients(parameters)
         self._old = None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..comm.allreduce import copies_of_ranks, exchange, gathers, own_memory
+from ..comm.buffers import Buffers
 from ..compat import grad_dtype
 from .aside import Aside
 
@@ -32,7 +33,7 @@ class StrictReduction:
 
     Memory: the sums of whole subtrees. On one process these are at most log2(micro-batches) + 1 copies of the
     gradients; on several, at most one more than this rank's share has subtrees. During the exchange they lie in one
-    buffer. Beside it there is a slice of each subtree of the other ranks, then the sum, whose parts become gradients.
+    buffer, and beside it a slice of each subtree of the other ranks. Parts of the buffer become the gradients.
 
     Collectives: none in a world of one. Otherwise, for each pair of dtype and device: if the sums are small, one
     exchange of all subtrees' sums. If not, each rank sends each other rank the slices of its sums that this one
@@ -42,7 +43,7 @@ class StrictReduction:
     Args:
         parameters: by name, the same on every rank.
         numbers: how many micro-batches each rank has in this step.
-        rank: this rank. group: None in a world of one.
+        rank: this rank. group: None in a world of one. buffers: of the model.
 
     Raises:
         TypeError: a gradient is sparse; the message names the parameter.
@@ -54,11 +55,12 @@ class StrictReduction:
         numbers: Sequence[int],
         rank: int = 0,
         group: dist.ProcessGroup | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         named = list(parameters)
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
-        self._group = group
+        self._group, self._buffers = group, buffers or Buffers()
         bounds = list(itertools.accumulate(numbers, initial=0))
         self._nodes = [subtrees(start, stop) for start, stop in itertools.pairwise(bounds)]
         self._next = bounds[rank]
@@ -171,22 +173,20 @@ class StrictReduction:
         """Finish the tree for one slice on each rank, and send the slice to the others."""
         rank, world_size, width = dist.get_rank(group), len(self._nodes), sum(aligned)
         piece = -(-width // world_size)
-        own = like.new_empty(world_size, len(rows), piece)
+        own = self._buffers.take(max(1, len(rows)) * world_size * piece, like).view(-1, world_size, piece)
         for row in range(len(rows)):
-            flat = own.new_empty(world_size * piece) if len(rows) > 1 else own.view(-1)
+            flat = own[row].view(-1)
             _flatten(parameters, rows, row, aligned, flat[:width])
             flat[width:] = 0.0
-            if len(rows) > 1:
-                own[:, row] = flat.view(world_size, piece)
-            del flat
-        mine = own[rank].clone()
-        parts = [mine if other == rank else own.new_empty(len(nodes), piece) for other, nodes in enumerate(self._nodes)]
-        exchange(list(own), parts, group)
-        del own
-        total = mine.new_empty(world_size, piece)
+        sent = [own[: len(rows), other].unbind() for other in range(world_size)]
+        others = sum(map(len, self._nodes)) - len(rows)
+        room = iter(self._buffers.take(others * piece, like).view(others, piece))
+        parts = [list(itertools.islice(room, len(nodes))) for nodes in self._nodes[:rank]]
+        parts += [list(sent[rank]), *(list(itertools.islice(room, len(nodes))) for nodes in self._nodes[rank + 1 :])]
+        exchange(sent, parts, group)
+        total = own[0]  # what was there has been sent
         total[rank] = self._tree_sum(row for part in parts for row in part)
-        del mine, parts
-        exchange([total[rank]] * world_size, list(total), group)
+        exchange([[total[rank]]] * world_size, [[one] for one in total], group)
         return total.view(-1)
 
     def _tree_sum(self, rows: Iterable[Tensor]) -> Tensor:
@@ -249,7 +249,7 @@ def _aligned(size: int, element_size: int) -> int:
 def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return a gradient with the parameter's memory layout, as autograd makes one: the bits of a norm depend on it."""
     if parameter.is_contiguous():
-        return value.view_as(parameter)
+        return value.view_as(parameter).data  # with a count of versions of its own
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value.view_as(parameter))
 
 

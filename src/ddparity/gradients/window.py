@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..batchnorm import RunningStatistics, equal_buffers
 from ..comm.allreduce import copies_of_ranks, reduce_gradients, separate
 from ..comm.bits import words_of
+from ..comm.buffers import Buffers
 from ..data.step import Step
 from ..errors import DDParityError
 from ..runtime.agreement import agreed
@@ -223,11 +224,12 @@ class Window:
             holder.take_up(replica)
 
     def _make(self, named: Named, *others: Replica) -> _Reduction:
-        tree = StrictReduction(named, self._numbers, self._rank, self._group) if self._strict else None
+        buffers = (others or self._own)[0].buffers
+        tree = StrictReduction(named, self._numbers, self._rank, self._group, buffers) if self._strict else None
         sparse = {one for replica in (*self._own, *others) for one in replica.sparse}
         watched = tree is None and (self._careful or bool(others))
         parameters = [parameter for _, parameter in named]
-        return _Reduction(parameters, self._group, tree, self._sums, sparse, watched, 0 in self._numbers)
+        return _Reduction(parameters, self._group, tree, self._sums, buffers, sparse, watched, 0 in self._numbers)
 
     def _adopt(self, replica: Replica) -> None:
         """Hold back what a replica does that is not given, and see what the loop does with it."""
@@ -245,7 +247,10 @@ class Window:
             statistics = _statistics(replica, walk[1], self._strict) if same_ranks else None
             if statistics is not None:
                 stack.enter_context(statistics.recording())
-            reduction = self._make(named, replica) if same_ranks else _Reduction(parameters, None, None, False)
+            if same_ranks:
+                reduction = self._make(named, replica)
+            else:
+                reduction = _Reduction(parameters, None, None, False, replica.buffers)
             other = _Other(replica, named, walk[1], _Frozen(frozen, known), reduction, statistics, stack.pop_all())
         if same_ranks:
             open_loop(replica, self, reduction.touched)
@@ -525,12 +530,13 @@ class _Reduction:
         group: dist.ProcessGroup | None,
         tree: StrictReduction | None,
         sums: bool,
+        buffers: Buffers,
         sparse: Container[int] = (),
         watched: bool = True,
         empty: bool = False,
     ) -> None:
         """`empty`: a rank has no micro-batch."""
-        self._empty = empty
+        self._empty, self._buffers = empty, buffers
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self._touched = False
         self._aside = Aside(parameters) if sums else None
@@ -560,7 +566,7 @@ class _Reduction:
         if self._aside is not None and self._group is not None and self._empty and self._parameters:
             self._aside.agree(self._group)
         if self._group is not None:
-            reduce_gradients(self._parameters, self._group, self._aside is None, self._sparse)
+            reduce_gradients(self._parameters, self._group, self._aside is None, self._buffers, self._sparse)
         if scale != 1.0:
             separate(self._parameters)
             if gradients := [one.grad for one in self._parameters if one.grad is not None]:

@@ -97,9 +97,9 @@ def _call(kind: Kind, buffer: torch.Tensor, group: dist.ProcessGroup) -> Callabl
     own, parts, total = buffer.new_zeros(3, ranks, piece)
 
     def call() -> None:
-        exchange(list(own), list(parts), group)
+        exchange([[one] for one in own], [[one] for one in parts], group)
         total[rank] = parts.sum(0)
-        exchange([total[rank]] * ranks, list(total), group)
+        exchange([[total[rank]]] * ranks, [[one] for one in total], group)
 
     return call
 

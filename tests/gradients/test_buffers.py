@@ -1,0 +1,184 @@
+"""Memory that reductions use again: nobody may find anything else in the gradients that they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ddparity as dp
+from ddparity.comm.buffers import LEAST_BYTES, STEPS, Buffers
+from ddparity.gradients import early
+from tests.ranks import run_ranks
+
+LAYERS, WIDTH = 6, 400  # 3.8 MB in all, 0.6 MB a layer: more than is gathered
+WAYS = ("after", "early", "strict")
+
+
+def _model(way: str) -> tuple[nn.Module, nn.Module]:
+    if way == "early":
+        early.SMALL_BYTES = 2**20
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    return dp.replicate(net, reduction="strict" if way == "strict" else "fast", check_every=0), net
+
+
+def _step(model: nn.Module, seed: int, inside: Any = lambda: None) -> None:
+    """Two micro-batches a rank; `inside` is called after the last backward, in the loop."""
+    rank = dist.get_rank()
+    data = [torch.full((1, WIDTH), 1.0 + seed + rank + dist.get_world_size() * number) for number in range(2)]
+    for number, micro in enumerate(dp.accumulate(model, data, equal_counts=True)):
+        (model(micro.data).mean() * micro.weight).backward()
+        if number == 1:
+            inside()
+
+
+def _expected(net: nn.Module, seed: int) -> list[torch.Tensor]:
+    samples = torch.cat([torch.full((1, WIDTH), 1.0 + seed + n) for n in range(2 * dist.get_world_size())])
+    return list(torch.autograd.grad(net(samples).mean(), list(net.parameters())))
+
+
+def _close(gradients: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _of(net: nn.Module) -> list[torch.Tensor]:
+    return [one.grad for one in net.parameters() if one.grad is not None]
+
+
+def _kept(way: str) -> None:
+    """Gradients, parts and arrays of them that somebody keeps from step to step stay as they are."""
+    model, net = _model(way)
+    held: list[Any] = []
+    for seed in range(3 + STEPS):
+        _step(model, seed)
+        gradients = _of(net)
+        _close(gradients, _expected(net, seed))
+        weight = gradients[4]
+        held.append((seed, gradients if seed % 3 == 0 else None, weight[1:3], weight.numpy()[:, 5]))
+        del gradients, weight
+        net.zero_grad()
+    for seed, gradients, rows, column in held:
+        expected = _expected(net, seed)
+        if gradients is not None:
+            _close(gradients, expected)
+        torch.testing.assert_close(rows, expected[4][1:3])
+        torch.testing.assert_close(torch.from_numpy(column), expected[4][:, 5])
+
+
+def _added(way: str) -> None:
+    """Without zero_grad, gradients add up; with zeros in place of None they are those of the step."""
+    model, net = _model(way)
+    for seed in range(4):
+        _step(model, seed)
+    _close(_of(net), [sum(rows) for rows in zip(*(_expected(net, seed) for seed in range(4)), strict=True)])
+    for seed in range(3):
+        net.zero_grad(set_to_none=False)
+        _step(model, seed)
+        _close(_of(net), _expected(net, seed))
+
+
+def _own_memory(way: str) -> None:
+    """Gradients that a user has laid into memory of their own stay there."""
+    model, net = _model(way)
+    flat = torch.zeros(sum(one.numel() for one in net.parameters()))
+    for parameter, part in zip(net.parameters(), flat.split([p.numel() for p in net.parameters()]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    for seed in range(2):
+        flat.zero_()
+        _step(model, seed)
+        torch.testing.assert_close(flat, torch.cat([one.flatten() for one in _expected(net, seed)]))
+
+
+def _held_inside(way: str) -> None:
+    """What the loop takes from `.grad` becomes the average, as with DDP."""
+    model, net = _model(way)
+    for seed in range(5):
+        held: list[torch.Tensor] = []
+        _step(model, seed, lambda held=held: held.extend(_of(net)))
+        _close(held, _expected(net, seed))
+        _close(_of(net), _expected(net, seed))
+        net.zero_grad()
+
+
+def _alone(way: str) -> None:
+    """Each gradient can be written without a change of another, also of its count of versions."""
+    model, net = _model(way)
+    for _ in range(5):
+        net.zero_grad()
+        _step(model, 0)
+    first, second, *_ = _of(net)
+    before, version = second.clone(), second._version
+    first.zero_()
+    assert torch.equal(second, before)
+    assert second._version == version
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_that_somebody_keeps_stay_as_they_are(way: str, world_size: int) -> None:
+    run_ranks(_kept, world_size, way)
+
+
+@pytest.mark.parametrize("case", [_added, _alone], ids=["added", "alone"])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_one_process(way: str, case: Any) -> None:
+    run_ranks(case, 2, way)
+
+
+@pytest.mark.parametrize("case", [_own_memory, _held_inside], ids=["own memory", "held inside"])
+@pytest.mark.parametrize("way", ["after", "early"])  # strict takes each micro-batch's gradient out
+def test_gradients_in_other_hands_are_written_in_place(way: str, case: Any) -> None:
+    run_ranks(case, 2, way)
+
+
+def _addresses(way: str) -> list[set[int]]:
+    model, net = _model(way)
+    found = []
+    for seed in range(8):
+        _step(model, seed)
+        found.append({one.data_ptr() for one in _of(net)})
+        net.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_use_the_same_memory(way: str) -> None:
+    for found in run_ranks(_addresses, 2, way):
+        assert found[-1] == found[-2] == found[-3]
+
+
+SIZE = LEAST_BYTES // 4
+
+
+def test_a_buffer_is_used_again_once_nobody_holds_it() -> None:
+    buffers, like = Buffers(), torch.empty(0)
+    first = buffers.take(SIZE, like)
+    address = first.data_ptr()
+    second = buffers.take(SIZE, like)
+    assert second.data_ptr() != address
+    part = first[3:5]
+    del first
+    third = buffers.take(SIZE, like)
+    assert third.data_ptr() not in (address, second.data_ptr())
+    part = part.numpy()
+    assert buffers.take(SIZE, like).data_ptr() != address
+    del part
+    assert buffers.take(SIZE, like).data_ptr() == address
+    assert buffers.take(SIZE, like.double()).dtype == torch.float64
+
+
+def test_buffers_that_nobody_takes_are_given_back() -> None:
+    buffers, like = Buffers(), torch.empty(0)
+    buffers.take(SIZE, like)
+    for _ in range(STEPS):
+        buffers.next_step()
+    assert len(buffers._kept) == 1
+    buffers.next_step()
+    assert not buffers._kept
+    assert buffers.take(SIZE - 1, like).numel() == SIZE - 1  # too small to be kept
+    assert not buffers._kept
