@@ -32,10 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ddparity as dp
+from ddparity import system
+from ddparity.comm import allreduce
+from ddparity.comm.buffers import Buffers
+from ddparity.gradients.early import EarlyAverages
 from links import DEVICE
 
 RATE = 1e-3
-PORT = 29411  # of a group in network namespaces, where nobody else listens
 Data = list[torch.Tensor]
 Epoch = Callable[[int], nn.Module]  # trains one epoch, of as many steps as a round has, and returns the model
 
@@ -257,6 +260,25 @@ CONTENDERS: dict[str, Callable[[Job], Epoch]] = {
 }
 
 
+def _without_early() -> None:
+    EarlyAverages.next = lambda *_: None  # type: ignore[method-assign, assignment]
+
+
+def _without_buffers() -> None:
+    Buffers.take = lambda _, size, like: like.new_empty(size)  # type: ignore[method-assign]
+
+
+# Ours without one fast path: what each takes away, before the process joins the world.
+WITHOUT: dict[str, Callable[[], None]] = {
+    "without batch scheduling": lambda: setattr(system, "schedule_batch", lambda: False),
+    "without waiting awake": lambda: setattr(allreduce, "YIELDS", 0),
+    "without exchanges of short tensors": lambda: setattr(allreduce, "SHORT_BYTES", 0),
+    "without buffers that stay": _without_buffers,
+    "without early averages": _without_early,
+}
+CONTENDERS |= dict.fromkeys(WITHOUT, ddparity)
+
+
 class Contender:
     """A contender's processes, which train an epoch whenever they are asked to.
 
@@ -280,7 +302,7 @@ class Contender:
                 described = _described(rank, nproc, port)
             if hosts is not None:
                 within = ["ip", "netns", "exec", hosts[rank][0]]
-                described |= {"MASTER_ADDR": hosts[0][1], "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
+                described |= {"MASTER_ADDR": hosts[0][1], "GLOO_SOCKET_IFNAME": DEVICE}
             self._processes.append(
                 subprocess.Popen(
                     [*within, *command],
@@ -344,7 +366,8 @@ def serve(name: str) -> None:
 @contextmanager
 def _world(name: str) -> Iterator[tuple[int, int]]:
     """Join the world in a contender's own way; yield the rank and the world size. `dp.world` also sets a scheduling."""
-    if name in ("ddparity", "strict"):
+    if name in ("ddparity", "strict", *WITHOUT):
+        WITHOUT.get(name, lambda: None)()
         with dp.world(device="cpu") as world:
             yield world.rank, world.world_size
     elif "RANK" not in os.environ:

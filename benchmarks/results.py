@@ -59,10 +59,10 @@ def write_costs(results: str) -> None:
 
 def costs(results: str, language: str = "en") -> str:
     """Return the table of the README: what ddparity costs, in four figures of RESULTS.md."""
-    steps = _medians([row for row in _rows(results, "step_overhead") if "2 processes" in row[0]][:4])
-    strict = _medians([row for row in _rows(results, "strict") if ", K = " in row[0]][:8])
-    starts = _medians([row for row in _rows(results, "startup") if "process" in row[0]])
-    (predict,) = [row[1].split()[0] for row in _rows(results, "predict") if row[0] == "throughput, 2 processes to 1"]
+    steps = _medians([row for row in rows_of(results, "step_overhead") if "2 processes" in row[0]][:4])
+    strict = _medians([row for row in rows_of(results, "strict") if ", K = " in row[0]][:8])
+    starts = _medians([row for row in rows_of(results, "startup") if "process" in row[0]])
+    (predict,) = [row[1].split()[0] for row in rows_of(results, "predict") if row[0] == "throughput, 2 processes to 1"]
     figures = {
         "en": [
             ["a training step, 2 processes", f"{_range(steps)} times plain DistributedDataParallel's"],
@@ -80,7 +80,7 @@ def costs(results: str, language: str = "en") -> str:
     return "| | |\n| --- | --- |\n" + "\n".join(f"| {what} | {cost} |" for what, cost in figures[language])
 
 
-def _rows(results: str, section: str) -> list[list[str]]:
+def rows_of(results: str, section: str) -> list[list[str]]:
     """Return the cells of all rows of tables in a section."""
     (text,) = re.findall(rf"<!-- {section} -->(.*?)<!-- /{section} -->", results, re.DOTALL)
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:2] == "| "]

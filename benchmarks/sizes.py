@@ -3,9 +3,10 @@
 python benchmarks/sizes.py [--rounds 5] [--launches 3] [--busy] [--wires] [--models "MLP of 1 M,GPT of 10 M"] [--quick]
 
 The contenders of contenders.py, each in processes of its own, train the same batches in turns. Each launch starts them
-anew: where a process's memory lies, and on which core it runs, moves its times for as long as it lives. Of DDP's exposed
-communication, which is its step less that of one process, a share is left of ours. `--busy` measures beside a loop that
-keeps the first core busy; `--wires` between two network namespaces, joined by 1 Gbit/s and by 200 Mbit/s (as root).
+anew: where a process's memory lies, and on which core it runs, moves its times for as long as it lives. Of DDP's
+exposed communication, which is its step less that of one process, a share is left of ours. `--busy` measures beside a
+loop that keeps the first core busy; `--wires` between two network namespaces, joined by 1 Gbit/s and by 200 Mbit/s (as
+root).
 `--quick` checks that everything runs, and writes nothing.
 """
 
@@ -36,7 +37,7 @@ def measure(models: Sequence[str], rounds: int, launches: int, quick: bool) -> d
     """Return the milliseconds of a step by model, contender and round of all launches, on this machine."""
     several = {name: functools.partial(Contender, name, 2) for name in CONTENDERS}
     alone = {name: functools.partial(Contender, one, 1) for name, one in ALONE.items()}
-    return _measured(several | alone, models, rounds, launches, quick)
+    return measured_anew(several | alone, models, rounds, launches, quick)
 
 
 def measure_between(wire: Wire, models: Sequence[str], rounds: int, launches: int, quick: bool) -> dict[str, Times]:
@@ -44,12 +45,13 @@ def measure_between(wire: Wire, models: Sequence[str], rounds: int, launches: in
     with joined(wire, 2) as hosts:
         several = {name: functools.partial(Contender, name, 2, hosts=hosts) for name in OVER_WIRES}
         alone = {"one process": functools.partial(Contender, "plain", 1)}
-        return _measured(several | alone, models, rounds, launches, quick)
+        return measured_anew(several | alone, models, rounds, launches, quick)
 
 
-def _measured(
+def measured_anew(
     start: dict[str, Callable[[], Contender]], models: Sequence[str], rounds: int, launches: int, quick: bool
 ) -> dict[str, Times]:
+    """Return the milliseconds by model and contender, which `start` makes anew for each launch."""
     found: dict[str, Times] = {model: {name: [] for name in start} for model in models}
     for _ in range(launches):
         contenders: dict[str, Contender] = {}
@@ -84,7 +86,8 @@ def busy() -> Iterator[None]:
         loop.wait()
 
 
-def _ratio(times: Times, one: str, other: str) -> str:
+def ratio(times: Times, one: str, other: str) -> str:
+    """Return the spread of one contender's times over another's."""
     return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
 
 
@@ -103,12 +106,12 @@ def report(found: dict[str, Times]) -> str:
             model,
             f"{KINDS[model].parameters():,}",
             spread(times["plain"]),
-            _ratio(times, "ddparity", "plain"),
+            ratio(times, "ddparity", "plain"),
             _exposed(times),
-            _ratio(times, "strict", "ddparity"),
-            _ratio(times, "ours alone", "one process"),
-            _ratio(times, "Accelerate", "plain"),
-            _ratio(times, "Fabric", "plain"),
+            ratio(times, "strict", "ddparity"),
+            ratio(times, "ours alone", "one process"),
+            ratio(times, "Accelerate", "plain"),
+            ratio(times, "Fabric", "plain"),
         ]
         for model, times in found.items()
     ]

@@ -258,7 +258,7 @@ T = TypeVar("T", bound=torch.Tensor)
 
 
 def cut(parameters: Sequence[T], part_bytes: int) -> list[list[T]]:
-    """Cut parameters into parts of one dtype and device; as with DDP's buckets, the one that fills a part is its last."""
+    """Cut parameters into parts of one dtype and device. As in DDP's buckets, the one that fills a part is its last."""
     parts: list[list[T]] = []
     last: dict[tuple[torch.dtype, torch.device], tuple[list[T], int]] = {}  # of each kind: the last part, and its room
     for parameter in parameters:
