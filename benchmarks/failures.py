@@ -41,8 +41,8 @@ Each row is one of {{count}} failures, in a job of two ranks. Each job runs twic
 `ddparity run`. The script is the same and has no code for either launcher. The seconds count from the failure until the
 launcher and all processes that it started have ended. If no rank starts, they count from the start of the launcher.
 "Above the end" counts the lines below the line that names the cause. torchrun is ended after {CAP_S} s if it prints
-nothing. `ddparity run` has `--hang-timeout {HANG_S}`. It matters only for a rank that does not come to a collective and
-may still do so: without the option, the launcher reports such a rank after 60 s and ends the job at the time-out of
+nothing. `ddparity run` has `--hang-timeout {HANG_S}`. It matters only for a rank that has not called a collective and
+may still call it: without the option, the launcher reports such a rank after 60 s and ends the job at the time-out of
 its process group. A hang that cannot end by itself is reported within seconds
 ([Launch](launch.md#hangs-and-long-waits)).
 
