@@ -193,7 +193,7 @@ def normalised(
 def input_gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, eps: float, group: dist.ProcessGroup, dtypes: Dtypes
 ) -> Gradients:
-    """Return the gradient of x, and those of weight and bias from this rank's samples alone, which DDP sums.
+    """Return the gradient of x, and those of weight and bias from this rank's samples alone, which DDP averages.
 
     Collectives: one sum of 2C float64 numbers.
     """

@@ -298,10 +298,10 @@ def _resume(
 
 
 def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
-    """Do one reduction of gradients and drop them, so that DDP's buckets are those of the training that is resumed.
+    """Do one reduction of gradients and drop them, so that gradients are cut as in the training that is resumed.
 
-    DDP rebuilds its buckets after its first reduction. From three ranks on, the order of a sum, and so its
-    rounding, depends on the position of a gradient in its bucket.
+    They are cut in the order of the first backward, by DDP or by `EarlyAverages`. From three ranks on, the order of a
+    sum, and so its rounding, depends on the position of a gradient in its part.
     """
     if not isinstance(model, DistributedDataParallel) or dist.get_world_size() < 3:
         return
