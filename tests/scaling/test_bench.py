@@ -132,6 +132,19 @@ def _task(net: Any, **parts: Any) -> dp.Task:
     return dp.Task(model=net, loss=loss, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01), **given)
 
 
+def _bench_twice() -> list[str]:
+    """The model that each rank trains alone, to measure it, stays in memory while the next one is measured."""
+    found = []
+    for net in (small, wide):
+        report = bench(_task(net), net.__name__, [], threads=1, seconds=0.2)
+        found += [] if report is None else list(report.measured.steps_s)
+    return found
+
+
+def test_two_models_are_measured_one_after_the_other() -> None:
+    assert run_ranks(_bench_twice, 2) == [["fast", "strict"] * 2, []]
+
+
 def _bench_normed() -> Report | None:
     return bench(_task(normed), "normed", [Link("slow", 1e6, 1e-3)], threads=1, seconds=0.3)
 

@@ -42,11 +42,20 @@ def watch() -> None:
         _hooks.append(register_optimizer_step_pre_hook(_look))
 
 
-def _look(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
+def leave_out(optimizer: Optimizer) -> None:
+    """Do not look at this optimizer: each rank trains its own model with it, on purpose."""
+    _seen[optimizer] = _Seen(_number(optimizer), [], [])
+
+
+def _number(optimizer: Optimizer) -> int:
     number = 0
     for group in optimizer.param_groups:
         number += len(group["params"])
-    seen = _seen.get(optimizer)
+    return number
+
+
+def _look(optimizer: Optimizer, _arguments: Any, _options: Any) -> None:
+    number, seen = _number(optimizer), _seen.get(optimizer)
     if seen is None or seen.number != number:
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         found = _strangers(everything)

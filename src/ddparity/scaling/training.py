@@ -14,6 +14,7 @@ from torch import nn
 from ..batchnorm import convert_sync_batchnorm, shared_layers, synchronises
 from ..comm.nesting import to_device
 from ..data.step import Step
+from ..gradients import strangers
 from ..gradients.accumulate import accumulate
 from ..gradients.replica import only
 from ..gradients.replicate import replicate
@@ -37,6 +38,8 @@ class Training:
         self.model = net if self._plain else replicate(net, reduction)
         self.model.train()
         self._optimizer = task.optimizer(self.model.parameters())
+        if self._plain:
+            strangers.leave_out(self._optimizer)
         self.forget()
 
     def forget(self) -> None:
