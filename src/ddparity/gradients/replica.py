@@ -88,7 +88,7 @@ class Replica:
         self._built_in_hook: bool | None = None
         self._broadcasts = self._taken_off = False
         self._steps = 0
-        self._old: tuple[nn.Parameter, int, tuple[int, int]] | None = None
+        self._old: _Old | None = None
         ddp = self.ddp
         self.group = ddp.process_group if ddp is not None and ddp.process_group.size() > 1 else None
         self.rechecks = Rechecks(recheck_every, self.group) if recheck_every and self.group is not None else None
@@ -217,7 +217,7 @@ class Replica:
         self._old = None
         for probe in parameters:
             if probe.grad is not None:
-                self._old = probe, probe._version, _written(probe.grad)
+                self._old = _Old(probe)
                 break
 
     def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -231,12 +231,12 @@ class Replica:
         """Warn, once, where an optimizer has stepped since the last step and its gradients are still there."""
         if self._old is None or self.told_old:
             return
-        probe, version, written = self._old
-        if not _is_old(probe, version, written) or not probe.requires_grad:
+        old = self._old
+        if not old.is_there() or not old.probe.requires_grad:
             return
 
         def tell(_: torch.Tensor) -> None:  # zero_grad() may be called inside of the loop
-            if self._warning is not None and _is_old(probe, version, written):
+            if self._warning is not None and old.is_there():
                 self.told_old = True
                 logger.warning(
                     "the gradients of the step before are still there after optimizer.step(), and this step's are "
@@ -244,7 +244,7 @@ class Replica:
                 )
             self._warning = None
 
-        self._warning = probe.register_hook(tell)
+        self._warning = old.probe.register_hook(tell)
 
     def end_warning(self) -> None:
         """Warn of old gradients no more."""
@@ -278,13 +278,21 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-def _is_old(probe: nn.Parameter, version: int, written: tuple[int, int]) -> bool:
-    """Return True if an optimizer has stepped since a step, and the step's gradient is still there."""
-    return probe.grad is not None and _written(probe.grad) == written and probe._version != version
+class _Old:
+    """A parameter, and its gradient after a step."""
 
+    def __init__(self, probe: nn.Parameter) -> None:
+        assert probe.grad is not None, "a parameter with a gradient"
+        self.probe, self._version = probe, probe._version
+        # Not its id, which a later gradient may have.
+        self._gradient, self._written = weakref.ref(probe.grad), probe.grad._version
 
-def _written(tensor: torch.Tensor) -> tuple[int, int]:
-    return id(tensor), tensor._version
+    def is_there(self) -> bool:
+        """Return True if an optimizer has stepped since, and the step's gradient is still there."""
+        gradient = self.probe.grad
+        if gradient is None or gradient is not self._gradient():
+            return False
+        return gradient._version == self._written and self.probe._version != self._version
 
 
 def walk(module: nn.Module) -> Walk:
