@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -150,6 +151,32 @@ def _addresses(way: str) -> list[set[int]]:
 def test_steps_use_the_same_memory(way: str) -> None:
     for found in run_ranks(_addresses, 2, way):
         assert found[-1] == found[-2] == found[-3]
+
+
+def _told(way: str) -> list[bool]:
+    """Whether a step tells of old gradients: after a backward of one's own, and where zero_grad() is left out."""
+    model, net = _model(way)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ddparity.gradients.replica").addHandler(handler)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    found = []
+    for own, zeroes in ((False, True), (True, True), (False, False), (False, True)):
+        for seed in range(5):
+            if own:
+                net(torch.ones(1, WIDTH)).mean().backward()
+            _step(model, seed)
+            optimizer.step()
+            if zeroes:
+                optimizer.zero_grad()
+        found.append(any("gradients of the step before are still there" in one for one in told))
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_that_nobody_set_to_zero_are_told_of(way: str) -> None:
+    assert run_ranks(_told, 2, way) == [[False, False, True, True]] * 2
 
 
 SIZE = LEAST_BYTES // 4
