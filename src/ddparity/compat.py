@@ -116,12 +116,6 @@ def unflatten(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> tuple[torch.T
     return views
 
 
-def owns_memory(tensor: torch.Tensor) -> bool:
-    """Return whether torch has allocated the tensor's memory, for it alone: no other tensor or array refers to it."""
-    storage = tensor.untyped_storage()
-    return uses_of(storage) == 1 and storage.resizable() and not storage.is_shared()
-
-
 def uses_of(storage: torch.UntypedStorage) -> int:
     """Return how many tensors use the memory, also those of C++; more than one where torch cannot tell."""
     count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
@@ -254,7 +248,15 @@ def serve_store(listener: socket.socket, timeout: timedelta, clients: int | None
     """
     address, port = listener.getsockname()[:2]
     waits, number = clients is not None, listener.detach()  # the store closes the socket
-    return TCPStore(address, port, clients, True, timeout, wait_for_workers=waits, master_listen_fd=number)
+    start = functools.partial(
+        TCPStore, address, port, clients, True, timeout, wait_for_workers=waits, master_listen_fd=number
+    )
+    try:
+        return start()
+    except RuntimeError as error:
+        if "listen fd" not in str(error):
+            raise
+        return start(use_libuv=False)  # torch 2.6
 
 
 @functools.cache

@@ -11,6 +11,9 @@ _SET_EPOCH = ("        sampler.set_epoch(epoch)\n", "")
 _UNEQUAL = ("sampler = DistributedSampler(train, shuffle=True)", "sampler = range(rank, 64 - 6 * rank, world)")
 
 LOOK_ALIKES: list[Case] = [
+    # A library looks whether there is torch, before anybody imports it; a temporary file has no name of its own.
+    make_case("501-temporary", "probing", absent="DDP501"),
+    make_case("101-probed", "probing", ("DistributedSampler(data)", "None"), codes="DDP101", may="DDP107"),
     # The data and its random streams.
     make_case("108-dropped", "functions", ("make_data(1, 64)", "make_data(1, 65)"), ("shuffle=True", "drop_last=True")),
     make_case(

@@ -12,7 +12,7 @@ from torch import nn
 
 import ddparity as dp
 from ddparity.comm.buffers import LEAST_BYTES, STEPS, Buffers
-from ddparity.gradients import early
+from ddparity.gradients import early, replica
 from tests.ranks import run_ranks
 
 LAYERS, WIDTH = 6, 400  # 3.8 MB in all, 0.6 MB a layer: more than is gathered
@@ -137,20 +137,66 @@ def test_gradients_in_other_hands_are_written_in_place(way: str, case: Any) -> N
     run_ranks(case, 2, way)
 
 
-def _addresses(way: str) -> list[set[int]]:
+def _not_theirs(way: str) -> None:
+    """A gradient's memory, which a user keeps, is nobody else's: not after the step, nor in another process."""
     model, net = _model(way)
-    found = []
-    for seed in range(8):
+    kept: list[tuple[int, Any, torch.Tensor]] = []
+    for seed in range(7):
         _step(model, seed)
-        found.append({one.data_ptr() for one in _of(net)})
+        gradient = _of(net)[2]
+        kept.append((seed, gradient.untyped_storage(), gradient.share_memory_()[0] if seed == 5 else gradient[0]))
+        del gradient
         net.zero_grad()
-    return found
+    for seed, storage, row in kept:
+        expected = _expected(net, seed)[2]
+        torch.testing.assert_close(row, expected[0])
+        if seed != 5:
+            whole = torch.empty(0).set_(storage)
+            assert any(
+                torch.allclose(whole[start : start + WIDTH], expected[0]) for start in range(0, whole.numel() - WIDTH)
+            )
+
+
+def _after_inference(way: str) -> None:
+    """Loops of forwards alone in inference mode, then training."""
+    model, net = _model(way)
+    for _ in range(2):
+        with torch.inference_mode():
+            for micro in dp.accumulate(model, [torch.ones(1, WIDTH)] * 2, equal_counts=True):
+                model(micro.data)
+    for seed in range(5):
+        net.zero_grad()
+        _step(model, seed)
+        _close(_of(net), _expected(net, seed))
+
+
+def _adopted(way: str) -> int:
+    """How many buffers a model keeps that only another one's loop trains, while the user holds its gradients."""
+    model, _ = _model(way)
+    other, net = _model(way)
+    held = []
+    for seed in range(12):
+        data = [torch.full((1, WIDTH), 1.0 + seed + dist.get_rank())]
+        for micro in dp.accumulate(model, data, equal_counts=True):
+            ((model(micro.data).mean() + other(micro.data).mean()) * micro.weight).backward()
+        held.append(_of(net))
+        net.zero_grad()
+    return len(replica._replicas[other].buffers._kept)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_steps_use_the_same_memory(way: str) -> None:
-    for found in run_ranks(_addresses, 2, way):
-        assert found[-1] == found[-2] == found[-3]
+def test_memory_that_a_user_keeps_is_nobody_elses(way: str) -> None:
+    run_ranks(_not_theirs, 2, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_after_loops_in_inference_mode(way: str) -> None:
+    run_ranks(_after_inference, 2, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_keeps_few_buffers(way: str) -> None:
+    assert max(run_ranks(_adopted, 2, way)) <= 8
 
 
 def _told(way: str) -> list[bool]:

@@ -81,7 +81,8 @@ def check_collectives(run: Run) -> Iterator[Finding]:
     if run.world > 1:
         found = list(_check_buffers(run))
         yield from found or _check_sequences(run)
-    left = [rank.rank for rank in run.ranks if rank.of("joined") and not rank.of("left") and rank.of("ended")]
+    ended = [rank for rank in run.ranks if rank.of("ended") and not rank.of("enough")]  # by themselves
+    left = [rank.rank for rank in ended if rank.of("joined") and not rank.of("left")]
     if left and len(left) == len(ranks) and run.exit_code == 0:
         site = run.ranks[0].of("joined")[0]["site"]
         yield finding(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TypeVar
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .. import system
-from ..compat import all_gather_single, all_to_all_single, compares_calls, flatten, grad_dtype, owns_memory, unflatten
+from ..compat import all_gather_single, all_to_all_single, compares_calls, flatten, grad_dtype, unflatten
 from .buffers import Buffers
 
 # Gloo's all-gather passes a tensor from rank to rank, in two messages each. Its all-to-all sends as many bytes, but
@@ -191,9 +190,7 @@ def reduce_gradients(
     buffers: Buffers,
     sparse: Container[int] = (),
 ) -> None:
-    """Average the gradients over the ranks, or sum them.
-
-    Of a large model they become views of the buffers, but where somebody else holds them.
+    """Average the gradients over the ranks, or sum them, in place.
 
     Collectives: for each dtype and device, and for each 32 MiB of it, one of the gradients' bytes and of one number a
     parameter, which says whether any rank has a gradient. A parameter without one on every rank keeps None. One for
@@ -218,7 +215,7 @@ def reduce_gradients(
         else:
             flat = FlatGradients(part, _size(group) if average else 1, buffers)
             dist.all_reduce(flat.tensor, group=group)
-            flat.writes(flat.tensor, replace=True)()
+            flat.writes(flat.tensor)()
     if sparse:
         for one in listed:
             if id(one) in sparse:
@@ -298,10 +295,12 @@ class FlatGradients:
                 )
         dtype = grad_dtype(parameters[0])
         exist = _exist(tuple(gradient is not None for gradient in gradients), dtype, parameters[0].device)
-        if buffers is None:
+        if buffers is None or not parameters[0].is_cpu:  # a kernel for each parameter would take longer
             pairs = zip(self._parameters, gradients, strict=True)
             pieces = [one.new_zeros(one.shape, dtype=dtype) if value is None else value for one, value in pairs]
             self.tensor = flatten([*pieces, exist])
+            if divisor != 1:
+                self.tensor.div_(divisor)
             return
         size = sum(parameter.numel() for parameter in self._parameters) + len(gradients)
         self.tensor = buffers.take(size, parameters[0].new_empty(0, dtype=dtype))
@@ -317,18 +316,17 @@ class FlatGradients:
     def _values(self, flat: torch.Tensor) -> Sequence[torch.Tensor]:
         return unflatten(flat, self._parameters) if self._parameters else ()
 
-    def writes(self, reduced: torch.Tensor, replace: bool = False) -> Callable[[], None]:
+    def writes(self, reduced: torch.Tensor) -> Callable[[], None]:
         """Return what sets the gradients to the values of `reduced`; None stays where no rank has a gradient.
 
-        `reduced`: what `tensor` becomes; its values may come later. `replace`: let gradients be views of it, but where
-        somebody else holds a gradient or its memory.
+        `reduced`: what `tensor` becomes; its values may come later.
         """
         parameters, values = self._parameters, self._values(reduced)
         own, theirs, missing = [], [], False
         for parameter, value in zip(parameters, values, strict=True):
             if parameter.grad is None:
                 missing = True
-            elif not replace or not _replace(parameter, value):
+            else:
                 own.append(parameter.grad)
                 theirs.append(value)
 
@@ -342,22 +340,6 @@ class FlatGradients:
                         parameter.grad = torch.empty_like(parameter, dtype=reduced.dtype).copy_(value)
 
         return write
-
-
-def _replace(parameter: torch.Tensor, value: torch.Tensor) -> bool:
-    """Let a parameter's gradient be this view, if nobody could tell; return whether it is."""
-    gradient = parameter.grad
-    if type(gradient) is not torch.Tensor or not gradient.is_cpu or gradient.stride() != value.stride():
-        return False
-    if not owns_memory(gradient):
-        return False
-    held = weakref.ref(gradient)
-    del gradient
-    parameter.grad = value.data  # with a count of versions of its own
-    old = held()
-    if old is not None:
-        parameter.grad = old
-    return old is None
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ STEPS = 3  # after so many without a use, memory is given back
 
 
 class Buffers:
-    """Tensors of megabytes, kept between steps, as DDP keeps its buckets.
+    """Tensors of megabytes, kept between steps, as DDP keeps its buckets. No user gets to see them.
 
     The system gives a new one page by page, 4 kB at a time, which takes longer than to fill it (benchmarks/sizes.py).
     Only on the CPU: accelerators keep memory by themselves.
@@ -33,9 +33,11 @@ class Buffers:
                 del self._kept[number]
                 break
         else:
-            tensor = like.new_empty(size)
+            with torch.inference_mode(False):  # a later step may write into it outside of that mode
+                tensor = like.new_empty(size)
         self._kept.append((tensor, self._step))
-        return tensor.data  # with a count of versions of its own
+        with torch.inference_mode(False):
+            return tensor.data  # with a count of versions of its own
 
     def next_step(self) -> None:
         """Give back what has not been taken for some steps."""

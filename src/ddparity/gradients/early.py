@@ -83,7 +83,7 @@ class EarlyAverage:
     part that has not started by then is started there; one whose gradients have changed since, on any rank, is
     averaged anew. So the result is that of one average after the loop, and every rank starts the parts in one order.
 
-    Memory: one copy of the gradients, in buffers. They become the gradients, but where somebody else holds those.
+    Memory: one copy of the gradients, in buffers.
 
     Args:
         plan: is told how it went.
@@ -156,8 +156,7 @@ class EarlyAverage:
             if again:
                 rest += one.part
             else:
-                one.state.forget()
-                one.flat.writes(one.flat.tensor, replace=True)()
+                one.flat.writes(one.flat.tensor)()
         self._started = []
         reduce_gradients(rest, self._group, average=True, buffers=self._buffers)
         self._plan.finished(self._order, any(anew))

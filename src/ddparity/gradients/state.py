@@ -24,9 +24,5 @@ class State:
         pairs = zip(self.marks, before.marks, strict=True)
         return any(new != old and new != NO_GRADIENT for new, old in pairs)
 
-    def forget(self) -> None:
-        """Let the gradients go; the marks stay."""
-        self._gradients = []
-
 
 NOTHING = State(())

@@ -33,7 +33,7 @@ class StrictReduction:
 
     Memory: the sums of whole subtrees. On one process these are at most log2(micro-batches) + 1 copies of the
     gradients; on several, at most one more than this rank's share has subtrees. During the exchange they lie in one
-    buffer, and beside it a slice of each subtree of the other ranks. Parts of the buffer become the gradients.
+    buffer, and beside it a slice of each subtree of the other ranks, then the sum, whose parts become gradients.
 
     Collectives: none in a world of one. Otherwise, for each pair of dtype and device: if the sums are small, one
     exchange of all subtrees' sums. If not, each rank sends each other rank the slices of its sums that this one
@@ -184,7 +184,7 @@ class StrictReduction:
         parts = [list(itertools.islice(room, len(nodes))) for nodes in self._nodes[:rank]]
         parts += [list(sent[rank]), *(list(itertools.islice(room, len(nodes))) for nodes in self._nodes[rank + 1 :])]
         exchange(sent, parts, group)
-        total = own[0]  # what was there has been sent
+        total = like.new_empty(world_size, piece)  # a user may keep it: its parts become the gradients
         total[rank] = self._tree_sum(row for part in parts for row in part)
         exchange([[total[rank]]] * world_size, [[one] for one in total], group)
         return total.view(-1)

@@ -444,6 +444,7 @@ class Window:
             )
         for other in others:
             replica, statistics = other.replica, other.statistics
+            replica.buffers.next_step()
             if replica.number not in touched:
                 other.reduction.restore()
                 continue

@@ -48,7 +48,9 @@ def watch_files(journal: Journal) -> None:
                 with journal.safely:
                     note_file(journal, file, mode, opened)
             raise
-        if not journal.hidden and isinstance(file, (str, os.PathLike)) and isinstance(mode, str) and opened[0] < _MOST:
+        named = isinstance(file, (str, os.PathLike)) and isinstance(mode, str)
+        # With an opener, as `tempfile` has one, the name need not be that of the file.
+        if named and not journal.hidden and not options.get("opener") and opened[0] < _MOST:
             with journal.safely:
                 note_file(journal, file, mode, opened)
         return result

@@ -22,17 +22,24 @@ def after_import(name: str, function: Callable[[ModuleType], Any]) -> None:
 class _After(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, function: Callable[[ModuleType], Any]) -> None:
         self.name, self.function = name, function
+        self._asks = False  # the other finders
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != self.name:
+        if name != self.name or self._asks:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asks = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asks = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def and_then(module: ModuleType) -> None:
+            # Not before: a library may only look whether there is such a module.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             execute(module)
             self.function(module)
 
