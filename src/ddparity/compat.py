@@ -251,12 +251,14 @@ def serve_store(listener: socket.socket, timeout: timedelta, clients: int | None
     start = functools.partial(
         TCPStore, address, port, clients, True, timeout, wait_for_workers=waits, master_listen_fd=number
     )
+    if torch.__version__.startswith("2.6."):  # it would write an error of its own to stderr, too
+        return start(use_libuv=False)
     try:
         return start()
     except RuntimeError as error:
         if "listen fd" not in str(error):
             raise
-        return start(use_libuv=False)  # torch 2.6
+        return start(use_libuv=False)
 
 
 @functools.cache
