@@ -11,6 +11,10 @@ _SET_EPOCH = ("        sampler.set_epoch(epoch)\n", "")
 _UNEQUAL = ("sampler = DistributedSampler(train, shuffle=True)", "sampler = range(rank, 64 - 6 * rank, world)")
 
 LOOK_ALIKES: list[Case] = [
+    # Loops that load a batch ahead, where the audit ends an epoch; sums of an evaluation that are sent to rank 0.
+    make_case("303-ahead-accelerate", "ahead_accelerate", absent="DDP303 DDP304"),
+    make_case("303-ahead-prefetcher", "ahead_prefetcher", absent="DDP303 DDP304"),
+    make_case("402-sent", "sent_sums", absent="DDP402"),
     # A library looks whether there is torch, before anybody imports it; a temporary file has no name of its own.
     make_case("501-temporary", "probing", absent="DDP501"),
     make_case("101-probed", "probing", ("DistributedSampler(data)", "None"), codes="DDP101", may="DDP107"),

@@ -118,9 +118,10 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             )
     combining = [e for calls in reductions for e in calls if _combines(e) and not is_unrelated(site, e["site"])]
     by_files = _exchanges_files(windows)
+    sent = any(e["k"] == "message" for events in windows for e in events)
     lines = [e for events in windows for e in events if e["k"] == "line" and _may_have_number(e["text"])]
     lines = [e for e in lines if not is_unrelated(site, e["site"])]
-    if not combining and not by_files and lines:
+    if not combining and not by_files and not sent and lines:
         yield finding(
             "DDP402",
             ranks,

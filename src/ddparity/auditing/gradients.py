@@ -72,6 +72,7 @@ def _check_reductions(run: Run, windows: list[Window]) -> Iterator[Finding]:
 
 
 def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
+    windows = [window for window in windows if not window.is_cut]
     lengths = [len(window.kept) for window in windows]
     if not any(length >= 2 for length in lengths) or any(
         _is_of_one_batch(window, before) for window, before in zip(windows, [None, *windows])
@@ -96,7 +97,7 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
                 certainty="proved" if whole in lengths else "likely",  # it may be a weight of the loss
             )
             return
-    node = windows[0].kept[0]["node"] if windows[0].kept else ""
+    node = windows[0].kept[0]["node"] if windows and windows[0].kept else ""
     for window, length in zip(windows, lengths):
         if length >= 2 and all(
             one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"] for one in window.kept

@@ -108,6 +108,17 @@ class Window:
         zeros = [one["at"] for one in self.of("zero") if one["held"] and (one["opt"] == own or own in one["also"])]
         return [one for one in self.accumulated if one["at"] > max(zeros, default=-1)] or self.accumulated
 
+    @cached_property
+    def is_cut(self) -> bool:
+        """Whether the audit ended the epoch inside of the step: a loop that loads ahead had a batch left."""
+        cut = False
+        for event in self.events:
+            if event["k"] in ("end", "iter"):
+                cut = event.get("how") == "cut"
+            elif event["k"] == "backward" and cut:
+                return True
+        return False
+
     def is_micro_batch(self, event: Record) -> bool:
         """Return whether an event is the backward of a micro-batch of this step."""
         return any(event is one for one in self.accumulated)
