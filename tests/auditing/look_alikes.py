@@ -15,6 +15,8 @@ LOOK_ALIKES: list[Case] = [
     make_case("303-ahead-accelerate", "ahead_accelerate", absent="DDP303 DDP304"),
     make_case("303-ahead-prefetcher", "ahead_prefetcher", absent="DDP303 DDP304"),
     make_case("402-sent", "sent_sums", absent="DDP402"),
+    # One DDP with two optimizers, each of whose backwards leaves the other's half out.
+    make_case("701-turns", "gan_unused", absent="DDP701"),
     # A library looks whether there is torch, before anybody imports it; a temporary file has no name of its own.
     make_case("501-temporary", "probing", absent="DDP501"),
     make_case("101-probed", "probing", ("DistributedSampler(data)", "None"), codes="DDP101", may="DDP107"),

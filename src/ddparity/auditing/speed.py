@@ -38,20 +38,30 @@ def check_speed(run: Run) -> Iterator[Finding]:
         )
 
 
+def _take_turns(window: Window, optimizers: set[int]) -> bool:
+    """Return whether another one of the optimizers steps between two backwards, which may each leave out its half."""
+    places = [one["at"] for one in window.backwards]
+    steps = [one["at"] for one in window.of("step") if one["opt"] in optimizers]
+    return bool(places) and any(min(places) < at < max(places) for at in steps)
+
+
 def _check_ddp(run: Run, ranks: list[int]) -> Iterator[Finding]:
     rank = run.ranks[0]
     constant = {(one["ddp"], name) for one in rank.of("large") for name in one["same"]}
     for ddp in rank.of("ddp"):
         steps = 0
-        used = True
+        used, turns = True, False
+        numbers = [one["id"] for one in rank.optimizers]
+        owners = {number for number in numbers if any(row[0] == ddp["id"] for row in rank.parameters(number))}
         for optimizer in rank.optimizers:
             parameters = rank.parameters(optimizer["id"])
             own = [j for j, row in enumerate(parameters) if row[0] == ddp["id"] and not row[2]]
             for window in rank.windows(optimizer["id"]) if own else []:
+                turns = turns or _take_turns(window, owners)
                 if window.step.get("grads") is not None:
                     steps += 1
                     used = used and all(window.step["grads"][j] is not None for j in own)
-        if ddp["unused"] and used and steps >= 2:
+        if ddp["unused"] and used and not turns and steps >= 2:
             yield finding(
                 "DDP701",
                 ranks,
