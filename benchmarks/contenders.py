@@ -260,21 +260,13 @@ CONTENDERS: dict[str, Callable[[Job], Epoch]] = {
 }
 
 
-def _without_early() -> None:
-    EarlyAverages.next = lambda *_: None  # type: ignore[method-assign, assignment]
-
-
-def _without_buffers() -> None:
-    Buffers.take = lambda _, size, like: like.new_empty(size)  # type: ignore[method-assign]
-
-
 # Ours without one fast path: what each takes away, before the process joins the world.
 WITHOUT: dict[str, Callable[[], None]] = {
     "without batch scheduling": lambda: setattr(system, "schedule_batch", lambda: False),
     "without waiting awake": lambda: setattr(allreduce, "YIELDS", 0),
     "without exchanges of short tensors": lambda: setattr(allreduce, "SHORT_BYTES", 0),
-    "without buffers that stay": _without_buffers,
-    "without early averages": _without_early,
+    "without buffers that stay": lambda: setattr(Buffers, "take", lambda _, size, like: like.new_empty(size)),
+    "without early averages": lambda: setattr(EarlyAverages, "next", lambda *_: None),
 }
 CONTENDERS |= dict.fromkeys(WITHOUT, ddparity)
 

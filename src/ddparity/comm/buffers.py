@@ -28,15 +28,14 @@ class Buffers:
         """
         if not like.is_cpu or size * like.element_size() < LEAST_BYTES:
             return like.new_empty(size)
-        for number, (tensor, _) in enumerate(self._kept):
-            if tensor.numel() == size and tensor.dtype == like.dtype and uses_of(tensor.untyped_storage()) == 1:
-                del self._kept[number]
-                break
-        else:
-            with torch.inference_mode(False):  # a later step may write into it outside of that mode
+        with torch.inference_mode(False):  # a later step may write into it outside of that mode
+            for number, (tensor, _) in enumerate(self._kept):
+                if tensor.numel() == size and tensor.dtype == like.dtype and uses_of(tensor.untyped_storage()) == 1:
+                    del self._kept[number]
+                    break
+            else:
                 tensor = like.new_empty(size)
-        self._kept.append((tensor, self._step))
-        with torch.inference_mode(False):
+            self._kept.append((tensor, self._step))
             return tensor.data  # with a count of versions of its own
 
     def next_step(self) -> None:

@@ -181,8 +181,10 @@ class StrictReduction:
         sent = [own[: len(rows), other].unbind() for other in range(world_size)]
         others = sum(map(len, self._nodes)) - len(rows)
         room = iter(self._buffers.take(others * piece, like).view(others, piece))
-        parts = [list(itertools.islice(room, len(nodes))) for nodes in self._nodes[:rank]]
-        parts += [list(sent[rank]), *(list(itertools.islice(room, len(nodes))) for nodes in self._nodes[rank + 1 :])]
+        parts = [
+            sent[rank] if other == rank else tuple(itertools.islice(room, len(nodes)))
+            for other, nodes in enumerate(self._nodes)
+        ]
         exchange(sent, parts, group)
         total = like.new_empty(world_size, piece)  # a user may keep it: its parts become the gradients
         total[rank] = self._tree_sum(row for part in parts for row in part)
