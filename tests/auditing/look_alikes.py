@@ -10,6 +10,20 @@ _BACKWARD = "            loss = F.cross_entropy(model(x), y)\n            loss.b
 _SET_EPOCH = ("        sampler.set_epoch(epoch)\n", "")
 _UNEQUAL = ("sampler = DistributedSampler(train, shuffle=True)", "sampler = range(rank, 64 - 6 * rank, world)")
 
+_WRAPPER = (  # shares out what another sampler draws, as Catalyst's and Lightning's wrappers do
+    "def evaluate(",
+    "class Drawn(torch.utils.data.Dataset):\n    def __init__(self, sampler):\n        self._sampler = sampler\n        self.draw()\n\n"
+    "    def draw(self):\n        self.items = list(self._sampler)\n\n    def __len__(self):\n        return len(self._sampler)\n\n"
+    "    def __getitem__(self, i):\n        return self.items[i]\n\n\n"
+    "class Wrapper(DistributedSampler):\n    def __init__(self, sampler, **options):\n        super().__init__(Drawn(sampler), **options)\n\n"
+    "    def __iter__(self):\n        self.dataset.draw()\n        return (self.dataset[i] for i in super().__iter__())\n\n\ndef evaluate(",
+)
+_SUBSET = (
+    "sampler = DistributedSampler(train, shuffle=True)",
+    "chosen = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:24].tolist()\n    sampler = Wrapper(\n"
+    "        torch.utils.data.SubsetRandomSampler(chosen, torch.Generator().manual_seed(5))\n    )",
+)
+
 LOOK_ALIKES: list[Case] = [
     # Loops that load a batch ahead, where the audit ends an epoch; sums of an evaluation that are sent to rank 0.
     make_case("303-ahead-accelerate", "ahead_accelerate", absent="DDP303 DDP304"),
@@ -20,6 +34,45 @@ LOOK_ALIKES: list[Case] = [
     # A library looks whether there is torch, before anybody imports it; a temporary file has no name of its own.
     make_case("501-temporary", "probing", absent="DDP501"),
     make_case("101-probed", "probing", ("DistributedSampler(data)", "None"), codes="DDP101", may="DDP107"),
+    # Samplers that others share out, over a part of the data set.
+    make_case("106-chosen", "functions", _WRAPPER, _SUBSET, absent="DDP102 DDP106"),
+    make_case(
+        "106-chosen-dropped",
+        "functions",
+        _WRAPPER,
+        _SUBSET,
+        ("batch_size=8, sampler=sampler", "batch_size=8, sampler=sampler, drop_last=True"),
+        codes="DDP106",
+    ),
+    make_case(
+        "102-chosen",
+        "functions",
+        _WRAPPER,
+        _SUBSET,
+        ("manual_seed(3))[:24]", "manual_seed(rank))[:48]"),
+        codes="DDP102",
+    ),
+    make_case(  # in one epoch
+        "106-drawn-below",
+        "functions",
+        _WRAPPER,
+        ("EPOCHS = 2", "EPOCHS = 1"),
+        (
+            "sampler = DistributedSampler(train, shuffle=True)",
+            "sampler = Wrapper(torch.utils.data.RandomSampler(train, num_samples=32, generator=torch.Generator().manual_seed(5)))",
+        ),
+        absent="DDP102",
+    ),
+    make_case(
+        "101-chosen",
+        "functions",
+        (
+            "sampler = DistributedSampler(train, shuffle=True)",
+            "sampler = torch.utils.data.SubsetRandomSampler(range(24))",
+        ),
+        _SET_EPOCH,
+        codes="DDP101",
+    ),
     # The data and its random streams.
     make_case("108-dropped", "functions", ("make_data(1, 64)", "make_data(1, 65)"), ("shuffle=True", "drop_last=True")),
     make_case(

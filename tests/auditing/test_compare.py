@@ -32,7 +32,7 @@ def event(kind: str, line: int, **values: Any) -> Record:
 
 
 def loader(number: int, key: int, length: int = 8, **values: Any) -> Record:
-    plain = dict.fromkeys(("subset", "subset_digest", "subset_site", "sampler_site", "shuffles"))
+    plain = dict.fromkeys(("subset", "subset_digest", "subset_site", "sampler_site", "shuffles", "chosen"))
     plain |= dict.fromkeys(("stream", "sampler_drops", "repeats", "drop_last"), False)
     own = {"id": number, "key": key, "own": key, "length": length, "base_length": length, "batch": 2}
     kinds = {"dataset": "train.Own", "sampler": "torch.utils.data.distributed.DistributedSampler"}

@@ -112,7 +112,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
         return
     complete = all(one.complete for one in pair)
     draws_again = any(_repeats(one) for one in pair)
-    size = first.loader["length"] or 0
+    size = _size(pair)
     most = all(own == sets[0] or len(own) >= _MOST * size for own in sets)
     everything = complete and most and not draws_again and len(set.intersection(*sets)) > size / 2
     if all(run.is_drawn(one) for one in pair) and not _has_same_batches(pair):  # places say nothing
@@ -174,6 +174,13 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
                 "Nothing, where a few samples with double weight do no harm; else drop_last=True in the sampler.",
             )
     yield from _check_counts(run, pair)
+
+
+def _size(pair: list[Pass]) -> int:
+    """Return how many samples the ranks share out: all of a data set, or those that a sampler has chosen alike."""
+    size, chosen = pair[0].loader["length"] or 0, pair[0].loader["chosen"]
+    alike = chosen is not None and all(one.loader["chosen"] == chosen for one in pair)
+    return int(min(size, chosen[0]) if alike else size)
 
 
 def _check_parts(run: Run, pair: list[Pass], sets: list[set[int]]) -> Iterator[Finding]:

@@ -248,6 +248,7 @@ def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -
         sampler_site=recorder.samplers.get(inner) if isinstance(inner, DistributedSampler) else None,
         sampler_drops=bool(getattr(inner, "drop_last", False)),
         repeats=_repeats(inner),
+        chosen=_chosen(sampler),
         batch=loader.batch_size,
         drop_last=bool(getattr(loader, "drop_last", False)),
         workers=loader.num_workers,
@@ -256,6 +257,31 @@ def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -
     if not stream and len(recorder.datasets) < _MOST_DATASETS:
         recorder.datasets[id(base)] = base
     return {"id": number, "stream": stream, "passes": 0}
+
+
+def _chosen(sampler: Any) -> list[int | None] | None:
+    """Return how many samples the innermost sampler draws from, and a checksum of them; None where no one says so.
+
+    It is the loader's own, such as SubsetRandomSampler, or stands below one that shares its samples out, also as what
+    that one calls its data set.
+    """
+    from torch.utils.data import Sampler
+
+    found = [sampler]
+    while len(found) < 8:
+        held = getattr(found[-1], "__dict__", {})
+        values = [*held.values(), *getattr(held.get("dataset"), "__dict__", {}).values()]
+        below = [one for one in values if isinstance(one, Sampler) and not any(one is other for other in found)]
+        if not below:
+            break
+        found.append(below[0])
+    with contextlib.suppress(Exception):  # a sampler without a length, or whose indices are no numbers
+        if len(indices := getattr(found[-1], "indices", ())) and len(indices) <= MOST_INDICES:
+            chosen = sorted({int(i) for i in indices})
+            return [len(chosen), zlib.crc32(repr(chosen).encode())]
+        if any(hasattr(one, "num_replicas") for one in found[:-1]):
+            return [len(found[-1]), None]
+    return None
 
 
 def _repeats(sampler: Any) -> bool:
