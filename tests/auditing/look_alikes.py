@@ -24,6 +24,20 @@ _SUBSET = (
     "        torch.utils.data.SubsetRandomSampler(chosen, torch.Generator().manual_seed(5))\n    )",
 )
 
+_REPLICAS = (  # two replicas of a pipeline of two stages
+    (
+        "    torch.manual_seed(7)\n",
+        "    mesh = dist.device_mesh.init_device_mesh('cpu', (2, 2), mesh_dim_names=('replicas', 'stages'))\n"
+        "    rank, world, replica = mesh.get_local_rank('stages'), 2, mesh.get_local_rank('replicas')\n    torch.manual_seed(7)\n",
+    ),
+    (
+        "module = blocks[rank]",
+        "module = torch.distributed.fsdp.fully_shard(blocks[rank], mesh=mesh['replicas'])",
+    ),
+    ('torch.device("cpu"))', 'torch.device("cpu"), group=mesh.get_group("stages"))'),
+    ("nn.BatchNorm1d", "nn.LayerNorm"),
+)
+
 LOOK_ALIKES: list[Case] = [
     # Loops that load a batch ahead, where the audit ends an epoch; sums of an evaluation that are sent to rank 0.
     make_case("303-ahead-accelerate", "ahead_accelerate", absent="DDP303 DDP304"),
@@ -72,6 +86,23 @@ LOOK_ALIKES: list[Case] = [
         ),
         _SET_EPOCH,
         codes="DDP101",
+    ),
+    # Each rank has a stage of the model.
+    make_case("201-stages", "pipeline", absent="DDP101 DDP107 DDP203 DDP404"),
+    make_case("203-stages-3", "pipeline", nproc=3, absent="DDP101 DDP201"),
+    make_case("101-replicas", "pipeline", *_REPLICAS, nproc=4, codes="DDP101", absent="DDP201"),
+    make_case(
+        "201-replicas",
+        "pipeline",
+        *_REPLICAS,
+        ("shuffle=True, generator=generator", "sampler=sampler"),
+        (
+            "    loader =",
+            "    sampler = torch.utils.data.DistributedSampler(x, num_replicas=2, rank=replica)\n    loader =",
+        ),
+        ("        module.train()\n", "        module.train()\n        sampler.set_epoch(epoch)\n"),
+        nproc=4,
+        absent="DDP101 DDP203",
     ),
     # The data and its random streams.
     make_case("108-dropped", "functions", ("make_data(1, 64)", "make_data(1, 65)"), ("shuffle=True", "drop_last=True")),

@@ -51,7 +51,7 @@ def _all(run: Run) -> Iterator[tuple[Finding, Any]]:
             yield found, found.line
     for found, place in itertools.chain(check_orders(run), check_stream_orders(run)):
         yield found, place
-    if run.world > 1 and not any(rank.of("loader") for rank in run.ranks):
+    if run.has_replicas and run.world > 1 and not any(rank.of("loader") for rank in run.ranks):
         # In a loop of ddparity a DDP runs the module inside of it, so there is no forward, and it reduces by itself.
         checked = _check_inputs(run) if run.uses("forward") else () if run.uses("ddp") else _check_computed(run)
         for found in checked:

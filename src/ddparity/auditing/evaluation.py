@@ -12,7 +12,7 @@ from .source import compares_by_order, divides_by_world, is_unrelated, trims
 
 def check_evaluation(run: Run) -> Iterator[Finding]:
     """Find evaluations that count samples twice, or take a part for the whole."""
-    if run.world < 2 or not run.uses("step"):
+    if run.world < 2 or not run.has_replicas or not run.uses("step"):
         return
     told: set[tuple[str, str | None]] = set()
     yield from _check_alone(run)

@@ -214,11 +214,16 @@ class Run:
         """The groups of ranks that reduce gradients together; all ranks where no DDP says otherwise."""
         found = {tuple(one["ranks"]) for rank in self.ranks for kind in ("ddp", "fsdp") for one in rank.of(kind)}
         whole = tuple(range(self.world))
-        if not found and self.uses("tensor_parallel"):
+        if not found and (self.uses("tensor_parallel") or self.uses("pipeline")):
             return [[rank] for rank in whole]  # all ranks share each batch by design
         if not found or whole in found:
             return [list(whole)]
         return [list(group) for group in sorted(found) if len(group) > 1]
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether some ranks train the same parameters on batches of their own."""
+        return any(len(group) > 1 for group in self.groups)
 
     def ended_together(self, pair: list[Pass]) -> bool:
         """Return whether the ranks of passes that nothing cut short made equally many steps, and ended: none waits."""

@@ -156,6 +156,18 @@ def watch_sharding(recorder: Recorder, fsdp: ModuleType) -> None:
     replace(fsdp.FSDPModule, "set_requires_gradient_sync", switched)
 
 
+def watch_stages(recorder: Recorder, stages: ModuleType) -> None:
+    """Record that a pipeline gives each rank a stage of the model, once the script has imported torch's pipelining."""
+    stage: Any = private().pipeline_stage(stages)
+    make: Any = stage.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        recorder.event("pipeline", site=recorder.journal.site())
+
+    replace(stage, "__init__", init)
+
+
 def _norm(module: Any) -> tuple[str, bool]:
     """Return the kind of a batch norm, and whether it takes statistics over the ranks; "" for another module."""
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 from .imports import after_import
 from .journal import Journal, checksum, replace
 from .losses import factors_of
-from .models import note_beside, note_held, note_large, watch_ddp, watch_modules, watch_sharding
+from .models import note_beside, note_held, note_large, watch_ddp, watch_modules, watch_sharding, watch_stages
 from .state import HASHED, MOST_EVENTS, Recorder
 
 _SMALL = 100_000  # parameters
@@ -37,6 +37,7 @@ def watch_training(journal: Journal) -> None:
     _watch_optimizers(recorder)
     _watch_clipping(recorder)
     after_import("torch.distributed.fsdp", lambda fsdp: watch_sharding(recorder, fsdp))
+    after_import("torch.distributed.pipelining.stage", lambda stages: watch_stages(recorder, stages))
     journal.is_gradient = lambda tensor: _is_gradient(recorder, tensor)
 
 
