@@ -41,6 +41,7 @@ class Case:
     arguments: tuple[str, ...] = ()
     nproc: int = 2
     absent: frozenset[str] = frozenset()
+    steps: int = 50  # of an epoch, after which its loop is cut
 
     @property
     def hangs(self) -> bool:
@@ -63,9 +64,10 @@ def make_case(
     absent: str = "",
     arguments: tuple[str, ...] = (),
     nproc: int = 2,
+    steps: int = 50,
 ) -> Case:
     expected, allowed, unwanted = (frozenset(text.split()) for text in (codes, may, absent))
-    return Case(name, script, changes, expected, allowed, arguments, nproc, unwanted)
+    return Case(name, script, changes, expected, allowed, arguments, nproc, unwanted, steps)
 
 
 CLEAN = [
@@ -834,11 +836,12 @@ def looks_like(case: Case) -> frozenset[str]:
 
 def all_cases() -> list[Case]:
     """Return the whole corpus."""
+    from tests.auditing.cut_loops import CUT
     from tests.auditing.look_alikes import LOOK_ALIKES
     from tests.auditing.more_cases import MORE
     from tests.auditing.near_misses import NEAR
 
-    return [*CLEAN, *FAULTY, *MORE, *NEAR, *LOOK_ALIKES]
+    return [*CLEAN, *FAULTY, *MORE, *NEAR, *LOOK_ALIKES, *CUT]
 
 
 def judge(case: Case, launched: bool | None = None) -> tuple[str, list[str]]:
@@ -851,7 +854,8 @@ def judge(case: Case, launched: bool | None = None) -> tuple[str, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{case.script}.py"
         path.write_text(case.text())
-        report = inspect_script(path, case.arguments, nproc=case.nproc) if launched else _forked(case, path)
+        options = {"nproc": case.nproc, "steps": case.steps}
+        report = inspect_script(path, case.arguments, **options) if launched else _forked(case, path)
     codes = {one.code for one in report.findings}
     loud = {one.code for one in report.findings if one.severity != "note"}
     unwanted = case.absent | looks_like(case)
@@ -868,18 +872,18 @@ def judge(case: Case, launched: bool | None = None) -> tuple[str, list[str]]:
 def _forked(case: Case, path: Path) -> Report:
     records = path.parent / "records"
     records.mkdir()
-    ended = outcomes(_run_script, case.nproc, str(records), str(path), case.arguments, in_world=False)
+    ended = outcomes(_run_script, case.nproc, str(records), str(path), case.arguments, case.steps, in_world=False)
     for one in ended:
         if one.error:
             print(one.trace)
     return compare(read_run(records, path, int(any(one.error for one in ended))))
 
 
-def _run_script(records: str, path: str, arguments: tuple[str, ...]) -> None:
+def _run_script(records: str, path: str, arguments: tuple[str, ...], steps: int) -> None:
     sys.argv = [path, *arguments]
     for seed in (torch.seed, random.seed, np.random.seed):
         seed()  # the server's streams would be those of all ranks
-    finish = begin(records, 50)
+    finish = begin(records, steps)
     runpy.run_path(path, run_name="__main__")
     finish()
 

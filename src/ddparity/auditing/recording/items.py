@@ -117,7 +117,7 @@ def _read(dataset: Any, place: int, seed: int = 0) -> list[int | None] | None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if numpy is not None:
-        numpy.random.seed(seed)
+        numpy.random.seed(seed % 2**32)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             item = dataset[place]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import inspect
+import math
 import sys
 import time
 import weakref
@@ -37,6 +38,7 @@ class _Recorder:
         self.samplers: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
         self.made = 0
         self.iterations = 0
+        self.drained = 0  # indices that were read where a loop was cut
         self.live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -202,13 +204,18 @@ def _is_loop(frame: Any) -> bool:
 
 
 def _drain(iterator: Any, iteration: Iteration, recorder: _Recorder, handled: bool) -> None:
-    """Read the rest of the sampler without loading anything."""
+    """Read the rest of the sampler without loading anything, unless the run would read more than MOST_INDICES so."""
     iteration.over = True
     recorder.journal.write("end", it=iteration.number, given=iteration.given, how="cut", handled=handled)
-    if not iteration.stream:
-        for _ in private().undrawn(iterator):
-            if iteration.indices > MOST_INDICES or iteration.batches == iteration.planned:
-                break
+    begin = iteration.indices
+    most = min(MOST_INDICES, begin + MOST_INDICES - recorder.drained)
+    whole = (iteration.planned or 0) * begin // max(1, iteration.batches)
+    if iteration.stream or whole > most:
+        return
+    for _ in private().undrawn(iterator):  # to its end: what has more batches than its length begins again by itself
+        if iteration.indices > most or iteration.batches > (iteration.planned or math.inf):
+            break
+    recorder.drained += iteration.indices - begin
 
 
 def _describe(recorder: _Recorder, loader: Any, number: int, site: str | None) -> dict[str, Any]:
