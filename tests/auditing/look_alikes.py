@@ -24,6 +24,16 @@ _SUBSET = (
     "        torch.utils.data.SubsetRandomSampler(chosen, torch.Generator().manual_seed(5))\n    )",
 )
 
+_PROJECTED = (  # in the way of PCGrad
+    "            grads = []\n            for weight in (0.0, 0.3):\n                optimizer.zero_grad()\n"
+    "                loss = F.cross_entropy(model(x), y, label_smoothing=weight)\n                loss.backward()\n"
+    "                grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))\n"
+    "            first, second = grads\n            dot = (first @ second).item()\n"
+    "            whole = first + second - min(dot, 0) * (first / first.square().sum() + second / second.square().sum())\n"
+    "            for p, grad in zip(model.parameters(), whole.split([p.numel() for p in model.parameters()])):\n"
+    "                p.grad = grad.view_as(p).clone()\n"
+)
+_CLIP = "            nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n"
 _REPLICAS = (  # two replicas of a pipeline of two stages
     (
         "    torch.manual_seed(7)\n",
@@ -747,6 +757,32 @@ LOOK_ALIKES += [
         "spawned",
         ("            scaler.unscale_(optimizer)\n", ""),
         ("clip_grad_norm_(model.parameters(), 1.0)", "clip_grad_norm_(model.parameters(), 1.0 * scaler.get_scale())"),
+    ),
+    # Gradients of several losses are copied, thrown away, and put back in another form.
+    make_case("309-projected", "functions", (_BACKWARD, _PROJECTED), absent="DDP302 DDP304"),
+    make_case("309-projected-clipped", "functions", (_BACKWARD, _PROJECTED + _CLIP), absent="DDP302 DDP304"),
+    make_case(  # by one line of a loop, where they are only counted, not put back
+        "309-looked-at",
+        "functions",
+        (_BACKWARD, _PROJECTED.partition("            first, second")[0] + _CLIP),
+        codes="DDP309",
+    ),
+    make_case(  # bounded for each micro-batch, as private training does, and by a manual sum
+        "309-bounded",
+        "trainer",
+        (
+            "                loss.backward()\n",
+            "                self.optimizer.zero_grad()\n                loss.backward()\n"
+            "                grads = [p.grad for p in self.model.parameters()]\n"
+            "                size = torch.stack([g.norm() for g in grads]).norm()\n"
+            "                sums = [s + g / size.clamp(min=1) for s, g in zip(sums, grads)] if i else [g / size.clamp(min=1) for g in grads]\n",
+        ),
+        (
+            "        torch.nn.utils.clip_grad_norm_",
+            "        for p, s in zip(self.model.parameters(), sums):\n            p.grad.copy_(s)\n        torch.nn.utils.clip_grad_norm_",
+        ),
+        ("with contextlib.nullcontext() if last else self.model.no_sync()", "with contextlib.nullcontext()"),
+        may="DDP302",
     ),
     make_case(  # an epoch's end is thrown away: the next window has its own micro-batches alone
         "309-tail",

@@ -11,6 +11,7 @@ from .recording.losses import MEANS
 from .records import Record, Run, Window
 from .source import divides_by_world
 
+_OTHER = 1e-3  # of a sum of absolute values over a norm: more than numbers of 16 bits round
 _UNEQUAL = 1.1  # ratio of counts from which their means are told to have wrong weights
 
 
@@ -298,6 +299,7 @@ def _is_scaled_limit(clip: Record) -> bool:
 
 
 def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[Finding]:
+    rewrites = any(_is_rewritten(window, optimizer) for window in windows)
     for window in windows:
         if (last := _zeroed_last(window, optimizer)) is not None:
             yield finding(
@@ -309,7 +311,7 @@ def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
                 "Call zero_grad() after the step, or before the first backward.",
             )
             return
-        if len(window.accumulated) < 2:
+        if len(window.accumulated) < 2 or rewrites:  # which may have kept what zero_grad() throws away
             continue
         seen = 0
         for event in window.events:
@@ -331,6 +333,20 @@ def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
                     "Call zero_grad() once, after the step.",
                 )
                 return
+
+
+def _is_rewritten(window: Window, optimizer: int) -> bool:
+    """Return whether the script puts other gradients in the place of the last backward's: more than a factor.
+
+    Clips by value and reductions by hand change them, too, and say nothing.
+    """
+    changed = any(one["of"] != "norm" for one in window.of("clip")) or any(
+        one.get("gradient") for one in window.of("collective")
+    )
+    rows = [one.get("spreads", {}).get(str(optimizer)) for one in (*window.backwards[-1:], window.step)]
+    if changed or len(rows) < 2 or None in rows:
+        return False
+    return bool(abs(rows[0] - rows[1]) > _OTHER * rows[0])
 
 
 def _zeroed_last(window: Window, optimizer: int) -> Record | None:

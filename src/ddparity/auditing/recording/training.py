@@ -82,9 +82,10 @@ def _watch_backward(recorder: Recorder) -> None:
             result = backward(tensors, *args, **options)
         finally:
             inside[0] = False
-        norm = None
+        norm: float | None = None
+        spreads: dict[int, float] = {}
         with journal.safely:
-            norm = _norms(recorder)
+            norm, spreads = _norms(recorder)
         recorder.event(
             "backward",
             site=site,
@@ -95,6 +96,7 @@ def _watch_backward(recorder: Recorder) -> None:
             node=node,
             units=units,
             norm=norm,
+            spreads=spreads,
             given=journal.given,
             batch=journal.batch,
         )
@@ -103,23 +105,31 @@ def _watch_backward(recorder: Recorder) -> None:
     replace(torch.autograd, "backward", watched)
 
 
-def _norms(recorder: Recorder) -> float | None:
-    """Return the norm of the gradients of all known optimizers, in the first windows of small models."""
+def _norms(recorder: Recorder) -> tuple[float | None, dict[int, float]]:
+    """Return the norm of the gradients of all known optimizers, in the first windows of small models.
+
+    And of each optimizer the sum of their absolute values over their norm, which no factor changes.
+    """
     import torch
 
     if recorder.journal.windows >= _NORMS:
-        return None
-    gradients = [
-        parameter.grad
-        for optimizer in list(recorder.optimizers)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if isinstance(parameter.grad, torch.Tensor) and parameter.grad.layout == torch.strided
-    ]
-    if not gradients or any(hasattr(one, "placements") for one in gradients):
-        return None
+        return None, {}
+    norms, spreads = [], {}
     with torch.no_grad():
-        return float(torch.stack([one.float().norm() for one in gradients]).norm())
+        for optimizer, state in list(recorder.optimizers.items()):
+            gradients = [
+                parameter.grad.float()
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if isinstance(parameter.grad, torch.Tensor) and parameter.grad.layout == torch.strided
+            ]
+            if any(hasattr(one, "placements") for one in gradients):
+                return None, {}
+            if gradients:
+                own = torch.stack([one.norm() for one in gradients])
+                norms.append(own.norm())
+                spreads[state["id"]] = float(torch.stack([one.norm(1) for one in gradients]).sum() / norms[-1])
+        return (float(torch.stack(norms).norm()) if norms else None), spreads
 
 
 def _watch_optimizers(recorder: Recorder) -> None:
@@ -187,6 +197,7 @@ def _watch_optimizers(recorder: Recorder) -> None:
             n=state["steps"],
             site=journal.site(3),
             norm=state["norm"],
+            spreads=state["spreads"],
             load_s=journal.loading_s,
             **values,
         )
@@ -214,7 +225,7 @@ def _read_before(recorder: Recorder, optimizer: Any, state: dict[str, Any], clos
     state["odd"] += odd
     state["before"] = _checksums(optimizer, "data") if state["now"] else None
     state["grads"] = _checksums(optimizer, "grad") if state["now"] and not closure else None
-    state["norm"] = None if closure else _norms(recorder)
+    state["norm"], state["spreads"] = (None, {}) if closure else _norms(recorder)
 
 
 def _read_after(recorder: Recorder, optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +256,7 @@ def _register(recorder: Recorder, optimizer: Any, site: str | None, late: bool =
         "count": -1,
         "sharing": (1, []),
         "norm": None,
+        "spreads": {},
     }
     recorder.optimizers[optimizer] = state
     recorder.event("optimizer", id=number, late=late, site=site)
