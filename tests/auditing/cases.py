@@ -850,7 +850,7 @@ def judge(case: Case, launched: bool | None = None) -> tuple[str, list[str]]:
     Most cases run in forks of a process that has imported torch. `launched`: start the script as the command does.
     """
     if launched is None:
-        launched = case.script == "spawned" or case.hangs
+        launched = case.script in ("spawned", "hogwild") or case.hangs
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{case.script}.py"
         path.write_text(case.text())

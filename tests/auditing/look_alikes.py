@@ -97,6 +97,9 @@ LOOK_ALIKES: list[Case] = [
         _SET_EPOCH,
         codes="DDP101",
     ),
+    # Processes that share a model train without a group.
+    make_case("201-hogwild", "hogwild", absent="DDP101"),
+    make_case("201-hogwild-spawned", "hogwild", ("mp.Process(", "mp.get_context('spawn').Process("), absent="DDP101"),
     # Each rank has a stage of the model.
     make_case("201-stages", "pipeline", absent="DDP101 DDP107 DDP203 DDP404"),
     make_case("203-stages-3", "pipeline", nproc=3, absent="DDP101 DDP201"),

@@ -88,6 +88,12 @@ def test_a_script_that_spawns_its_ranks(tmp_path: Path) -> None:
     assert one.ranks == (0, 1) and one.certainty == "proved" and Path(one.file) == path.resolve()
 
 
+def test_processes_that_share_a_model_without_a_group_are_not_compared() -> None:
+    report = inspect_script(SCRIPTS / "hogwild.py")
+    assert not report.findings and report.seen["steps"] == 16
+    assert any("no process group: nothing could be compared" in one for one in report.seen["blind"])
+
+
 def test_the_command(tmp_path: Path) -> None:
     """A hang is ended, its cause is the finding, and JSON, HTML and annotations say the same."""
     case = next(one for one in FAULTY if one.name == "503-one-rank")

@@ -144,17 +144,21 @@ def inspect_script(
     with tempfile.TemporaryDirectory(prefix="ddparity-audit-") as name:
         folder = Path(name)
         heard = _Heard(sys.stderr)
+        run = None
         with _recording(folder, limit):
-            alone = not module and starts_processes(script)
-            if alone:
+            if not module and starts_processes(script):
                 code = _run_alone(script, arguments, folder / "records")
-                alone = code != 0 or _has_started(folder / "records")
-            if not alone:
+                run = read_run(folder / "records", script, code)
+                if code == 0 and not _has_started(run):
+                    run = None
+                    for path in (folder / "records").glob("*.jsonl"):  # it runs again
+                        path.unlink()
+            if run is None:
                 command = ["--nproc", str(processes), "--hang-timeout", str(_HANG_S), str(script), *arguments]
                 launch = parse(command)
                 with redirect_stderr(heard):
                     code = run_launch(launch)
-        run = read_run(folder / "records", Path(f"-m {arguments[0]}") if module else script, code)
+                run = read_run(folder / "records", Path(f"-m {arguments[0]}") if module else script, code)
         run.failed = heard.failed()
     return replace(compare(run, wanted, unwanted), failure=heard.failure() if code else "")
 
@@ -305,14 +309,17 @@ def _reads_rank(node: ast.AST) -> bool:
     return False
 
 
-def _has_started(records: Path) -> bool:
-    """Return whether a script that ran alone has started ranks. If not, remove its records: it runs again."""
-    ranks = read_run(records, Path(), 0).ranks
-    if len(ranks) > 1 or any(rank.of("joined") for rank in ranks):
-        return True
-    for path in records.glob("*.jsonl"):
-        path.unlink()
-    return False
+def _has_started(run: Run) -> bool:
+    """Return whether a script that ran alone has started ranks, or processes that share a model without a group."""
+    return run.world > 1 or run.uses("joined") or _shares_memory(run)
+
+
+def _shares_memory(run: Run) -> bool:
+    """Return whether a process that the script started trains a model in shared memory, outside of a group (Hogwild)."""
+    first = run.ranks[0] if len(run.ranks) == 1 else None
+    if first is None or first.head["rank"] is not None or first.of("joined") or first.head["parent"] == os.getpid():
+        return False
+    return any(one["shared"] for one in first.of("parameters"))
 
 
 def _run_alone(script: Path, arguments: Sequence[str], records: Path) -> int:
@@ -347,7 +354,9 @@ def _seen(run: Run) -> dict[str, Any]:
     cut = sorted({str(one.site) for one in training if one.how == "cut"})
     steps = len(first.of("step"))
     blind = []
-    if run.world < 2:
+    if _shares_memory(run):
+        blind.append("processes that share a model and are in no process group: nothing could be compared")
+    elif run.world < 2:
         blind.append("one process: nothing could be compared between ranks")
     if not steps:
         blind.append("no optimizer step: DDP2 and DDP3")

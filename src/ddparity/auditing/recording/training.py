@@ -6,6 +6,7 @@ before. Under torch.compile a watched function is torch's own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable
@@ -282,7 +283,14 @@ def _describe_parameters(recorder: Recorder, optimizer: Any, state: dict[str, An
         recorder.event("tensor_parallel")
     if described != state["count"]:
         state["count"] = described
-        recorder.event("parameters", opt=state["id"], params=described)
+        recorder.event("parameters", opt=state["id"], params=described, shared=any(map(_is_shared, parameters)))
+
+
+def _is_shared(parameter: Any) -> bool:
+    """Return whether other processes may train a parameter, too: it is in shared memory, or on an accelerator."""
+    with contextlib.suppress(Exception):  # some kinds of tensors have no storage
+        return not hasattr(parameter, "placements") and bool(parameter.is_shared())
+    return False
 
 
 def _checksums(optimizer: Any, what: str) -> list[int | None]:
