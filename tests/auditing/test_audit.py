@@ -24,6 +24,7 @@ from ddparity.auditing.recording.journal import Journal
 from ddparity.auditing.run import inspect_script, starts_processes
 from ddparity.auditing.selection import check_prefixes, chosen, read_options
 from tests.auditing.cases import CLEAN, FAULTY, SCRIPTS, Case, all_cases, judge, looks_like
+from tests.auditing.cut_loops import CUT
 from tests.auditing.look_alikes import LOOK_ALIKES
 from tests.auditing.near_misses import NEAR
 from tests.ranks import outcomes
@@ -47,6 +48,7 @@ QUICK = [one for one in (*CLEAN, *FAULTY) if one.script != "spawned" and not one
 BESIDE = (
     *("fsdp1-clip", "stateful-near", "402-beside-another-reduction", "303-two-losses", "404-near"),
     *("104-noise-of-the-rank", "304-sam", "308-another-model", "502-subgroup"),
+    *("103-cut", "103-cut-near"),
 )
 ALIKE = (
     "clean-autograd",
@@ -152,6 +154,15 @@ def test_a_script_computes_the_same_bits_as_without_the_audit(name: str, tmp_pat
     audited = [one.value for one in outcomes(_train, 2, str(tmp_path / "records"), script, in_world=False)]
     assert plain == audited
     assert all(plain)
+
+
+@pytest.mark.parametrize(("steps", "told"), [(2, True), (50, False)])
+def test_no_evaluation_after_a_cut_epoch_is_told(steps: int, told: bool) -> None:
+    """A loop that counts batches evaluates after the last one, which a cut epoch does not have."""
+    report = inspect_script(SCRIPTS / "counting.py", steps=steps)
+    assert report.seen["evaluations"] == (1 if told else 3)
+    assert any("after an epoch that was cut: DDP4" in line for line in report.seen["blind"]) == told
+    assert report.exit_code == 0
 
 
 def test_an_error_of_the_recorder_is_a_record_and_no_error_of_the_script(tmp_path: Path) -> None:

@@ -366,7 +366,13 @@ def _seen(run: Run) -> dict[str, Any]:
         blind.append("no pass over a data loader: DDP1, but for the model's inputs, and DDP4")
     elif not any(len([p for p in training if p.loader["site"] == one.loader["site"]]) > 1 for one in training):
         blind.append("no second epoch of a loader: DDP103 and DDP113")
-    if first.passes and not evaluations:
+    counting = [one.end for one in training if one.how == "cut" and one.handled]  # their loops may count batches
+    if counting and not any(one.begin > counting[0] for one in evaluations):
+        blind.append(
+            "no evaluation after an epoch that was cut: DDP4. A loop that counts batches, as Lightning's Trainer does, "
+            "evaluates and steps epoch-wise schedulers with more --steps than an epoch has"
+        )
+    elif first.passes and not evaluations:
         blind.append("no evaluation: DDP4")
     if not run.uses("ddp"):
         blind.append("no DistributedDataParallel: DDP211, DDP302 and DDP701")
