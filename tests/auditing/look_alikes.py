@@ -34,6 +34,12 @@ _PROJECTED = (  # in the way of PCGrad
     "                p.grad = grad.view_as(p).clone()\n"
 )
 _CLIP = "            nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n"
+_ADD = "            optimizer.add_param_group({'params': list(net[0].parameters()), 'lr': 0.05})\n"
+_ADDED = (
+    ("torch.optim.SGD(model.parameters()", "torch.optim.SGD(net[2].parameters()"),
+    ("        model.train()\n        for", "        if epoch == 1:\n" + _ADD + "        model.train()\n        for"),
+    ("optimizer.zero_grad()", "model.zero_grad()"),
+)
 _REPLICAS = (  # two replicas of a pipeline of two stages
     (
         "    torch.manual_seed(7)\n",
@@ -100,6 +106,48 @@ LOOK_ALIKES: list[Case] = [
     # Processes that share a model train without a group.
     make_case("201-hogwild", "hogwild", absent="DDP101"),
     make_case("201-hogwild-spawned", "hogwild", ("mp.Process(", "mp.get_context('spawn').Process("), absent="DDP101"),
+    # Layers that the optimizer gets later.
+    make_case("201-added", "functions", *_ADDED, ("model = DDP(net)\n", "model = DDP(net)\n"), absent="DDP202 DDP701"),
+    make_case(  # they are frozen until then, and the model is wrapped again
+        "201-added-rewrapped",
+        "functions",
+        *_ADDED,
+        ("    model = DDP(net)\n", "    net[0].requires_grad_(False)\n    model = DDP(net)\n"),
+        (_ADD, _ADD + "            net[0].requires_grad_(True)\n            model = DDP(net)\n"),
+        absent="DDP202",
+    ),
+    make_case(  # not wrapped again
+        "201-added-frozen",
+        "functions",
+        *_ADDED,
+        ("    model = DDP(net)\n", "    net[0].requires_grad_(False)\n    model = DDP(net)\n"),
+        (_ADD, _ADD + "            net[0].requires_grad_(True)\n"),
+        codes="DDP201",
+        may="DDP202",
+    ),
+    make_case(  # after the first steps of a model of 0.2 million parameters
+        "201-added-late",
+        "functions",
+        *_ADDED,
+        ("    model = DDP(net)\n", "    net[0].requires_grad_(False)\n    model = DDP(net)\n"),
+        ("epoch == 1", "epoch == 4"),
+        ("EPOCHS = 2", "EPOCHS = 5"),
+        ("nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)", "nn.Linear(8, 9000), nn.ReLU(), nn.Linear(9000, 12)"),
+        (_ADD, _ADD + "            net[0].requires_grad_(True)\n"),
+        codes="DDP201",
+        may="DDP202",
+    ),
+    make_case(  # another optimizer, with all
+        "201-remade",
+        "functions",
+        ("torch.optim.SGD(model.parameters()", "torch.optim.SGD(net[2].parameters()"),
+        (
+            "        model.train()\n        for",
+            "        if epoch == 1:\n            optimizer = torch.optim.Adam(model.parameters(), 1e-3)\n        model.train()\n        for",
+        ),
+        absent="DDP202 DDP103",
+    ),
+    make_case("202-added", "functions", *_ADDED, ("'lr': 0.05", "'lr': 0.05 * (rank + 1)"), codes="DDP202"),
     # Each rank has a stage of the model.
     make_case("201-stages", "pipeline", absent="DDP101 DDP107 DDP203 DDP404"),
     make_case("203-stages-3", "pipeline", nproc=3, absent="DDP101 DDP201"),

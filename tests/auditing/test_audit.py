@@ -48,6 +48,7 @@ QUICK = [one for one in (*CLEAN, *FAULTY) if one.script != "spawned" and not one
 BESIDE = (
     *("fsdp1-clip", "stateful-near", "402-beside-another-reduction", "303-two-losses", "404-near"),
     *("104-noise-of-the-rank", "304-sam", "308-another-model", "502-subgroup"),
+    *("106-chosen", "201-stages", "201-added", "309-projected"),
     *("103-cut", "103-cut-near"),
 )
 ALIKE = (

@@ -64,7 +64,8 @@ def _check_steps(
     shown = [step for step in shown if len({len(window.step["grads"]) for window in step}) == 1]
     if not shown:
         return
-    numbers, count = [rank.rank for rank in ranks], len(shown[0][0].step["grads"])
+    numbers = [rank.rank for rank in ranks]
+    count = max(len(step[0].step["grads"]) for step in shown)  # add_param_group() gives an optimizer more
     usable = [j for j in range(count) if j < len(parameters) and not parameters[j][3]]
     cause = optimizer["site"]
 

@@ -315,7 +315,7 @@ def _has_started(run: Run) -> bool:
 
 
 def _shares_memory(run: Run) -> bool:
-    """Return whether a process that the script started trains a model in shared memory, outside of a group (Hogwild)."""
+    """Return whether a process that the script started trains a model in shared memory and no group (Hogwild)."""
     first = run.ranks[0] if len(run.ranks) == 1 else None
     if first is None or first.head["rank"] is not None or first.of("joined") or first.head["parent"] == os.getpid():
         return False

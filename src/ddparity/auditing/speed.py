@@ -58,9 +58,10 @@ def _check_ddp(run: Run, ranks: list[int]) -> Iterator[Finding]:
             own = [j for j, row in enumerate(parameters) if row[0] == ddp["id"] and not row[2]]
             for window in rank.windows(optimizer["id"]) if own else []:
                 turns = turns or _take_turns(window, owners)
-                if window.step.get("grads") is not None:
+                grads = window.step.get("grads")
+                if grads is not None:  # of a parameter that the optimizer gets later they say nothing
                     steps += 1
-                    used = used and all(window.step["grads"][j] is not None for j in own)
+                    used = used and all(j < len(grads) and grads[j] is not None for j in own)
         if ddp["unused"] and used and not turns and steps >= 2:
             yield finding(
                 "DDP701",

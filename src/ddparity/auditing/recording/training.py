@@ -20,6 +20,7 @@ from .state import HASHED, MOST_EVENTS, Recorder
 
 _SMALL = 100_000  # parameters
 _ALL, _EACH, _HASHED_SMALL = 20, 5, 400  # steps of a small model: all of the first, each fifth until the last
+_ADDED = 3  # steps after an optimizer has got more parameters
 _SECOND_LOOK = 5  # the step after which models beside the training are looked at again
 _NORMS = 12  # windows in which gradient norms are taken
 
@@ -222,7 +223,10 @@ def _read_before(recorder: Recorder, optimizer: Any, state: dict[str, Any], clos
     odd, n = recorder.journal.shape != state["shape"], state["steps"]
     state["shape"], recorder.journal.shape = recorder.journal.shape, []
     chosen = n < HASHED or (state["size"] < _SMALL and (n < _ALL or (n < _HASHED_SMALL and n % _EACH == 0)))
-    state["now"] = chosen or (odd and state["odd"] < 2 * HASHED)
+    many = sum(len(group["params"]) for group in optimizer.param_groups)
+    if many > state["many"]:
+        state["many"], state["added"] = many, n + _ADDED
+    state["now"] = chosen or n < state["added"] or (odd and state["odd"] < 2 * HASHED)
     state["odd"] += odd
     state["before"] = _checksums(optimizer, "data") if state["now"] else None
     state["grads"] = _checksums(optimizer, "grad") if state["now"] and not closure else None
@@ -255,6 +259,8 @@ def _register(recorder: Recorder, optimizer: Any, site: str | None, late: bool =
         "size": size,
         "odd": 0,
         "count": -1,
+        "many": 0,
+        "added": 0,
         "sharing": (1, []),
         "norm": None,
         "spreads": {},
