@@ -39,4 +39,8 @@ CUT: list[Case] = [
         arguments=("--workers", "1"),
         steps=1,
     ),
+    # Accelerate loads a batch ahead: in the last two micro-batches of an epoch one batch is loaded.
+    make_case(
+        "303-ahead-tail", "ahead_accelerate", ("torch.randn(1920", "torch.randn(176"), codes="DDP303", may="DDP505"
+    ),
 ]
