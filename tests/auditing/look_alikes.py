@@ -40,6 +40,16 @@ _ADDED = (
     ("        model.train()\n        for", "        if epoch == 1:\n" + _ADD + "        model.train()\n        for"),
     ("optimizer.zero_grad()", "model.zero_grad()"),
 )
+_CORRECT = (
+    "            total += torch.tensor([(model(x).argmax(1) == y).sum(), len(y)])\n",
+    "            total += (model(x).argmax(1) == y).sum()\n",
+)
+_OVER_LENGTH = (
+    _CORRECT[0] + "    dist.all_reduce(total)\n    return (total[0] / total[1]).item()",
+    _CORRECT[1] + "    dist.all_reduce(total)\n    return (total[0] / len(loader.dataset)).item()",
+)
+_ODD = ("make_data(2, 30)", "make_data(2, 31)")
+_PADDED_FOLD = ("sampler=range(rank, len(te), world)", "sampler=DistributedSampler(te, shuffle=False)")
 _REPLICAS = (  # two replicas of a pipeline of two stages
     (
         "    torch.manual_seed(7)\n",
@@ -622,6 +632,61 @@ LOOK_ALIKES += [
             "        accuracy = evaluate(model, held_out)\n",
             "        accuracy = evaluate(model, held_out)\n        running = loss.detach().clone()\n        dist.all_reduce(running)\n        running /= world\n",
         ),
+    ),
+    # Sums over the ranks, divided by the length of the data set.
+    make_case("401-length", "functions", _OVER_LENGTH, _PADDED),  # nothing is padded
+    make_case("401-length-padded", "functions", _OVER_LENGTH, _PADDED, _ODD, codes="DDP401"),
+    make_case(
+        "401-length-gathered",
+        "functions",
+        _CORRECT,
+        (
+            "    dist.all_reduce(total)\n    return (total[0] / total[1]).item()",
+            "    size = len(loader.dataset)\n    parts = [torch.zeros(2) for _ in range(dist.get_world_size())]\n"
+            "    dist.all_gather(parts, total)\n    total = sum(parts)\n    total /= size\n    return total[0].item()",
+        ),
+        _PADDED,
+        _ODD,
+        codes="DDP401",
+    ),
+    make_case(  # what is padding does not count
+        "401-length-masked",
+        "functions",
+        _OVER_LENGTH,
+        ("    total = torch.zeros(2)\n", "    total, place = torch.zeros(2), dist.get_rank()\n"),
+        (
+            "            total += (model(x).argmax(1) == y).sum()\n",
+            "            real = place + dist.get_world_size() * torch.arange(len(y)) < len(loader.dataset)\n"
+            "            place += dist.get_world_size() * len(y)\n            total += ((model(x).argmax(1) == y) & real).sum()\n",
+        ),
+        _PADDED,
+        _ODD,
+    ),
+    make_case(  # beside a loss of the training that is summed and divided so
+        "401-length-of-training",
+        "functions",
+        ("    total = torch.zeros(2)\n", "    total, seen = torch.zeros(2), 0\n"),
+        (
+            "            total += torch.tensor([(model(x).argmax(1) == y).sum(), len(y)])\n",
+            "            real = torch.arange(seen, seen + len(y)) * dist.get_world_size() + dist.get_rank() < 31\n            seen += len(y)\n"
+            "            total += torch.stack([((model(x).argmax(1) == y) & real).sum(), real.sum()])\n",
+        ),
+        _PADDED,
+        _ODD,
+        (
+            "        accuracy = evaluate(model, held_out)\n",
+            "        accuracy = evaluate(model, held_out)\n        running = loss.detach().clone()\n        dist.all_reduce(running)\n        running /= len(train)\n",
+        ),
+    ),
+    # A metric that adds up hits and misses over the ranks.
+    make_case("401-metric", "kfold", _PADDED_FOLD),
+    make_case(
+        "401-metric-padded",
+        "kfold",
+        _PADDED_FOLD,
+        ("torch.randn(120,", "torch.randn(122,"),
+        codes="DDP401",
+        may="DDP102",
     ),
     make_case("401-mean", "functions", _MEAN, _PADDED),  # nothing is padded
     make_case("401-mean-padded", "functions", _MEAN, _PADDED, ("make_data(2, 30)", "make_data(2, 31)"), codes="DDP401"),

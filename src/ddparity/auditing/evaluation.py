@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 from .catalogue import Finding, finding
 from .records import Pass, Record, Run
-from .source import compares_by_order, divides_by_world, is_unrelated, trims
+from .source import compares_by_order, divides_by_length, divides_by_world, is_unrelated, trims
+
+_MOST_PARTS = 12  # of a metric, by numbers that are reduced one after the other
 
 
 def check_evaluation(run: Run) -> Iterator[Finding]:
@@ -148,6 +150,34 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             "Share the samples out without padding (ddparity's ShardSampler or predict), and reduce sums and counts.",
             certainty="likely",
         )
+    elif total > union and counted is None and not by_object and not trims(site):
+        summed = [e for e in _summed(reductions, union) if not is_unrelated(site, e["site"])]
+        over = [e for e in summed if divides_by_length(site, e["site"]) and not trims(e["site"])]
+        in_parts = _counted_in_parts(reductions, lengths)
+        if in_parts is not None and not over and not is_unrelated(site, in_parts["site"]):
+            yield finding(
+                "DDP401",
+                ranks,
+                in_parts["site"],
+                cause,
+                f"Two of the numbers that the ranks add up make {total} together, such as those of right and wrong "
+                f"samples, where the data set has {union}: the sampler's padding repeats {total - union} of them.",
+                "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out "
+                "of the sums.",
+                certainty="likely",
+            )
+        if over:
+            yield finding(
+                "DDP401",
+                ranks,
+                over[0]["site"],
+                cause,
+                f"The ranks add up over {total} samples, and divide by the length of a data set, here {union}: "
+                f"the sampler's padding repeats {total - union} of them.",
+                "Share the samples out without padding (ddparity's ShardSampler or predict), and divide by a count "
+                "that is added up in the same way.",
+                certainty="likely",
+            )
     if len(set(lengths)) > 1 and means and counted is None:
         yield finding(
             "DDP405",
@@ -212,10 +242,39 @@ def _counted(reductions: list[list[Record]], lengths: list[int]) -> Record | Non
     return None
 
 
+def _counted_in_parts(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
+    """Return a reduction of one line, two of whose numbers make up each rank's samples: hits and misses of a metric."""
+    rows = [[e for e in calls if e.get("values") and _combines(e)] for calls in reductions]
+    for site in dict.fromkeys(e["site"] for e in rows[0]):
+        calls = [[e for e in row if e["site"] == site] for row in rows]
+        if len({len(own) for own in calls}) > 1 or len(calls[0]) > _MOST_PARTS:
+            continue
+        sums = [[sum(e["values"]) for e in own] for own in calls]
+        for i, j in itertools.combinations(range(len(calls[0])), 2):
+            if all(own[i] + own[j] == length for own, length in zip(sums, lengths)):
+                return calls[0][i]
+    return None
+
+
+def _summed(reductions: list[list[Record]], union: int) -> list[Record]:
+    """Return what the ranks sum, or gather, of a few values; nothing where the sum of one is the samples' number."""
+    found = []
+    for calls in zip(*reductions):
+        rows = [one.get("values") or [] for one in calls]
+        if not rows[0] or len({len(row) for row in rows}) > 1:
+            continue
+        if any(sum(column) == union for column in zip(*rows)):
+            return []  # they count each sample once
+        adds = calls[0]["name"] in ("all_reduce", "reduce") and calls[0]["op"] in ("SUM", None)
+        if adds or "gather" in calls[0]["name"]:
+            found.append(calls[0])
+    return found
+
+
 def _gathered(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
     """Return a gather by which each rank gives a row for each of its samples, over the whole evaluation."""
     rows = [[e for e in calls if "gather" in e["name"] and (e.get("shape") or [0])[0]] for calls in reductions]
-    for site in {e["site"] for e in rows[0]}:
+    for site in dict.fromkeys(e["site"] for e in rows[0]):
         own = [[e["shape"][0] for e in calls if e["site"] == site] for calls in rows]
         counts = [sum(shapes) for shapes in own]
         if all(length and count and count % length == 0 for count, length in zip(counts, lengths)):

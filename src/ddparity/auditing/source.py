@@ -66,6 +66,41 @@ def trims(site: str | None) -> bool:
     return False
 
 
+def divides_by_length(*sites: str | None) -> bool:
+    """Return whether a function around one of the lines divides by the length of a data set, `len(loader.dataset)`.
+
+    Not one that also compares the length or subtracts from it: it may leave padding out by hand.
+    """
+    divides = False
+    for site in sites:
+        function = _function(parsed(site), _line(site)) if site is not None else None
+        nodes = list(ast.walk(function)) if function is not None else []
+        assigned = [node for node in nodes if isinstance(node, ast.Assign) and _is_length(node.value)]
+        names = {ast.unparse(target) for node in assigned for target in node.targets}
+
+        def has_length(*parts: ast.AST, names: set[str] = names) -> bool:
+            inner = [one for part in parts for one in ast.walk(part) if isinstance(one, ast.expr)]
+            return any(_is_length(one) or ast.unparse(one) in names for one in inner)
+
+        for node in nodes:
+            if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Sub, ast.Mod)) and has_length(node):
+                return False
+            if (isinstance(node, ast.Compare) or _called(node) in ("min", "clamp", "where")) and has_length(node):
+                return False
+            divisor = getattr(node, "right", getattr(node, "value", None))
+            if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Div) and divisor is not None:
+                divides = divides or has_length(divisor)
+    return divides
+
+
+def _is_length(node: ast.AST) -> bool:
+    """Return whether a node is the length of what its name says is a data set."""
+    if _called(node) != "len" or not isinstance(node, ast.Call) or len(node.args) != 1:
+        return False
+    name = ast.unparse(node.args[0]).rpartition(".")[2].lower()
+    return re.search("data|set|test|val|samples", name) is not None and re.search("loader|batch", name) is None
+
+
 def compares_by_order(site: str | None) -> bool:
     """Return whether a file reads a data set's labels as a whole, and has no line that may restore the order."""
     reads = False
