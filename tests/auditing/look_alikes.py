@@ -50,6 +50,12 @@ _OVER_LENGTH = (
 )
 _ODD = ("make_data(2, 30)", "make_data(2, 31)")
 _PADDED_FOLD = ("sampler=range(rank, len(te), world)", "sampler=DistributedSampler(te, shuffle=False)")
+_BY_MESSAGES = (
+    "        dist.all_reduce(parameter.grad)\n",
+    "        other = torch.empty_like(parameter.grad)\n        pair = [(dist.isend, parameter.grad.clone()), (dist.irecv, other)]\n"
+    "        for work in dist.batch_isend_irecv([dist.P2POp(call, part, 1 - dist.get_rank()) for call, part in pair]):\n"
+    "            work.wait()\n        parameter.grad += other\n",
+)
 _REPLICAS = (  # two replicas of a pipeline of two stages
     (
         "    torch.manual_seed(7)\n",
@@ -161,6 +167,26 @@ LOOK_ALIKES: list[Case] = [
     # Each rank has a stage of the model.
     make_case("201-stages", "pipeline", absent="DDP101 DDP107 DDP203 DDP404"),
     make_case("203-stages-3", "pipeline", nproc=3, absent="DDP101 DDP201"),
+    make_case("201-stages-by-hand", "stages", absent="DDP101 DDP203"),
+    make_case("201-stages-by-hand-3", "stages", nproc=3, absent="DDP101 DDP203"),
+    make_case(
+        "101-by-messages",
+        "by_hand",
+        _BY_MESSAGES,
+        ("manual_seed(1337 + rank)\n    optimizer", "manual_seed(1337)\n    optimizer"),
+        ("nn.Dropout(0.1)", "nn.Identity()"),
+        codes="DDP101",
+    ),
+    make_case("201-by-messages", "by_hand", _BY_MESSAGES, absent="DDP101 DDP203"),
+    make_case(  # messages that no gradient follows
+        "201-with-messages",
+        "by_hand",
+        (
+            "        average_gradients(model, world)\n",
+            "        dist.send(loss.detach(), 0) if rank else dist.recv(loss.detach(), 1)\n",
+        ),
+        codes="DDP201",
+    ),
     make_case("101-replicas", "pipeline", *_REPLICAS, nproc=4, codes="DDP101", absent="DDP201"),
     make_case(
         "201-replicas",

@@ -376,11 +376,17 @@ def _check_computed(run: Run) -> Iterator[Finding]:
 
 
 def _computed(window: Window) -> list[Any] | None:
-    """Return checksums of what a rank computed itself: its gradients before a reduction by hand, or at the step."""
+    """Return checksums of what a rank computed itself: its gradients before a reduction by hand, or at the step.
+
+    Where messages may reduce them, their norm after the backward.
+    """
     by_hand = [one.get("digest") for one in window.of("collective") if one.get("gradient")]
     if by_hand:
         return by_hand
     if window.of("collective"):
         return None
+    if window.of("message"):
+        norm = window.backwards[-1]["norm"] if window.backwards else None
+        return None if norm is None else [norm]
     grads: list[Any] | None = window.step.get("grads")
     return grads if grads and any(one is not None for one in grads) else None

@@ -264,7 +264,7 @@ def _rate(rates: tuple[float, ...]) -> str:
 
 def _check_evaluated(run: Run) -> Iterator[Finding]:
     """DDP203 for models that no optimizer trains, DDP213 for buffers, where models are put into eval mode."""
-    if run.world < 2 or run.uses("pipeline"):  # each rank evaluates another stage
+    if run.world < 2 or run.has_stages:  # each rank evaluates another one
         return
     rows = [rank.of("eval") for rank in run.ranks]
     told: set[tuple[str, Any]] = set()

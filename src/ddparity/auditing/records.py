@@ -12,6 +12,8 @@ from typing import Any
 
 Record = dict[str, Any]
 
+_FIRST = 8  # steps by which ranks are told to be stages
+
 
 @dataclass
 class Pass:
@@ -119,6 +121,12 @@ class Window:
                 return True
         return False
 
+    @property
+    def gets_messages(self) -> bool:
+        """Whether the rank sends something to another one, or gets it, before the first backward."""
+        first = self.backwards[0]["at"] if self.backwards else -1
+        return any(one["at"] < first and one.get("of", "store") != "store" for one in self.of("message"))
+
     def is_micro_batch(self, event: Record) -> bool:
         """Return whether an event is the backward of a micro-batch of this step."""
         return any(event is one for one in self.accumulated)
@@ -214,11 +222,21 @@ class Run:
         """The groups of ranks that reduce gradients together; all ranks where no DDP says otherwise."""
         found = {tuple(one["ranks"]) for rank in self.ranks for kind in ("ddp", "fsdp") for one in rank.of(kind)}
         whole = tuple(range(self.world))
-        if not found and (self.uses("tensor_parallel") or self.uses("pipeline")):
+        if not found and (self.uses("tensor_parallel") or self.has_stages):
             return [[rank] for rank in whole]  # all ranks share each batch by design
         if not found or whole in found:
             return [list(whole)]
         return [list(group) for group in sorted(found) if len(group) > 1]
+
+    @cached_property
+    def has_stages(self) -> bool:
+        """Whether each rank has a stage of the model: of torch's pipelining, or by messages before each backward."""
+        if self.uses("pipeline"):
+            return True
+        first = [rank.windows(one["id"])[:_FIRST] for rank in self.ranks for one in rank.optimizers]
+        windows = [window for row in first for window in row if window.backwards]
+        by_hand = not self.uses("ddp") and not self.uses("fsdp") and self.uses("message")
+        return by_hand and bool(windows) and all(window.gets_messages for window in windows)
 
     @property
     def has_replicas(self) -> bool:

@@ -85,7 +85,7 @@ def watch_collectives(journal: Journal) -> None:
             setattr(dist.distributed_c10d, name, function)
 
     for name in ("send", "recv", "isend", "irecv", "batch_isend_irecv", "new_group"):
-        function = _noted(journal, getattr(dist, name), "group" if name == "new_group" else "message")
+        function = _noted(journal, getattr(dist, name), "group" if name == "new_group" else "message", of=name)
         setattr(dist, name, function)
         setattr(dist.distributed_c10d, name, function)
 
@@ -147,7 +147,7 @@ def _is_group(value: Any) -> bool:
     return isinstance(value, dist.ProcessGroup) or value is dist.GroupMember.NON_GROUP_MEMBER
 
 
-def _noted(journal: Journal, function: Any, kind: str) -> Any:
+def _noted(journal: Journal, function: Any, kind: str, of: str = "store") -> Any:
     """Return a function with a record of each call that has ended: messages between two ranks are no collectives."""
     count = [0]
 
@@ -156,7 +156,7 @@ def _noted(journal: Journal, function: Any, kind: str) -> Any:
         result = function(*args, **options)
         count[0] += 1
         if count[0] < _MOST:
-            journal.write(kind)
+            journal.write(kind, of=of)
         return result
 
     return call
