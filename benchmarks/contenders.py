@@ -35,7 +35,7 @@ import ddparity as dp
 from ddparity import system
 from ddparity.comm import allreduce
 from ddparity.comm.buffers import Buffers
-from ddparity.gradients.early import EarlyAverages
+from ddparity.gradients.early import EarlyPlan
 from links import DEVICE
 
 RATE = 1e-3
@@ -266,7 +266,7 @@ WITHOUT: dict[str, Callable[[], None]] = {
     "without waiting awake": lambda: setattr(allreduce, "YIELDS", 0),
     "without exchanges of short tensors": lambda: setattr(allreduce, "SHORT_BYTES", 0),
     "without buffers that stay": lambda: setattr(Buffers, "take", lambda _, size, like: like.new_empty(size)),
-    "without early averages": lambda: setattr(EarlyAverages, "next", lambda *_: None),
+    "without early averages": lambda: setattr(EarlyPlan, "next", lambda *_: None),
 }
 CONTENDERS |= dict.fromkeys(WITHOUT, ddparity)
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddparity.comm.buffers import Buffers
-from ddparity.gradients.early import CAP_BYTES, EarlyAverages
+from ddparity.gradients.early import CAP_BYTES, EarlyPlan
 from ddparity.gradients.strict import subtrees
 from ddparity.scaling.collectives import fit_line
 from ddparity.scaling.links import HERE, Cost, Link, Machine, ring, slices, tree
@@ -209,9 +208,9 @@ def _models() -> Iterator[nn.Module]:
 def test_parts_are_cut_as_the_reduction_cuts_them(model: nn.Module) -> None:
     parameters = list(model.parameters())
     order = list(range(len(parameters)))[::-1]
-    averages = EarlyAverages(_Group(), CAP_BYTES, Buffers())  # type: ignore[arg-type]  # it only asks for the size
-    averages.next(parameters, careful=False)
-    theirs = averages._parts
+    plan = EarlyPlan(_Group(), CAP_BYTES)  # type: ignore[arg-type]  # it only asks for the size
+    plan.next(parameters, careful=False, start=lambda part: None)
+    theirs = plan._parts
     found = parts_of(parameters, order, [0.5] * len(parameters))
     if len(theirs) > 1:
         assert [part.early for part in found] == [True] * (len(theirs) - 1) + [False]

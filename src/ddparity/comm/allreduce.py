@@ -162,10 +162,21 @@ def _wait(work: dist.Work) -> None:
 def exchange(
     sent: Sequence[Sequence[torch.Tensor]], received: Sequence[Sequence[torch.Tensor]], group: dist.ProcessGroup
 ) -> None:
+    """As `start_exchange`, to its end."""
+    for work in start_exchange(sent, received, group):
+        work.wait()
+
+
+def start_exchange(
+    sent: Sequence[Sequence[torch.Tensor]],
+    received: Sequence[Sequence[torch.Tensor]],
+    group: dist.ProcessGroup,
+    tag: int = 0,
+) -> list[dist.Work]:
     """Send the tensors `sent[i]` to rank i of the group, and fill those of `received[i]` from rank i, all at once.
 
     This rank's own tensors are not touched, and an empty tensor is not sent. Gloo's own all-to-all and all-gather take
-    longer, especially the all-to-all over a slow link (benchmarks/strict.py).
+    longer, especially the all-to-all over a slow link (benchmarks/strict.py). Gloo matches messages by their tag.
 
     Collectives: none; a point-to-point message for each tensor. All ranks call it, with numbers and sizes that agree.
     """
@@ -177,10 +188,8 @@ def exchange(
             for tensor in tensors:
                 if tensor.numel():
                     parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-                    operations.append(dist.P2POp(move, parts, dist.get_global_rank(group, peer), group))
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+                    operations.append(dist.P2POp(move, parts, dist.get_global_rank(group, peer), group, tag))
+    return dist.batch_isend_irecv(operations) if operations else []
 
 
 def reduce_gradients(

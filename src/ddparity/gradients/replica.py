@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import Room
 from ..comm.buffers import Buffers
 from ..compat import broadcast_buffers, disarm, has_built_in_hook, put_on, set_flags, take_off, uncompiled, unwrapped
-from .early import CAP_BYTES, CAREFUL_STEPS, EarlyAverage, EarlyAverages
+from .early import CAP_BYTES, CAREFUL_STEPS, EarlyParts, EarlyPlan, S
 from .recheck import Rechecks
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Replica:
         self.number = _made[self.ranks]
         _made[self.ranks] += 1
         cap = getattr(ddp, "bucket_bytes_cap", CAP_BYTES)
-        self._early = EarlyAverages(self.group, cap, self.buffers) if self.group is not None else None
+        self._early = EarlyPlan(self.group, cap) if self.group is not None else None
         self._known = [id(parameter) for parameter in self.parameters()]
 
     @property
@@ -147,16 +147,18 @@ class Replica:
             self._built_in_hook = has_built_in_hook(ddp)
         return self._built_in_hook
 
-    def early_average(self, parameters: list[nn.Parameter]) -> EarlyAverage | None:
-        """Return what averages these parameters' gradients in the last backward; None where that does not pay.
+    def early_parts(
+        self, parameters: list[nn.Parameter], start: Callable[[list[nn.Parameter]], S]
+    ) -> EarlyParts[S] | None:
+        """Return the parts of these parameters' gradients that `start` is to reduce in the last backward.
 
-        With find_unused_parameters, backwards differ between ranks: averages that start in them could meet the
-        collectives of synchronised batch norms in another order on another rank.
+        None where that does not pay. With find_unused_parameters, backwards differ between ranks: averages that start
+        in them could meet the collectives of synchronised batch norms in another order on another rank.
         """
         ddp = self.ddp
         if self._early is None or self.sparse or (ddp is not None and ddp.find_unused_parameters):
             return None
-        return self._early.next(parameters, self.careful())
+        return self._early.next(parameters, self.careful(), start)
 
     def hold(self, by_ddp: bool = False) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`. `by_ddp`: DDP is to reduce."""
@@ -208,20 +210,20 @@ class Replica:
         """Count a step that nothing was done for."""
         self._steps += 1
 
-    def finished(self, parameters: list[nn.Parameter], buffers_equal: bool) -> None:
-        """Note what a step has left."""
+    def finished(self, parameters: list[nn.Parameter], reduced: list[nn.Parameter], buffers_equal: bool) -> None:
+        """Note what a step has left. `reduced`: the parameters to which it has given a gradient, on any rank."""
         self._steps += 1
         self.buffers.next_step()
         self.buffers_equal = buffers_equal
-        self.note_gradients(parameters)
+        self.note_gradients(reduced)
         self._old = None
         for probe in parameters:
             if probe.grad is not None:
                 self._old = _Old(probe)
                 break
 
-    def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.had_gradients = {id(one) for one in parameters if one.grad is not None}
+    def note_gradients(self, reduced: Iterable[nn.Parameter]) -> None:
+        self.had_gradients = set(map(id, reduced))
 
     def compares(self, ahead: int = 0) -> bool:
         """Return True if the ranks compare their parameters after the last step, or after one so many steps ahead."""

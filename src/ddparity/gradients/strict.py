@@ -12,17 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.allreduce import copies_of_ranks, exchange, gathers, own_memory
+from ..comm.allreduce import copies_of_ranks, gathers, own_memory, start_exchange
 from ..comm.buffers import Buffers
 from ..compat import grad_dtype
 from .aside import Aside
+from .early import EarlyParts
 
 Gradients = list[Tensor | None]  # of one or several micro-batches, one entry a parameter
+Chain = list[Gradients]  # of neighbouring subtrees, to be added from the right
 
 # x + -0.0 is x for every x, also for -0.0: a missing gradient does not change the bits of a sum.
 _NOTHING = -0.0
 
 _ALIGNED_BYTES = 64  # where torch's CPU allocations begin
+
+# Of messages. Each step has its own: what was sent in a step that another rank left is not taken for a later one's.
+_FIRST_TAG = 2**30
+_TAGS_OF_STEP = 2**16
 
 
 class StrictReduction:
@@ -31,9 +37,13 @@ class StrictReduction:
     A parameter's sum is over the micro-batches that gave it a gradient. A parameter without a gradient in all of them
     keeps what it had. What parameters had before the step is added last.
 
+    With `early`, the exchange of each part starts in this rank's last backward, as soon as it has the part's gradients.
+    A part whose gradients the loop changes afterwards, on any rank, is exchanged again.
+
     Memory: the sums of whole subtrees. On one process these are at most log2(micro-batches) + 1 copies of the
     gradients; on several, at most one more than this rank's share has subtrees. During the exchange they lie in one
-    buffer, and beside it a slice of each subtree of the other ranks, then the sum, whose parts become gradients.
+    buffer, and beside it a slice of each subtree of the other ranks, then the sum, whose parts become gradients. With
+    `early`, the gradients stay beside that buffer until the loop is over.
 
     Collectives: none in a world of one. Otherwise, for each pair of dtype and device: if the sums are small, one
     exchange of all subtrees' sums. If not, each rank sends each other rank the slices of its sums that this one
@@ -44,6 +54,11 @@ class StrictReduction:
         parameters: by name, the same on every rank.
         numbers: how many micro-batches each rank has in this step.
         rank: this rank. group: None in a world of one. buffers: of the model.
+
+    Attributes:
+        early: parts of the parameters, on the CPU, which call `start`; every rank has a micro-batch. None: all are
+            exchanged after the loop.
+        summed: the parameters that have a gradient, on any rank; after `finish`.
 
     Raises:
         TypeError: a gradient is sparse; the message names the parameter.
@@ -58,22 +73,46 @@ class StrictReduction:
         buffers: Buffers | None = None,
     ) -> None:
         named = list(parameters)
+        self.early: EarlyParts[_Slices] | None = None
+        self.summed: list[nn.Parameter] = []
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
         self._group, self._buffers = group, buffers or Buffers()
         bounds = list(itertools.accumulate(numbers, initial=0))
         self._nodes = [subtrees(start, stop) for start, stop in itertools.pairwise(bounds)]
-        self._next = bounds[rank]
+        self._next, self._stop = bounds[rank], bounds[rank + 1]
         self._tree: TreeSum[Gradients] = TreeSum(_added)
         self._aside = Aside(self._parameters)
+        self._places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
+        self._last: Gradients = [None] * len(self._parameters)
+        self._rest: _Slices | None = None
+        self._changed: list[bool] = []
+        self._tags = 0
 
     @torch.no_grad()
     def take(self) -> bool:
         """Take the gradients of this rank's next micro-batch out of the parameters; return True if there are any."""
+        early = self.early if self._next + 1 == self._stop else None
+        if early is not None:
+            early.complete()
+            self._rest = self.start(early.last)
+            self._changed = early.changed()
         taken = self._taken()
-        self._tree.push((0, self._next), taken)
-        self._next += 1
+        if early is None:
+            self._tree.push((0, self._next), taken)
+            self._next += 1
+        else:
+            self._last = taken
         return any(gradient is not None for gradient in taken)
+
+    @torch.no_grad()
+    def start(self, parameters: list[nn.Parameter]) -> _Slices:
+        """Start the exchange of parameters of one kind, whose gradients in the last micro-batch are complete."""
+        old = self._aside.waiting()
+        for number in map(self._places.__getitem__, map(id, parameters)):
+            gradient = None if number in old else self._parameters[number].grad
+            self._last[number] = gradient if gradient is None else gradient.detach().resolve_conj()
+        return self._started(parameters)
 
     @torch.no_grad()
     def finish(self, scale: float = 1.0) -> None:
@@ -81,11 +120,17 @@ class StrictReduction:
         self._aside.settle()
         if self._group is not None and self._parameters and not all(self._nodes):
             self._aside.agree(self._group)
-        sums = self._tree.total() if self._group is None else self._exchanged(self._group)
+        if self._group is None:
+            sums = self._tree.total()
+        elif self.early is None:
+            sums = self._exchanged(self._group)
+        else:
+            sums = self._completed(self.early)
         for parameter, value in zip(self._parameters, sums, strict=True):
             if value is not None and scale != 1.0:
                 value.mul_(scale)
             parameter.grad = value
+        self.summed = [one for one, value in zip(self._parameters, sums, strict=True) if value is not None]
         self._aside.put_back()
 
     def has_gradients(self) -> bool:
@@ -95,7 +140,7 @@ class StrictReduction:
 
     def restore(self) -> None:
         """Set the gradients to what the parameters had before the step."""
-        self._tree.nodes.clear()
+        self._clear()
         self._aside.restore()
 
     def _taken(self) -> Gradients:
@@ -120,83 +165,180 @@ class StrictReduction:
         own = [gradients for _, gradients in self._tree.nodes]
         self._tree.nodes.clear()
         for indices in kinds.values():
-            parameters = [self._parameters[index] for index in indices]
-            rows = [[gradients[index] for index in indices] for gradients in own]
+            kind = _Kind([self._parameters[index] for index in indices])
+            rows = [[[gradients[index] for index in indices]] for gradients in own]
             for gradients, index in itertools.product(own, indices):
                 gradients[index] = None  # free it once it is copied
-            for index, value in zip(indices, self._summed(parameters, rows, group), strict=True):
+            most = max(map(len, self._nodes))
+            if gathers(most * kind.width, kind.like, group):
+                total = self._gathered(kind, rows, most, group)
+            else:
+                slices = _Slices(kind, rows, self._nodes, group, self._buffers)
+                slices.sum()
+                total = slices.total()
+            for index, value in zip(indices, kind.values(total), strict=True):
                 sums[index] = value
         return sums
 
-    def _summed(self, parameters: list[nn.Parameter], rows: list[Gradients], group: dist.ProcessGroup) -> Gradients:
-        """Return the tree's sums of parameters of one kind; `rows`: their gradients in each of this rank's subtrees."""
-        sizes = [len(parameters)] + [parameter.numel() for parameter in parameters]
-        like = parameters[0].new_empty(0, dtype=grad_dtype(parameters[0]))
-        aligned = [_aligned(size, like.element_size()) for size in sizes]
-        most = max(map(len, self._nodes))
-        if gathers(most * sum(aligned), like, group):
-            total = self._gathered(parameters, like, rows, aligned, most, group)
-        else:
-            total = self._sliced(parameters, like, rows, aligned, group)
-        parts = total[: sum(aligned)].split(aligned)
-        exists, *values = [part[:size] for part, size in zip(parts, sizes, strict=True)]
-        return [
-            _laid_out(value, parameter) if some else None
-            for parameter, value, some in zip(parameters, values, exists.tolist(), strict=True)
-        ]
-
-    def _gathered(
-        self,
-        parameters: list[nn.Parameter],
-        like: Tensor,
-        rows: list[Gradients],
-        aligned: list[int],
-        most: int,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
+    def _gathered(self, kind: _Kind, rows: list[Chain], most: int, group: dist.ProcessGroup) -> Tensor:
         """Finish the whole tree on every rank: more bytes than with slices, but one wait instead of two."""
-        own = like.new_empty(most, sum(aligned))
+        own = kind.like.new_empty(most, kind.width)
         for row in range(len(rows)):
-            _flatten(parameters, rows, row, aligned, own[row])
+            kind.write(rows, row, own[row])
         own[len(rows) :] = 0.0
         copies = copies_of_ranks(own, group)  # small, so the gradients may stay views of it
-        return self._tree_sum(copies[rank, row] for rank, nodes in enumerate(self._nodes) for row in range(len(nodes)))
+        found = (copies[rank, row] for rank, nodes in enumerate(self._nodes) for row in range(len(nodes)))
+        return _tree_sum(self._nodes, found)
 
-    def _sliced(
+    def _started(self, parameters: list[nn.Parameter]) -> _Slices:
+        """Start the exchange of parameters of one kind, from the earlier micro-batches' sums and `_last`."""
+        assert self._group is not None and self.early is not None, "a group of several ranks"
+        places = [self._places[id(parameter)] for parameter in parameters]
+        nodes = [gradients for _, gradients in self._tree.nodes]
+        alone = self._tree.alone((0, self._next))  # the others become one subtree with the last micro-batch
+        chains = [[gradients] for gradients in nodes[:alone]] + [[*nodes[alone:], self._last]]
+        rows = [[[gradients[place] for place in places] for gradients in chain] for chain in chains]
+        tag = _FIRST_TAG + (self.early.step * _TAGS_OF_STEP + self._tags) % _FIRST_TAG
+        self._tags += 2
+        return _Slices(_Kind(parameters), rows, self._nodes, self._group, self._buffers, tag)
+
+    def _completed(self, early: EarlyParts[_Slices]) -> Gradients:
+        """Return the sums of parts whose exchange was started in the backward."""
+        anew = early.changed_anywhere(self._changed)
+        parts, under_way = [*early.parts, early.last], list(early.started)
+        for number, again in enumerate(anew):
+            if again:
+                under_way[number].wait()
+                under_way[number] = self._started(parts[number])
+        if self._rest is not None:
+            under_way.append(self._rest)
+        self._clear()
+        for one in under_way:
+            one.sum()
+        sums: Gradients = [None] * len(self._parameters)
+        for one in under_way:
+            for parameter, value in zip(one.kind.parameters, one.kind.values(one.total()), strict=True):
+                sums[self._places[id(parameter)]] = value
+        early.finished()
+        return sums
+
+    def _clear(self) -> None:
+        self._tree.nodes.clear()
+        self._last = [None] * len(self._parameters)
+        self._rest = None
+
+
+class _Kind:
+    """Parameters of one dtype and device, and how their gradients lie in one tensor.
+
+    Attributes:
+        like: an empty tensor of their gradients' dtype and device. width: elements of a row: for each parameter,
+            whether it has a gradient, then the gradients.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.like = parameters[0].new_empty(0, dtype=grad_dtype(parameters[0]))
+        self._sizes = [len(parameters)] + [parameter.numel() for parameter in parameters]
+        self._aligned = [_aligned(size, self.like.element_size()) for size in self._sizes]
+        self.width = sum(self._aligned)
+
+    def write(self, rows: list[Chain], row: int, out: Tensor) -> None:
+        """Write the sum of a row's chain to `out`; then drop it."""
+        *lefts, gradients = rows[row]
+        exists = torch.tensor([float(any(one is not None for one in each)) for each in zip(*rows[row], strict=True)])
+        padding = out.new_zeros(_ALIGNED_BYTES // out.element_size())
+        pieces: list[Tensor] = []
+        values = [
+            _nothing(parameter.numel(), out) if gradient is None else gradient.reshape(-1)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True)
+        ]
+        for value, size in zip([exists.to(out), *values], self._aligned, strict=True):
+            pieces.append(value)
+            if value.numel() < size:
+                pieces.append(padding[: size - value.numel()])
+        torch.cat(pieces, out=out)
+        for left in reversed(lefts):
+            for one, right in zip(left, self._split(out)[1:], strict=True):
+                if one is not None:
+                    parts = _parts(right.view(one.shape))
+                    torch.add(_parts(one), parts, out=parts)
+        rows[row] = []
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        return [part[:size] for part, size in zip(flat.split(self._aligned), self._sizes, strict=True)]
+
+    def values(self, total: Tensor) -> Gradients:
+        """Return the gradients of a sum of rows."""
+        exists, *values = self._split(total[: self.width])
+        return [
+            _laid_out(value, parameter) if some else None
+            for parameter, value, some in zip(self.parameters, values, exists.tolist(), strict=True)
+        ]
+
+
+class _Slices:
+    """The tree's sums of some parameters, under way: each rank finishes one slice of them for all ranks.
+
+    Collectives: none. Each rank sends each other rank the slices that this one finishes, and then the finished slice.
+
+    Args:
+        rows: of each of this rank's subtrees. nodes: every rank's subtrees. tag: of the messages, and 1 more.
+    """
+
+    def __init__(
         self,
-        parameters: list[nn.Parameter],
-        like: Tensor,
-        rows: list[Gradients],
-        aligned: list[int],
+        kind: _Kind,
+        rows: list[Chain],
+        nodes: Sequence[tuple[Subtree, ...]],
         group: dist.ProcessGroup,
-    ) -> Tensor:
-        """Finish the tree for one slice on each rank, and send the slice to the others."""
-        rank, world_size, width = dist.get_rank(group), len(self._nodes), sum(aligned)
-        piece = -(-width // world_size)
-        own = self._buffers.take(max(1, len(rows)) * world_size * piece, like).view(-1, world_size, piece)
+        buffers: Buffers,
+        tag: int = 0,
+    ) -> None:
+        self.kind, self._nodes, self._group, self._tag = kind, nodes, group, tag
+        self._rank, world_size = dist.get_rank(group), len(nodes)
+        self._piece = piece = -(-kind.width // world_size)
+        own = buffers.take(max(1, len(rows)) * world_size * piece, kind.like).view(-1, world_size, piece)
         for row in range(len(rows)):
             flat = own[row].view(-1)
-            _flatten(parameters, rows, row, aligned, flat[:width])
-            flat[width:] = 0.0
+            kind.write(rows, row, flat[: kind.width])
+            flat[kind.width :] = 0.0
         sent = [own[: len(rows), other].unbind() for other in range(world_size)]
-        others = sum(map(len, self._nodes)) - len(rows)
-        room = iter(self._buffers.take(others * piece, like).view(others, piece))
-        parts = [
-            sent[rank] if other == rank else tuple(itertools.islice(room, len(nodes)))
-            for other, nodes in enumerate(self._nodes)
+        others = sum(map(len, nodes)) - len(rows)
+        room = iter(buffers.take(others * piece, kind.like).view(others, piece))
+        self._rows = [
+            sent[self._rank] if other == self._rank else tuple(itertools.islice(room, len(theirs)))
+            for other, theirs in enumerate(nodes)
         ]
-        exchange(sent, parts, group)
-        total = like.new_empty(world_size, piece)  # a user may keep it: its parts become the gradients
-        total[rank] = self._tree_sum(row for part in parts for row in part)
-        exchange([[total[rank]]] * world_size, [[one] for one in total], group)
-        return total.view(-1)
+        self._works = start_exchange(sent, self._rows, group, tag)
 
-    def _tree_sum(self, rows: Iterable[Tensor]) -> Tensor:
-        """Return the tree's sum of all ranks' subtrees, given in rank order; overwrites them."""
-        tree: TreeSum[Tensor] = TreeSum(_add)
-        for node, row in zip(itertools.chain.from_iterable(self._nodes), rows, strict=True):
-            tree.push(node, row)
-        return tree.total()
+    def wait(self) -> None:
+        """Wait for the messages that are on their way."""
+        for work in self._works:
+            work.wait()
+
+    def sum(self) -> None:
+        """Finish this rank's slice, and start to send it."""
+        self.wait()
+        world_size = len(self._nodes)
+        # A user may keep it: its parts become the gradients.
+        self._total = total = self.kind.like.new_empty(world_size, self._piece)
+        total[self._rank] = _tree_sum(self._nodes, itertools.chain.from_iterable(self._rows))
+        sent = [[total[self._rank]]] * world_size
+        self._works = start_exchange(sent, [[one] for one in total], self._group, self._tag + 1)
+
+    def total(self) -> Tensor:
+        """Return the sums, after `sum`."""
+        self.wait()
+        return self._total.view(-1)
+
+
+def _tree_sum(nodes: Iterable[tuple[Subtree, ...]], rows: Iterable[Tensor]) -> Tensor:
+    """Return the tree's sum of all ranks' subtrees, given in rank order; overwrites them."""
+    tree: TreeSum[Tensor] = TreeSum(_add)
+    for node, row in zip(itertools.chain.from_iterable(nodes), rows, strict=True):
+        tree.push(node, row)
+    return tree.total()
 
 
 def _parts(value: Tensor) -> Tensor:
@@ -217,24 +359,6 @@ def _added(left: Gradients, right: Gradients) -> Gradients:
     if both:
         torch._foreach_add_([a for a, _ in both], [b for _, b in both])
     return [b if a is None else a for a, b in zip(left, right, strict=True)]
-
-
-def _flatten(parameters: list[nn.Parameter], rows: list[Gradients], row: int, aligned: list[int], out: Tensor) -> None:
-    """Write to `out`, for each parameter, whether it has a gradient, then the gradients; then drop them."""
-    gradients = rows[row]
-    exists = torch.tensor([float(gradient is not None) for gradient in gradients])
-    padding = out.new_zeros(_ALIGNED_BYTES // out.element_size())
-    pieces: list[Tensor] = []
-    values = [
-        _nothing(parameter.numel(), out) if gradient is None else gradient.reshape(-1)
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-    ]
-    for value, size in zip([exists.to(out), *values], aligned, strict=True):
-        pieces.append(value)
-        if value.numel() < size:
-            pieces.append(padding[: size - value.numel()])
-    torch.cat(pieces, out=out)
-    rows[row] = []
 
 
 def _nothing(size: int, like: Tensor) -> Tensor:
@@ -321,11 +445,19 @@ class TreeSum(Generic[T]):
     def push(self, subtree: Subtree, value: T) -> None:
         """Add the sum of the next subtree."""
         level, position = subtree
-        while position % 2 and self.nodes and self.nodes[-1][0] == (level, position - 1):
+        for _ in range(len(self.nodes) - self.alone(subtree)):
             _, left = self.nodes.pop()
             value = self._add(left, value)
             level, position = level + 1, position // 2
         self.nodes.append(((level, position), value))
+
+    def alone(self, subtree: Subtree) -> int:
+        """Return how many of the nodes, from the first, the next subtree leaves as they are; it joins the others."""
+        level, position = subtree
+        count = len(self.nodes)
+        while position % 2 and count and self.nodes[count - 1][0] == (level, position - 1):
+            level, position, count = level + 1, position // 2, count - 1
+        return count
 
     def total(self) -> T:
         """Return the sum of the whole tree, after the last value; free the subtrees.

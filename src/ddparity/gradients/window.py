@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from ..errors import DDParityError
 from ..runtime.agreement import agreed
 from . import strangers
 from .aside import Aside
-from .early import EarlyAverage
+from .early import Average, EarlyParts, finish_averages
 from .incomplete import (
     allow_late,
     close_loop,
@@ -51,8 +53,9 @@ class Window:
 
     How gradients are reduced:
 
-    - strict: each micro-batch's gradients are taken out, and summed along the tree after the loop.
-    - early, for one large fast model: averages of copies start in the last micro-batch's backward (`EarlyAverage`).
+    - strict: each micro-batch's gradients are taken out, and summed along the tree after the loop; of one large model
+      on the CPU the exchange starts in the last micro-batch's backward (`EarlyParts`).
+    - early, for one large fast model: averages of copies start in the last micro-batch's backward (`EarlyParts`).
     - by DDP, for one model with options that only DDP's own reduction serves (a user's communication hook,
       static_graph, mixed_precision): in the last micro-batch's backward, as in plain DDP.
     - after the loop, for all others: one average of what the loop left in the gradients, whatever it did; one sum where
@@ -87,13 +90,10 @@ class Window:
         self._buffered = [buffered for _, buffered, _ in walks]
         self._parameters = [parameter for _, parameter in self._named]
         self._by_ddp: Replica | None = None
-        self._early: EarlyAverage | None = None
-        if len(self._own) == 1 and self._group is not None and not self._strict and not self._sums:
-            replica = self._own[0]
-            if replica.by_ddp(self._parameters):
-                self._by_ddp = replica
-            else:
-                self._early = replica.early_average(self._parameters)
+        self._early: EarlyParts[Any] | None = None
+        averages = self._group is not None and not self._strict and not self._sums
+        if averages and len(self._own) == 1 and self._own[0].by_ddp(self._parameters):
+            self._by_ddp = self._own[0]
         self._alive: list[tuple[Replica, nn.Module]] = []
         self._others: dict[tuple[tuple[int, ...] | None, int], _Other] = {}
         self._careful = careful or drops or self._by_ddp is not None
@@ -192,6 +192,8 @@ class Window:
         if self._strict:
             self._enter(deterministic(device))
         self._reduction = self._make(self._named)
+        if len(self._own) == 1 and self._group is not None and self._by_ddp is None:
+            self._early = self._reduction.start_early(self._own[0])
         if self.waits:
             self._alive = others_than(self._own)
             for replica, _ in self._alive:
@@ -210,7 +212,10 @@ class Window:
             other.replica.holder = None
         self._others.clear()
         if self._early is not None:
-            self._early.end()
+            if self._finished:
+                self._early.end()
+            else:
+                self._early.leave()
         if not self._finished and self._reduction is not None:
             self._reduction.restore()
             if self.waits and not self._superseded:
@@ -393,18 +398,17 @@ class Window:
         for statistics in self._all_statistics():
             statistics.count()
         left = scale_of_rest(self._dropped, self._numbers, self._group, self._device) if self._drops else 1.0
+        assert self._reduction is not None
         if self._by_ddp is not None:
             self._complete(self._by_ddp)
-        elif self._early is not None:
-            self._early.finish()
         else:
-            assert self._reduction is not None
             self._reduction.reduce(left)
         most = max(self._numbers)
         kept = [statistics is None or statistics.replay(most) for statistics in self._statistics]
         others = self._reduce_others(left)
+        reduced = self._reduction.reduced()
         for replica, *stay_equal in zip(self._own, self._stay_equal, kept, strict=True):
-            replica.finished(self._parameters, all(stay_equal))
+            replica.finished(self._parameters, reduced, all(stay_equal))
         if self._strict and self._group is not None and self._skipped:
             refuse_late(self._parameters)
         if self._group is not None and any(replica.compares() for replica in self._own):
@@ -449,7 +453,7 @@ class Window:
                 other.reduction.restore()
                 continue
             other.reduction.reduce(left)
-            replica.note_gradients(other.parameters)
+            replica.note_gradients(other.reduction.reduced())
             kept = statistics is None or statistics.replay(max(self._numbers))
             replica.buffers_equal = replica.buffers_equal and kept and equal_buffers(other.buffered, statistics)
         return [other for other in others if other.replica.number in touched]
@@ -540,8 +544,21 @@ class _Reduction:
         self._empty, self._buffers = empty, buffers
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self._touched = False
+        self._early: EarlyParts[Average] | None = None
         self._aside = Aside(parameters) if sums else None
         self._first = self._last = State(parameters) if watched else NOTHING
+
+    def start_early(self, replica: Replica) -> EarlyParts[Any] | None:
+        """Reduce parts of this replica in the step's last backward, and return them; None where that does not pay."""
+        if self._group is None or self._empty or self._aside is not None:
+            return None
+        if self._tree is None:
+            start = functools.partial(Average, self._group, self._buffers)
+            self._early = replica.early_parts(self._parameters, start)
+            return self._early
+        if all(one.is_cpu for one in self._parameters):
+            self._tree.early = replica.early_parts(self._parameters, self._tree.start)
+        return self._tree.early
 
     def take(self) -> bool:
         """Return True if the micro-batch has changed a gradient."""
@@ -563,6 +580,9 @@ class _Reduction:
         if self._tree is not None:
             self._tree.finish(scale)
             return
+        if self._early is not None and self._group is not None:
+            finish_averages(self._early, self._group, self._buffers)
+            return
         self.settle()
         if self._aside is not None and self._group is not None and self._empty and self._parameters:
             self._aside.agree(self._group)
@@ -573,6 +593,12 @@ class _Reduction:
             if gradients := [one.grad for one in self._parameters if one.grad is not None]:
                 torch._foreach_mul_(gradients, scale)
         self.restore()
+
+    def reduced(self) -> list[nn.Parameter]:
+        """Return the parameters that the step has given a gradient, the same on every rank."""
+        if self._tree is not None:
+            return self._tree.summed
+        return [one for one in self._parameters if one.grad is not None]
 
     def settle(self) -> None:
         """Let the gradients be this step's alone, where what was there before is put aside."""

@@ -162,7 +162,7 @@ def _loaded(loader: Loader, here: World, seconds: float) -> tuple[list[Step], li
 
 
 def parts_of(parameters: Sequence[nn.Parameter], order: Sequence[int], ready: Sequence[float]) -> tuple[Part, ...]:
-    """Return what the fast reduction reduces in one collective each, as `EarlyAverages` and `reduce_gradients` cut it.
+    """Return what the fast reduction reduces in one collective each, as `EarlyPlan` and `reduce_gradients` cut it.
 
     Args:
         order: the numbers of the parameters, as their gradients arrive. ready: of each parameter, see `Part`.

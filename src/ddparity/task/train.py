@@ -300,7 +300,7 @@ def _resume(
 def _reduce_once(task: Task, model: nn.Module, loader: Loader) -> None:
     """Do one reduction of gradients and drop them, so that gradients are cut as in the training that is resumed.
 
-    They are cut in the order of the first backward, by DDP or by `EarlyAverages`. From three ranks on, the order of a
+    They are cut in the order of the first backward, by DDP or by `EarlyPlan`. From three ranks on, the order of a
     sum, and so its rounding, depends on the position of a gradient in its part.
     """
     if not isinstance(model, DistributedDataParallel) or dist.get_world_size() < 3:
