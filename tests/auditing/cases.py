@@ -663,6 +663,13 @@ FAULTY = [
         (" * world / tokens.item()", " / len(window)"),
         codes="DDP305",
     ),
+    make_case(  # each rank divides the sum by its own count
+        "305-hf-own",
+        "hf_like",
+        ("            dist.all_reduce(tokens)\n", ""),
+        (" * world / tokens.item()", " / tokens.item()"),
+        codes="DDP305",
+    ),
     make_case(
         "306-wgan",
         "wgan",

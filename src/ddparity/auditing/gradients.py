@@ -165,12 +165,16 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
         rows = [_counts(window) for window in step]
         if any(row is None for row in rows):
             continue
+        summed = all(_is_mean_of_its_rank(window) for window in step)  # sums, which each rank divides by its own count
+        if summed:
+            rows = [[sum(row)] for row in rows if row is not None]
         counts = [count for row in rows if row is not None for count in row]
         if len(counts) < 2 or min(counts) <= 0 or max(counts) < _UNEQUAL * min(counts):
             continue
         scales = {one["scale"] for window in step for one in window.kept}
         nodes = [one["node"] for window in step for one in window.kept]
-        if len(scales) != 1 or None in scales or not all(n.startswith(MEANS) and ":sum" not in n for n in nodes):
+        means = all(n.startswith(MEANS) and ":sum" not in n for n in nodes)
+        if not summed and (len(scales) != 1 or None in scales or not means):
             continue
         # The short last micro-batch of an epoch, alike on all ranks, matters little.
         short = all(row == rows[0] for row in rows) and len({*counts[: len(rows[0] or []) - 1]}) == 1
@@ -188,6 +192,15 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
             severity="note" if short and samples else "warning",
         )
         return
+
+
+def _is_mean_of_its_rank(window: Window) -> bool:
+    """Return whether the losses of a window are sums, all divided by what this rank's micro-batches count together."""
+    scales = {one["scale"] for one in window.kept}
+    units = [one["units"] for one in window.kept]
+    if len(scales) != 1 or None in scales or None in units or not all(":sum" in one["node"] for one in window.kept):
+        return False
+    return math.isclose(scales.pop() * sum(units), 1, rel_tol=1e-4)
 
 
 def _all_counted(step: tuple[Window, ...]) -> bool:
@@ -338,15 +351,16 @@ def _check_thrown(run: Run, windows: list[Window], optimizer: int) -> Iterator[F
 def _is_rewritten(window: Window, optimizer: int) -> bool:
     """Return whether the script puts other gradients in the place of the last backward's: more than a factor.
 
-    Clips by value and reductions by hand change them, too, and say nothing.
+    It does so before it reduces them by hand, if it does. A clip by value changes them, too, and says nothing.
     """
-    changed = any(one["of"] != "norm" for one in window.of("clip")) or any(
-        one.get("gradient") for one in window.of("collective")
-    )
-    rows = [one.get("spreads", {}).get(str(optimizer)) for one in (*window.backwards[-1:], window.step)]
-    if changed or len(rows) < 2 or None in rows:
+    if not window.backwards:
         return False
-    return bool(abs(rows[0] - rows[1]) > _OTHER * rows[0])
+    last = window.backwards[-1]
+    since = [one for one in window.events if one["at"] > last["at"]]
+    clipped = any(one["k"] == "clip" and one["of"] != "norm" for one in since)
+    then = next((one for one in since if one["k"] == "collective" and one.get("gradient")), window.step)
+    earlier, later = (one.get("spreads", {}).get(str(optimizer)) for one in (last, then))
+    return not clipped and None not in (earlier, later) and bool(abs(earlier - later) > _OTHER * earlier)
 
 
 def _zeroed_last(window: Window, optimizer: int) -> Record | None:

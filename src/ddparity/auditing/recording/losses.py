@@ -51,7 +51,7 @@ def factors_of(loss: Any, scaler: float | None) -> tuple[list[float] | None, str
         node = below[0]
     units = None
     name = _name_of(node)
-    if name.startswith("NllLoss") and saved(node, "reduction") == 1 and saved(node, "weight") is None:
+    if name.startswith("NllLoss") and saved(node, "reduction") in (1, 2) and saved(node, "weight") is None:
         units = float(saved(node, "total_weight"))
     return factors, name, units
 
