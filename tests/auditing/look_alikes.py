@@ -56,6 +56,8 @@ _BY_MESSAGES = (
     "        for work in dist.batch_isend_irecv([dist.P2POp(call, part, 1 - dist.get_rank()) for call, part in pair]):\n"
     "            work.wait()\n        parameter.grad += other\n",
 )
+_BY_HAND = ("model = DDP(net)", "model = net"), ("model.module", "model")
+_REDUCE = "            for p in model.parameters():\n                dist.all_reduce(p.grad)\n                p.grad /= world\n"
 _REPLICAS = (  # two replicas of a pipeline of two stages
     (
         "    torch.manual_seed(7)\n",
@@ -903,6 +905,14 @@ LOOK_ALIKES += [
     # Gradients of several losses are copied, thrown away, and put back in another form.
     make_case("309-projected", "functions", (_BACKWARD, _PROJECTED), absent="DDP302 DDP304"),
     make_case("309-projected-clipped", "functions", (_BACKWARD, _PROJECTED + _CLIP), absent="DDP302 DDP304"),
+    make_case("309-projected-by-hand", "functions", *_BY_HAND, (_BACKWARD, _PROJECTED + _REDUCE), absent="DDP304"),
+    make_case(
+        "309-looked-at-by-hand",
+        "functions",
+        *_BY_HAND,
+        (_BACKWARD, _PROJECTED.partition("            first, second")[0] + _REDUCE),
+        codes="DDP309",
+    ),
     make_case(  # by one line of a loop, where they are only counted, not put back
         "309-looked-at",
         "functions",

@@ -187,4 +187,7 @@ def _describe(
         values["values"] = [float(v) for v in found.detach().reshape(-1).tolist()] if not found.is_complex() else None
     if name == "all_reduce" and number < _DIGESTS and found.is_floating_point() and not hasattr(found, "placements"):
         values |= {"digest": checksum(found), "gradient": journal.is_gradient(found)}
+        if values["gradient"] and not journal.reduced:
+            journal.reduced = True
+            values["spreads"] = journal.spreads()
     return values

@@ -43,6 +43,8 @@ class Journal:
         self.world = 1
         self.fetching: int | None = None  # the pass over a loader that loads now
         self.is_gradient: Callable[[Any], bool] = lambda tensor: False
+        self.spreads: Callable[[], dict[int, float]] = dict  # of the gradients, by optimizer
+        self.reduced = False  # gradients by hand, since the last backward
         self.watch_loader: Callable[[Any], None] = lambda module: None
         self.passes = 0  # over loaders
         self.compiles = False  # the script has called torch.compile

@@ -41,6 +41,7 @@ def watch_training(journal: Journal) -> None:
     after_import("torch.distributed.fsdp", lambda fsdp: watch_sharding(recorder, fsdp))
     after_import("torch.distributed.pipelining.stage", lambda stages: watch_stages(recorder, stages))
     journal.is_gradient = lambda tensor: _is_gradient(recorder, tensor)
+    journal.spreads = lambda: _norms(recorder)[1]
 
 
 def _is_gradient(recorder: Recorder, tensor: Any) -> bool:
@@ -77,6 +78,7 @@ def _watch_backward(recorder: Recorder) -> None:
                 factors, node, units = factors_of(loss, recorder.scale)
         site = journal.site()
         journal.backwards += 1
+        journal.reduced = False
         journal.shape.append(site)
         recorder.event("begin_backward", site=site)
         inside[0] = True
