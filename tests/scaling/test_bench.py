@@ -20,7 +20,7 @@ import ddparity as dp
 from ddparity.gradients.replica import only
 from ddparity.scaling.bench import RANKS, Report, bench
 from ddparity.scaling.links import Cost, Link, Machine
-from ddparity.scaling.measure import parts_of, statistics_bytes_of, strict_sizes_of
+from ddparity.scaling.measure import parts_of, statistics_bytes_of, strict_parts_of
 from ddparity.scaling.model import Variant, Work, step_traffic
 from ddparity.scaling.picture import picture
 from ddparity.scaling.report import show
@@ -112,7 +112,8 @@ def test_the_bytes_of_a_step_are_those_that_the_kernel_counts(ranks: int) -> Non
         backwards = list(range(len(parameters)))[::-1]
         work = Work(
             (1.0,), 1.0, 0.0, 0.0, 0.0, 0, 0.6, parts_of(parameters, backwards, [1.0] * len(parameters)),
-            strict_sizes_of(parameters), LAYERS.get(name, ()), statistics_bytes_of(net), MICRO_BATCHES * ranks,
+            strict_parts_of(parameters, backwards, [1.0] * len(parameters)), LAYERS.get(name, ()),
+            statistics_bytes_of(net), MICRO_BATCHES * ranks,
         )  # fmt: skip
         traffic = step_traffic(work, machine, variant, (MICRO_BATCHES,) * ranks)
         expected = sum(one.sent_bytes for one in traffic)

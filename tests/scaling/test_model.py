@@ -16,7 +16,7 @@ from ddparity.gradients.early import CAP_BYTES, EarlyPlan
 from ddparity.gradients.strict import subtrees
 from ddparity.scaling.collectives import fit_line
 from ddparity.scaling.links import HERE, Cost, Link, Machine, ring, slices, tree
-from ddparity.scaling.measure import parts_of, strict_sizes_of
+from ddparity.scaling.measure import parts_of, strict_parts_of
 from ddparity.scaling.model import (
     Fit,
     Part,
@@ -53,7 +53,7 @@ WORK = Work(
     workers=0,
     backward_s=0.6,
     parts=PARTS,
-    strict_sizes=(16 * MB,),
+    strict_parts=PARTS,
     layers=(64, 128),
     statistics_bytes=(0, 0),
     micro_batches=8,
@@ -87,6 +87,16 @@ def test_only_what_is_not_behind_the_backward_costs_time(ranks: int) -> None:
     late = dataclasses.replace(WORK, parts=(Part(16 * MB, 1.0, False),))
     assert exposed(late, IDEAL, 1.0, ranks, link).total_s == pytest.approx(0.4)
     assert exposed(WORK, IDEAL, 1.0, 1, link).total_s == 0
+
+
+def test_the_strict_sums_follow_after_the_backward() -> None:
+    link = Link("", 4 * MB / 0.2, 0.0)  # a part's slices take 0.2 s, and its sums as long
+    # The first part's slices are hidden; then come those of the second, and both parts' sums.
+    assert exposed(WORK, IDEAL, 1.0, 2, link, 1).total_s == pytest.approx(0.6, rel=1e-3)
+    late = dataclasses.replace(WORK, strict_parts=(Part(16 * MB, 1.0, False),))
+    assert exposed(late, IDEAL, 1.0, 2, link, 1).total_s == pytest.approx(0.8)
+    # A rank with two subtrees sends twice as many slices: 0.1 s of the first part's are not hidden.
+    assert exposed(WORK, IDEAL, 1.0, 2, link, 2).total_s == pytest.approx(0.9, rel=1e-3)
 
 
 def test_work_of_the_processes_behind_the_backward_may_cost_time_but_waiting_does_not() -> None:
@@ -127,8 +137,14 @@ def test_gloo_has_a_ring_and_nccl_the_faster_of_two() -> None:
     assert summed(1_000, 1024, IDEAL, link).kind == "all-to-all"
     assert summed(10_000, 1024, IDEAL, link).kind == "ring"  # 10 MB of all ranks
     assert summed(1_000, 2, GPU, link).kind == "ring"
-    assert strict_traffic(1_000, 1, 2, IDEAL).kind == "all-to-all"
-    assert strict_traffic(10 * MB, 2, 4, IDEAL) == slices(10 * MB, 4, 2)
+    short, long = Part(1_000, 1.0, False), Part(10 * MB, 1.0, False)
+    assert [one.kind for one in strict_traffic(short, 1, 2, IDEAL)] == ["all-to-all"]
+    assert strict_traffic(long, 2, 4, IDEAL) == (slices(10 * MB, 4, 2),)
+    early = strict_traffic(dataclasses.replace(long, early=True), 2, 4, IDEAL)
+    assert [(one.kind, one.rounds, one.sent_bytes) for one in early] == [
+        ("slices", 1, 15 * MB),
+        ("slices", 1, 7.5 * MB),
+    ]
 
 
 def test_subtrees_are_those_of_the_strict_reduction() -> None:
@@ -221,4 +237,6 @@ def test_parts_are_cut_as_the_reduction_cuts_them(model: nn.Module) -> None:
         assert not any(part.early for part in found)
     values = sum((one.numel() + 1) * one.element_size() for one in parameters)
     assert sum(part.size for part in found) == values
-    assert 0 <= sum(strict_sizes_of(parameters)) - values < 64 * (len(parameters) + 2)
+    strict = strict_parts_of(parameters, order, [0.5] * len(parameters))
+    assert [part.early for part in strict] == [part.early for part in found] or not any(part.early for part in found)
+    assert 0 <= sum(part.size for part in strict) - values < 64 * (len(parameters) + 2 * len(strict))

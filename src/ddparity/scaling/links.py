@@ -101,6 +101,12 @@ def slices(size: float, ranks: int, rows: int = 1) -> Traffic:
     return Traffic("slices", 2 * min(1, ranks - 1), 2 * (ranks - 1), (rows + 1) * (ranks - 1) / ranks * size)
 
 
+def halves(size: float, ranks: int, rows: int = 1) -> tuple[Traffic, Traffic]:
+    """The two rounds of `slices`: those of the subtrees, and that of their sum."""
+    rounds, share = min(1, ranks - 1), (ranks - 1) / ranks * size
+    return Traffic("slices", rounds, ranks - 1, rows * share), Traffic("slices", rounds, ranks - 1, share)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a kind of collective took on this machine, in seconds: `fixed_s` + `byte_s` for each byte that a rank sent.
@@ -166,10 +172,9 @@ def time_of(traffic: Traffic, machine: Machine, link: Link) -> Time:
     if traffic.rounds == 0:
         return Time()
     cost = machine.costs["ring" if traffic.kind == "tree" else traffic.kind]
+    fixed = cost.fixed_s * traffic.rounds / cost.rounds
     if traffic.kind in ("all-to-all", "slices"):
-        fixed = cost.fixed_s + max(0, traffic.messages - cost.messages) * machine.message_s
-    else:
-        fixed = cost.fixed_s * traffic.rounds / cost.rounds
+        fixed += max(0, traffic.messages - cost.messages * traffic.rounds / cost.rounds) * machine.message_s
     own = cost.byte_s * traffic.sent_bytes
     wire = traffic.sent_bytes / link.bytes_per_s
     return Time(fixed + own, traffic.rounds * link.latency_s, max(0.0, wire - own))

@@ -117,7 +117,7 @@ def measure(task: Task, here: World, train_set: Any, workers: int, seconds: floa
         workers=workers,
         backward_s=backward_s,
         parts=parts_of(trained(net), order, fractions),
-        strict_sizes=strict_sizes_of(trained(net)),
+        strict_parts=strict_parts_of(trained(net), order, fractions),
         layers=() if synced is None else synced.channels(steps[0]),
         statistics_bytes=statistics_bytes_of(net),
         micro_batches=sum(steps[0].shares),
@@ -184,15 +184,27 @@ def _flat_bytes(part: Sequence[nn.Parameter]) -> int:
     return sum((one.numel() + 1) * grad_dtype(one).itemsize for one in part)
 
 
-def strict_sizes_of(parameters: Sequence[nn.Parameter]) -> tuple[int, ...]:
-    """Return the bytes of one row of gradients in the strict reduction's buffers, by dtype."""
-    sizes: dict[torch.dtype, int] = {}
-    counts: dict[torch.dtype, int] = {}
+def strict_parts_of(
+    parameters: Sequence[nn.Parameter], order: Sequence[int], ready: Sequence[float]
+) -> tuple[Part, ...]:
+    """Return what the strict reduction exchanges together; arguments as in `parts_of`."""
+    fractions = {id(one): at for one, at in zip(parameters, ready, strict=True)}
+    parts = cut_early([parameters[number] for number in order], CAP_BYTES)
+    if len(parts) > 1 and all(one.is_cpu for one in parameters):
+        return tuple(
+            Part(_row_bytes(part), max(fractions[id(one)] for one in part), number < len(parts) - 1)
+            for number, part in enumerate(parts)
+        )
+    kinds: dict[torch.dtype, list[nn.Parameter]] = {}
     for one in parameters:
-        kind = grad_dtype(one)
-        sizes[kind] = sizes.get(kind, 0) + _aligned(one.numel() * kind.itemsize)
-        counts[kind] = counts.get(kind, 0) + 1
-    return tuple(size + _aligned(counts[kind] * kind.itemsize) for kind, size in sizes.items())
+        kinds.setdefault(grad_dtype(one), []).append(one)
+    return tuple(Part(_row_bytes(part), 1.0, False) for part in kinds.values())
+
+
+def _row_bytes(part: Sequence[nn.Parameter]) -> int:
+    """Return the bytes of gradients of one dtype in the strict reduction's buffers, and of one number a parameter."""
+    size = grad_dtype(part[0]).itemsize
+    return _aligned(len(part) * size) + sum(_aligned(one.numel() * size) for one in part)
 
 
 def _aligned(size: int) -> int:

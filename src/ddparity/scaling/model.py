@@ -16,7 +16,7 @@ import numpy as np
 
 from ..comm.allreduce import SHORT_BYTES, SHORT_BYTES_OF_ALL
 from ..data.sizes import share
-from .links import HERE, Link, Machine, Time, Traffic, all_gather, all_to_all, ring, slices, time_of, tree
+from .links import HERE, Link, Machine, Time, Traffic, all_gather, all_to_all, halves, ring, slices, time_of, tree
 
 Variant = Literal["fast", "strict", "SyncBatchNorm"]
 _DRAWS = 4_000  # of a rank's share, from the measured micro-batches
@@ -26,9 +26,9 @@ _FLOAT64_BYTES = 8  # what batch norms exchange
 
 @dataclass(frozen=True)
 class Part:
-    """Gradients that one collective reduces. `ready`: when the last backward has all of them, as a part of its time.
+    """Gradients that are reduced together. `ready`: when the last backward has all of them, as a part of its time.
 
-    `early`: the collective starts then, and not after the backward.
+    `early`: that starts then, and not after the backward.
     """
 
     size: int  # bytes
@@ -42,7 +42,7 @@ class Work:
 
     `micro_s`: forward and backward of micro-batches. `alone_s`: the median of one process at work alone; `update_s`,
     `update_alone_s`: of the optimizer. `load_s`: of a micro-batch. `backward_s`: of one backward.
-    `parts`: of the fast reduction. `strict_sizes`: bytes by dtype. `layers`: channels of each batch norm that a
+    `parts`, `strict_parts`: of the fast and of the strict reduction. `layers`: channels of each batch norm that a
     micro-batch runs. `statistics_bytes`: of plain batch norms, fixed and for each micro-batch. `micro_batches`: of the
     Task's step.
     """
@@ -55,7 +55,7 @@ class Work:
     workers: int
     backward_s: float
     parts: tuple[Part, ...]
-    strict_sizes: tuple[int, ...]
+    strict_parts: tuple[Part, ...]
     layers: tuple[int, ...]
     statistics_bytes: tuple[int, int]
     micro_batches: int
@@ -126,17 +126,24 @@ def copied(size: float, ranks: int, machine: Machine) -> Traffic:
     return all_to_all(size, ranks) if machine.gloo and size <= SHORT_BYTES else all_gather(size, ranks)
 
 
-def strict_traffic(size: int, rows: int, ranks: int, machine: Machine) -> Traffic:
-    """Return what the strict reduction does with gradients of `size` bytes; `rows`: subtrees of the rank with most."""
-    most = rows * size
+def strict_traffic(part: Part, rows: int, ranks: int, machine: Machine) -> tuple[Traffic, ...]:
+    """Return what the strict reduction does with a part, in turn; `rows`: subtrees of the rank with most."""
+    most = rows * part.size
+    if part.early:
+        return halves(part.size, ranks, rows)
     if machine.gloo and most <= SHORT_BYTES and most * ranks <= SHORT_BYTES_OF_ALL:
-        return copied(most, ranks, machine)
-    return slices(size, ranks, rows)
+        return (copied(most, ranks, machine),)
+    return (slices(part.size, ranks, rows),)
 
 
 def part_traffic(part: Part, ranks: int, machine: Machine, link: Link) -> Traffic:
     """Return what the fast reduction does with a part."""
     return (reduced if part.early else summed)(part.size, ranks, machine, link)
+
+
+def compared(early: int, ranks: int, machine: Machine) -> Traffic:
+    """Return what tells, for each of so many parts that started early, whether its gradients have changed since."""
+    return copied(4 * early, ranks, machine)
 
 
 def step_traffic(
@@ -145,12 +152,13 @@ def step_traffic(
     """Return the collectives of a step, on the rank that sends most."""
     ranks, most = len(shares), max(shares)
     if variant == "strict":
-        rows = rows_of(tuple(shares))
-        found = [strict_traffic(size, rows, ranks, machine) for size in work.strict_sizes]
+        rows, parts = rows_of(tuple(shares)), work.strict_parts
+        found = [one for part in parts for one in strict_traffic(part, rows, ranks, machine)]
     else:
-        found = [part_traffic(part, ranks, machine, link) for part in work.parts]
-        if early := sum(part.early for part in work.parts):
-            found.append(copied(4 * early, ranks, machine))
+        parts = work.parts
+        found = [part_traffic(part, ranks, machine, link) for part in parts]
+    if early := sum(part.early for part in parts):
+        found.append(compared(early, ranks, machine))
     if variant == "SyncBatchNorm":
         found += [
             one
@@ -236,11 +244,8 @@ def predict(
     synced = variant == "SyncBatchNorm"
     # Synchronised batch norms wait in each micro-batch, other models once a step.
     waiting = most * waiting_s(work.micro_s, 1, ranks) if synced else waiting_s(work.micro_s, most, ranks)
-    if variant == "strict":
-        rows = rows_of(tuple(shares))
-        cost = _sum(time_of(strict_traffic(size, rows, ranks, machine), machine, link) for size in work.strict_sizes)
-    else:
-        cost = exposed(work, machine, fit.hidden, ranks, link)
+    rows = rows_of(tuple(shares)) if variant == "strict" else None
+    cost = exposed(work, machine, fit.hidden, ranks, link, rows)
     if synced:
         traffic = [one for channels in work.layers for one in layer_traffic(channels, ranks, machine, link)]
         cost += _sum(time_of(one, machine, link) for one in traffic).times(most)
@@ -253,26 +258,35 @@ def predict(
     return Prediction(ranks, most, compute, load, waiting, cost.software_s, cost.latency_s, cost.wire_s, rest)
 
 
-def exposed(work: Work, machine: Machine, hidden: float, ranks: int, link: Link) -> Time:
-    """Return the time of the fast reduction that the backward does not hide.
+def exposed(
+    work: Work, machine: Machine, hidden: float, ranks: int, link: Link, strict_rows: int | None = None
+) -> Time:
+    """Return the time of a reduction that the backward does not hide: of the fast one, or, with `rows_of`, the strict.
 
-    Parts are reduced one after the other, each when it is ready. What goes on during the backward is hidden, but of the
-    processes' own work only `hidden`, a number from 0 to 1: where all cores compute, it takes a core from the backward.
+    Parts are reduced one after the other, each when it is ready; the strict sums follow after the backward. What goes
+    on during the backward is hidden, but of the processes' own work only `hidden`, a number from 0 to 1: where all
+    cores compute, it takes a core from the backward.
     """
     if ranks < 2:
         return Time()
-    total, free, early = Time(), 0.0, 0  # `free`: when the last collective ends, from the begin of the backward
-    for part in work.parts:
-        took = time_of(part_traffic(part, ranks, machine, link), machine, link)
+    parts = work.parts if strict_rows is None else work.strict_parts
+    total, free, after = Time(), 0.0, Time()  # `free`: when the last exchange ends, from the begin of the backward
+    for part in parts:
+        if strict_rows is None:
+            first, *rest = (part_traffic(part, ranks, machine, link),)
+        else:
+            first, *rest = strict_traffic(part, strict_rows, ranks, machine)
+        took = time_of(first, machine, link)
         begin = part.ready * work.backward_s if part.early else work.backward_s
-        free, total, early = max(free, begin) + took.total_s, total + took, early + part.early
+        free, total = max(free, begin) + took.total_s, total + took
+        after += _sum(time_of(one, machine, link) for one in rest)
     seen = max(0.0, free - work.backward_s)
     shown = total.times(seen / total.total_s) if total.total_s else total
     covered = min(total.total_s - seen, total.software_s)
     cost = dataclasses.replace(shown, software_s=shown.software_s + (1 - hidden) * covered)
-    if early:  # one number a part: whether its gradients have changed since
-        cost += time_of(copied(4 * early, ranks, machine), machine, link)
-    return cost
+    if early := sum(part.early for part in parts):
+        after += time_of(compared(early, ranks, machine), machine, link)
+    return cost + after
 
 
 def one_process_s(work: Work, micro_batches: int) -> float:
