@@ -303,7 +303,7 @@ class FlatGradients:
                     f"module has no sparse=True that would tell so on every rank: use dense gradients"
                 )
         dtype = grad_dtype(parameters[0])
-        exist = _exist(tuple(gradient is not None for gradient in gradients), dtype, parameters[0].device)
+        exist = flags(tuple(gradient is not None for gradient in gradients), dtype, parameters[0].device)
         if buffers is None or not parameters[0].is_cpu:  # a kernel for each parameter would take longer
             pairs = zip(self._parameters, gradients, strict=True)
             pieces = [one.new_zeros(one.shape, dtype=dtype) if value is None else value for one, value in pairs]
@@ -352,7 +352,7 @@ class FlatGradients:
 
 
 @functools.lru_cache(maxsize=64)
-def _exist(which: tuple[bool, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def flags(which: tuple[bool, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return ones and zeros, which nobody writes into: a new tensor in each step takes longer."""
     with torch.inference_mode(False):
         return torch.tensor(which, dtype=dtype, device=device)

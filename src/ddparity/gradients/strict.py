@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.allreduce import copies_of_ranks, gathers, own_memory, start_exchange
+from ..comm.allreduce import copies_of_ranks, flags, gathers, own_memory, start_exchange
 from ..comm.buffers import Buffers
 from ..compat import grad_dtype
 from .aside import Aside
@@ -241,39 +241,36 @@ class _Kind:
         self.like = parameters[0].new_empty(0, dtype=grad_dtype(parameters[0]))
         self._sizes = [len(parameters)] + [parameter.numel() for parameter in parameters]
         self._aligned = [_aligned(size, self.like.element_size()) for size in self._sizes]
-        self.width = sum(self._aligned)
+        *self._begins, self.width = itertools.accumulate(self._aligned, initial=0)
 
     def write(self, rows: list[Chain], row: int, out: Tensor) -> None:
         """Write the sum of a row's chain to `out`; then drop it."""
         *lefts, gradients = rows[row]
-        exists = torch.tensor([float(any(one is not None for one in each)) for each in zip(*rows[row], strict=True)])
-        padding = out.new_zeros(_ALIGNED_BYTES // out.element_size())
-        pieces: list[Tensor] = []
+        exist = tuple(any(one is not None for one in each) for each in zip(*rows[row], strict=True))
         values = [
             _nothing(parameter.numel(), out) if gradient is None else gradient.reshape(-1)
             for parameter, gradient in zip(self.parameters, gradients, strict=True)
         ]
-        for value, size in zip([exists.to(out), *values], self._aligned, strict=True):
+        pieces: list[Tensor] = []
+        sizes = zip([flags(exist, out.dtype, out.device), *values], self._sizes, self._aligned, strict=True)
+        for value, size, aligned in sizes:
             pieces.append(value)
-            if value.numel() < size:
-                pieces.append(padding[: size - value.numel()])
+            if size < aligned:
+                pieces.append(flags((False,) * (aligned - size), out.dtype, out.device))
         torch.cat(pieces, out=out)
         for left in reversed(lefts):
-            for one, right in zip(left, self._split(out)[1:], strict=True):
+            for one, parameter, begin in zip(left, self.parameters, self._begins[1:], strict=True):
                 if one is not None:
-                    parts = _parts(right.view(one.shape))
-                    torch.add(_parts(one), parts, out=parts)
+                    right = _parts(out[begin : begin + parameter.numel()].view(one.shape))
+                    torch.add(_parts(one), right, out=right)
         rows[row] = []
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        return [part[:size] for part, size in zip(flat.split(self._aligned), self._sizes, strict=True)]
 
     def values(self, total: Tensor) -> Gradients:
         """Return the gradients of a sum of rows."""
-        exists, *values = self._split(total[: self.width])
+        exist = total[: len(self.parameters)].tolist()
         return [
-            _laid_out(value, parameter) if some else None
-            for parameter, value, some in zip(self.parameters, values, exists.tolist(), strict=True)
+            _laid_out(total, begin, parameter) if some else None
+            for parameter, begin, some in zip(self.parameters, self._begins[1:], exist, strict=True)
         ]
 
 
@@ -372,11 +369,16 @@ def _aligned(size: int, element_size: int) -> int:
     return -(-size // step) * step
 
 
-def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return a gradient with the parameter's memory layout, as autograd makes one: the bits of a norm depend on it."""
+def _laid_out(total: Tensor, begin: int, parameter: nn.Parameter) -> Tensor:
+    """Return a gradient with the parameter's memory layout, as autograd makes one: the bits of a norm depend on it.
+
+    begin: of its values, in the order of the dimensions, in `total`, a contiguous tensor.
+    """
     if parameter.is_contiguous():
-        return value.view_as(parameter).data  # with a count of versions of its own
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value.view_as(parameter))
+        offset = total.storage_offset() + begin
+        return total.as_strided(parameter.shape, parameter.stride(), offset).data  # with a count of versions of its own
+    value = total[begin : begin + parameter.numel()].view_as(parameter)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def sparse_refusal(name: str) -> str:
