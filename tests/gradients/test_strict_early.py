@@ -154,7 +154,7 @@ def _compared(micro_batches: int) -> tuple[list[tuple[str, bool, int]], list[str
     return wrong, early_ones
 
 
-@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 2), (2, 8), (2, 11), (3, 7), (3, 12), (4, 13)])
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 2), (2, 11), (3, 12), (4, 13)])
 def test_the_bits_of_an_exchange_after_the_loop(world_size: int, micro_batches: int) -> None:
     ranks = run_ranks(_compared, world_size, micro_batches)
     assert [wrong for wrong, _ in ranks] == [[]] * world_size
