@@ -2,8 +2,9 @@
 
     python docs/look.py [PAGE]…
 
-It fails for an error in the console and for a page that is wider than the window. It speaks the DevTools protocol over
-two pipes, so it needs no driver.
+Beside the pages, it photographs a report of `ddparity audit --html`, and the notebook with its output. It fails for an
+error in the console and for a page that is wider than the window. It speaks the DevTools protocol over two pipes, so it
+needs no driver.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import tempfile
 import threading
 from pathlib import Path
 from typing import Any
+
+from nbconvert import HTMLExporter
+from terminal import SCRIPT
 
 SITE = Path(__file__).parent.parent / "site"
 WIDTHS = (1280, 390)
@@ -45,6 +49,7 @@ PAGES = (
     "zh/moving/ddp",
     "zh/reference/training",
 )
+REPORT, NOTEBOOK = "look/report", "look/notebook"
 _WIDTH = "document.documentElement.scrollWidth"
 
 
@@ -119,7 +124,10 @@ def problems_of(browser: Browser, url: str, width: int, scheme: str, picture: Pa
     """Open a page, photograph it, and return what is wrong with it."""
     browser.events.clear()
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
-    # Material keeps the scheme of the first page.
+    # Material keeps the scheme of a page; one that is still open would keep it again.
+    browser.call("Page.navigate", url="about:blank")
+    browser.wait("Page.loadEventFired")
+    browser.events.clear()
     browser.call("Storage.clearDataForOrigin", origin=url[: url.index("/", 8)], storageTypes="all")
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     browser.call("Page.navigate", url=url)
@@ -135,11 +143,28 @@ def problems_of(browser: Browser, url: str, width: int, scheme: str, picture: Pa
             case "Runtime.exceptionThrown":
                 problems.append(about["exceptionDetails"]["text"])
             case "Log.entryAdded" if about["entry"]["level"] == "error":
+                if about["entry"].get("url", "").endswith("/favicon.ico"):  # a page without an icon of its own
+                    continue
                 problems.append(f"{about['entry']['text']} {about['entry'].get('url', '')}")
             case "Network.requestWillBeSent" if "127.0.0.1" not in (wanted := about["request"]["url"]):
                 if not wanted.startswith("data:"):
                     problems.append(f"asks the network for {wanted}")
     return problems
+
+
+def make_report(page: Path) -> None:
+    """Audit a script with two faults."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "train.py").write_text(SCRIPT, encoding="utf-8")
+        command = [sys.executable, "-m", "ddparity", "audit", "--html", str(page), "train.py"]
+        subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=False)  # 1: it has faults
+
+
+def make_notebook(page: Path) -> None:
+    """Write the notebook as a page, without what it would ask the network for."""
+    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
+    text, _ = exporter.from_filename(str(SITE.parent / "examples" / "notebook.ipynb"))
+    page.write_text(text, encoding="utf-8")
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -153,10 +178,13 @@ def main() -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     found = 0
+    (SITE / "look").mkdir(parents=True, exist_ok=True)
+    make_report(SITE / f"{REPORT}.html")
+    make_notebook(SITE / f"{NOTEBOOK}.html")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         browser = Browser(folder)
-        for page, width, scheme in itertools.product(sys.argv[1:] or PAGES, WIDTHS, SCHEMES):
-            picture = SITE / "look" / f"{page.replace('/', '-')}-{width}-{scheme}.png"
+        for page, width, scheme in itertools.product(sys.argv[1:] or (*PAGES, REPORT, NOTEBOOK), WIDTHS, SCHEMES):
+            picture = SITE / "look" / f"{page.removeprefix('look/').replace('/', '-')}-{width}-{scheme}.png"
             url = f"http://127.0.0.1:{server.server_port}/{page}.html"
             problems = problems_of(browser, url, width, scheme, picture)
             found += len(problems)
