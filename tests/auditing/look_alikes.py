@@ -418,6 +418,41 @@ LOOK_ALIKES: list[Case] = [
             + "            for p in model.parameters():\n                dist.all_reduce(p.data)\n                p.data /= world\n",
         ),
     ),
+    make_case(  # all load what rank 0 has trained: parameters are equal again, but nothing is averaged
+        "301-loaded-again",
+        "functions",
+        (
+            _BACKWARD,
+            "            with model.no_sync():\n                loss = F.cross_entropy(model(x), y)\n                loss.backward()\n",
+        ),
+        (
+            "        accuracy = ",
+            "        if rank == 0:\n            torch.save(net.state_dict(), path)\n        dist.barrier()\n"
+            "        net.load_state_dict(torch.load(path))\n        dist.barrier()\n        accuracy = ",
+        ),
+        codes="DDP301",
+    ),
+    make_case(  # rank 0 alone has the mean of the gradients, and sends its parameters
+        "301-reduced-to-one",
+        "by_hand",
+        (
+            "        dist.all_reduce(parameter.grad)\n",
+            "        dist.reduce(parameter.grad, dst=0)\n",
+        ),
+        (
+            "        optimizer.step()\n",
+            "        optimizer.step()\n        for parameter in model.parameters():\n            dist.broadcast(parameter.data, src=0)\n",
+        ),
+    ),
+    make_case(  # each rank cuts its own part of the test data, without a sampler
+        "404-own-part",
+        "functions",
+        (
+            "DataLoader(test, batch_size=8, sampler=range(rank, len(test), world))",
+            "DataLoader(TensorDataset(*(one[rank::world] for one in test.tensors)), batch_size=8)",
+        ),
+        absent="DDP404",
+    ),
     # Files, groups, and what the audit reads itself.
     make_case(
         "501-by-keyword",

@@ -68,7 +68,7 @@ def _check_pair(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     sampler = first.loader["sampler_site"] or cause
     sets = [set(one.indices) for one in pair]
     identical = all(one.indices == first.indices for one in pair) and bool(first.indices)
-    content = _content(run, pair)
+    content = compare_content(run, pair)
     subsets_differ = len({one.loader["subset_digest"] for one in pair}) > 1
     positions = [set(one.positions) for one in pair]
     shared = set.intersection(*positions)
@@ -187,7 +187,7 @@ def _check_parts(run: Run, pair: list[Pass], sets: list[set[int]]) -> Iterator[F
     """DDP102 for ranks that cut their own parts out of one data set, where the parts overlap."""
     size, union = pair[0].loader["base_length"] or 0, set.union(*sets)
     both = sum(map(len, sets)) - len(union)
-    if _content(run, pair) == "differs" or any(_repeats(one) for one in pair) or both <= 0.05 * len(union):
+    if compare_content(run, pair) == "differs" or any(_repeats(one) for one in pair) or both <= 0.05 * len(union):
         return
     code = "DDP104" if _drawn(sets) else "DDP102"
     yield finding(
@@ -268,7 +268,7 @@ def _leak(run: Run, pair: list[Pass]) -> str:
     return f"; {len(both)} of {len(evaluated)} evaluated samples are trained on by some rank" if both else ""
 
 
-def _content(run: Run, pair: list[Pass]) -> Literal["same", "differs", "unknown"]:
+def compare_content(run: Run, pair: list[Pass]) -> Literal["same", "differs", "unknown"]:
     """Say whether the ranks' data sets have the same items, by those that each rank has read again at its end."""
     if len({one.loader["base_length"] for one in pair}) > 1:
         return "differs"

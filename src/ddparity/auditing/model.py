@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -76,7 +77,7 @@ def _check_steps(
     for step in shown:
         for j in differ(step, "grads") & differ(step, "after"):  # an optimizer may reduce them in its own step
             unreduced.setdefault(j, step)
-    healed = _healed(shown, differ)
+    healed = _healed(ranks[0], shown, differ)
     if healed is not None:
         yield finding(
             "DDP310",
@@ -130,14 +131,30 @@ def _check_steps(
     yield from _check_parameters(run, numbers, shown, differ, parameters, cause)
 
 
-def _healed(shown: list[tuple[Window, ...]], differ: Any) -> tuple[Window, ...] | None:
-    """Return the first step before which parameters are equal again that differed after an earlier one."""
+def _healed(rank: Rank, shown: list[tuple[Window, ...]], differ: Any) -> tuple[Window, ...] | None:
+    """Return the first step before which parameters are equal again that differed after an earlier one.
+
+    None where all have loaded what the step before left on one rank, such as its checkpoint: that is no average.
+    """
     apart: set[int] = set()
-    for step in shown:
+    for n, step in enumerate(shown):
         if apart and not differ(step, "before") & apart:
-            return step
+            return None if _are_loaded(rank, shown[n - 1], step, apart) else step
         apart |= differ(step, "after")
     return None
+
+
+def _are_loaded(rank: Rank, last: tuple[Window, ...], step: tuple[Window, ...], which: set[int]) -> bool:
+    """Return whether parameters before a step are those of one rank after the step before it, and it did not send them.
+
+    A rank that reduces the gradients alone, and sends the parameters after its step, is right.
+    """
+    begin, end = last[0].step, step[0].step
+    sent = [one for one in rank.of("collective") if "broadcast" in one["name"] or "scatter" in one["name"]]
+    large = [one for one in sent if "shape" not in one or math.prod(one["shape"]) > 1]
+    if begin["n"] + 1 != end["n"] or any(begin["at"] < one["at"] < end["at"] for one in [*large, *rank.of("message")]):
+        return False
+    return any(all(window.step["after"][j] == end["before"][j] for j in which) for window in last)
 
 
 def _check_unreduced(
