@@ -186,6 +186,14 @@ def test_the_module_says_how_a_script_starts(tmp_path: Path) -> None:
     )
     (tmp_path / "main.py").write_text("from helper import go, f\ngo(f)\nprint(os.environ['RANK'])\n")
     assert starts_processes(tmp_path / "main.py")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "__init__.py").write_text("from .launch import go\n")
+    (tmp_path / "lib" / "launch.py").write_text("import torch\ndef go(f):\n    torch.multiprocessing.spawn(f)\n")
+    (tmp_path / "package.py").write_text("from lib import go\ngo(f)\n")
+    assert starts_processes(tmp_path / "package.py")
+    text = "# -*- coding: latin-1 -*-\n# \u00e9t\u00e9\nimport torch\ntorch.multiprocessing.spawn(f)\n"
+    (tmp_path / "latin.py").write_bytes(text.encode("latin-1"))
+    assert starts_processes(tmp_path / "latin.py")
 
 
 @pytest.mark.parametrize(

@@ -247,15 +247,16 @@ def _nodes(path: Path, seen: set[Path]) -> list[ast.AST]:
     """Return the nodes of a file's syntax tree, and of the modules in its folder that it imports."""
     seen.add(path)
     try:
-        nodes = list(ast.walk(ast.parse(path.read_text())))
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError, OSError):
         return []
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     for name in sorted(names):
-        inner = path.parent / (name.replace(".", "/") + ".py")
-        if inner not in seen and inner.is_file():
-            nodes += _nodes(inner, seen)
+        beside = path.parent / name.replace(".", "/")
+        for inner in (beside.with_name(f"{beside.name}.py"), beside / "__init__.py"):
+            if inner not in seen and inner.is_file():
+                nodes += _nodes(inner, seen)
     return nodes
 
 
