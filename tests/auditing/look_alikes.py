@@ -49,6 +49,11 @@ _OVER_LENGTH = (
     _CORRECT[1] + "    dist.all_reduce(total)\n    return (total[0] / len(loader.dataset)).item()",
 )
 _ODD = ("make_data(2, 30)", "make_data(2, 31)")
+_BY_OBJECTS = (
+    "    dist.all_reduce(total)\n    return (total[0] / total[1]).item()",
+    "    parts = [None] * dist.get_world_size()\n    dist.all_gather_object(parts, {'hits': int(total[0]), 'count': int(total[1])})\n"
+    "    return sum(one['hits'] for one in parts) / sum(one['count'] for one in parts)",
+)
 _PADDED_FOLD = ("sampler=range(rank, len(te), world)", "sampler=DistributedSampler(te, shuffle=False)")
 _BY_MESSAGES = (
     "        dist.all_reduce(parameter.grad)\n",
@@ -444,6 +449,15 @@ LOOK_ALIKES: list[Case] = [
             "        optimizer.step()\n        for parameter in model.parameters():\n            dist.broadcast(parameter.data, src=0)\n",
         ),
     ),
+    make_case(  # counts of samples, in objects
+        "401-objects",
+        "functions",
+        _BY_OBJECTS,
+        _ODD,
+        ("sampler=range(rank, len(test), world)", "sampler=DistributedSampler(test, shuffle=False)"),
+        codes="DDP401",
+    ),
+    make_case("401-objects-near", "functions", _BY_OBJECTS, _ODD, absent="DDP401"),
     make_case(  # each rank cuts its own part of the test data, without a sampler
         "404-own-part",
         "functions",

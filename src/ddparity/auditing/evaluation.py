@@ -79,9 +79,10 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
     windows = [_after(run, one) for one in pair]
     reductions = [[e for e in events if e["k"] == "collective"] for events in windows]
     lengths = [len(one.indices) for one in pair]
-    counted = _counted(reductions, lengths)
+    counted = _counted(reductions, lengths) or _counted(reductions, lengths, "numbers")
     by_object = any("object" in e["name"] for e in reductions[0])  # results by sample, such as a dict of predictions
-    if total > union and counted is not None and not by_object:
+    by_number = counted is not None and "numbers" in counted
+    if total > union and counted is not None and (by_number or not by_object):
         yield finding(
             "DDP401",
             ranks,
@@ -91,6 +92,7 @@ def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
             f"{total - union} of them.",
             "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out of "
             "the sums.",
+            certainty="likely" if by_number else "proved",
         )
     gathers = [e for e in reductions[0] if "gather" in e["name"]]
     padded = _gathered(reductions, lengths) if total > union and counted is None and not by_object else None
@@ -231,10 +233,10 @@ def _combines(collective: Record) -> bool:
     return any(part in collective["name"] for part in ("reduce", "gather", "all_to_all"))
 
 
-def _counted(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
-    """Return the reduction to which each rank gives its number of samples."""
+def _counted(reductions: list[list[Record]], lengths: list[int], what: str = "values") -> Record | None:
+    """Return the reduction to which each rank gives its number of samples, or the gather of objects that have it."""
     for calls in zip(*reductions):
-        rows = [one.get("values") or [] for one in calls]
+        rows = [one.get(what) or [] for one in calls]
         if len({len(row) for row in rows}) == 1 and any(
             all(row[i] == length for row, length in zip(rows, lengths)) for i in range(len(rows[0]))
         ):

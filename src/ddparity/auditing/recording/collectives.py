@@ -162,6 +162,15 @@ def _noted(journal: Journal, function: Any, kind: str, of: str = "store") -> Any
     return call
 
 
+def _numbers(given: Any) -> list[float]:
+    """Return the numbers of an object that ranks gather, such as `(correct, count)`, or a dict of metrics."""
+    if isinstance(given, dict):
+        given = list(given.values())
+    if isinstance(given, (list, tuple)):
+        return [number for one in given[:_SMALL] for number in _numbers(one)]
+    return [float(given)] if isinstance(given, (int, float)) else []
+
+
 def _describe(
     journal: Journal, name: str, args: tuple[Any, ...], options: dict[str, Any], number: int
 ) -> dict[str, Any]:
@@ -178,6 +187,9 @@ def _describe(
     values: dict[str, Any] = {"op": None if op is None else str(op).rpartition(".")[2]}
     if name == "all_reduce" and op is None:
         values["op"] = "SUM"
+    if "gather_object" in name:
+        given = options.get("obj", args[int(name == "all_gather_object")] if len(args) > int(name[0] == "a") else None)
+        values["numbers"] = _numbers(given)[:_SMALL]
     if found is None:
         return values
     values |= {"shape": list(found.shape), "dtype": str(found.dtype)}
