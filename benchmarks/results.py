@@ -80,9 +80,11 @@ def costs(results: str, language: str = "en") -> str:
     return "| | |\n| --- | --- |\n" + "\n".join(f"| {what} | {cost} |" for what, cost in figures[language])
 
 
-def rows_of(results: str, section: str) -> list[list[str]]:
-    """Return the cells of all rows of tables in a section."""
+def rows_of(results: str, section: str, under: str = "") -> list[list[str]]:
+    """Return the cells of all rows of tables in a section, or of those under one of its headings."""
     (text,) = re.findall(rf"<!-- {section} -->(.*?)<!-- /{section} -->", results, re.DOTALL)
+    if under:
+        (text,) = re.findall(rf"\n### {re.escape(under)}\n(.*?)(?:\n### |\Z)", text, re.DOTALL)
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
 
 

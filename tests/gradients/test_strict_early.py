@@ -24,10 +24,10 @@ Body = Callable[[nn.Module, torch.Tensor, int, int], None]
 class _Net(nn.Module):
     """Layers that differ in dtype and layout, and one that only odd micro-batches use."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
         self.wide = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
         self.rare = nn.Linear(WIDTH, WIDTH)
         self.never = nn.Linear(3, 5)
@@ -74,6 +74,14 @@ def _writes_through_data(model: nn.Module, x: torch.Tensor, number: int, step: i
                 parameter.grad.data[0] = 7.0
 
 
+def _clamps_later(model: nn.Module, x: torch.Tensor, number: int, step: int) -> None:
+    model(x, number).backward()
+    if step >= 4:
+        for parameter in model.parameters():
+            if parameter.grad is not None and parameter.grad.numel() > 100:
+                parameter.grad.data.flatten()[:7].clamp_(-1e-9, 1e-9)
+
+
 def _removes(model: nn.Module, x: torch.Tensor, number: int, step: int) -> None:
     model(x, number).backward()
     if step == 2:
@@ -87,7 +95,7 @@ def _with_graph(model: nn.Module, x: torch.Tensor, number: int, step: int) -> No
 
 BODIES: dict[str, Body] = {
     one.__name__: one
-    for one in (_plain, _two_backwards, _zeros_once, _edits, _writes_through_data, _removes, _with_graph)
+    for one in (_plain, _two_backwards, _zeros_once, _edits, _writes_through_data, _clamps_later, _removes, _with_graph)
 }
 
 
@@ -211,20 +219,101 @@ def test_a_loop_that_was_left_leaves_nothing_for_the_next() -> None:
     assert left == never and left[0] == left[1]
 
 
-def _frozen_with_other_gradients() -> list[list[bool]]:
+def _in_other_places(way: str) -> list[Any]:
+    """Ranks that leave loops at other places, or do not begin them, and go on with the same model, or with another."""
+    early.SMALL_BYTES = SMALL
+    rank, found = dist.get_rank(), []
+    model = dp.replicate(_Net(), reduction="strict")
+    for step in range(9):
+        model.zero_grad()
+        left = step in (1, 2, 5)
+        if left and way == "not begun" and rank == 1:
+            found.append(None)
+            continue
+        for micro in dp.accumulate(model, torch.ones(2, 6, WIDTH) * (step + rank), equal_counts=True):
+            if left and way != "late" and rank == 1:
+                break
+            if left and rank == 1:
+                dist.recv(torch.zeros(1), 0)
+            model(micro.data, micro.index).backward()
+            if left and micro.index == 1:
+                break
+        if left and way == "late" and rank == 0:
+            for _ in range(2):
+                dist.send(torch.zeros(1), 1)
+        if left and way != "not begun":
+            del model
+            gc.collect()
+            model = dp.replicate(_Net(LAYERS + step), reduction="strict")
+        found.append(None if left else _bits(model))
+    return found
+
+
+@pytest.mark.parametrize("way", ["elsewhere", "not begun", "late"])
+def test_ranks_that_leave_loops_in_other_places_go_on(way: str) -> None:
+    one, other = run_ranks(_in_other_places, 2, way)
+    assert one == other and one.count(None) == 3
+
+
+def _of_a_user() -> list[float]:
+    """A user's own messages, with any small tag, may be on their way meanwhile."""
+    model = dp.replicate(nn.Linear(WIDTH, 20 * WIDTH), reduction="strict")
+    strict.gathers = lambda *_: False
+    rank = dist.get_rank()
+    theirs = torch.zeros(3)
+    works = [dist.irecv(theirs[tag : tag + 1], 1 - rank, tag=tag) for tag in range(3)]
+    for micro in dp.accumulate(model, torch.ones(2, 6, WIDTH), equal_counts=True):
+        model(micro.data).square().mean().backward()
+    for tag in range(3):
+        dist.send(torch.tensor([10.0 * rank + tag]), 1 - rank, tag=tag)
+    for work in works:
+        work.wait()
+    return theirs.tolist()
+
+
+def test_messages_of_a_user_are_not_taken() -> None:
+    assert run_ranks(_of_a_user, 2) == [[10.0, 11.0, 12.0], [0.0, 1.0, 2.0]]
+
+
+def _other_dtype(reduction: Any) -> bool:
+    """A layer becomes float64 between two steps."""
+    found = []
+    for small in (SMALL, 2**40):
+        early.SMALL_BYTES = small
+        model = dp.replicate(_Net(), reduction=reduction)
+        for step in range(5):
+            model.zero_grad()
+            if step == 2:
+                model.module.rare.double()
+                model.module.rare.register_forward_pre_hook(lambda _, given: given[0].double())
+                model.module.rare.register_forward_hook(lambda _, given, out: out.float())
+            for micro in dp.accumulate(model, torch.ones(2, 6, WIDTH) * step, equal_counts=True):
+                model(micro.data, micro.index).backward()
+            found.append(_bits(model))
+    return found[:5] == found[5:]
+
+
+@pytest.mark.parametrize("reduction", ["strict", "fast"])
+def test_a_parameter_of_another_dtype(reduction: str) -> None:
+    assert run_ranks(_other_dtype, 2, reduction) == [True] * 2
+
+
+def _frozen_with_other_gradients(reduction: Any) -> list[list[bool]]:
     """A layer is frozen after some steps, and what is left of its gradient differs between ranks: zeros, and None."""
-    model = dp.replicate(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), reduction="strict")
+    model = dp.replicate(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), reduction=reduction)
     found = []
     for step in range(5):
         model.zero_grad(set_to_none=dist.get_rank() == 1)
         if step == 2:
             model.module[0].requires_grad_(False)
-        for micro in dp.accumulate(model, torch.ones(2, 3, 4), equal_counts=True):
+        batches = [torch.ones(3, 4)] * (0 if step and dist.get_rank() == 0 else 2)
+        for micro in dp.accumulate(model, batches):
             model(micro.data).sum().backward()
         found.append([one.grad is not None and bool(one.grad.any()) for one in model.parameters()])
     return found
 
 
-def test_a_frozen_layer_may_keep_zeros_on_one_rank() -> None:
-    for found in run_ranks(_frozen_with_other_gradients, 2):
+@pytest.mark.parametrize("reduction", ["strict", "fast"])
+def test_a_frozen_layer_may_keep_zeros_on_one_rank(reduction: str) -> None:
+    for found in run_ranks(_frozen_with_other_gradients, 2, reduction):
         assert found == [[True] * 4] * 2 + [[False, False, True, True]] * 3

@@ -224,8 +224,8 @@ def _models() -> Iterator[nn.Module]:
 def test_parts_are_cut_as_the_reduction_cuts_them(model: nn.Module) -> None:
     parameters = list(model.parameters())
     order = list(range(len(parameters)))[::-1]
-    plan = EarlyPlan(_Group(), CAP_BYTES)  # type: ignore[arg-type]  # it only asks for the size
-    plan.next(parameters, careful=False, start=lambda part: None)
+    plan = EarlyPlan(_Group(), CAP_BYTES, 0)  # type: ignore[arg-type]  # it only asks for the size
+    plan.next(parameters, lambda part: None)
     theirs = plan._parts
     found = parts_of(parameters, order, [0.5] * len(parameters))
     if len(theirs) > 1:

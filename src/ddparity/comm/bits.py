@@ -14,6 +14,7 @@ from .trees import byte_view
 # would lie exactly below each other, and shuffled rows would have the same sum.
 _COLUMNS = 1021
 _ROW_BYTES = 8 * _COLUMNS
+_SMALL_BYTES = 4096
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -56,6 +57,26 @@ def put_back(tensor: torch.Tensor, copy: torch.Tensor) -> None:
             tensor.resize_as_sparse_(copy).copy_(copy)
         else:
             tensor.data = copy
+
+
+def marks_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return what tells whether dense tensors have changed, from one look at their memory.
+
+    Of a small tensor a copy. Of a large one the sum of its 64-bit words, modulo 2^64, of 64-bit numbers their own sum,
+    too, since the first bit of two words, their sign, drops out of the other.
+    """
+    marks = []
+    for tensor in tensors:
+        in_memory = tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+        data = _bytes(in_memory)
+        words = data.numel() // 8 * 8
+        if data.numel() <= _SMALL_BYTES or data.data_ptr() % 8 or data.storage_offset() % 8:
+            marks.append(data.clone())
+            continue
+        marks += [data[:words].view(torch.int64).sum(), data[words:].clone()]
+        if in_memory.element_size() >= 8:
+            marks.append(_bytes(in_memory.sum().reshape(1)))
+    return marks
 
 
 def check_words(tensors: Sequence[list[torch.Tensor]], headers: Sequence[str]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -12,13 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm.allreduce import FlatGradients, copies_of_ranks, cut, reduce_gradients, separate, start_sum
-from ..comm.bits import is_same
+from ..comm.bits import marks_of
 from ..comm.buffers import Buffers
 from .state import State
 
 CAP_BYTES = 25 * 2**20  # of a part, as DDP's default
 SMALL_BYTES = 2**23  # up to here one exchange of all gradients after the loop is faster than several in its backward
-SAMPLED = 64  # values of a part, about, which are compared in every step
 PARTS = 8  # of a model
 CAREFUL_STEPS = 3  # with checks that take time: a loop that is wrong is mostly wrong in its first steps
 LATE_STEPS = 100  # in which nothing starts early, after a step in which it was in vain
@@ -36,44 +34,47 @@ S = TypeVar("S")  # the reduction of a part, under way
 class EarlyPlan:
     """Which parts of a model are reduced early, and what each step tells of the next.
 
+    Loops may be left at other places on other ranks. So what ranks must agree in changes where a step is finished.
+
     Args:
-        group: of at least 2 ranks. cap: of a part, in bytes.
+        group: of at least 2 ranks. cap: of a part, in bytes. number: of the model, in its group.
     """
 
-    def __init__(self, group: dist.ProcessGroup, cap: int) -> None:
-        self.group, self._cap = group, cap
+    def __init__(self, group: dist.ProcessGroup, cap: int, number: int) -> None:
+        self.group, self._cap, self.number = group, cap, number
         self._late = 0  # steps
         self._early = 0
+        self._known: list[tuple[int, torch.dtype]] = []
         self._parameters: list[nn.Parameter] = []
         self._parts: list[list[nn.Parameter]] = []
-        self._steps = 0
-        self.left: list[
-            object
-        ] = []  # on their way, though their loop was left: to drop one now could end the connection
+        self.attempts = 0  # of steps to start early
+        self.pending = False  # a loop was left with parts on their way, and no step has been finished since
 
-    def next(
-        self, parameters: list[nn.Parameter], careful: bool, start: Callable[[list[nn.Parameter]], S]
-    ) -> EarlyParts[S] | None:
-        """Return the parts of a step; None where it is better to reduce after the loop. `careful`: compare values."""
+    def next(self, parameters: list[nn.Parameter], start: Callable[[list[nn.Parameter]], S]) -> EarlyParts[S] | None:
+        """Return the parts of a step; None where it is better to reduce after the loop."""
         if self._late:
-            self._late -= 1
             return None
-        if list(map(id, parameters)) != list(map(id, self._parameters)):
-            self._parameters, self._early = parameters, 0
+        known = [(id(one), one.dtype) for one in parameters]
+        if known != self._known:
+            self._known, self._parameters, self._early = known, parameters, 0
             self._parts = cut_early(parameters[::-1], self._cap)
         if len(self._parts) < 2:
             return None
-        self._steps += 1
-        return EarlyParts(self, self._parts, self._steps, careful or self._early < CAREFUL_STEPS, start)
+        self.attempts += 1
+        return EarlyParts(self, self._parts, start)
+
+    def next_step(self) -> None:
+        """Count a finished step, also one without parts. Every rank calls it."""
+        self._late = max(0, self._late - 1)
 
     def finished(self, order: list[nn.Parameter], anew: bool) -> None:
-        """Note how a step went, whose parts are done, and cut the next in the order of rank 0's backward. All call it.
+        """Note how a step went, and cut the next ones in the order of rank 0's backward. Every rank calls it.
 
         Collectives: after the first step of some parameters, one of 8 bytes a parameter.
         """
-        self.left.clear()  # messages from before are done, too, or will never be asked for
+        self.pending = False
         if anew:  # this loop changes gradients after its first backward
-            self._late, self._early = LATE_STEPS, 0
+            self._late, self._early, self._known = LATE_STEPS + 1, 0, []
             return
         self._early += 1
         if self._early == 1:
@@ -97,32 +98,24 @@ class EarlyParts(Generic[S]):
         plan: is told how it went.
         parts: parameters of one dtype and device each, in the order in which to start, the same on every rank. The last
             part has no backward left to overlap with, and is left to the caller.
-        step: the number of steps before it that had parts, and 1; the same on every rank.
-        careful: compare all values, too, not a sample of each part: what is written through `gradient.data` leaves no
-            other trace. It takes a second copy.
         start: begins a part.
     """
 
     def __init__(
-        self,
-        plan: EarlyPlan,
-        parts: Sequence[list[nn.Parameter]],
-        step: int,
-        careful: bool,
-        start: Callable[[list[nn.Parameter]], S],
+        self, plan: EarlyPlan, parts: Sequence[list[nn.Parameter]], start: Callable[[list[nn.Parameter]], S]
     ) -> None:
-        self.step = step
-        self._plan, self._careful, self._start_one = plan, careful, start
+        self.plan, self._start_one = plan, start
         self.parts, self.last = parts[:-1], parts[-1]  # all but the last one, and this one
         self._missing: list[set[int]] = []
         self._watched: list[_Watched] = []
         self.started: list[S] = []
-        self._anew: list[bool] = []
         self._hooks: list[Any] = []
         self._order: list[nn.Parameter] = []
 
     def begin(self) -> None:
         """Start parts from here on, before the last micro-batch."""
+        if self.plan.pending:
+            return
         for number, part in enumerate([*self.parts, self.last]):
             ready = functools.partial(self._ready, number)
             trained = [parameter for parameter in part if parameter.requires_grad]
@@ -146,8 +139,8 @@ class EarlyParts(Generic[S]):
     @torch.no_grad()
     def _start(self) -> None:
         part = self.parts[len(self.started)]
-        self._watched.append(_Watched(part, self._careful))
         self.started.append(self._start_one(part))
+        self._watched.append(_Watched(part))
 
     def complete(self) -> None:
         """Start the parts that have not been. Every rank calls it."""
@@ -159,44 +152,40 @@ class EarlyParts(Generic[S]):
         """Return, for each part, whether its gradients have changed since it was started."""
         return [one.changed() for one in self._watched]
 
-    def changed_anywhere(self, changed: list[bool]) -> list[bool]:
-        """Return, for each part, whether they have on any rank. Every rank calls it.
+    def changed_anywhere(self, changed: list[bool], key: int) -> list[bool] | None:
+        """Return, for each part, whether they have on any rank; None where the ranks' keys differ or one is 0.
 
-        Collectives: one of 4 bytes a part.
+        Collectives: one of 8 bytes a part and 16 more. Every rank calls it.
         """
-        own = torch.tensor([float(one) for one in changed], device=self.last[0].device)
-        self._anew = [bool(count) for count in copies_of_ranks(own, self._plan.group).sum(0).tolist()]
-        return self._anew
+        own = [key, self.plan.attempts, *([True] * len(self.parts) if key == 0 else changed)]
+        sent = torch.tensor(own, dtype=torch.int64, device=self.last[0].device)
+        keys, attempts, *flags = copies_of_ranks(sent, self.plan.group).t().tolist()
+        self.plan.attempts = max(attempts)
+        agree = key != 0 and set(keys) == {key}
+        self._anew = not agree or any(map(any, flags))
+        return [any(of_ranks) for of_ranks in flags] if agree else None
 
     def finished(self) -> None:
         """Tell the plan, once all parts are reduced. Every rank calls it; see `EarlyPlan.finished`."""
         self.started.clear()
-        self._plan.finished(self._order, any(self._anew))
-
-    def leave(self) -> None:
-        """End without a result, in a loop that is left.
-
-        Where one part is on its way, the others follow: the other ranks may have started them.
-        """
-        if self.started:
-            with contextlib.suppress(Exception):  # the loop's own error is told
-                self.complete()
-        self.end()
-        self._plan.left += self.started
+        self.plan.finished(self._order, self._anew)
 
 
 class _Watched:
     """The gradients of a part, as they were when it was started."""
 
-    def __init__(self, part: list[nn.Parameter], careful: bool) -> None:
-        self._part = part
-        self._copy = FlatGradients(part).tensor if careful else None
-        self._sample, self._state = _sample(part).clone(), State(part)
+    def __init__(self, part: list[nn.Parameter]) -> None:
+        self._part, self._state, self._marks = part, State(part), self._now(part)
 
     def changed(self) -> bool:
-        if self._state.marks != State(self._part).marks or not is_same(self._sample, _sample(self._part)):
+        """Whether one is another tensor, was written, or has other bits: `gradient.data` leaves no other trace."""
+        if self._state.marks != State(self._part).marks:
             return True
-        return self._copy is not None and not is_same(self._copy, FlatGradients(self._part).tensor)
+        return not all(map(torch.equal, self._marks, self._now(self._part)))
+
+    @staticmethod
+    def _now(part: list[nn.Parameter]) -> list[torch.Tensor]:
+        return marks_of([parameter.grad for parameter in part if parameter.grad is not None])
 
 
 class Average:
@@ -223,7 +212,8 @@ def finish_averages(early: EarlyParts[Average], group: dist.ProcessGroup, buffer
     early.end()
     separate([parameter for part in (*early.parts, early.last) for parameter in part])
     early.complete()
-    anew = early.changed_anywhere(early.changed())
+    anew = early.changed_anywhere(early.changed(), 1)
+    assert anew is not None, "one key on every rank"
     rest = list(early.last)
     for part, one, again in zip(early.parts, early.started, anew, strict=True):
         one.wait()
@@ -233,14 +223,3 @@ def finish_averages(early: EarlyParts[Average], group: dist.ProcessGroup, buffer
             one.write()
     reduce_gradients(rest, group, average=True, buffers=buffers)
     early.finished()
-
-
-def _sample(part: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return some values of the largest gradient."""
-    gradients = [one.grad for one in part if one.grad is not None]
-    if not gradients:
-        return part[0].new_zeros(0)
-    largest = max(gradients, key=torch.Tensor.numel)
-    # In the order of memory, so that a channels_last gradient is not copied.
-    largest = largest.permute(sorted(range(largest.dim()), key=largest.stride, reverse=True)).flatten()
-    return largest[:: max(1, largest.numel() // SAMPLED)]

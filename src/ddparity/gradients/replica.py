@@ -96,7 +96,7 @@ class Replica:
         self.number = _made[self.ranks]
         _made[self.ranks] += 1
         cap = getattr(ddp, "bucket_bytes_cap", CAP_BYTES)
-        self._early = EarlyPlan(self.group, cap) if self.group is not None else None
+        self._early = EarlyPlan(self.group, cap, self.number) if self.group is not None else None
         self._known = [id(parameter) for parameter in self.parameters()]
 
     @property
@@ -158,7 +158,7 @@ class Replica:
         ddp = self.ddp
         if self._early is None or self.sparse or (ddp is not None and ddp.find_unused_parameters):
             return None
-        return self._early.next(parameters, self.careful(), start)
+        return self._early.next(parameters, start)
 
     def hold(self, by_ddp: bool = False) -> None:
         """Let no backward reduce, and no forward run a collective, until `release`. `by_ddp`: DDP is to reduce."""
@@ -214,6 +214,8 @@ class Replica:
         """Note what a step has left. `reduced`: the parameters to which it has given a gradient, on any rank."""
         self._steps += 1
         self.buffers.next_step()
+        if self._early is not None:
+            self._early.next_step()
         self.buffers_equal = buffers_equal
         self.note_gradients(reduced)
         self._old = None

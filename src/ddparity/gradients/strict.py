@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, Literal, TypeVar
@@ -26,9 +28,14 @@ _NOTHING = -0.0
 
 _ALIGNED_BYTES = 64  # where torch's CPU allocations begin
 
-# Of messages. Each step has its own: what was sent in a step that another rank left is not taken for a later one's.
+# Of messages, far from those of a user. Each attempt to start early has others: what was sent in a loop that was left
+# must not be taken for a later one's.
+_LATE_TAG = 2**31 - 2
 _FIRST_TAG = 2**30
-_TAGS_OF_STEP = 2**16
+_TAGS = 2**30 - 64
+
+# By group: what is on its way to ranks that have left the loop. To drop it now would end the connection.
+_left: weakref.WeakKeyDictionary[dist.ProcessGroup, list[object]] = weakref.WeakKeyDictionary()
 
 
 class StrictReduction:
@@ -87,13 +94,13 @@ class StrictReduction:
         self._last: Gradients = [None] * len(self._parameters)
         self._rest: _Slices | None = None
         self._changed: list[bool] = []
-        self._tags = 0
+        self._key = self._tags = 0
 
     @torch.no_grad()
     def take(self) -> bool:
         """Take the gradients of this rank's next micro-batch out of the parameters; return True if there are any."""
         early = self.early if self._next + 1 == self._stop else None
-        if early is not None:
+        if early is not None and not early.plan.pending:
             early.complete()
             self._rest = self.start(early.last)
             self._changed = early.changed()
@@ -111,6 +118,8 @@ class StrictReduction:
         old = self._aside.waiting()
         for number in map(self._places.__getitem__, map(id, parameters)):
             gradient = None if number in old else self._parameters[number].grad
+            if gradient is not None and gradient.layout != torch.strided:
+                raise TypeError(sparse_refusal(self._names[number]))
             self._last[number] = gradient if gradient is None else gradient.detach().resolve_conj()
         return self._started(parameters)
 
@@ -125,7 +134,9 @@ class StrictReduction:
         elif self.early is None:
             sums = self._exchanged(self._group)
         else:
-            sums = self._completed(self.early)
+            sums = self._completed(self.early, self._group)
+        if self._group is not None:
+            _left.pop(self._group, None)  # it has arrived, or nobody will ask for it
         for parameter, value in zip(self._parameters, sums, strict=True):
             if value is not None and scale != 1.0:
                 value.mul_(scale)
@@ -140,6 +151,7 @@ class StrictReduction:
 
     def restore(self) -> None:
         """Set the gradients to what the parameters had before the step."""
+        self._abandon()
         self._clear()
         self._aside.restore()
 
@@ -198,13 +210,23 @@ class StrictReduction:
         alone = self._tree.alone((0, self._next))  # the others become one subtree with the last micro-batch
         chains = [[gradients] for gradients in nodes[:alone]] + [[*nodes[alone:], self._last]]
         rows = [[[gradients[place] for place in places] for gradients in chain] for chain in chains]
-        tag = _FIRST_TAG + (self.early.step * _TAGS_OF_STEP + self._tags) % _FIRST_TAG
+        if not self._key:
+            sizes = [[parameter.numel() for parameter in part] for part in (*self.early.parts, self.early.last)]
+            names = self.early.plan.number, self.early.plan.attempts, self._nodes, sizes
+            self._key = zlib.crc32(repr(names).encode()) or 1
+        tag = _FIRST_TAG + (self._key + self._tags) % _TAGS
         self._tags += 2
         return _Slices(_Kind(parameters), rows, self._nodes, self._group, self._buffers, tag)
 
-    def _completed(self, early: EarlyParts[_Slices]) -> Gradients:
+    def _completed(self, early: EarlyParts[_Slices], group: dist.ProcessGroup) -> Gradients:
         """Return the sums of parts whose exchange was started in the backward."""
-        anew = early.changed_anywhere(self._changed)
+        anew = early.changed_anywhere(self._changed, self._key)
+        if anew is None:  # a rank has left a loop that another one has not begun
+            self._abandon()
+            self._tree.push((0, self._next), self._last)
+            sums = self._exchanged(group)
+            early.finished()
+            return sums
         parts, under_way = [*early.parts, early.last], list(early.started)
         for number, again in enumerate(anew):
             if again:
@@ -215,12 +237,18 @@ class StrictReduction:
         self._clear()
         for one in under_way:
             one.sum()
-        sums: Gradients = [None] * len(self._parameters)
+        sums = [None] * len(self._parameters)
         for one in under_way:
             for parameter, value in zip(one.kind.parameters, one.kind.values(one.total()), strict=True):
                 sums[self._places[id(parameter)]] = value
         early.finished()
         return sums
+
+    def _abandon(self) -> None:
+        """Leave what is on its way."""
+        if self.early is not None and self.early.started and self._group is not None:
+            _left.setdefault(self._group, []).extend([*self.early.started, self._rest])
+            self.early.plan.pending = True
 
     def _clear(self) -> None:
         self._tree.nodes.clear()
@@ -290,7 +318,7 @@ class _Slices:
         nodes: Sequence[tuple[Subtree, ...]],
         group: dist.ProcessGroup,
         buffers: Buffers,
-        tag: int = 0,
+        tag: int = _LATE_TAG,
     ) -> None:
         self.kind, self._nodes, self._group, self._tag = kind, nodes, group, tag
         self._rank, world_size = dist.get_rank(group), len(nodes)

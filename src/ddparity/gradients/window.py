@@ -212,10 +212,7 @@ class Window:
             other.replica.holder = None
         self._others.clear()
         if self._early is not None:
-            if self._finished:
-                self._early.end()
-            else:
-                self._early.leave()
+            self._early.end()
         if not self._finished and self._reduction is not None:
             self._reduction.restore()
             if self.waits and not self._superseded:
@@ -544,6 +541,7 @@ class _Reduction:
         self._empty, self._buffers = empty, buffers
         self._parameters, self._group, self._tree, self._sparse = parameters, group, tree, sparse
         self._touched = False
+        self._reduced: list[nn.Parameter] | None = None
         self._early: EarlyParts[Average] | None = None
         self._aside = Aside(parameters) if sums else None
         self._first = self._last = State(parameters) if watched else NOTHING
@@ -592,12 +590,16 @@ class _Reduction:
             separate(self._parameters)
             if gradients := [one.grad for one in self._parameters if one.grad is not None]:
                 torch._foreach_mul_(gradients, scale)
+        self._reduced = self._with_gradients()  # what is put back may differ between ranks
         self.restore()
 
     def reduced(self) -> list[nn.Parameter]:
         """Return the parameters that the step has given a gradient, the same on every rank."""
         if self._tree is not None:
             return self._tree.summed
+        return self._with_gradients() if self._reduced is None else self._reduced
+
+    def _with_gradients(self) -> list[nn.Parameter]:
         return [one for one in self._parameters if one.grad is not None]
 
     def settle(self) -> None:

@@ -143,7 +143,7 @@ def part_traffic(part: Part, ranks: int, machine: Machine, link: Link) -> Traffi
 
 def compared(early: int, ranks: int, machine: Machine) -> Traffic:
     """Return what tells, for each of so many parts that started early, whether its gradients have changed since."""
-    return copied(4 * early, ranks, machine)
+    return copied(8 * (early + 2), ranks, machine)
 
 
 def step_traffic(
