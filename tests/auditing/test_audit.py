@@ -61,7 +61,7 @@ ALIKE = (
 SHORT = [
     *(one for one in QUICK if not one.expected and one.name not in ALIKE),
     *covering([one for one in QUICK if one.expected]),
-    *(one for one in (*NEAR, *LOOK_ALIKES) if one.name in BESIDE),
+    *(one for one in (*NEAR, *LOOK_ALIKES, *CUT) if one.name in BESIDE),
 ]
 
 
