@@ -325,20 +325,8 @@ def promise_table() -> str:
         parts = tuple(
             Part(4 * parameters // _PIECES, number / _PIECES, number < _PIECES) for number in range(1, _PIECES + 1)
         )
-        known = Work(
-            (seconds,),
-            seconds,
-            0.0,
-            0.0,
-            0.0,
-            0,
-            seconds * 2 / 3,
-            parts,
-            (Part(4 * parameters, 1.0, False),),
-            (),
-            (0, 0),
-            1,
-        )
+        whole = (Part(4 * parameters, 1.0, False),)
+        known = Work((seconds,), seconds, 0.0, 0.0, 0.0, 0, seconds * 2 / 3, parts, whole, (), (0, 0), 1)
         cells = [f"{name}, {parameters / 1e6:,.1f} million, {1e3 * seconds:.0f} ms"]
         for link in _LINKS:
             found = {

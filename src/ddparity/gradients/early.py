@@ -32,6 +32,11 @@ def cut_early(order: list[nn.Parameter], cap: int) -> list[list[nn.Parameter]]:
 S = TypeVar("S")  # the reduction of a part, under way
 
 
+def sends_strict_early(parameters: Sequence[nn.Parameter]) -> bool:
+    """Return whether the strict reduction sends these parameters' parts in the last backward, if there are several."""
+    return all(one.is_cpu for one in parameters) and sum(one.nbytes for one in parameters) <= STRICT_BYTES
+
+
 class EarlyPlan:
     """Which parts of a model are reduced early, and what each step tells of the next.
 
@@ -210,7 +215,6 @@ def finish_averages(early: EarlyParts[Average], group: dist.ProcessGroup, buffer
 
     Collectives: those of the parts, of `EarlyParts.changed_anywhere` and of `EarlyPlan.finished`.
     """
-    early.end()
     separate([parameter for part in (*early.parts, early.last) for parameter in part])
     early.complete()
     anew = early.changed_anywhere(early.changed(), 1)

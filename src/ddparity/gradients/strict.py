@@ -117,9 +117,7 @@ class StrictReduction:
         """Start the exchange of parameters of one kind, whose gradients in the last micro-batch are complete."""
         old = self._aside.waiting()
         for number in map(self._places.__getitem__, map(id, parameters)):
-            gradient = None if number in old else self._parameters[number].grad
-            if gradient is not None and gradient.layout != torch.strided:
-                raise TypeError(sparse_refusal(self._names[number]))
+            gradient = self._new_gradient(number, old)
             self._last[number] = gradient if gradient is None else gradient.detach().resolve_conj()
         return self._started(parameters)
 
@@ -158,16 +156,19 @@ class StrictReduction:
     def _taken(self) -> Gradients:
         gradients: Gradients = []
         old = self._aside.waiting()
-        for number, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
-            gradient = parameter.grad
-            if gradient is None or number in old:
-                gradients.append(None)
-                continue
-            if gradient.layout != torch.strided:
-                raise TypeError(sparse_refusal(name))
+        for number, parameter in enumerate(self._parameters):
+            gradient = self._new_gradient(number, old)
             gradients.append(gradient)
-            parameter.grad = None
+            if gradient is not None:
+                parameter.grad = None
         return own_memory(gradients)
+
+    def _new_gradient(self, number: int, old: set[int]) -> Tensor | None:
+        """Return a parameter's gradient, if the loop has given it one; `old`: those that have what was there before."""
+        gradient = None if number in old else self._parameters[number].grad
+        if gradient is not None and gradient.layout != torch.strided:
+            raise TypeError(sparse_refusal(self._names[number]))
+        return gradient
 
     def _exchanged(self, group: dist.ProcessGroup) -> Gradients:
         sums: Gradients = [None] * len(self._parameters)
