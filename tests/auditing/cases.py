@@ -806,7 +806,7 @@ LOOKS_LIKE = {
     "clean-detectron": "DDP103 DDP503",
     "clean-distill": "DDP104 DDP203",
     "clean-flat": "DDP201 DDP502",
-    "clean-gan": "DDP111",
+    "clean-gan": "DDP111 DDP204",
     "clean-groups": "DDP503",
     "clean-hf-like": "DDP114 DDP305 DDP307 DDP601",
     "clean-imagenet": "DDP107",

@@ -1076,3 +1076,116 @@ LOOK_ALIKES += [
         ),
     ),
 ]
+_WHOLE_LABELS = (  # outputs are joined by rank, and compared with labels in the data set's order
+    ("    total = torch.zeros(2)\n", "    outputs = []\n"),
+    (
+        "            total += torch.tensor([(model(x).argmax(1) == y).sum(), len(y)])\n    dist.all_reduce(total)\n    return (total[0] / total[1]).item()",
+        "            outputs.append(model(x))\n    whole = torch.cat(outputs)\n    parts = [torch.zeros_like(whole) for _ in range(dist.get_world_size())]\n"
+        "    dist.all_gather(parts, whole)\n    joined = torch.cat(parts)\n    return (joined.argmax(1) == y_test).float().mean().item()",
+    ),
+    ("def evaluate(model, loader):", "def evaluate(model, loader, y_test):"),
+    ("evaluate(model, held_out)", "evaluate(model, held_out, test[:][1])"),
+)
+_ROWS = (  # outputs and labels of a rank, gathered as objects
+    ("    total = torch.zeros(2)\n", "    seen, truth, shares = [], [], [None] * dist.get_world_size()\n"),
+    (
+        "            total += torch.tensor([(model(x).argmax(1) == y).sum(), len(y)])\n    dist.all_reduce(total)\n    return (total[0] / total[1]).item()",
+        "            seen.append(model(x).argmax(1))\n            truth.append(y)\n    dist.all_gather_object(shares, (torch.cat(seen), torch.cat(truth)))\n"
+        "    hits = torch.cat([own[0] == own[1] for own in shares])\n    return hits.float().mean().item()",
+    ),
+)
+_NAMED_ROWS = (  # the same, each with the number of its sample
+    _ROWS[0],
+    (
+        _ROWS[1][0],
+        "            seen.append(model(x).argmax(1))\n            truth.append(y)\n"
+        "    dist.all_gather_object(shares, (torch.tensor(list(loader.sampler)), torch.cat(seen) == torch.cat(truth)))\n"
+        "    hits = {i.item(): hit.item() for own in shares for i, hit in zip(*own)}\n    return sum(hits.values()) / len(hits)",
+    ),
+)
+LOOK_ALIKES += [
+    make_case("403-labels-of-an-argument", "functions", *_WHOLE_LABELS, codes="DDP403"),
+    make_case(
+        "403-contiguous",
+        "functions",
+        *_WHOLE_LABELS,
+        ("sampler=range(rank, len(test), world)", "sampler=range(15 * rank, 15 * rank + 15)"),
+    ),
+    make_case("401-rows-by-objects", "functions", *_ROWS, _ODD, _PADDED, codes="DDP401"),
+    make_case("401-rows-without-padding", "functions", *_ROWS),
+    make_case("401-named-rows-by-objects", "functions", *_NAMED_ROWS, _ODD, _PADDED),
+    make_case(
+        "307-gradients-divided",
+        "functions",
+        (
+            _BACKWARD,
+            _BACKWARD + "            for p in model.parameters():\n                p.grad /= dist.get_world_size()\n",
+        ),
+        codes="DDP307",
+    ),
+    make_case(  # the micro-batches' number, which is that of the ranks
+        "307-divided-by-micro-batches",
+        "functions",
+        (
+            _BACKWARD,
+            "            with model.no_sync():\n                F.cross_entropy(model(x[:4]), y[:4]).backward()\n            F.cross_entropy(model(x[4:]), y[4:]).backward()\n"
+            "            for p in model.parameters():\n                p.grad /= 2\n",
+        ),
+    ),
+    make_case("307-only-summed", "by_hand", ("        parameter.grad /= world\n", ""), codes="DDP307"),
+    make_case(
+        "307-summed-of-divided",
+        "by_hand",
+        ("        parameter.grad /= world\n", ""),
+        ("y.reshape(-1))\n", "y.reshape(-1)) / world\n"),
+    ),
+    make_case(
+        "307-divided-before",
+        "by_hand",
+        (
+            "        dist.all_reduce(parameter.grad)\n        parameter.grad /= world\n",
+            "        parameter.grad /= world\n        dist.all_reduce(parameter.grad)\n",
+        ),
+    ),
+    make_case(
+        "204-optimizer-before-sharding",
+        "fsdp2",
+        ("    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)\n", ""),
+        ("    model = build()\n", "    model = build()\n    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)\n"),
+        ("    m, o = get_state_dict(model, optim)\n", "    m, o = model.state_dict(), {}\n"),
+        codes="DDP204",
+    ),
+    make_case(
+        "204-another-copy",
+        "functions",
+        (
+            "    model = DDP(net)\n",
+            "    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)\n    import copy\n    model = DDP(copy.deepcopy(net))\n",
+        ),
+        ("    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n", ""),
+        codes="DDP204",
+    ),
+    make_case(  # a loss that needs no gradient in the first epoch, and parameters trained by hand beside
+        "204-by-hand-beside",
+        "functions",
+        (
+            "    optimizer = ",
+            "    scale = nn.Parameter(torch.ones(()))\n    holder = nn.Module()\n    holder.scale = scale\n    optimizer = ",
+        ),
+        (
+            "            loss = F.cross_entropy(model(x), y)\n            loss.backward()\n",
+            "            loss = F.cross_entropy(model(x) * scale, y)\n            loss.backward()\n            with torch.no_grad():\n                dist.all_reduce(scale.grad)\n                scale -= 0.001 * scale.grad / world\n                scale.grad = None\n",
+        ),
+    ),
+    make_case(  # rank 0 makes a model and an optimizer of its own before those of all ranks
+        "201-beside-an-optimizer-of-rank-0",
+        "functions",
+        (
+            "    net = nn.Sequential",
+            "    if rank == 0:\n        probe = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)\n    net = nn.Sequential",
+        ),
+        ("    model = DDP(net)\n", "    model = net\n"),
+        ("model.module", "model"),
+        codes="DDP201",
+    ),
+]

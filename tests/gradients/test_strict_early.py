@@ -317,3 +317,33 @@ def _frozen_with_other_gradients(reduction: Any) -> list[list[bool]]:
 def test_a_frozen_layer_may_keep_zeros_on_one_rank(reduction: str) -> None:
     for found in run_ranks(_frozen_with_other_gradients, 2, reduction):
         assert found == [[True] * 4] * 2 + [[False, False, True, True]] * 3
+
+
+def _garbage(reduction: Any, leave: bool) -> list[list[tuple[int, ...]]]:
+    """Return the shapes of the tensors that cycles keep, after each step, or after each loop that is left."""
+    early.SMALL_BYTES = SMALL
+    model = dp.replicate(_Net(), reduction=reduction)
+    gc.collect()
+    gc.disable()
+    found = []
+    for _ in range(4):
+        with contextlib.suppress(KeyError):
+            for micro in dp.accumulate(model, torch.ones(2, 6, WIDTH), equal_counts=True):
+                model(micro.data, micro.index).backward()
+                if leave and micro.index % 2:
+                    raise KeyError
+        model.zero_grad()
+        del micro
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found.append([tuple(one.shape) for one in gc.garbage if isinstance(one, torch.Tensor)])
+        gc.set_debug(0)
+        gc.garbage.clear()
+    return found
+
+
+@pytest.mark.parametrize(("reduction", "leave"), [("fast", False), ("strict", False), ("strict", True)])
+def test_no_cycle_keeps_tensors(reduction: str, leave: bool) -> None:
+    """A step's gradients in a cycle would stay until Python collects it: memory grows, and is given page by page."""
+    for found in run_ranks(_garbage, 2, reduction, leave):
+        assert found == [[]] * 4

@@ -58,6 +58,7 @@ _ROWS: tuple[tuple[str, str, Severity], ...] = (
     ("DDP201", "parameters trained without reduction", "error"),
     ("DDP202", "parameters differ between ranks, gradients do not", "error"),
     ("DDP203", "a model without DDP differs between ranks", "error"),
+    ("DDP204", "an optimizer that has other parameters than the model", "error"),
     ("DDP101", "the same samples on all ranks", "error"),
     ("DDP104", "the data set differs between ranks", "error"),
     ("DDP102", "shards overlap, and samples are lost", "error"),

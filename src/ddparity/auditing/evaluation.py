@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
-from .catalogue import Finding, finding
+from .catalogue import Certainty, Finding, finding
 from .data import compare_content
 from .records import Pass, Record, Run
 from .source import compares_by_order, divides_by_length, divides_by_world, is_unrelated, trims
@@ -59,138 +61,191 @@ def _check_alone(run: Run) -> Iterator[Finding]:
                 return
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """A pass of all ranks over one data set, and what each does from its begin to the next training or pass."""
+
+    run: Run
+    pair: list[Pass]
+
+    @property
+    def site(self) -> str | None:
+        return self.pair[0].site
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The samples of each rank, with those that a sampler repeats."""
+        return [len(one.indices) for one in self.pair]
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def union(self) -> int:
+        """The samples that some rank evaluates."""
+        return len(set().union(*(one.indices for one in self.pair)))
+
+    @cached_property
+    def events(self) -> list[list[Record]]:
+        return [_after(self.run, one) for one in self.pair]
+
+    @cached_property
+    def calls(self) -> list[list[Record]]:
+        """The collectives of each rank."""
+        return [[e for e in events if e["k"] == "collective"] for events in self.events]
+
+    @cached_property
+    def counted(self) -> Record | None:
+        """The collective by which each rank gives the number of its samples."""
+        return _counted(self.calls, self.lengths) or _counted(self.calls, self.lengths, "numbers")
+
+    @cached_property
+    def by_object(self) -> bool:
+        """Whether results may go by sample, such as a dict of predictions."""
+        return any("object" in e["name"] for e in self.calls[0])
+
+    @cached_property
+    def means(self) -> list[Record]:
+        """The reductions that make a mean over the ranks of one number."""
+        scalars = [
+            e for e in self.calls[0] if e["name"] in ("all_reduce", "reduce") and len(e.get("values") or []) == 1
+        ]
+        return [e for e in scalars if e["op"] == "AVG" or divides_by_world(e["site"], 6)]
+
+    def finding(self, code: str, site: str | None, message: str, fix: str, certainty: Certainty = "likely") -> Finding:
+        ranks = [one.rank for one in self.pair]
+        return finding(code, ranks, site, self.pair[0].loader["site"], message, fix, certainty)
+
+
 def _check(run: Run, pair: list[Pass]) -> Iterator[Finding]:
-    first, ranks = pair[0], [one.rank for one in pair]
-    site, cause = first.site, first.loader["site"]
+    it = _Evaluation(run, pair)
     sets = [set(one.indices) for one in pair]
     if all(own == sets[0] for own in sets):
         if _is_rest(run, pair) or compare_content(run, pair) == "differs":  # each rank may have cut its own part
             return
-        yield finding(
+        yield it.finding(
             "DDP404",
-            ranks,
-            site,
-            cause,
+            it.site,
             f"All ranks evaluate the same {len(sets[0])} samples.",
             "Share the samples out without padding (ddparity's ShardSampler or predict), or evaluate on rank 0.",
+            "proved",
         )
         return
-    total, union = sum(len(one.indices) for one in pair), len(set.union(*sets))
-    windows = [_after(run, one) for one in pair]
-    reductions = [[e for e in events if e["k"] == "collective"] for events in windows]
-    lengths = [len(one.indices) for one in pair]
-    counted = _counted(reductions, lengths) or _counted(reductions, lengths, "numbers")
-    by_object = any("object" in e["name"] for e in reductions[0])  # results by sample, such as a dict of predictions
-    by_number = counted is not None and "numbers" in counted
-    if total > union and counted is not None and (by_number or not by_object):
-        yield finding(
-            "DDP401",
-            ranks,
-            counted["site"],
-            cause,
-            f"The evaluation counts {total} samples where the data set has {union}: the sampler's padding repeats "
-            f"{total - union} of them.",
-            "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out of "
-            "the sums.",
-            certainty="likely" if by_number else "proved",
-        )
-    gathers = [e for e in reductions[0] if "gather" in e["name"]]
-    padded = _gathered(reductions, lengths) if total > union and counted is None and not by_object else None
-    if padded is not None and not trims(padded["site"]) and not trims(site):
-        yield finding(
-            "DDP401",
-            ranks,
-            padded["site"],
-            cause,
-            f"The ranks gather the outputs of {total} samples where the data set has {union}, and no line of the file "
-            f"cuts the {total - union} that the sampler repeats.",
-            "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out: "
-            "Accelerate's gather_for_metrics does.",
-            certainty="likely",
-        )
-    if gathers and all("object" not in e["name"] for e in gathers) and _strided(first):
-        floats = [e for e in gathers if "float" in e.get("dtype", "") and (e.get("shape") or [0])[0] > 1]
-        if floats and len(floats) == len(gathers) and compares_by_order(floats[0]["site"]):
-            yield finding(
-                "DDP403",
-                ranks,
-                floats[0]["site"],
-                cause,
-                "Outputs of all ranks are joined in rank order, and nothing else is gathered, but the sampler gives "
-                "each rank every world_size-th sample: the joined outputs are not in the order of the data set.",
-                "Gather the labels or the indices in the same way, or use a contiguous sampler.",
-                certainty="likely",
-            )
-    combining = [e for calls in reductions for e in calls if _combines(e) and not is_unrelated(site, e["site"])]
-    by_files = _exchanges_files(windows)
-    sent = any(e["k"] == "message" for events in windows for e in events)
-    lines = [e for events in windows for e in events if e["k"] == "line" and _may_have_number(e["text"])]
-    lines = [e for e in lines if not is_unrelated(site, e["site"])]
-    if not combining and not by_files and not sent and lines:
-        yield finding(
-            "DDP402",
-            ranks,
-            lines[0]["site"],
-            cause,
-            f"Each rank evaluates its own {lengths[0]} of {union} samples, and nothing of it is reduced or gathered "
-            f"before a line is printed.",
-            "Sum the counts over the ranks with all_reduce, and divide then.",
-            certainty="likely",
-        )
-    scalars = [e for e in reductions[0] if e["name"] in ("all_reduce", "reduce") and len(e.get("values") or []) == 1]
-    means = [e for e in scalars if e["op"] == "AVG" or divides_by_world(e["site"], 6)]
-    inside = sum(e["at"] <= first.end for e in means)
-    by_batch = inside >= first.batches > 0 and inside % first.batches == 0
-    after = [e for e in means if e["at"] > first.end and not is_unrelated(site, e["site"])]
-    if total > union and (by_batch or after) and counted is None and not by_object and not trims(site):
-        yield finding(
-            "DDP401",
-            ranks,
-            (means if by_batch else after)[0]["site"],
-            cause,
-            f"The ranks average a number{' of each batch' if by_batch else ''} over {total} samples where the data set "
-            f"has {union}: the sampler's padding repeats {total - union} of them.",
-            "Share the samples out without padding (ddparity's ShardSampler or predict), and reduce sums and counts.",
-            certainty="likely",
-        )
-    elif total > union and counted is None and not by_object and not trims(site):
-        summed = [e for e in _summed(reductions, union) if not is_unrelated(site, e["site"])]
-        over = [e for e in summed if divides_by_length(site, e["site"]) and not trims(e["site"])]
-        in_parts = _counted_in_parts(reductions, lengths)
-        if in_parts is not None and not over and not is_unrelated(site, in_parts["site"]):
-            yield finding(
-                "DDP401",
-                ranks,
-                in_parts["site"],
-                cause,
-                f"Two of the numbers that the ranks add up make {total} together, such as those of right and wrong "
-                f"samples, where the data set has {union}: the sampler's padding repeats {total - union} of them.",
-                "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out "
-                "of the sums.",
-                certainty="likely",
-            )
-        if over:
-            yield finding(
-                "DDP401",
-                ranks,
-                over[0]["site"],
-                cause,
-                f"The ranks add up over {total} samples, and divide by the length of a data set, here {union}: "
-                f"the sampler's padding repeats {total - union} of them.",
-                "Share the samples out without padding (ddparity's ShardSampler or predict), and divide by a count "
-                "that is added up in the same way.",
-                certainty="likely",
-            )
-    if len(set(lengths)) > 1 and means and counted is None:
-        yield finding(
+    if it.total > it.union:
+        yield from _check_padding(it)
+    yield from _check_order(it)
+    yield from _check_share(it)
+    if len(set(it.lengths)) > 1 and it.means and it.counted is None:
+        yield it.finding(
             "DDP405",
-            ranks,
-            means[0]["site"],
-            cause,
-            f"The ranks evaluate {', '.join(map(str, lengths))} samples and reduce one number each, but no count: a "
+            it.means[0]["site"],
+            f"The ranks evaluate {', '.join(map(str, it.lengths))} samples and reduce one number each, but no count: a "
             f"mean of their means gives the samples unequal weights.",
             "Reduce the sum and the count, and divide then.",
-            certainty="likely",
+        )
+
+
+def _check_padding(it: _Evaluation) -> Iterator[Finding]:
+    """DDP401, by the first way in which the samples that a sampler repeats get into the result."""
+    for look in (_count_of_padding, _gather_of_padding, _mean_of_padding, _sum_of_padding):
+        found = look(it)
+        if found is not None:
+            site, what, certainty = found
+            yield it.finding(
+                "DDP401",
+                site,
+                f"{what}: the sampler's padding repeats {it.total - it.union} of them.",
+                "Share the samples out without padding (ddparity's ShardSampler or predict), or leave the padding out "
+                "of what is summed or gathered, as Accelerate's gather_for_metrics does.",
+                certainty,
+            )
+            return
+
+
+_Padding = tuple[str | None, str, Certainty] | None
+
+
+def _count_of_padding(it: _Evaluation) -> _Padding:
+    by_number = it.counted is not None and "numbers" in it.counted
+    if it.counted is None or (it.by_object and not by_number):
+        return None
+    what = f"The evaluation counts {it.total} samples where the data set has {it.union}"
+    return it.counted["site"], what, "likely" if by_number else "proved"
+
+
+def _gather_of_padding(it: _Evaluation) -> _Padding:
+    found = _gathered(it.calls, it.lengths) if it.counted is None else None
+    if found is None or trims(found["site"]) or trims(it.site):
+        return None
+    what = (
+        f"The ranks gather the outputs of {it.total} samples, and no line of the file cuts those that are too many, "
+        f"where the data set has {it.union}"
+    )
+    return found["site"], what, "likely"
+
+
+def _mean_of_padding(it: _Evaluation) -> _Padding:
+    if it.counted is not None or it.by_object or trims(it.site):
+        return None
+    first = it.pair[0]
+    inside = sum(e["at"] <= first.end for e in it.means)
+    by_batch = inside >= first.batches > 0 and inside % first.batches == 0
+    after = [e for e in it.means if e["at"] > first.end and not is_unrelated(it.site, e["site"])]
+    if not by_batch and not after:
+        return None
+    of = " of each batch" if by_batch else ""
+    what = f"The ranks average a number{of} over {it.total} samples where the data set has {it.union}"
+    return (it.means if by_batch else after)[0]["site"], what, "likely"
+
+
+def _sum_of_padding(it: _Evaluation) -> _Padding:
+    if it.counted is not None or it.by_object or trims(it.site):
+        return None
+    summed = [e for e in _summed(it.calls, it.union) if not is_unrelated(it.site, e["site"])]
+    over = [e for e in summed if divides_by_length(it.site, e["site"]) and not trims(e["site"])]
+    if over:
+        what = f"The ranks add up over {it.total} samples, and divide by the length of a data set, here {it.union}"
+        return over[0]["site"], what, "likely"
+    parts = _counted_in_parts(it.calls, it.lengths)
+    if parts is None or is_unrelated(it.site, parts["site"]):
+        return None
+    what = (
+        f"Two of the numbers that the ranks add up make {it.total} together, such as those of right and wrong samples, "
+        f"where the data set has {it.union}"
+    )
+    return parts["site"], what, "likely"
+
+
+def _check_order(it: _Evaluation) -> Iterator[Finding]:
+    """DDP403: outputs that are joined by rank, and compared with labels in the data set's order."""
+    gathers = [e for e in it.calls[0] if "gather" in e["name"]]
+    floats = [e for e in gathers if "float" in e.get("dtype", "") and (e.get("shape") or [0])[0] > 1]
+    if floats and len(floats) == len(gathers) and _strided(it.pair[0]) and compares_by_order(floats[0]["site"]):
+        yield it.finding(
+            "DDP403",
+            floats[0]["site"],
+            "Outputs of all ranks are joined in rank order, and nothing else is gathered, but the sampler gives each "
+            "rank every world_size-th sample: the joined outputs are not in the order of the data set.",
+            "Gather the labels or the indices in the same way, or use a contiguous sampler.",
+        )
+
+
+def _check_share(it: _Evaluation) -> Iterator[Finding]:
+    """DDP402: a rank's share is evaluated and printed, and nothing brings the ranks' results together."""
+    together = [e for calls in it.calls for e in calls if _combines(e) and not is_unrelated(it.site, e["site"])]
+    sent = any(e["k"] == "message" for events in it.events for e in events)
+    if together or sent or _exchanges_files(it.events):
+        return
+    lines = [e for events in it.events for e in events if e["k"] == "line" and _may_have_number(e["text"])]
+    lines = [e for e in lines if not is_unrelated(it.site, e["site"])]
+    if lines:
+        yield it.finding(
+            "DDP402",
+            lines[0]["site"],
+            f"Each rank evaluates its own {it.lengths[0]} of {it.union} samples, and nothing of it is reduced or "
+            f"gathered before a line is printed.",
+            "Sum the counts over the ranks with all_reduce, and divide then.",
         )
 
 
@@ -275,13 +330,18 @@ def _summed(reductions: list[list[Record]], union: int) -> list[Record]:
 
 
 def _gathered(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
-    """Return a gather by which each rank gives a row for each of its samples, over the whole evaluation."""
-    rows = [[e for e in calls if "gather" in e["name"] and (e.get("shape") or [0])[0]] for calls in reductions]
-    for site in dict.fromkeys(e["site"] for e in rows[0]):
-        own = [[e["shape"][0] for e in calls if e["site"] == site] for calls in rows]
-        counts = [sum(shapes) for shapes in own]
+    """Return a gather by which each rank gives a row for each of its samples, over the whole evaluation.
+
+    None where an object that is gathered may say which sample each row is of.
+    """
+    calls = [[e for e in own if "gather" in e["name"]] for own in reductions]
+    if any("object" in e["name"] and e.get("rows") is None for own in calls for e in own):
+        return None
+    rows = [[(e, e.get("rows") or (e.get("shape") or [0])[0]) for e in own] for own in calls]
+    for site in dict.fromkeys(e["site"] for e, many in rows[0] if many):
+        counts = [sum(many for e, many in own if e["site"] == site) for own in rows]
         if all(length and count and count % length == 0 for count, length in zip(counts, lengths)):
-            return next(e for e in rows[0] if e["site"] == site)
+            return next(e for e, many in rows[0] if many and e["site"] == site)
     return None
 
 

@@ -33,6 +33,7 @@ def check_gradients(run: Run) -> Iterator[Finding]:
         yield from _check_twice(run, by_rank)
         if not hooked:
             yield from _check_world_scale(run, by_rank[0])
+            yield from _check_factor(run, by_rank)
 
 
 def _ranks(run: Run) -> list[int]:
@@ -153,10 +154,9 @@ def _is_divided_by_hand(window: Window, length: int) -> bool:
 
     A reduction by hand shrinks them, too: the mean over N ranks is at least 1/sqrt(N) as long where they differ.
     """
-    clips = [one["norm"] for one in window.of("clip") if one["of"] == "norm"]
-    norm, last = clips[0] if clips else window.step.get("norm"), window.backwards[-1].get("norm")
+    last, norm = _norms(window) or (0.0, 0.0)
     by_hand = any(one.get("gradient") for one in window.of("collective"))
-    return norm is not None and last is not None and norm < last * (1.02 / length if by_hand else 0.9)
+    return norm < last * (1.02 / length if by_hand else 0.9)
 
 
 def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
@@ -432,3 +432,66 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
             "Take the loss of the rank's batch as it is, unless the factor makes up for another.",
             certainty="likely",
         )
+
+
+def _check_factor(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
+    """DDP307, likely: gradients scaled by the number of ranks after DDP's average, or added up by hand alone."""
+    if run.world < 2 or len(run.ranks[0].optimizers) != 1:  # the norms are those of all optimizers' gradients
+        return
+    steps = [step for step in zip(*by_rank) if all(_norms(window) and not window.of("scale") for window in step)]
+    by_hand = [any(one.get("gradient") for one in step[0].of("collective")) for step in steps]
+    if steps and not any(by_hand) and all(_reductions(step[0]) and len(step[0].kept) == 1 for step in steps):
+        site = steps[0][0].step["site"]
+        ratios = [later / earlier for step in steps for earlier, later in [_norms(step[0]) or (1.0, 1.0)]]
+        factor = next((one for one in (run.world, 1 / run.world) if math.isclose(one, ratios[0], rel_tol=1e-3)), None)
+        alike = factor is not None and all(math.isclose(one, factor, rel_tol=1e-3) for one in ratios)
+        if alike and divides_by_world(site):
+            yield finding(
+                "DDP307",
+                _ranks(run),
+                site,
+                steps[0][0].backwards[-1]["site"],
+                f"Between the backward and step {steps[0][0].step['n']} the gradients are "
+                f"{'multiplied' if ratios[0] > 1 else 'divided'} by {run.world}, the number of ranks, although DDP has "
+                f"averaged them already.",
+                "Leave the gradients as DDP leaves them, unless the factor makes up for another.",
+                certainty="likely",
+            )
+        return
+    for step in itertools.compress(steps, by_hand):
+        rows = [_norms(window) or (0.0, 0.0) for window in step]
+        reduces = [one for one in step[0].of("collective") if one.get("gradient")]
+        if (
+            not any(_reductions(window) for window in step)
+            and all(one["name"] == "all_reduce" and one["op"] == "SUM" for one in reduces)
+            and all(map(_is_mean, step))
+            and rows[0][1] > 1.02 * max(earlier for earlier, _ in rows)
+        ):
+            yield finding(
+                "DDP307",
+                _ranks(run),
+                reduces[0]["site"],
+                step[0].step["site"],
+                f"The ranks' gradients are added up by hand, and not divided by their number: at step "
+                f"{step[0].step['n']} the sum's norm is {rows[0][1]:.4g}, where a mean is at most as long as the "
+                f"longest of the ranks' own, {max(earlier for earlier, _ in rows):.4g}.",
+                f"Divide the gradients by the number of ranks, here {run.world}, unless the learning rate makes up for "
+                f"it.",
+                certainty="likely",
+            )
+            return
+
+
+def _norms(window: Window) -> tuple[float, float] | None:
+    """Return the norm of the gradients after the last backward, and where they are clipped, or at the step."""
+    last = window.backwards[-1].get("norm") if window.backwards else None
+    clips = [one["norm"] for one in window.of("clip") if one["of"] == "norm"]
+    later = clips[0] if clips else window.step.get("norm")
+    return (last, later) if last and later and math.isfinite(last) and math.isfinite(later) else None
+
+
+def _is_mean(window: Window) -> bool:
+    """Return whether what the backwards of a window add up is the mean of its micro-batches' mean losses."""
+    scales = [one["scale"] for one in window.kept]
+    means = all(one["node"].startswith(MEANS) and ":sum" not in one["node"] for one in window.kept)
+    return means and None not in scales and math.isclose(sum(scales), 1, rel_tol=1e-4)

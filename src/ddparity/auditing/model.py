@@ -10,6 +10,7 @@ from typing import Any
 from .catalogue import Certainty, Finding, counted, finding
 from .records import Rank, Record, Run, Window
 
+_IDLE = 2  # steps without a gradient that tell that an optimizer has other parameters than the model
 _FEW = 5  # samples of a rank's batch
 _WRAP = "Wrap the module that holds them in DistributedDataParallel, and call the wrapped one."
 
@@ -38,6 +39,7 @@ def _check_optimizers(run: Run, group: list[int]) -> Iterator[Finding]:
             continue
         yield from _check_steps(run, ranks, optimizer, described[0], list(zip(*windows)))
         yield from _check_sharded(ranks, windows[0])
+        yield from _check_idle(ranks, optimizer, windows[0])
 
 
 def _check_sharded(ranks: list[Rank], windows: list[Window]) -> Iterator[Finding]:
@@ -56,6 +58,22 @@ def _check_sharded(ranks: list[Rank], windows: list[Window]) -> Iterator[Finding
                 "of the short one at the end of an epoch.",
             )
             return
+
+
+def _check_idle(ranks: list[Rank], optimizer: Record, windows: list[Window]) -> Iterator[Finding]:
+    """DDP204: steps without a gradient, while parameters that no optimizer has get theirs."""
+    idle = [window for window in windows if window.step.get("stray")]
+    if len(idle) >= _IDLE and len(idle) == len([window for window in windows if "after" in window.step]):
+        yield finding(
+            "DDP204",
+            [rank.rank for rank in ranks],
+            idle[0].step["site"],
+            optimizer["site"],
+            f"None of the optimizer's parameters has a gradient at steps {idle[0].step['n']} to {idle[-1].step['n']}, "
+            f"while {counted(idle[0].step['stray'], 'parameter')} that no optimizer has got one: the steps change "
+            f"nothing.",
+            "Make the optimizer after the model is wrapped, sharded or changed, of the parameters of that model.",
+        )
 
 
 def _check_steps(

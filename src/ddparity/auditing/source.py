@@ -13,6 +13,7 @@ _WORLD = re.compile(
 )
 _TRANSPOSES = ("stack", "T", "mT", "t", "transpose", "permute", "scatter_", "index_copy_")
 _LABELS = ("tensors", "targets", "labels", "target", "y")
+_LABEL = re.compile(r"(?:\w+_)?(?:y|ys|labels?|targets?|truth)(?:_\w+)?", re.IGNORECASE)  # a variable's name
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -103,8 +104,8 @@ def _is_length(node: ast.AST) -> bool:
 
 def compares_by_order(site: str | None) -> bool:
     """Return whether a file reads a data set's labels as a whole, and has no line that may restore the order."""
-    reads = False
-    for node in ast.walk(parsed(site)):
+    tree, reads = parsed(site), _compares_labels(site)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             if node.attr in _TRANSPOSES:
                 return False
@@ -118,6 +119,24 @@ def compares_by_order(site: str | None) -> bool:
         ):
             return False  # it reads a shard
     return reads
+
+
+def _compares_labels(site: str | None) -> bool:
+    """Return whether the function of a line, or one that calls it, compares something with labels of no loop."""
+    tree = parsed(site)
+    own = _function(tree, _line(site))
+    name = getattr(own, "name", None)
+    others = [n for n in ast.walk(tree) if isinstance(n, _FUNCTIONS) and any(_called(c) == name for c in ast.walk(n))]
+    for function in (own, *(others if name is not None else [])):
+        nodes = list(ast.walk(function)) if function is not None else []
+        loops = [node for node in nodes if isinstance(node, ast.For)]
+        of_loops = {one for loop in loops for node in ast.walk(loop) for one in _changed(node)}
+        for node in nodes:
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
+                names = {one.id for one in (node.left, *node.comparators) if isinstance(one, ast.Name)}
+                if any(_LABEL.fullmatch(one) for one in names - of_loops):
+                    return True
+    return False
 
 
 def reads_in_loop(backward: str) -> str | None:

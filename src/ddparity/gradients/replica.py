@@ -304,30 +304,31 @@ def walk(module: nn.Module) -> Walk:
     named: list[tuple[str, nn.Parameter]] = []
     buffered: list[nn.Module] = []
     sparse: set[int] = set()
-    visited: set[int] = set()  # modules and parameters
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        visited.add(id(module))
-        parameters = module._parameters
-        if parameters:
-            for name, parameter in parameters.items():
-                if parameter is not None and id(parameter) not in visited:
-                    visited.add(id(parameter))
-                    named.append((prefix + name, parameter))
-            if module.__dict__.get("sparse") is True and parameters.get("weight") is not None:
-                sparse.add(id(parameters["weight"]))
-        if module._buffers:
-            buffered.append(module)
-        children = module._modules
-        if children:
-            for name, child in children.items():
-                if child is not None and id(child) not in visited:
-                    visit(child, prefix + name + ".")
-
-    visit(module, "")
+    _visit(module, "", (named, buffered, sparse), set())
     if type(module).named_parameters is not nn.Module.named_parameters:  # a model may name them otherwise
         return list(module.named_parameters()), buffered, sparse
     return named, buffered, sparse
+
+
+def _visit(module: nn.Module, prefix: str, found: Walk, visited: set[int]) -> None:
+    """Add what a module and those below it have. No function within `walk`: it would be a cycle, anew in each step."""
+    named, buffered, sparse = found
+    visited.add(id(module))  # and parameters
+    parameters = module._parameters
+    if parameters:
+        for name, parameter in parameters.items():
+            if parameter is not None and id(parameter) not in visited:
+                visited.add(id(parameter))
+                named.append((prefix + name, parameter))
+        if module.__dict__.get("sparse") is True and parameters.get("weight") is not None:
+            sparse.add(id(parameters["weight"]))
+    if module._buffers:
+        buffered.append(module)
+    children = module._modules
+    if children:
+        for name, child in children.items():
+            if child is not None and id(child) not in visited:
+                _visit(child, prefix + name + ".", found, visited)
 
 
 def refuse_nested(module: nn.Module, what: str) -> None:

@@ -171,6 +171,24 @@ def _numbers(given: Any) -> list[float]:
     return [float(given)] if isinstance(given, (int, float)) else []
 
 
+def _rows(given: Any) -> int | None:
+    """Return the rows of an object that ranks gather: an array, a list of numbers, or arrays; else None.
+
+    Also None where whole numbers that are all different may say which samples the rows are of.
+    """
+    if isinstance(given, (list, tuple)):
+        if given and all(hasattr(one, "tolist") and hasattr(one, "ndim") for one in given):
+            parts = [_rows(one) for one in given]
+            return None if None in parts else sum(part or 0 for part in parts)
+        numbers = all(isinstance(one, (int, float)) for one in given)
+        named = all(isinstance(one, int) for one in given) and len({*given}) == len(given) if numbers else True
+        return None if named else len(given)
+    if not hasattr(given, "tolist") or not getattr(given, "ndim", 0):
+        return None
+    values = given.tolist() if given.ndim == 1 else None
+    return len(given) if values is None else _rows(values)
+
+
 def _describe(
     journal: Journal, name: str, args: tuple[Any, ...], options: dict[str, Any], number: int
 ) -> dict[str, Any]:
@@ -189,7 +207,7 @@ def _describe(
         values["op"] = "SUM"
     if "gather_object" in name:
         given = options.get("obj", args[int(name == "all_gather_object")] if len(args) > int(name[0] == "a") else None)
-        values["numbers"] = _numbers(given)[:_SMALL]
+        values |= {"numbers": _numbers(given)[:_SMALL], "rows": _rows(given)}
     if found is None:
         return values
     values |= {"shape": list(found.shape), "dtype": str(found.dtype)}

@@ -34,7 +34,7 @@ def watch_ddp(recorder: Recorder) -> None:
             make(self, module, *args, **options)
         finally:
             journal.hidden -= 1
-        recorder.ddps[self] = number = next(recorder.numbers)
+        recorder.ddps[self] = number = recorder.number("ddp", journal.site())
         weakref.finalize(self, _forget, recorder, number).atexit = False
         with journal.safely:
             ignored = set(getattr(self, "parameters_to_ignore", ()))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
+import zlib
 from collections import Counter
 from typing import Any
 
@@ -18,7 +18,7 @@ class Recorder:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self.numbers = itertools.count(1)  # of models and optimizers, also after others are gone
+        self.made: Counter[tuple[str, str | None]] = Counter()  # models and optimizers, by their kind and line
         self.ddps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.names: dict[int, tuple[int, str]] = {}  # of the parameters in DDP, by id
         self.ignored: dict[int, int] = {}  # those that DDP was told to leave out, with its number
@@ -34,6 +34,11 @@ class Recorder:
         self.flat: weakref.WeakSet[Any] = weakref.WeakSet()  # modules of the first FSDP, whose gradients are shards
         self.fully_sharded = False
         self.reduces: bool | None = None  # the last switch of fully_shard's reduction
+
+    def number(self, kind: str, site: str | None) -> int:
+        """Return a number for a model or an optimizer, alike on ranks that make others elsewhere in between."""
+        self.made[kind, site] += 1
+        return zlib.crc32(f"{kind} {self.made[kind, site]} {site}".encode()) or 1
 
     def event(self, kind: str, /, **values: Any) -> None:
         self.events += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -246,13 +247,25 @@ def _read_after(recorder: Recorder, optimizer: Any, state: dict[str, Any]) -> di
     }
     if recorder.reduces is False and recorder.journal.backwards:
         values["sharded"] = _without_gradient(optimizer)
+    if recorder.journal.backwards and not any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+        values["stray"] = _stray(recorder)
     return values
+
+
+def _stray(recorder: Recorder) -> int:
+    """Return how many parameters of living modules have a gradient and are in no optimizer."""
+    import torch
+
+    modules = [one for one in gc.get_objects() if issubclass(type(one), torch.nn.Module)]
+    parameters = {id(p): p for one in modules for p in one.__dict__.get("_parameters", {}).values() if p is not None}
+    own = {id(p) for o in list(recorder.optimizers) for group in o.param_groups for p in group["params"]}
+    return sum(key not in own and p.grad is not None for key, p in parameters.items())
 
 
 def _register(recorder: Recorder, optimizer: Any, site: str | None, late: bool = False) -> dict[str, Any]:
     if optimizer in recorder.optimizers:
         return recorder.optimizers[optimizer]
-    number = next(recorder.numbers)
+    number = recorder.number("optimizer", site)
     size = _count(p for group in optimizer.param_groups for p in group["params"])
     state = {
         "id": number,
