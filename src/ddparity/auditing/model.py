@@ -64,15 +64,18 @@ def _check_idle(ranks: list[Rank], optimizer: Record, windows: list[Window]) -> 
     """DDP204: steps without a gradient, while parameters that no optimizer has get theirs."""
     idle = [window for window in windows if window.step.get("stray")]
     if len(idle) >= _IDLE and len(idle) == len([window for window in windows if "after" in window.step]):
+        others = [one for one in ranks[0].of("step") if one["opt"] != optimizer["id"]]
+        trains = any("after" in one and not one.get("stray") for one in others)  # so this one may have its turn later
         yield finding(
             "DDP204",
             [rank.rank for rank in ranks],
             idle[0].step["site"],
             optimizer["site"],
             f"None of the optimizer's parameters has a gradient at steps {idle[0].step['n']} to {idle[-1].step['n']}, "
-            f"while {counted(idle[0].step['stray'], 'parameter')} that no optimizer has got one: the steps change "
+            f"while {counted(idle[0].step['stray'], 'parameter')} in no optimizer got one: the steps change "
             f"nothing.",
             "Make the optimizer after the model is wrapped, sharded or changed, of the parameters of that model.",
+            certainty="likely" if trains else "proved",
         )
 
 
