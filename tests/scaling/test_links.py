@@ -12,6 +12,7 @@ from ddparity.scaling.links import (
     Link,
     Machine,
     Time,
+    Traffic,
     all_gather,
     all_to_all,
     read_link,
@@ -88,7 +89,7 @@ def test_bytes_and_rounds_are_those_of_the_algorithms(ranks: int) -> None:
 def test_without_latency_only_bytes_count_and_without_bytes_only_rounds() -> None:
     traffic = ring(8_000, 4)
     assert time_of(traffic, IDEAL, Link("", 1_000.0, 0.0)) == Time(0.0, 0.0, 12.0)
-    assert time_of(traffic, IDEAL, Link("", math.inf, 0.5)) == Time(0.0, 3.0, 0.0)
+    assert time_of(traffic, IDEAL, Link("", math.inf, 0.5)) == Time(0.0, 3.5, 0.0)
     assert time_of(traffic, IDEAL, HERE) == Time()
 
 
@@ -98,7 +99,18 @@ def test_bytes_go_over_the_link_while_the_processes_work() -> None:
     assert time_of(traffic, machine, HERE) == Time(pytest.approx(1.1), 0.0, 0.0)
     assert time_of(traffic, machine, Link("fast", 1e4, 0.0)).total_s == pytest.approx(1.1)
     slow = time_of(traffic, machine, Link("slow", 250.0, 0.01))  # 4 s on the wire, of which 1 s is also work
-    assert slow == Time(pytest.approx(1.1), pytest.approx(0.02), pytest.approx(3.0))
+    assert slow == Time(pytest.approx(1.1), pytest.approx(0.03), pytest.approx(3.0))
+
+
+@pytest.mark.parametrize(
+    ("traffic", "over_gloo", "over_nccl"),
+    [(all_to_all(1, 4), 2, 1), (slices(1, 4), 4, 2), (ring(1, 4), 7, 6), (all_gather(1, 4), 4, 3)],
+)
+def test_gloo_sends_when_the_other_rank_receives(traffic: Traffic, over_gloo: int, over_nccl: int) -> None:
+    costs = {traffic.kind: Cost(0.0, 0.0, 1, 1)}
+    for gloo, latencies in ((True, over_gloo), (False, over_nccl)):
+        machine = Machine(costs, 0.0, gloo)
+        assert time_of(traffic, machine, Link("", math.inf, 0.5)) == Time(0.0, 0.5 * latencies, 0.0)
 
 
 def test_rounds_and_messages_beyond_the_measured_ones_take_their_time() -> None:

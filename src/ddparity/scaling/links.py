@@ -177,4 +177,6 @@ def time_of(traffic: Traffic, machine: Machine, link: Link) -> Time:
         fixed += max(0, traffic.messages - cost.messages * traffic.rounds / cost.rounds) * machine.message_s
     own = cost.byte_s * traffic.sent_bytes
     wire = traffic.sent_bytes / link.bytes_per_s
-    return Time(fixed + own, traffic.rounds * link.latency_s, max(0.0, wire - own))
+    # Gloo sends once the other rank has said that it receives: in each exchange, in a ring before the first message.
+    ready = 0 if not machine.gloo else traffic.rounds if traffic.kind in ("all-to-all", "slices") else 1
+    return Time(fixed + own, (traffic.rounds + ready) * link.latency_s, max(0.0, wire - own))
