@@ -46,10 +46,8 @@ def covering(cases: list[Case]) -> list[Case]:
 # Launched as the command does it, they take some seconds each: `make audit-corpus` runs all.
 QUICK = [one for one in (*CLEAN, *FAULTY) if one.script != "spawned" and not one.hangs]
 BESIDE = (
-    *("fsdp1-clip", "stateful-near", "402-beside-another-reduction", "303-two-losses", "404-near"),
-    *("104-noise-of-the-rank", "304-sam", "308-another-model", "502-subgroup"),
-    *("106-chosen", "201-stages", "201-added", "309-projected"),
-    *("103-cut", "103-cut-near", "204-another-copy", "307-only-summed"),
+    *("402-beside-another-reduction", "303-two-losses", "106-chosen", "201-added", "309-projected"),
+    *("103-cut", "103-cut-near", "204-another-copy"),
 )
 ALIKE = (
     "clean-autograd",

@@ -281,8 +281,11 @@ def _open(worker_id: int) -> None:
     worker.dataset.handle = f"worker {worker_id}"
 
 
-@pytest.mark.parametrize("dataset", [Opened(), OpenedTogether()], ids=["one by one", "together"])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("dataset", "context"),
+    [(Opened(), "fork"), (OpenedTogether(), "fork"), (OpenedTogether(), "spawn")],
+    ids=["one by one", "together", "together, spawned"],
+)
 def test_a_worker_prepares_the_users_data_set(dataset: Opened, context: str) -> None:
     options = {"num_workers": 2, "worker_init_fn": _open, "multiprocessing_context": context}
     torchs = [value for batch in torch.utils.data.DataLoader(dataset, 2, **options) for value in batch]

@@ -320,17 +320,17 @@ def test_a_frozen_layer_may_keep_zeros_on_one_rank(reduction: str) -> None:
 
 
 def _garbage(reduction: Any, leave: bool) -> list[list[tuple[int, ...]]]:
-    """Return the shapes of the tensors that cycles keep, after each step, or after each loop that is left."""
+    """Return the shapes of the tensors that cycles keep, after each step; `leave`: every second loop."""
     early.SMALL_BYTES = SMALL
     model = dp.replicate(_Net(), reduction=reduction)
     gc.collect()
     gc.disable()
     found = []
-    for _ in range(4):
+    for attempt in range(4):
         with contextlib.suppress(KeyError):
             for micro in dp.accumulate(model, torch.ones(2, 6, WIDTH), equal_counts=True):
                 model(micro.data, micro.index).backward()
-                if leave and micro.index % 2:
+                if leave and attempt % 2 and micro.index % 2:
                     raise KeyError
         model.zero_grad()
         del micro
@@ -342,7 +342,7 @@ def _garbage(reduction: Any, leave: bool) -> list[list[tuple[int, ...]]]:
     return found
 
 
-@pytest.mark.parametrize(("reduction", "leave"), [("fast", False), ("strict", False), ("strict", True)])
+@pytest.mark.parametrize(("reduction", "leave"), [("fast", False), ("strict", True)])
 def test_no_cycle_keeps_tensors(reduction: str, leave: bool) -> None:
     """A step's gradients in a cycle would stay until Python collects it: memory grows, and is given page by page."""
     for found in run_ranks(_garbage, 2, reduction, leave):

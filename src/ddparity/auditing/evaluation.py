@@ -170,6 +170,8 @@ def _count_of_padding(it: _Evaluation) -> _Padding:
     by_number = it.counted is not None and "numbers" in it.counted
     if it.counted is None or (it.by_object and not by_number):
         return None
+    if "gather" in it.counted["name"] and not by_number and (trims(it.counted["site"]) or trims(it.site)):
+        return None  # the sizes of what is gathered next
     what = f"The evaluation counts {it.total} samples where the data set has {it.union}"
     return it.counted["site"], what, "likely" if by_number else "proved"
 
@@ -221,7 +223,8 @@ def _check_order(it: _Evaluation) -> Iterator[Finding]:
     """DDP403: outputs that are joined by rank, and compared with labels in the data set's order."""
     gathers = [e for e in it.calls[0] if "gather" in e["name"]]
     floats = [e for e in gathers if "float" in e.get("dtype", "") and (e.get("shape") or [0])[0] > 1]
-    if floats and len(floats) == len(gathers) and _strided(it.pair[0]) and compares_by_order(floats[0]["site"]):
+    whole = floats and floats[0]["at"] > it.pair[0].end  # not batch by batch
+    if whole and len(floats) == len(gathers) and _strided(it.pair[0]) and compares_by_order(floats[0]["site"]):
         yield it.finding(
             "DDP403",
             floats[0]["site"],
@@ -332,9 +335,11 @@ def _summed(reductions: list[list[Record]], union: int) -> list[Record]:
 def _gathered(reductions: list[list[Record]], lengths: list[int]) -> Record | None:
     """Return a gather by which each rank gives a row for each of its samples, over the whole evaluation.
 
-    None where an object that is gathered may say which sample each row is of.
+    None where something that is gathered may say which sample each row is of.
     """
     calls = [[e for e in own if "gather" in e["name"]] for own in reductions]
+    if any(e.get("named") for own in calls for e in own):
+        return None
     if any("object" in e["name"] and e.get("rows") is None for own in calls for e in own):
         return None
     rows = [[(e, e.get("rows") or (e.get("shape") or [0])[0]) for e in own] for own in calls]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 
 from .catalogue import Finding, finding
@@ -421,6 +422,9 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
     calls = [one for window in windows for one in window.of("collective") if one["name"] == "all_reduce"]
     is_reduced = any(one.get("graph") and math.prod(one["shape"]) == 1 for one in calls)  # the loss itself
     by_world = any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world))
+    norms = [_norms(window) for window in windows]
+    if any(one is not None and math.isclose(scale * one[1], one[0], rel_tol=1e-3) for one in norms):
+        return  # the gradients are scaled back by hand
     if by_world and (is_reduced or divides_by_world(site)):
         yield finding(
             "DDP307",
@@ -445,6 +449,7 @@ def _check_factor(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
         ratios = [later / earlier for step in steps for earlier, later in [_norms(step[0]) or (1.0, 1.0)]]
         factor = next((one for one in (run.world, 1 / run.world) if math.isclose(one, ratios[0], rel_tol=1e-3)), None)
         alike = factor is not None and all(math.isclose(one, factor, rel_tol=1e-3) for one in ratios)
+        alike = alike and all(_is_mean(step[0]) for step in steps)
         if alike and divides_by_world(site):
             yield finding(
                 "DDP307",
@@ -465,6 +470,7 @@ def _check_factor(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
             not any(_reductions(window) for window in step)
             and all(one["name"] == "all_reduce" and one["op"] == "SUM" for one in reduces)
             and all(map(_is_mean, step))
+            and not divides_by_world(reduces[0]["site"], sys.maxsize, sys.maxsize)  # perhaps within the optimizer
             and rows[0][1] > 1.02 * max(earlier for earlier, _ in rows)
         ):
             yield finding(

@@ -143,6 +143,9 @@ class Rank:
     head: Record
     records: list[Record]
     fetches: list[Record] = field(default_factory=list)  # of its workers, too
+    unlike: frozenset[str | None] = (
+        frozenset()
+    )  # lines that made more optimizers on some rank: which is which is unknown
 
     def of(self, kind: str) -> list[Record]:
         return self._kinds.get(kind, [])
@@ -161,7 +164,7 @@ class Rank:
 
     @cached_property
     def optimizers(self) -> list[Record]:
-        return self.of("optimizer")
+        return [one for one in self.of("optimizer") if one["site"] not in self.unlike]
 
     def windows(self, optimizer: int) -> list[Window]:
         """The windows of an optimizer. A step that a GradScaler skips ends a window, too, which is left out.
@@ -286,6 +289,10 @@ def read_run(folder: Path, script: Path, exit_code: int) -> Run:
         for rank in ranks.values():
             own = [one for one in rank.records if one["k"] == "fetch"]
             rank.fetches = fetches[rank.head["pid"]] + own
+        counts = [Counter(one["site"] for one in rank.of("optimizer")) for rank in ranks.values()]
+        unlike = frozenset(site for one in counts for site in one if len({other[site] for other in counts}) > 1)
+        for rank in ranks.values():
+            rank.unlike = unlike
     runs = [Run(script, [ranks[number] for number in sorted(ranks)], exit_code) for ranks in sessions]
     if not runs:
         return Run(script, [], exit_code)

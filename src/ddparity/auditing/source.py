@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _WORLD = re.compile(
-    r"[*/]=?\s*\(?\s*(?:\w+\.)*(?:\w*world\w*|num_processes|n_?procs?|num_gpus|n_?gpus?|num_replicas)\b", re.IGNORECASE
+    r"(?:(?<!/)/=?|\*=?|\b(?:div|mul|true_divide)_?\()\s*\(?\s*(?:\w+\.)*"
+    r"(?:\w*world\w*|num_processes|n_?procs?|num_gpus|n_?gpus?|num_replicas)\b",
+    re.IGNORECASE,
 )
 _TRANSPOSES = ("stack", "T", "mT", "t", "transpose", "permute", "scatter_", "index_copy_")
 _LABELS = ("tensors", "targets", "labels", "target", "y")
@@ -26,14 +28,14 @@ def parsed(site: str | Path | None) -> ast.Module:
         return ast.Module([], [])
 
 
-def divides_by_world(site: str | None, after: int = 0) -> bool:
-    """Return whether a line, or one of the 12 before or `after` it, multiplies or divides by the number of ranks."""
+def divides_by_world(site: str | None, after: int = 0, before: int = 12) -> bool:
+    """Return whether a line, or one of those `before` or `after` it, multiplies or divides by the number of ranks."""
     file, _, line = str(site).rpartition(":")
     try:
         lines = Path(file).read_text().splitlines()
-    except OSError:
+    except (OSError, ValueError):
         return False
-    near = "\n".join(lines[max(0, int(line) - 12) : int(line) + after])
+    near = "\n".join(lines[max(0, int(line) - before) : int(line) + after])
     names = "|".join(map(re.escape, _world_names(parsed(site))))
     return _WORLD.search(near) is not None or (names != "" and re.search(rf"[*/]=?\s*(?:{names})\b", near) is not None)
 
@@ -51,14 +53,23 @@ def _world_names(tree: ast.Module) -> set[str]:
 
 
 def trims(site: str | None) -> bool:
-    """Return whether a file cuts a sequence to a length, `outputs[: len(data)]`, or Accelerate does."""
+    """Return whether a file cuts a sequence to a length, `outputs[: len(data)]`, or Accelerate does.
+
+    Also where it compares with the length of a data set, or pairs a result with whole labels by `zip`.
+    """
     for node in ast.walk(parsed(site)):
+        if isinstance(node, ast.Compare) and any(map(_is_length, (node.left, *node.comparators))):
+            return True
+        if _called(node) == "zip" and any(isinstance(n, ast.Name) and _LABEL.fullmatch(n.id) for n in node.args):  # type: ignore[attr-defined]
+            return True
+        if isinstance(node, ast.Delete):
+            return True
         if isinstance(node, ast.Attribute) and node.attr == "gather_for_metrics":
             return True
         cut = node.slice if isinstance(node, ast.Subscript) else None
         if (
             isinstance(cut, ast.Slice)
-            and cut.lower is None
+            and (cut.lower is None or (isinstance(cut.lower, ast.Constant) and cut.lower.value == 0))
             and isinstance(cut.upper, (ast.Call, ast.Name, ast.Attribute, ast.BinOp))
         ):
             return True
@@ -122,19 +133,19 @@ def compares_by_order(site: str | None) -> bool:
 
 
 def _compares_labels(site: str | None) -> bool:
-    """Return whether the function of a line, or one that calls it, compares something with labels of no loop."""
+    """Return whether the function of a line, or one that calls it, compares with labels that it has from outside."""
     tree = parsed(site)
     own = _function(tree, _line(site))
     name = getattr(own, "name", None)
     others = [n for n in ast.walk(tree) if isinstance(n, _FUNCTIONS) and any(_called(c) == name for c in ast.walk(n))]
     for function in (own, *(others if name is not None else [])):
         nodes = list(ast.walk(function)) if function is not None else []
-        loops = [node for node in nodes if isinstance(node, ast.For)]
-        of_loops = {one for loop in loops for node in ast.walk(loop) for one in _changed(node)}
+        bound = {one for node in nodes for one in _changed(node)}  # here, from a loop or in another order
+        bound |= {one for node in nodes if isinstance(node, ast.comprehension) for one in _names(node.target)}
         for node in nodes:
             if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
                 names = {one.id for one in (node.left, *node.comparators) if isinstance(one, ast.Name)}
-                if any(_LABEL.fullmatch(one) for one in names - of_loops):
+                if any(_LABEL.fullmatch(one) for one in names - bound):
                     return True
     return False
 

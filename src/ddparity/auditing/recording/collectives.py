@@ -35,6 +35,7 @@ _NAMES = (
     "scatter_object_list",
 )
 _SMALL = 64  # values that are recorded
+_MOST_ROWS = 100_000  # of an array that is looked at
 _MOST = 20_000
 _DIGESTS = 400
 
@@ -185,8 +186,15 @@ def _rows(given: Any) -> int | None:
         return None if named else len(given)
     if not hasattr(given, "tolist") or not getattr(given, "ndim", 0):
         return None
-    values = given.tolist() if given.ndim == 1 else None
-    return len(given) if values is None else _rows(values)
+    return None if _names_rows(given) else len(given)
+
+
+def _names_rows(array: Any) -> bool:
+    """Return whether an array, or one of its few columns, has whole numbers that are all different."""
+    if not 1 <= array.ndim <= 2 or array.shape[0] < 2 or array.shape[0] > _MOST_ROWS or math.prod(array.shape[1:]) > 8:
+        return False
+    columns = [array.tolist()] if array.ndim == 1 else list(zip(*array.tolist()))
+    return any(len({*one}) == len(one) and all(float(v).is_integer() for v in one) for one in columns)
 
 
 def _describe(
@@ -215,6 +223,8 @@ def _describe(
         values["graph"] = True
     if found.numel() <= _SMALL and found.device.type == "cpu" and not hasattr(found, "placements"):
         values["values"] = [float(v) for v in found.detach().reshape(-1).tolist()] if not found.is_complex() else None
+    if "gather" in name and not found.is_complex() and found.device.type == "cpu" and not hasattr(found, "placements"):
+        values["named"] = _names_rows(found.detach())
     if name == "all_reduce" and number < _DIGESTS and found.is_floating_point() and not hasattr(found, "placements"):
         values |= {"digest": checksum(found), "gradient": journal.is_gradient(found)}
         if values["gradient"] and not journal.reduced:
