@@ -347,3 +347,28 @@ def test_no_cycle_keeps_tensors(reduction: str, leave: bool) -> None:
     """A step's gradients in a cycle would stay until Python collects it: memory grows, and is given page by page."""
     for found in run_ranks(_garbage, 2, reduction, leave):
         assert found == [[]] * 4
+
+
+def _of_the_user(small: int) -> list[str]:
+    """A gradient that the loop sets, the same tensor in each step, and one that it keeps."""
+    early.SMALL_BYTES = small
+    strict.gathers = lambda *_: False
+    model = dp.replicate(_Net(), reduction="strict")
+    constants = [torch.ones_like(parameter) for parameter in model.parameters()]
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        kept = []
+        for micro in dp.accumulate(model, torch.ones(2, 6, WIDTH), equal_counts=True):
+            model(micro.data, micro.index).backward()
+            kept = [(one.grad, one.grad.clone()) for one in model.parameters() if one.grad is not None]
+            if micro.index % 2:
+                for parameter, constant in zip(model.parameters(), constants, strict=True):
+                    parameter.grad = constant
+        found.append(f"{all(torch.equal(one, copy) for one, copy in kept)} {all(map(torch.all, constants))}")
+    return found
+
+
+@pytest.mark.parametrize("small", [SMALL, 2**40])
+def test_the_tensors_of_a_user_stay_as_they_are(small: int) -> None:
+    assert run_ranks(_of_the_user, 2, small) == [["True True"] * 3] * 2

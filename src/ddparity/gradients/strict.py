@@ -49,8 +49,8 @@ class StrictReduction:
 
     Memory: the sums of whole subtrees. On one process these are at most log2(micro-batches) + 1 copies of the
     gradients; on several, at most one more than this rank's share has subtrees. During the exchange they lie in one
-    buffer, and beside it a slice of each subtree of the other ranks, and the gradients of the last subtree, or of the
-    last micro-batch with `early`, into which the sum is copied.
+    buffer, and beside it a slice of each subtree of the other ranks, then the sum, whose parts become gradients. With
+    `early`, the gradients stay beside that buffer until the loop is over.
 
     Collectives: none in a world of one. Otherwise, for each pair of dtype and device: if the sums are small, one
     exchange of all subtrees' sums. If not, each rank sends each other rank the slices of its sums that this one
@@ -178,7 +178,6 @@ class StrictReduction:
         for index, parameter in enumerate(self._parameters):
             kinds.setdefault((grad_dtype(parameter), parameter.device), []).append(index)
         own = [gradients for _, gradients in self._tree.nodes]
-        into = list(own[-1]) if own else list(sums)
         self._tree.nodes.clear()
         for indices in kinds.values():
             kind = _Kind([self._parameters[index] for index in indices])
@@ -187,12 +186,12 @@ class StrictReduction:
                 gradients[index] = None  # free it once it is copied
             most = max(map(len, self._nodes))
             if gathers(most * kind.width, kind.like, group):
-                values = kind.values(self._gathered(kind, rows, most, group))
+                total = self._gathered(kind, rows, most, group)
             else:
                 slices = _Slices(kind, rows, self._nodes, group, self._buffers)
                 slices.sum()
-                values = kind.copied(slices.total(), [into[index] for index in indices])
-            for index, value in zip(indices, values, strict=True):
+                total = slices.total()
+            for index, value in zip(indices, kind.values(total), strict=True):
                 sums[index] = value
         return sums
 
@@ -238,16 +237,13 @@ class StrictReduction:
                 under_way[number] = self._started(parts[number])
         if self._rest is not None:
             under_way.append(self._rest)
-        into = self._last
         self._clear()
         for one in under_way:
             one.sum()
         sums = [None] * len(self._parameters)
         for one in under_way:
-            places = [self._places[id(parameter)] for parameter in one.kind.parameters]
-            values = one.kind.copied(one.total(), [into[place] for place in places])
-            for place, value in zip(places, values, strict=True):
-                sums[place] = value
+            for parameter, value in zip(one.kind.parameters, one.kind.values(one.total()), strict=True):
+                sums[self._places[id(parameter)]] = value
         early.finished()
         return sums
 
@@ -301,34 +297,10 @@ class _Kind:
         rows[row] = []
 
     def values(self, total: Tensor) -> Gradients:
-        """Return the gradients of a sum of rows: views of it, where a parameter's layout allows that."""
-        return [
-            _laid_out(value, parameter) if value is not None and not parameter.is_contiguous() else value
-            for value, parameter in zip(self._views(total), self.parameters, strict=True)
-        ]
-
-    def copied(self, total: Tensor, into: Gradients) -> Gradients:
-        """Return the gradients of a sum of rows, in memory of their own: that of `into` where it is as autograd's."""
-        found: Gradients = []
-        targets, sources = [], []
-        for value, parameter, old in zip(self._views(total), self.parameters, into, strict=True):
-            if value is not None and old is not None and _is_like_a_new_gradient(old, parameter, total.dtype):
-                targets.append(old)
-                sources.append(value)
-                value = old
-            elif value is not None:
-                value = _laid_out(value, parameter)
-            found.append(value)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        return found
-
-    def _views(self, total: Tensor) -> Gradients:
-        """Return the contiguous values of each parameter; None where no row has a gradient."""
+        """Return the gradients of a sum of rows."""
         exist = total[: len(self.parameters)].tolist()
         return [
-            # with a count of versions of its own
-            total[begin : begin + parameter.numel()].view(parameter.shape).data if some else None
+            _laid_out(total, begin, parameter) if some else None
             for parameter, begin, some in zip(self.parameters, self._begins[1:], exist, strict=True)
         ]
 
@@ -355,7 +327,6 @@ class _Slices:
         self._rank, world_size = dist.get_rank(group), len(nodes)
         self._piece = piece = -(-kind.width // world_size)
         own = buffers.take(max(1, len(rows)) * world_size * piece, kind.like).view(-1, world_size, piece)
-        self._total = own[0]  # once it is sent
         for row in range(len(rows)):
             flat = own[row].view(-1)
             kind.write(rows, row, flat[: kind.width])
@@ -377,13 +348,15 @@ class _Slices:
     def sum(self) -> None:
         """Finish this rank's slice, and start to send it."""
         self.wait()
-        total = self._total
+        world_size = len(self._nodes)
+        # A user may keep it: its parts become the gradients.
+        self._total = total = self.kind.like.new_empty(world_size, self._piece)
         total[self._rank] = _tree_sum(self._nodes, itertools.chain.from_iterable(self._rows))
-        sent = [[total[self._rank]]] * len(self._nodes)
+        sent = [[total[self._rank]]] * world_size
         self._works = start_exchange(sent, [[one] for one in total], self._group, self._tag + 1)
 
     def total(self) -> Tensor:
-        """Return the sums, after `sum`, in a buffer."""
+        """Return the sums, after `sum`."""
         self.wait()
         return self._total.view(-1)
 
@@ -427,20 +400,16 @@ def _aligned(size: int, element_size: int) -> int:
     return -(-size // step) * step
 
 
-def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return a copy with the parameter's memory layout, as autograd makes one: the bits of a norm depend on it."""
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+def _laid_out(total: Tensor, begin: int, parameter: nn.Parameter) -> Tensor:
+    """Return a gradient with the parameter's memory layout, as autograd makes one: the bits of a norm depend on it.
 
-
-def _is_like_a_new_gradient(gradient: Tensor, parameter: nn.Parameter, dtype: torch.dtype) -> bool:
-    """Return whether a gradient has the type, the layout and the memory of one that autograd makes."""
-    return (
-        gradient.dtype == dtype
-        and gradient.stride() == parameter.stride()
-        and gradient.data_ptr() % _ALIGNED_BYTES == 0
-        and gradient.untyped_storage().nbytes() == gradient.nbytes
-        and not (gradient.is_neg() or gradient.is_inference())
-    )
+    begin: of its values, in the order of the dimensions, in `total`, a contiguous tensor.
+    """
+    if parameter.is_contiguous():
+        offset = total.storage_offset() + begin
+        return total.as_strided(parameter.shape, parameter.stride(), offset).data  # with a count of versions of its own
+    value = total[begin : begin + parameter.numel()].view_as(parameter)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def sparse_refusal(name: str) -> str:
