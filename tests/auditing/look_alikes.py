@@ -1188,4 +1188,35 @@ LOOK_ALIKES += [
         ("model.module", "model"),
         codes="DDP201",
     ),
+    make_case(
+        "307-divided-after-the-clip",
+        "by_hand",
+        (
+            "        parameter.grad /= world\n",
+            "    nn.utils.clip_grad_norm_(model.parameters(), 100.0)\n    for parameter in model.parameters():\n        parameter.grad.div_(world)\n",
+        ),
+    ),
+    make_case(
+        "403-labels-in-that-order",
+        "functions",
+        *_WHOLE_LABELS,
+        (
+            "    joined = torch.cat(parts)\n",
+            "    joined = torch.cat(parts)\n    ranks = range(dist.get_world_size())\n    y_test = y_test[torch.cat([torch.arange(r, len(y_test), len(ranks)) for r in ranks])]\n",
+        ),
+    ),
+    make_case(  # a trial of rank 0 alone, made on the line that makes the others
+        "201-trial-of-rank-0",
+        "functions",
+        (
+            "def main():\n",
+            "def make():\n    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))\n    return net, torch.optim.SGD(net.parameters(), lr=0.1)\n\n\ndef main():\n",
+        ),
+        (
+            "    model = DDP(net)\n",
+            "    if rank == 0:\n        trial, own = make()\n        for _ in range(3):\n            own.zero_grad()\n            F.cross_entropy(trial(train[:8][0]), train[:8][1]).backward()\n            own.step()\n"
+            "    torch.manual_seed(0)\n    net, optimizer = make()\n    model = DDP(net)\n",
+        ),
+        ("    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n", ""),
+    ),
 ]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Iterator
 
 from .catalogue import Finding, finding
 from .recording.losses import MEANS
 from .records import Record, Run, Window
-from .source import divides_by_world
+from .source import divides_by_world, divides_gradients
 
 _OTHER = 1e-3  # of a sum of absolute values over a norm: more than numbers of 16 bits round
 _UNEQUAL = 1.1  # ratio of counts from which their means are told to have wrong weights
@@ -470,7 +469,7 @@ def _check_factor(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
             not any(_reductions(window) for window in step)
             and all(one["name"] == "all_reduce" and one["op"] == "SUM" for one in reduces)
             and all(map(_is_mean, step))
-            and not divides_by_world(reduces[0]["site"], sys.maxsize, sys.maxsize)  # perhaps within the optimizer
+            and not divides_gradients(reduces[0]["site"])  # perhaps after a clip, or within the optimizer
             and rows[0][1] > 1.02 * max(earlier for earlier, _ in rows)
         ):
             yield finding(

@@ -105,9 +105,9 @@ class Window:
 
     @cached_property
     def kept(self) -> list[Record]:
-        """The micro-batches whose gradients no zero_grad() has thrown away."""
+        """The micro-batches whose gradients no zero_grad() has thrown away, nor found that there are none."""
         own = self.step["opt"]
-        zeros = [one["at"] for one in self.of("zero") if one["held"] and (one["opt"] == own or own in one["also"])]
+        zeros = [one["at"] for one in self.of("zero") if one["opt"] == own or (one["held"] and own in one["also"])]
         return [one for one in self.accumulated if one["at"] > max(zeros, default=-1)] or self.accumulated
 
     @cached_property

@@ -28,16 +28,25 @@ def parsed(site: str | Path | None) -> ast.Module:
         return ast.Module([], [])
 
 
-def divides_by_world(site: str | None, after: int = 0, before: int = 12) -> bool:
-    """Return whether a line, or one of those `before` or `after` it, multiplies or divides by the number of ranks."""
+def divides_by_world(site: str | None, after: int = 0) -> bool:
+    """Return whether a line, or one of the 12 before or `after` it, multiplies or divides by the number of ranks."""
     file, _, line = str(site).rpartition(":")
     try:
         lines = Path(file).read_text().splitlines()
     except (OSError, ValueError):
         return False
-    near = "\n".join(lines[max(0, int(line) - before) : int(line) + after])
+    near = "\n".join(lines[max(0, int(line) - 12) : int(line) + after])
     names = "|".join(map(re.escape, _world_names(parsed(site))))
     return _WORLD.search(near) is not None or (names != "" and re.search(rf"[*/]=?\s*(?:{names})\b", near) is not None)
+
+
+def divides_gradients(site: str | None) -> bool:
+    """Return whether a line of a file scales what its name says is a gradient by the number of ranks."""
+    try:
+        lines = Path(str(site).rpartition(":")[0]).read_text().splitlines()
+    except (OSError, ValueError):
+        return False
+    return any("grad" in line and _WORLD.search(line) for line in lines)
 
 
 def _world_names(tree: ast.Module) -> set[str]:
@@ -133,14 +142,16 @@ def compares_by_order(site: str | None) -> bool:
 
 
 def _compares_labels(site: str | None) -> bool:
-    """Return whether the function of a line, or one that calls it, compares with labels that it has from outside."""
+    """Return whether the function of a line, or one that calls it, compares with labels of no loop."""
     tree = parsed(site)
     own = _function(tree, _line(site))
     name = getattr(own, "name", None)
     others = [n for n in ast.walk(tree) if isinstance(n, _FUNCTIONS) and any(_called(c) == name for c in ast.walk(n))]
     for function in (own, *(others if name is not None else [])):
         nodes = list(ast.walk(function)) if function is not None else []
-        bound = {one for node in nodes for one in _changed(node)}  # here, from a loop or in another order
+        loops = [node for node in nodes if isinstance(node, (ast.For, ast.While))]
+        bound = {one for loop in loops for node in ast.walk(loop) for one in _changed(node)}
+        bound |= {one for node in nodes if _picks(node) for one in _changed(node)}
         bound |= {one for node in nodes if isinstance(node, ast.comprehension) for one in _names(node.target)}
         for node in nodes:
             if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
@@ -148,6 +159,12 @@ def _compares_labels(site: str | None) -> bool:
                 if any(_LABEL.fullmatch(one) for one in names - bound):
                     return True
     return False
+
+
+def _picks(node: ast.AST) -> bool:
+    """Return whether an assignment takes a value by an index that is computed: perhaps labels in another order."""
+    value = node.value if isinstance(node, ast.Assign) else None
+    return isinstance(value, ast.Subscript) and not isinstance(value.slice, (ast.Slice, ast.Constant))
 
 
 def reads_in_loop(backward: str) -> str | None:

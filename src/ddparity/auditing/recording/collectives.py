@@ -129,8 +129,11 @@ def _watch_store(journal: Journal) -> None:
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
+            own = not journal.hidden and not journal.is_library(sys._getframe(1).f_code.co_filename)
+            if own:
+                note()  # another rank may have it, and say so, before this call ends
             result = function(*args, **options)
-            if not journal.hidden and not journal.is_library(sys._getframe(1).f_code.co_filename):
+            if own:
                 note()
             return result
 
@@ -149,11 +152,16 @@ def _is_group(value: Any) -> bool:
 
 
 def _noted(journal: Journal, function: Any, kind: str, of: str = "store") -> Any:
-    """Return a function with a record of each call that has ended: messages between two ranks are no collectives."""
+    """Return a function with a record of each call that has ended: messages between two ranks are no collectives.
+
+    Of messages also where it begins: the other rank may have one before the call ends.
+    """
     count = [0]
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
+        if kind == "message" and of != "store" and count[0] < _MOST:
+            journal.write(kind, of=of)
         result = function(*args, **options)
         count[0] += 1
         if count[0] < _MOST:

@@ -152,7 +152,8 @@ def _watch_optimizers(recorder: Recorder) -> None:
         _register(recorder, self, journal.site())
 
     def zeroed(self: Any, *args: Any, **options: Any) -> Any:
-        if not torch.compiler.is_compiling() and journal.backwards and (state := recorder.optimizers.get(self)):
+        since = journal.backwards or len(recorder.optimizers) > 1  # a backward, perhaps before another one's step
+        if not torch.compiler.is_compiling() and since and (state := recorder.optimizers.get(self)):
             held = any(p.grad is not None for group in self.param_groups for p in group["params"])
             also = _sharing(recorder, optimizer=self)
             recorder.event("zero", opt=state["id"], also=also, held=held, site=journal.site())
