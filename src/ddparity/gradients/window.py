@@ -23,7 +23,7 @@ from ..errors import DDParityError
 from ..runtime.agreement import agreed
 from . import strangers
 from .aside import Aside
-from .early import Average, EarlyParts, finish_averages
+from .early import Average, EarlyParts, finish_averages, sends_strict_early
 from .incomplete import (
     allow_late,
     close_loop,
@@ -554,7 +554,7 @@ class _Reduction:
             start = functools.partial(Average, self._group, self._buffers)
             self._early = replica.early_parts(self._parameters, start)
             return self._early
-        if all(parameter.is_cpu for parameter in self._parameters):
+        if sends_strict_early(self._parameters):
             self._tree.early = replica.early_parts(self._parameters, self._tree.start)
         return self._tree.early
 

@@ -19,7 +19,7 @@ from ..comm.gather import gather
 from ..compat import grad_dtype
 from ..data.loader import Loader
 from ..data.step import Step
-from ..gradients.early import CAP_BYTES, cut_early
+from ..gradients.early import CAP_BYTES, cut_early, sends_strict_early
 from ..runtime.world import World
 from ..task.task import Task
 from ..task.train import build
@@ -190,7 +190,7 @@ def strict_parts_of(
     """Return what the strict reduction exchanges together; arguments as in `parts_of`."""
     fractions = {id(one): at for one, at in zip(parameters, ready, strict=True)}
     parts = cut_early([parameters[number] for number in order], CAP_BYTES)
-    if len(parts) > 1 and all(parameter.is_cpu for parameter in parameters):
+    if len(parts) > 1 and sends_strict_early(parameters):
         return tuple(
             Part(_row_bytes(part), max(fractions[id(one)] for one in part), number < len(parts) - 1)
             for number, part in enumerate(parts)
