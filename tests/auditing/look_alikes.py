@@ -1165,7 +1165,7 @@ LOOK_ALIKES += [
         ("    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n", ""),
         codes="DDP204",
     ),
-    make_case(  # a loss that needs no gradient in the first epoch, and parameters trained by hand beside
+    make_case(  # a parameter that is trained by hand beside the optimizer's
         "204-by-hand-beside",
         "functions",
         (

@@ -365,7 +365,8 @@ def _of_the_user(small: int) -> list[str]:
             if micro.index % 2:
                 for parameter, constant in zip(model.parameters(), constants, strict=True):
                     parameter.grad = constant
-        found.append(f"{all(torch.equal(one, copy) for one, copy in kept)} {all(map(torch.all, constants))}")
+        ones = all(bool((constant == 1).all()) for constant in constants)
+        found.append(f"{all(torch.equal(one, copy) for one, copy in kept)} {ones}")
     return found
 
 

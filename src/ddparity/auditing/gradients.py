@@ -101,9 +101,7 @@ def _check_divisor(run: Run, windows: list[Window]) -> Iterator[Finding]:
             return
     node = windows[0].kept[0]["node"] if windows and windows[0].kept else ""
     for window, length in zip(windows, lengths):
-        if length >= 2 and all(
-            one["scale"] == 1 and one["node"].startswith(MEANS) and ":sum" not in one["node"] for one in window.kept
-        ):
+        if length >= 2 and _are_means(window) and all(one["scale"] == 1 for one in window.kept):
             if window.of("scale") or _is_divided_by_hand(window, length):
                 return
             yield finding(
@@ -172,8 +170,7 @@ def _check_weights(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
         if len(counts) < 2 or min(counts) <= 0 or max(counts) < _UNEQUAL * min(counts):
             continue
         scales = {one["scale"] for window in step for one in window.kept}
-        nodes = [one["node"] for window in step for one in window.kept]
-        means = all(n.startswith(MEANS) and ":sum" not in n for n in nodes)
+        means = all(map(_are_means, step))
         if not summed and (len(scales) != 1 or None in scales or not means):
             continue
         # The short last micro-batch of an epoch, alike on all ranks, matters little.
@@ -422,9 +419,8 @@ def _check_world_scale(run: Run, windows: list[Window]) -> Iterator[Finding]:
     is_reduced = any(one.get("graph") and math.prod(one["shape"]) == 1 for one in calls)  # the loss itself
     by_world = any(math.isclose(scale, other, rel_tol=1e-6) for other in (run.world, 1 / run.world))
     norms = [_norms(window) for window in windows]
-    if any(one is not None and math.isclose(scale * one[1], one[0], rel_tol=1e-3) for one in norms):
-        return  # the gradients are scaled back by hand
-    if by_world and (is_reduced or divides_by_world(site)):
+    back = any(one is not None and math.isclose(scale * one[1], one[0], rel_tol=1e-3) for one in norms)  # by hand
+    if by_world and not back and (is_reduced or divides_by_world(site)):
         yield finding(
             "DDP307",
             _ranks(run),
@@ -443,34 +439,46 @@ def _check_factor(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
         return
     steps = [step for step in zip(*by_rank) if all(_norms(window) and not window.of("scale") for window in step)]
     by_hand = [any(one.get("gradient") for one in step[0].of("collective")) for step in steps]
-    if steps and not any(by_hand) and all(_reductions(step[0]) and len(step[0].kept) == 1 for step in steps):
-        site = steps[0][0].step["site"]
-        ratios = [later / earlier for step in steps for earlier, later in [_norms(step[0]) or (1.0, 1.0)]]
-        factor = next((one for one in (run.world, 1 / run.world) if math.isclose(one, ratios[0], rel_tol=1e-3)), None)
-        alike = factor is not None and all(math.isclose(one, factor, rel_tol=1e-3) for one in ratios)
-        alike = alike and all(_is_mean(step[0]) for step in steps)
-        if alike and divides_by_world(site):
-            yield finding(
-                "DDP307",
-                _ranks(run),
-                site,
-                steps[0][0].backwards[-1]["site"],
-                f"Between the backward and step {steps[0][0].step['n']} the gradients are "
-                f"{'multiplied' if ratios[0] > 1 else 'divided'} by {run.world}, the number of ranks, although DDP has "
-                f"averaged them already.",
-                "Leave the gradients as DDP leaves them, unless the factor makes up for another.",
-                certainty="likely",
-            )
+    if any(by_hand):
+        yield from _check_sums(run, list(itertools.compress(steps, by_hand)))
+    else:
+        yield from _check_scaled(run, [step[0] for step in steps])
+
+
+def _check_scaled(run: Run, windows: list[Window]) -> Iterator[Finding]:
+    """Gradients that differ from DDP's average by the number of ranks, at every step."""
+    if not windows or not all(_reductions(one) and len(one.kept) == 1 and _is_mean(one) for one in windows):
         return
-    for step in itertools.compress(steps, by_hand):
-        rows = [_norms(window) or (0.0, 0.0) for window in step]
+    site = windows[0].step["site"]
+    ratios = [later / earlier for earlier, later in filter(None, map(_norms, windows))]
+    factors = (run.world, 1 / run.world)
+    alike = any(all(math.isclose(factor, one, rel_tol=1e-3) for one in ratios) for factor in factors)
+    if alike and divides_by_world(site):
+        yield finding(
+            "DDP307",
+            _ranks(run),
+            site,
+            windows[0].backwards[-1]["site"],
+            f"Between the backward and step {windows[0].step['n']} the gradients are "
+            f"{'multiplied' if ratios[0] > 1 else 'divided'} by {run.world}, the number of ranks, although DDP has "
+            f"averaged them already.",
+            "Leave the gradients as DDP leaves them, unless the factor makes up for another.",
+            certainty="likely",
+        )
+
+
+def _check_sums(run: Run, steps: list[tuple[Window, ...]]) -> Iterator[Finding]:
+    """Sums over the ranks, by hand, that are longer than a mean can be."""
+    for step in steps:
+        norms = list(filter(None, map(_norms, step)))
+        longest, later = max(earlier for earlier, _ in norms), norms[0][1]
         reduces = [one for one in step[0].of("collective") if one.get("gradient")]
         if (
-            not any(_reductions(window) for window in step)
+            later > 1.02 * longest
+            and not any(map(_reductions, step))
             and all(one["name"] == "all_reduce" and one["op"] == "SUM" for one in reduces)
             and all(map(_is_mean, step))
             and not divides_gradients(reduces[0]["site"])  # perhaps after a clip, or within the optimizer
-            and rows[0][1] > 1.02 * max(earlier for earlier, _ in rows)
         ):
             yield finding(
                 "DDP307",
@@ -478,8 +486,8 @@ def _check_factor(run: Run, by_rank: list[list[Window]]) -> Iterator[Finding]:
                 reduces[0]["site"],
                 step[0].step["site"],
                 f"The ranks' gradients are added up by hand, and not divided by their number: at step "
-                f"{step[0].step['n']} the sum's norm is {rows[0][1]:.4g}, where a mean is at most as long as the "
-                f"longest of the ranks' own, {max(earlier for earlier, _ in rows):.4g}.",
+                f"{step[0].step['n']} the sum's norm is {later:.4g}, where a mean is at most as long as the longest of "
+                f"the ranks' own, {longest:.4g}.",
                 f"Divide the gradients by the number of ranks, here {run.world}, unless the learning rate makes up for "
                 f"it.",
                 certainty="likely",
@@ -492,11 +500,17 @@ def _norms(window: Window) -> tuple[float, float] | None:
     last = window.backwards[-1].get("norm") if window.backwards else None
     clips = [one["norm"] for one in window.of("clip") if one["of"] == "norm"]
     later = clips[0] if clips else window.step.get("norm")
-    return (last, later) if last and later and math.isfinite(last) and math.isfinite(later) else None
+    if not last or later is None or not (math.isfinite(last) and math.isfinite(later)):
+        return None
+    return last, later
 
 
 def _is_mean(window: Window) -> bool:
     """Return whether what the backwards of a window add up is the mean of its micro-batches' mean losses."""
     scales = [one["scale"] for one in window.kept]
-    means = all(one["node"].startswith(MEANS) and ":sum" not in one["node"] for one in window.kept)
-    return means and None not in scales and math.isclose(sum(scales), 1, rel_tol=1e-4)
+    return _are_means(window) and None not in scales and math.isclose(sum(scales), 1, rel_tol=1e-4)
+
+
+def _are_means(window: Window) -> bool:
+    """Return whether all losses of a window are means over their samples."""
+    return all(one["node"].startswith(MEANS) and ":sum" not in one["node"] for one in window.kept)

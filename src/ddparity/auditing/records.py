@@ -143,9 +143,8 @@ class Rank:
     head: Record
     records: list[Record]
     fetches: list[Record] = field(default_factory=list)  # of its workers, too
-    unlike: frozenset[str | None] = (
-        frozenset()
-    )  # lines that made more optimizers on some rank: which is which is unknown
+    # Lines that made more optimizers on some rank than on another: which of them belong together is not known.
+    unlike: frozenset[str | None] = frozenset()
 
     def of(self, kind: str) -> list[Record]:
         return self._kinds.get(kind, [])

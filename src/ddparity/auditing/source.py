@@ -30,23 +30,25 @@ def parsed(site: str | Path | None) -> ast.Module:
 
 def divides_by_world(site: str | None, after: int = 0) -> bool:
     """Return whether a line, or one of the 12 before or `after` it, multiplies or divides by the number of ranks."""
-    file, _, line = str(site).rpartition(":")
-    try:
-        lines = Path(file).read_text().splitlines()
-    except (OSError, ValueError):
+    lines = _lines(site)
+    if not lines:
         return False
-    near = "\n".join(lines[max(0, int(line) - 12) : int(line) + after])
+    near = "\n".join(lines[max(0, _line(site) - 12) : _line(site) + after])
     names = "|".join(map(re.escape, _world_names(parsed(site))))
     return _WORLD.search(near) is not None or (names != "" and re.search(rf"[*/]=?\s*(?:{names})\b", near) is not None)
 
 
 def divides_gradients(site: str | None) -> bool:
     """Return whether a line of a file scales what its name says is a gradient by the number of ranks."""
+    return any("grad" in line and _WORLD.search(line) for line in _lines(site))
+
+
+def _lines(site: str | None) -> list[str]:
+    """Return the lines of the file of a site; none where it cannot be read."""
     try:
-        lines = Path(str(site).rpartition(":")[0]).read_text().splitlines()
+        return Path(str(site).rpartition(":")[0]).read_text().splitlines()
     except (OSError, ValueError):
-        return False
-    return any("grad" in line and _WORLD.search(line) for line in lines)
+        return []
 
 
 def _world_names(tree: ast.Module) -> set[str]:
@@ -69,9 +71,12 @@ def trims(site: str | None) -> bool:
     for node in ast.walk(parsed(site)):
         if isinstance(node, ast.Compare) and any(map(_is_length, (node.left, *node.comparators))):
             return True
-        if _called(node) == "zip" and any(isinstance(n, ast.Name) and _LABEL.fullmatch(n.id) for n in node.args):  # type: ignore[attr-defined]
+        paired = node.args if isinstance(node, ast.Call) and _called(node) == "zip" else []
+        if any(isinstance(one, ast.Name) and _LABEL.fullmatch(one.id) for one in paired):
             return True
-        if isinstance(node, ast.Delete):
+        if isinstance(node, ast.Delete) and any(
+            isinstance(one, ast.Subscript) and isinstance(one.slice, ast.Slice) for one in node.targets
+        ):
             return True
         if isinstance(node, ast.Attribute) and node.attr == "gather_for_metrics":
             return True

@@ -125,17 +125,12 @@ def _watch_store(journal: Journal) -> None:
     dist: Any = distributed
 
     def told(function: Any) -> Any:
-        note = _noted(journal, lambda: None, "message")
+        noted = _noted(journal, function, "message")
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
             own = not journal.hidden and not journal.is_library(sys._getframe(1).f_code.co_filename)
-            if own:
-                note()  # another rank may have it, and say so, before this call ends
-            result = function(*args, **options)
-            if own:
-                note()
-            return result
+            return (noted if own else function)(*args, **options)
 
         return call
 
@@ -154,13 +149,13 @@ def _is_group(value: Any) -> bool:
 def _noted(journal: Journal, function: Any, kind: str, of: str = "store") -> Any:
     """Return a function with a record of each call that has ended: messages between two ranks are no collectives.
 
-    Of messages also where it begins: the other rank may have one before the call ends.
+    Of messages also where it begins: the other rank may have one, and say so, before the call ends.
     """
     count = [0]
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        if kind == "message" and of != "store" and count[0] < _MOST:
+        if kind == "message" and count[0] < _MOST:
             journal.write(kind, of=of)
         result = function(*args, **options)
         count[0] += 1
@@ -189,8 +184,9 @@ def _rows(given: Any) -> int | None:
         if given and all(hasattr(one, "tolist") and hasattr(one, "ndim") for one in given):
             parts = [_rows(one) for one in given]
             return None if None in parts else sum(part or 0 for part in parts)
-        numbers = all(isinstance(one, (int, float)) for one in given)
-        named = all(isinstance(one, int) for one in given) and len({*given}) == len(given) if numbers else True
+        if not all(isinstance(one, (int, float)) for one in given):
+            return None
+        named = all(isinstance(one, int) for one in given) and len({*given}) == len(given)
         return None if named else len(given)
     if not hasattr(given, "tolist") or not getattr(given, "ndim", 0):
         return None
@@ -229,9 +225,10 @@ def _describe(
     values |= {"shape": list(found.shape), "dtype": str(found.dtype)}
     if found.grad_fn is not None:
         values["graph"] = True
-    if found.numel() <= _SMALL and found.device.type == "cpu" and not hasattr(found, "placements"):
+    readable = found.device.type == "cpu" and not hasattr(found, "placements")
+    if found.numel() <= _SMALL and readable:
         values["values"] = [float(v) for v in found.detach().reshape(-1).tolist()] if not found.is_complex() else None
-    if "gather" in name and not found.is_complex() and found.device.type == "cpu" and not hasattr(found, "placements"):
+    if "gather" in name and readable and not found.is_complex():
         values["named"] = _names_rows(found.detach())
     if name == "all_reduce" and number < _DIGESTS and found.is_floating_point() and not hasattr(found, "placements"):
         values |= {"digest": checksum(found), "gradient": journal.is_gradient(found)}
