@@ -116,10 +116,28 @@ def unflatten(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> tuple[torch.T
     return views
 
 
-def uses_of(storage: torch.UntypedStorage) -> int:
-    """Return how many tensors use the memory, also those of C++; more than one where torch cannot tell."""
+def is_unused(tensor: torch.Tensor) -> bool:
+    """Return whether this tensor alone uses its memory, so that writing there changes nothing that anybody has.
+
+    False where torch cannot tell, and where another process can see the memory.
+    """
     count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-    return count(storage._cdata) - 1 if count is not None else 2  # without the storage's own Python object
+    storage = tensor.untyped_storage()
+    return (
+        count is not None
+        and not storage.is_shared()
+        and storage.nbytes() == tensor.nbytes
+        and not weakref.getweakrefcount(storage)
+        and (count(storage._cdata), sys.getrefcount(storage)) == _of_one_tensor()
+    )
+
+
+@functools.cache
+def _of_one_tensor() -> tuple[int, int]:
+    """Return how often C++ and Python refer to a storage that one tensor has, as `is_unused` counts."""
+    tensor = torch.empty(1)
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
 
 def compares_calls() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -240,6 +242,30 @@ def test_a_buffer_is_used_again_once_nobody_holds_it() -> None:
     del part
     assert buffers.take(SIZE, like).data_ptr() == address
     assert buffers.take(SIZE, like.double()).dtype == torch.float64
+
+
+HOLDS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "a storage": lambda part: part.untyped_storage(),
+    "a typed storage": lambda part: part.storage(),
+    "a weak reference to a storage": lambda part: weakref.ref(part.untyped_storage()),
+    "an array's bytes": lambda part: memoryview(part.numpy()),
+    "a capsule": torch.utils.dlpack.to_dlpack,
+    "a graph": lambda part: torch.ones(len(part), requires_grad=True) * part,
+    "memory of several processes": lambda part: part.share_memory_().shape,
+    "memory of another size": lambda part: part.untyped_storage().resize_(2 * LEAST_BYTES).nbytes(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
+def test_a_buffer_that_somebody_may_see_is_not_used_again(hold: Callable[[torch.Tensor], Any]) -> None:
+    buffers, like = Buffers(), torch.empty(0)
+    first = buffers.take(SIZE, like)
+    kept = hold(first[3:].data)
+    address = first.data_ptr()
+    del first
+    assert buffers.take(SIZE, like).data_ptr() != address
+    del kept
 
 
 def test_buffers_that_nobody_takes_are_given_back() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from ..compat import uses_of
+from ..compat import is_unused
 
 LEAST_BYTES = 2**17  # malloc keeps smaller memory by itself
 STEPS = 3  # after so many without a use, memory is given back
 
 
 class Buffers:
-    """Tensors of megabytes, kept between steps, as DDP keeps its buckets. No user gets to see them.
+    """Tensors of megabytes, kept between steps, as DDP keeps its buckets.
 
+    Their memory may become a user's gradients: it is used again only once nobody has it, in Python or in C++.
     The system gives a new one page by page, 4 kB at a time, which takes longer than to fill it (benchmarks/sizes.py).
     Only on the CPU: accelerators keep memory by themselves.
     """
@@ -30,7 +31,7 @@ class Buffers:
             return like.new_empty(size)
         with torch.inference_mode(False):  # a later step may write into it outside of that mode
             for number, (tensor, _) in enumerate(self._kept):
-                if tensor.numel() == size and tensor.dtype == like.dtype and uses_of(tensor.untyped_storage()) == 1:
+                if tensor.numel() == size and tensor.dtype == like.dtype and is_unused(tensor):
                     del self._kept[number]
                     break
             else:

@@ -17,7 +17,6 @@ from .state import State
 
 CAP_BYTES = 25 * 2**20  # of a part, as DDP's default
 SMALL_BYTES = 2**23  # up to here one exchange of all gradients after the loop is faster than several in its backward
-STRICT_BYTES = 2**26  # of a larger model the strict sums go after the loop: early, 200 MB took 1.45 times as long
 PARTS = 8  # of a model
 CAREFUL_STEPS = 3  # with checks that take time: a loop that is wrong is mostly wrong in its first steps
 LATE_STEPS = 100  # in which nothing starts early, after a step in which it was in vain
@@ -34,7 +33,7 @@ S = TypeVar("S")  # the reduction of a part, under way
 
 def sends_strict_early(parameters: Sequence[nn.Parameter]) -> bool:
     """Return whether the strict reduction sends these parameters' parts in the last backward, if there are several."""
-    return all(one.is_cpu for one in parameters) and sum(one.nbytes for one in parameters) <= STRICT_BYTES
+    return all(one.is_cpu for one in parameters)
 
 
 class EarlyPlan:

@@ -50,7 +50,8 @@ class StrictReduction:
     Memory: the sums of whole subtrees. On one process these are at most log2(micro-batches) + 1 copies of the
     gradients; on several, at most one more than this rank's share has subtrees. During the exchange they lie in one
     buffer, and beside it a slice of each subtree of the other ranks, then the sum, whose parts become gradients. With
-    `early`, the gradients stay beside that buffer until the loop is over.
+    `early`, the gradients stay beside that buffer until the loop is over. On the CPU the model keeps this memory, that
+    of gradients that are gone too, for its next steps.
 
     Collectives: none in a world of one. Otherwise, for each pair of dtype and device: if the sums are small, one
     exchange of all subtrees' sums. If not, each rank sends each other rank the slices of its sums that this one
@@ -323,7 +324,7 @@ class _Slices:
         buffers: Buffers,
         tag: int = _LATE_TAG,
     ) -> None:
-        self.kind, self._nodes, self._group, self._tag = kind, nodes, group, tag
+        self.kind, self._nodes, self._group, self._buffers, self._tag = kind, nodes, group, buffers, tag
         self._rank, world_size = dist.get_rank(group), len(nodes)
         self._piece = piece = -(-kind.width // world_size)
         own = buffers.take(max(1, len(rows)) * world_size * piece, kind.like).view(-1, world_size, piece)
@@ -349,8 +350,8 @@ class _Slices:
         """Finish this rank's slice, and start to send it."""
         self.wait()
         world_size = len(self._nodes)
-        # A user may keep it: its parts become the gradients.
-        self._total = total = self.kind.like.new_empty(world_size, self._piece)
+        # Its parts become the gradients. A later step writes here again only if nobody has kept one.
+        self._total = total = self._buffers.take(world_size * self._piece, self.kind.like).view(world_size, -1)
         total[self._rank] = _tree_sum(self._nodes, itertools.chain.from_iterable(self._rows))
         sent = [[total[self._rank]]] * world_size
         self._works = start_exchange(sent, [[one] for one in total], self._group, self._tag + 1)
