@@ -1106,6 +1106,18 @@ _NAMED_ROWS = (  # the same, each with the number of its sample
 LOOK_ALIKES += [
     make_case("403-labels-of-an-argument", "functions", *_WHOLE_LABELS, codes="DDP403"),
     make_case(
+        "403-labels-by-a-method",
+        "functions",
+        *_WHOLE_LABELS,
+        ("(joined.argmax(1) == y_test)", "joined.argmax(1).eq(y_test.view(-1))"),
+        codes="DDP403",
+    ),
+    make_case(
+        "403-labels-of-a-batch-by-a-method",
+        "functions",
+        ("(model(x).argmax(1) == y)", "model(x).argmax(1).eq(y.view(-1))"),
+    ),
+    make_case(
         "403-contiguous",
         "functions",
         *_WHOLE_LABELS,

@@ -16,6 +16,8 @@ _WORLD = re.compile(
 _TRANSPOSES = ("stack", "T", "mT", "t", "transpose", "permute", "scatter_", "index_copy_")
 _LABELS = ("tensors", "targets", "labels", "target", "y")
 _LABEL = re.compile(r"(?:\w+_)?(?:y|ys|labels?|targets?|truth)(?:_\w+)?", re.IGNORECASE)  # a variable's name
+_COMPARISONS = ("eq", "ne", "equal", "array_equal", "accuracy_score", "f1_score")
+_KEEPS_ORDER = ("view_as", "view", "reshape", "flatten", "squeeze", "cpu", "numpy", "to", "long", "float")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -159,11 +161,26 @@ def _compares_labels(site: str | None) -> bool:
         bound |= {one for node in nodes if _picks(node) for one in _changed(node)}
         bound |= {one for node in nodes if isinstance(node, ast.comprehension) for one in _names(node.target)}
         for node in nodes:
-            if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
-                names = {one.id for one in (node.left, *node.comparators) if isinstance(one, ast.Name)}
-                if any(_LABEL.fullmatch(one) for one in names - bound):
-                    return True
+            names = {one.id for one in map(_kept_order, _operands(node)) if isinstance(one, ast.Name)}
+            if any(_LABEL.fullmatch(one) for one in names - bound):
+                return True
     return False
+
+
+def _operands(node: ast.AST) -> list[ast.expr]:
+    """Return what a node compares row by row, as an operator, a method or a function; none if it compares nothing."""
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
+        return [node.left, *node.comparators]
+    if isinstance(node, ast.Call) and _called(node) in _COMPARISONS:
+        return [*([node.func.value] if isinstance(node.func, ast.Attribute) else []), *node.args]
+    return []
+
+
+def _kept_order(node: ast.expr) -> ast.expr:
+    """Return the value without the calls around it that leave its rows in their order."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _KEEPS_ORDER:
+        node = node.func.value
+    return node
 
 
 def _picks(node: ast.AST) -> bool:
