@@ -229,6 +229,16 @@ def test_a_sum_is_scaled_and_added_to_what_was_there() -> None:
     assert parameters[1].grad is None and parameters[2].grad.tolist() == [10.0, 10.0]
 
 
+def test_gradients_that_are_marked_as_negative_add_up() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    reduction = StrictReduction([("a", parameter)], [2])
+    for number in (1.0, 2.0):
+        parameter.grad = torch.full((2,), complex(0.0, number)).conj().imag
+        assert parameter.grad.is_neg() and reduction.take()
+    reduction.finish()
+    assert parameter.grad.tolist() == [-3.0, -3.0]
+
+
 # -- memory and collectives --
 
 

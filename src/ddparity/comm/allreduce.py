@@ -250,8 +250,7 @@ def own_memory(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | 
         if gradient is not None and gradient.layout == torch.strided:
             if gradient.requires_grad:
                 gradient = gradient.detach()
-            if gradient.is_conj():  # it has no parts that can be added
-                gradient = gradient.resolve_conj()
+            gradient = gradient.resolve_conj().resolve_neg()  # torch cannot add to one that is only marked as such
             address = gradient.data_ptr()
             if address in addresses or 0 in gradient.stride():
                 gradient = gradient.clone(memory_format=torch.contiguous_format)

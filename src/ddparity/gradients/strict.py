@@ -119,7 +119,7 @@ class StrictReduction:
         old = self._aside.waiting()
         for number in map(self._places.__getitem__, map(id, parameters)):
             gradient = self._new_gradient(number, old)
-            self._last[number] = gradient if gradient is None else gradient.detach().resolve_conj()
+            self._last[number] = gradient if gradient is None else gradient.detach().resolve_conj().resolve_neg()
         return self._started(parameters)
 
     @torch.no_grad()
