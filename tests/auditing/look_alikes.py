@@ -1131,7 +1131,7 @@ LOOK_ALIKES += [
         "functions",
         (
             _BACKWARD,
-            _BACKWARD + "            for p in model.parameters():\n                p.grad /= dist.get_world_size()\n",
+            _BACKWARD + "            for p in model.parameters():\n                p.grad /= float(dist.get_world_size())\n",
         ),
         codes="DDP307",
     ),
@@ -1142,6 +1142,16 @@ LOOK_ALIKES += [
             _BACKWARD,
             "            with model.no_sync():\n                F.cross_entropy(model(x[:4]), y[:4]).backward()\n            F.cross_entropy(model(x[4:]), y[4:]).backward()\n"
             "            for p in model.parameters():\n                p.grad /= 2\n",
+        ),
+    ),
+    make_case(  # each sample's loss has its weight
+        "307-weighted-by-share",
+        "by_hand",
+        ("        parameter.grad /= world\n", ""),
+        ("    data = torch.arange(400)", "    share = torch.full((32,), 1 / world)\n    data = torch.arange(400)"),
+        (
+            "F.cross_entropy(logits.view(-1, 11), y.reshape(-1))",
+            '(F.cross_entropy(logits.view(-1, 11), y.reshape(-1), reduction="none") * share).mean()',
         ),
     ),
     make_case("307-only-summed", "by_hand", ("        parameter.grad /= world\n", ""), codes="DDP307"),

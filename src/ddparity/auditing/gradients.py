@@ -479,6 +479,7 @@ def _check_sums(run: Run, steps: list[tuple[Window, ...]]) -> Iterator[Finding]:
             and all(one["name"] == "all_reduce" and one["op"] == "SUM" for one in reduces)
             and all(map(_is_mean, step))
             and not divides_gradients(reduces[0]["site"])  # perhaps after a clip, or within the optimizer
+            and not divides_by_world(step[0].backwards[-1]["site"])  # by a weight for each sample, say
         ):
             yield finding(
                 "DDP307",

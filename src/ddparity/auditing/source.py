@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _WORLD = re.compile(
-    r"(?:(?<!/)/=?|\*=?|\b(?:div|mul|true_divide)_?\()\s*\(?\s*(?:\w+\.)*"
+    r"(?:(?<!/)/=?|\*=?|\b(?:div|mul|true_divide)_?\()\s*\(?\s*(?:float\(\s*)?(?:\w+\.)*"
     r"(?:\w*world\w*|num_processes|n_?procs?|num_gpus|n_?gpus?|num_replicas)\b",
     re.IGNORECASE,
 )
@@ -54,15 +54,25 @@ def _lines(site: str | None) -> list[str]:
 
 
 def _world_names(tree: ast.Module) -> set[str]:
-    """Return the names to which a file gives the number of ranks."""
-    found = set()
+    """Return the names to which a file gives the number of ranks, or a share that is a constant over that number."""
+    found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             target, value = node.targets[0], node.value
             several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
             pairs = zip(target.elts, value.elts) if several else [(target, value)]  # type: ignore[attr-defined]
-            found |= {one.id for one, of in pairs if isinstance(one, ast.Name) and _called(of) == "get_world_size"}
+            found |= {
+                one.id
+                for one, of in pairs
+                if isinstance(one, ast.Name) and (_called(of) == "get_world_size" or any(map(_is_share, ast.walk(of))))
+            }
     return found
+
+
+def _is_share(node: ast.AST) -> bool:
+    """Return whether a node divides a constant by the number of ranks."""
+    over = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.left, ast.Constant)
+    return over and _WORLD.search(f"/ {ast.unparse(node.right)}") is not None  # type: ignore[attr-defined]  # see above
 
 
 def trims(site: str | None) -> bool:
