@@ -1131,7 +1131,8 @@ LOOK_ALIKES += [
         "functions",
         (
             _BACKWARD,
-            _BACKWARD + "            for p in model.parameters():\n                p.grad /= float(dist.get_world_size())\n",
+            _BACKWARD
+            + "            for p in model.parameters():\n                p.grad /= float(dist.get_world_size())\n",
         ),
         codes="DDP307",
     ),
