@@ -128,16 +128,21 @@ def is_unused(tensor: torch.Tensor) -> bool:
         and not storage.is_shared()
         and storage.nbytes() == tensor.nbytes
         and not weakref.getweakrefcount(storage)
-        and (count(storage._cdata), sys.getrefcount(storage)) == _of_one_tensor()
+        and not vars(storage)
+        and (count(storage._cdata), sys.getrefcount(storage)) == _OF_ONE_TENSOR
     )
 
 
-@functools.cache
 def _of_one_tensor() -> tuple[int, int]:
     """Return how often C++ and Python refer to a storage that one tensor has, as `is_unused` counts."""
-    tensor = torch.empty(1)
+    with torch.utils._python_dispatch._disable_current_modes():  # one of them may keep what is made
+        tensor = torch.empty(1, device="cpu")
     storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+    count: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
+    return count(storage._cdata), sys.getrefcount(storage)
+
+
+_OF_ONE_TENSOR = _of_one_tensor()
 
 
 def compares_calls() -> bool:
@@ -628,6 +633,23 @@ def constant_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a function as `torch.compiler.assume_constant_result` does, but without a compiler import of 1 s."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's mark on functions
     return function
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that `torch.compile` calls as it is, for hooks: a compiled function may have a backward in it.
+
+    Nothing imports the compiler for it, which takes a second.
+    """
+    return functools.partial(_untraced_call(), function) if "torch._dynamo" in sys.modules else function
+
+
+@functools.cache
+def _untraced_call() -> Callable[..., Any]:
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    disabled: Callable[..., Any] = torch.compiler.disable(call)
+    return disabled
 
 
 def in_transform() -> bool:

@@ -224,6 +224,52 @@ def test_gradients_that_nobody_set_to_zero_are_told_of(way: str) -> None:
     assert run_ranks(_told, 2, way) == [[False, False, True, True]] * 2
 
 
+def _compiled(way: str, zeroes: bool) -> None:
+    """A compiled function with the backward in it: hooks of ours run between the compiler's graphs."""
+    model, net = _model(way)
+    train = torch.compile(lambda data, weight: (model(data).mean() * weight).backward(), backend="aot_eager")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for seed in range(3):
+        data = [torch.full((1, WIDTH), 1.0 + seed + rank + world_size * number) for number in range(2)]
+        for micro in dp.accumulate(model, data, equal_counts=True):
+            train(micro.data, micro.weight)
+        steps = [_expected(net, one) for one in ([seed] if zeroes else range(seed + 1))]
+        _close(_of(net), [sum(rows) for rows in zip(*steps, strict=True)])
+        if zeroes:
+            net.zero_grad()
+
+
+@pytest.mark.parametrize("zeroes", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backward_inside_of_a_compiled_function(way: str, zeroes: bool) -> None:
+    run_ranks(_compiled, 2, way, zeroes)
+
+
+def _memories() -> tuple[int, bool, bool]:
+    """Of seven strict steps: how many memories their gradients had, whether the model keeps each, and a kept one's."""
+    model, net = _model("strict")
+    found, kept, held = set(), True, None
+    for seed in range(7):
+        _step(model, seed)
+        address = _of(net)[0].untyped_storage().data_ptr()
+        found.add(address)
+        kept = kept and address in {one.data_ptr() for one, _ in replica._replicas[model].buffers._kept}
+        held = _of(net)[0] if seed == 5 else held
+        net.zero_grad()
+    assert held is not None
+    return len(found), kept, torch.equal(held, _copy(5))
+
+
+def _copy(seed: int) -> torch.Tensor:
+    model, net = _model("strict")
+    _step(model, seed)
+    return _of(net)[0].clone()
+
+
+def test_strict_sums_lie_where_gradients_were_that_nobody_keeps() -> None:
+    assert run_ranks(_memories, 2) == [(2, True, True)] * 2  # the second one since the first is held
+
+
 SIZE = LEAST_BYTES // 4
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm.allreduce import copies_of_ranks
-from ..compat import local, version
+from ..compat import local, untraced, version
 
 _TO_ZERO, _TO_NONE = 1, 2  # what zero_grad() has made of a gradient
 
@@ -33,7 +33,7 @@ class Aside:
                 continue
             self._waiting[number] = parameter.grad, version(parameter.grad)
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_hook(functools.partial(self._put, number)))
+                self._hooks.append(parameter.register_hook(functools.partial(untraced(self._put), number)))
             else:  # frozen so far; no hook
                 self._put(number)
 

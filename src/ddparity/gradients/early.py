@@ -13,6 +13,7 @@ from torch import nn
 from ..comm.allreduce import FlatGradients, copies_of_ranks, cut, reduce_gradients, separate, start_sum
 from ..comm.bits import marks_of
 from ..comm.buffers import Buffers
+from ..compat import untraced
 from .state import State
 
 CAP_BYTES = 25 * 2**20  # of a part, as DDP's default
@@ -122,7 +123,7 @@ class EarlyParts(Generic[S]):
         if self.plan.pending:
             return
         for number, part in enumerate([*self.parts, self.last]):
-            ready = functools.partial(self._ready, number)
+            ready = functools.partial(untraced(self._ready), number)
             trained = [parameter for parameter in part if parameter.requires_grad]
             self._missing.append(set(map(id, trained)))
             self._hooks += [parameter.register_post_accumulate_grad_hook(ready) for parameter in trained]
