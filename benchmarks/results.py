@@ -59,19 +59,22 @@ def write_costs(results: str) -> None:
 
 def costs(results: str, language: str = "en") -> str:
     """Return the table of the README: what ddparity costs, in four figures of RESULTS.md."""
-    steps = _medians([row for row in rows_of(results, "step_overhead") if "2 processes" in row[0]][:4])
+    steps = _medians([row for row in rows_of(results, "sizes") if row[1][:1].isdigit()])
     strict = _medians([row for row in rows_of(results, "strict") if ", K = " in row[0]][:8])
     starts = _medians([row for row in rows_of(results, "startup") if "process" in row[0]])
     (predict,) = [row[1].split()[0] for row in rows_of(results, "predict") if row[0] == "throughput, 2 processes to 1"]
     figures = {
         "en": [
-            ["a training step, 2 processes", f"{_range(steps)} times plain DistributedDataParallel's"],
+            [
+                "a training step, 2 processes",
+                f"{_range(steps)} times plain DistributedDataParallel's, from small models to large ones",
+            ],
             ["the same bits on any number of processes", f"{_range(strict)} times the step without"],
             ["`predict` on 2 processes", f"{predict} times the samples a second of one process"],
             ["`ddparity run`, start to end", f"{_range(starts)} times torchrun's"],
         ],
         "zh": [
-            ["一个训练步，2 个进程", f"原生 DistributedDataParallel 的 {_range(steps, '到')} 倍"],
+            ["一个训练步，2 个进程", f"原生 DistributedDataParallel 的 {_range(steps, '到')} 倍（从小模型到大模型）"],
             ["任意进程数下逐比特相同", f"单步耗时为不作此要求时的 {_range(strict, '到')} 倍"],
             ["2 个进程上的 `predict`", f"每秒样本数为单进程的 {predict} 倍"],
             ["`ddparity run`，从启动到结束", f"torchrun 的 {_range(starts, '到')} 倍"],

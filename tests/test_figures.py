@@ -50,6 +50,11 @@ _NORM = "sync_batchnorm_cpu"
 
 # A page, a sentence of it with # for each number, and what the numbers must be.
 CLAIMS = [
+    (
+        "costs",
+        "million parameters, take # to # times DDP's step",
+        _range("sizes", "ResNet-18|GPT of 10 M|MLP of 50 M", 3),
+    ),
     ("costs", "take # to # times the step of the fast reduction on 2", _range("strict", r".*, K = \d", 3)),
     (
         "costs",
