@@ -3,8 +3,8 @@
     python docs/look.py [PAGE]…
 
 Beside the pages, it photographs a report of `ddparity audit --html`, and the notebook with its output. It fails for an
-error in the console and for a page that is wider than the window. It speaks the DevTools protocol over two pipes, so it
-needs no driver.
+error in the console, for a page that is wider than the window, and for one in the other colours. It speaks the DevTools
+protocol over two pipes, so it needs no driver.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ PAGES = (
 )
 REPORT, NOTEBOOK = "look/report", "look/notebook"
 _WIDTH = "document.documentElement.scrollWidth"
+_SCHEME = "document.body.dataset.mdColorScheme"
 
 
 class Browser:
@@ -84,6 +85,8 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        # Material keeps the colours of one page for the next.
+        self.call("Page.addScriptToEvaluateOnNewDocument", source="try { localStorage.clear() } catch {}")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method, and return its result. What happens meanwhile goes to `events`."""
@@ -124,11 +127,9 @@ def problems_of(browser: Browser, url: str, width: int, scheme: str, picture: Pa
     """Open a page, photograph it, and return what is wrong with it."""
     browser.events.clear()
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
-    # Material keeps the scheme of a page; one that is still open would keep it again.
-    browser.call("Page.navigate", url="about:blank")
+    browser.call("Page.navigate", url="about:blank")  # a page that is still open would keep its colours for this one
     browser.wait("Page.loadEventFired")
     browser.events.clear()
-    browser.call("Storage.clearDataForOrigin", origin=url[: url.index("/", 8)], storageTypes="all")
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     browser.call("Page.navigate", url=url)
     browser.wait("Page.loadEventFired")
@@ -137,6 +138,9 @@ def problems_of(browser: Browser, url: str, width: int, scheme: str, picture: Pa
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(base64.b64decode(image))
     problems = [f"{overflow} pixels too wide"] if overflow > 0 else []
+    shown = browser.call("Runtime.evaluate", expression=_SCHEME)["result"].get("value")
+    if shown not in (None, {"light": "default", "dark": "slate"}[scheme]):  # None: no page of Material
+        problems.append(f"has the colours of {shown}")
     for event in browser.events:
         about = event.get("params", {})
         match event.get("method"):
