@@ -294,6 +294,7 @@ HOLDS: dict[str, Callable[[torch.Tensor], Any]] = {
     "a storage": lambda part: part.untyped_storage(),
     "a typed storage": lambda part: part.storage(),
     "a weak reference to a storage": lambda part: weakref.ref(part.untyped_storage()),
+    "an attribute of a storage": lambda part: setattr(part.untyped_storage(), "step", 1),
     "an array's bytes": lambda part: memoryview(part.numpy()),
     "a capsule": torch.utils.dlpack.to_dlpack,
     "a graph": lambda part: torch.ones(len(part), requires_grad=True) * part,
