@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Sequence
 
 from contenders import WITHOUT, Contender
 from links import joined
 from results import machine, publish, table
-from sizes import WIRES, measured_anew, ratio
+from sizes import WIRES, Times, measured_anew, ratio
 
 MODELS = ("MLP", "MLP of 67 k", "CNN", "MLP of 1 M", "ResNet-18")
 OF_WIRE = "ResNet-18"
@@ -34,15 +35,17 @@ def main() -> None:
     options = parser.parse_args()
     rounds, launches = (2, 1) if options.quick else (options.rounds, options.launches)
     facts = machine()
-    contenders = ("plain", "ddparity", *WITHOUT)
-    start = {name: functools.partial(Contender, name, 2) for name in contenders}
-    found = measured_anew(start, MODELS, rounds, launches, options.quick)
+
+    def measure(models: Sequence[str], hosts: Sequence[tuple[str, str]] | None = None) -> dict[str, Times]:
+        names = ("plain", "ddparity", *WITHOUT)
+        start = {name: functools.partial(Contender, name, 2, hosts=hosts) for name in names}
+        return measured_anew(start, models, rounds, launches, options.quick)
+
+    found = measure(MODELS)
     if options.wire:
         wire = WIRES[0]
         with joined(wire, 2) as hosts:
-            start = {name: functools.partial(Contender, name, 2, hosts=hosts) for name in contenders}
-            over = measured_anew(start, [OF_WIRE], rounds, launches, options.quick)
-        found[f"{OF_WIRE}, {wire.name}"] = over[OF_WIRE]
+            found[f"{OF_WIRE}, {wire.name}"] = measure([OF_WIRE], hosts)[OF_WIRE]
     rows = [[name, *(ratio(times, name, "ddparity") for times in found.values())] for name in WITHOUT]
     how = (
         f"`paths.py`, 2 processes over Gloo, medians of {rounds * launches} rounds with quartiles, {launches} "

@@ -121,28 +121,22 @@ def is_unused(tensor: torch.Tensor) -> bool:
 
     False where torch cannot tell, and where another process can see the memory.
     """
-    count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+    if _STORAGE_USES is None or _references(tensor) != _OF_ONE_TENSOR:
+        return False
     storage = tensor.untyped_storage()
-    return (
-        count is not None
-        and not storage.is_shared()
-        and storage.nbytes() == tensor.nbytes
-        and not weakref.getweakrefcount(storage)
-        and not vars(storage)
-        and (count(storage._cdata), sys.getrefcount(storage)) == _OF_ONE_TENSOR
-    )
+    same_memory = not storage.is_shared() and storage.nbytes() == tensor.nbytes
+    return same_memory and not weakref.getweakrefcount(storage) and not vars(storage)
 
 
-def _of_one_tensor() -> tuple[int, int]:
-    """Return how often C++ and Python refer to a storage that one tensor has, as `is_unused` counts."""
-    with torch.utils._python_dispatch._disable_current_modes():  # one of them may keep what is made
-        tensor = torch.empty(1, device="cpu")
+def _references(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return how often C++, where torch can tell, and Python refer to a tensor's storage."""
     storage = tensor.untyped_storage()
-    count: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
-    return count(storage._cdata), sys.getrefcount(storage)
+    return _STORAGE_USES(storage._cdata) if _STORAGE_USES is not None else 0, sys.getrefcount(storage)
 
 
-_OF_ONE_TENSOR = _of_one_tensor()
+_STORAGE_USES: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+with torch.utils._python_dispatch._disable_current_modes():  # one of them may keep what is made
+    _OF_ONE_TENSOR = _references(torch.empty(1, device="cpu"))
 
 
 def compares_calls() -> bool:
@@ -635,12 +629,14 @@ def constant_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that `torch.compile` calls as it is, for hooks: a compiled function may have a backward in it.
+def untraced(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """Return a partial call that `torch.compile` leaves as it is, for hooks: a compiled function may have a backward.
 
     Nothing imports the compiler for it, which takes a second.
     """
-    return functools.partial(_untraced_call(), function) if "torch._dynamo" in sys.modules else function
+    if "torch._dynamo" in sys.modules:
+        return functools.partial(_untraced_call(), function, *arguments)
+    return functools.partial(function, *arguments)
 
 
 @functools.cache
@@ -686,7 +682,7 @@ def is_dtensor(value: object) -> bool:
 def whole_tensor(value: torch.Tensor) -> torch.Tensor:
     """Return a DTensor as a whole, which is one all-gather that every rank calls; another tensor itself."""
     whole: Any = value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]  # a DTensor has it
-    return whole  # type: ignore[no-any-return]
+    return whole  # type: ignore[no-any-return]  # of any type, see above
 
 
 def zero_redundancy(value: object) -> Any:

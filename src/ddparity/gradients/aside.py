@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ class Aside:
                 continue
             self._waiting[number] = parameter.grad, version(parameter.grad)
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_hook(functools.partial(untraced(self._put), number)))
+                self._hooks.append(parameter.register_hook(untraced(self._put, number)))
             else:  # frozen so far; no hook
                 self._put(number)
 

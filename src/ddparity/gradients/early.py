@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -123,7 +122,7 @@ class EarlyParts(Generic[S]):
         if self.plan.pending:
             return
         for number, part in enumerate([*self.parts, self.last]):
-            ready = functools.partial(untraced(self._ready), number)
+            ready = untraced(self._ready, number)
             trained = [parameter for parameter in part if parameter.requires_grad]
             self._missing.append(set(map(id, trained)))
             self._hooks += [parameter.register_post_accumulate_grad_hook(ready) for parameter in trained]
